@@ -1,0 +1,1 @@
+"""Builders of WebDataset shards: one file per source of images, all writing through `writer`."""

@@ -1,0 +1,76 @@
+"""Writes one data set: tar shards that webdataset and timm's ReaderWds read, the index beside them, `_info.json` last.
+
+Each shard is written under a temporary name, synced and renamed; a folder without `_info.json` is unfinished. The
+same samples give the same bytes: tar headers carry no time and no user.
+"""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from toolkit.data.index import INFO_NAME, index_path, scan_shards
+
+__all__ = ["Sample", "write_info", "write_split"]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image to write: key without dots, class number, and a function that gives the JPEG's bytes when needed."""
+
+    key: str
+    label: int
+    jpeg: Callable[[], bytes]
+
+
+def write_split(
+    folder: Path,
+    split: str,
+    prefix: str,
+    samples: Sequence[Sample],
+    num_shards: int,
+    on_sample: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Write `samples` in the order given over `num_shards` shards of nearly equal length, and their index.
+
+    Returns the split's entry for `_info.json`. Raises ValueError for fewer samples than shards.
+    """
+    if not 1 <= num_shards <= len(samples):
+        raise ValueError(f"{num_shards} shards for {len(samples)} {split} images; use between 1 and {len(samples)}")
+    folder.mkdir(parents=True, exist_ok=True)
+    names, lengths = [], []
+    for number in range(num_shards):
+        part = samples[number * len(samples) // num_shards : (number + 1) * len(samples) // num_shards]
+        name = f"{prefix}-{split}-{number:04d}.tar"
+        _write_shard(folder / name, part, on_sample)
+        names.append(name)
+        lengths.append(len(part))
+    scan_shards(folder, names).save(index_path(folder, split))
+    return {"name": split, "num_samples": len(samples), "filenames": names, "shard_lengths": lengths}
+
+
+def _write_shard(path: Path, samples: Sequence[Sample], on_sample: Callable[[], None]) -> None:
+    import webdataset
+
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        with webdataset.TarWriter(file, user="", group="", mtime=0) as tar:
+            for sample in samples:
+                assert "." not in sample.key, sample.key
+                label = sample.label
+                meta = {"label": label, "filename": f"{sample.key}.jpg"}
+                tar.write({"__key__": sample.key, "jpg": sample.jpeg(), "cls": label, "json": meta})
+                on_sample()
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def write_info(folder: Path, name: str, num_classes: int, splits: dict[str, dict[str, Any]], **facts: Any) -> None:
+    """Write `_info.json`, the mark of a finished data set, atomically; `facts` are shown in every report."""
+    info = {"name": name, "num_classes": num_classes, **facts, "splits": splits}
+    temporary = folder / (INFO_NAME + ".tmp")
+    temporary.write_text(json.dumps(info, indent=1) + "\n")
+    temporary.replace(folder / INFO_NAME)

@@ -1,0 +1,1 @@
+"""Exact streaming of WebDataset shards: index (where), order (when), decode (pixels), loader (batches)."""

@@ -1,0 +1,1 @@
+"""Update rules over tensors. One contract: dense tensors and packed survivors go through the same function."""

@@ -1,0 +1,43 @@
+"""The update rules in plain torch: what every faster implementation is compared with."""
+
+import torch
+from torch import Tensor
+
+__all__ = ["adam_update"]
+
+
+def adam_update(
+    weight: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    max_exp_avg_sq: Tensor | None,
+    *,
+    step: float,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    decoupled: bool,
+) -> None:
+    """One Adam(W) step in place (arXiv 1412.6980 algorithm 1; decoupled decay: arXiv 1711.05101; AMSGrad: 1904.09237).
+
+    All tensors have one shape: a parameter's, or [k] for the survivors of a pruned one. The order of operations is
+    that of `torch.optim.AdamW(foreach=False)`, so the results are the same bits. `max_exp_avg_sq` is AMSGrad's third
+    moment or None; `decoupled=False` adds the decay to the gradient as `torch.optim.Adam` does.
+    """
+    if weight_decay != 0:
+        if decoupled:
+            weight.mul_(1 - lr * weight_decay)
+        else:
+            grad = grad.add(weight, alpha=weight_decay)
+    exp_avg.lerp_(grad, 1 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    bias_correction2_sqrt = (1 - beta2**step) ** 0.5
+    second = exp_avg_sq
+    if max_exp_avg_sq is not None:
+        torch.maximum(max_exp_avg_sq, exp_avg_sq, out=max_exp_avg_sq)
+        second = max_exp_avg_sq
+    denominator = (second.sqrt() / bias_correction2_sqrt).add_(eps)
+    weight.addcdiv_(exp_avg, denominator, value=-(lr / (1 - beta1**step)))

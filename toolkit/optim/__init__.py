@@ -1,0 +1,10 @@
+"""Optimizers that prune. Importing this package registers them in timm's optimizer factory, and does nothing else."""
+
+from toolkit.optim.adamwadv import AdamWAdv
+from toolkit.optim.adamwprune import AdamWPrune
+from toolkit.optim.adamwspam import AdamWSPAM
+from toolkit.optim.registry import register_all
+
+__all__ = ["AdamWAdv", "AdamWPrune", "AdamWSPAM"]
+
+register_all()

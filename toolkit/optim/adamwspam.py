@@ -1,0 +1,152 @@
+"""AdamWSPAM: Adam with spike-aware clipping and momentum reset (SPAM, arXiv 2501.06842), decoupled weight decay.
+
+Per step t, counted from 1, with k the steps since the last reset:
+    reset     every `reset_interval` steps both moments are set to 0 (the step count goes on)
+    clip      g <- sign(g) sqrt(threshold v) where g^2 > threshold v, v the second moment before this step;
+              from step 20 on and not within 20 steps of a reset
+    warm-up   the update is scaled by 1 - 0.99 (1 + cos(pi k / (warmup_steps + 1))) / 2 after a reset
+    update    Adam's with eps 1e-6, then w <- w - lr weight_decay w
+State: Adam's; with pruning it is packed like AdamWPrune's, and two rules keep the reset from spoiling the scores: a
+mask update due while the moments recover (the warm-up) waits for the warm-up's end, and a reset whose warm-up would
+reach over `end_step` is left out.
+"""
+
+import logging
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from toolkit.optim.packed import PackedOptimizer, check_adam_options
+
+__all__ = ["GRACE_STEPS", "AdamWSPAM", "spam_clip", "spam_warmup_scale"]
+
+GRACE_STEPS = 20  # the paper's code does not clip this soon after the start or a reset: v is still near 0
+
+_logger = logging.getLogger("toolkit")
+
+
+def spam_clip(grad: Tensor, exp_avg_sq: Tensor, threshold: float) -> Tensor:
+    """Gradient with spikes cut to sqrt(threshold v), sign kept (section 3, spike-aware clipping)."""
+    bound = (exp_avg_sq * threshold).sqrt_()
+    return torch.where(grad * grad > exp_avg_sq * threshold, grad.sign() * bound, grad)
+
+
+def spam_warmup_scale(steps_since_reset: int, warmup_steps: int) -> float:
+    """Cosine factor of the update, 0.01 at a reset and 1 from `warmup_steps` + 1 steps after it on."""
+    if steps_since_reset > warmup_steps:
+        return 1.0
+    return 1.0 - 0.99 * (1.0 + math.cos(math.pi * steps_since_reset / (warmup_steps + 1))) / 2.0
+
+
+class AdamWSPAM(PackedOptimizer):
+    """SPAM with decoupled weight decay; `sparsity` > 0 adds pruning by moments, packed (see AdamWPrune).
+
+    `spike_threshold` is the paper's theta (0 = no clipping), `reset_interval` its Delta T (0 = no reset),
+    `warmup_steps` its N. Raises ValueError on a value out of range.
+    """
+
+    MOMENTS = ("exp_avg", "exp_avg_sq")
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        *,
+        spike_threshold: float = 5000.0,
+        reset_interval: int = 500,
+        warmup_steps: int = 150,
+        maximize: bool = False,
+        sparsity: float = 0.0,
+        begin_step: int = 0,
+        end_step: int | None = None,
+        frequency: int = 50,
+        score: str = "variance",
+        scope: str = "global",
+        implementation: str = "auto",
+    ) -> None:
+        check_adam_options(float(lr), betas, eps, weight_decay)
+        if spike_threshold < 0:
+            raise ValueError(f"spike_threshold={spike_threshold} must be 0 (off) or more")
+        if reset_interval and not 0 <= warmup_steps < reset_interval:
+            raise ValueError(f"warmup_steps={warmup_steps} must be below reset_interval={reset_interval}")
+        super().__init__(
+            params,
+            {
+                "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
+                "spike_threshold": spike_threshold, "reset_interval": reset_interval, "warmup_steps": warmup_steps,
+                "maximize": maximize, "sparsity": sparsity, "begin_step": begin_step, "end_step": end_step,
+                "frequency": frequency, "score": score, "scope": scope, "implementation": implementation,
+            },
+        )  # fmt: skip
+        if reset_interval and self.schedule.on:
+            end = self.schedule.end_step or 0
+            nearest = end - end % reset_interval
+            if nearest > 0 and not self._reset_at(nearest):
+                _logger.info(
+                    "SPAM's reset at step %d is left out: its warm-up would cover the last mask update (end_step=%d)",
+                    nearest, end,
+                )  # fmt: skip
+
+    def moment_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """Adam's two moments."""
+        return self.MOMENTS
+
+    def _reset_at(self, step: int) -> bool:
+        """Whether the moments are reset at `step`: every interval, unless the warm-up would cover end_step."""
+        interval, schedule = self.defaults["reset_interval"], self.schedule
+        if not interval or step == 0 or step % interval:
+            return False
+        end = schedule.end_step if schedule.on else None
+        return end is None or not step <= end <= step + self.defaults["warmup_steps"]
+
+    def _steps_since_reset(self, step: int) -> int | None:
+        """Steps since the last reset, or None before the first."""
+        interval = self.defaults["reset_interval"]
+        if not interval:
+            return None
+        last = step - step % interval
+        while last > 0 and not self._reset_at(last):
+            last -= interval
+        return step - last if last > 0 else None
+
+    def _recovering(self, step: int) -> bool:
+        since = self._steps_since_reset(step)
+        return since is not None and since <= self.defaults["warmup_steps"]
+
+    def mask_update_due(self, step: int) -> bool:
+        """The schedule's updates; one that falls into a warm-up comes right after it."""
+        if self._recovering(step):
+            return False
+        if self.schedule.due(step):
+            return True
+        waited = step - 1
+        while waited > 0 and self._recovering(waited):
+            if self.schedule.due(waited):
+                return True
+            waited -= 1
+        return False
+
+    def update(
+        self, weight: Tensor, grad: Tensor, moments: dict[str, Tensor], group: dict[str, Any], step: int
+    ) -> None:
+        """SPAM's step on equally shaped tensors, in place."""
+        exp_avg, exp_avg_sq = moments["exp_avg"], moments["exp_avg_sq"]
+        (beta1, beta2), lr = group["betas"], float(group["lr"])
+        if self._reset_at(step):
+            exp_avg.zero_()
+            exp_avg_sq.zero_()
+        since = self._steps_since_reset(step)
+        if group["spike_threshold"] and min(step, step if since is None else since) >= GRACE_STEPS:
+            grad = spam_clip(grad, exp_avg_sq, group["spike_threshold"])
+        exp_avg.lerp_(grad, 1 - beta1)
+        exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        scale = 1.0 if since is None else spam_warmup_scale(since, group["warmup_steps"])
+        step_size = scale * lr * (1 - beta2**step) ** 0.5 / (1 - beta1**step)
+        weight.addcdiv_(exp_avg, exp_avg_sq.sqrt().add_(group["eps"]), value=-step_size)
+        if group["weight_decay"]:
+            weight.mul_(1 - lr * group["weight_decay"])

@@ -1,0 +1,212 @@
+"""All optimizer names and how they enter timm's factory; the only file that imports timm's private registry.
+
+Names use hyphens: timm splits on `_` and silently drops what stands before it.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from timm.optim import get_optimizer_info, list_optimizers
+from timm.optim._optim_factory import OptimInfo, default_registry
+
+from toolkit.optim.adamwadv import RECIPE as ADAMWADV_RECIPE
+from toolkit.optim.adamwadv import AdamWAdv
+from toolkit.optim.adamwprune import AdamWPrune
+from toolkit.optim.adamwspam import AdamWSPAM
+from toolkit.prune.pruner import Pruner
+from toolkit.prune.schedule import Schedule
+from toolkit.prune.scores import MAGNITUDE, MOVEMENT_SCORES, STATE_SCORES, check_score
+
+__all__ = ["METHODS", "OptimSpec", "check_optimizer_name", "find_spec", "register_all", "resolve_name", "specs"]
+
+METHODS = ("none", "magnitude", "movement", "state")
+_ADAM = ("exp_avg", "exp_avg_sq")
+_AMSGRAD = (*_ADAM, "max_exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class OptimSpec:
+    """One name of ours in timm's factory.
+
+    `base` and `method` say what it is made of, `moments` the parameter-sized state keys (for the memory arithmetic),
+    `recipe` the train.py settings that belong to it unless a flag says otherwise.
+    """
+
+    name: str
+    opt_class: Callable[..., torch.optim.Optimizer]
+    description: str
+    base: str
+    method: str
+    moments: tuple[str, ...]
+    has_eps: bool = True
+    has_betas: bool = True
+    has_momentum: bool = False
+    defaults: dict[str, Any] = field(default_factory=dict)
+    recipe: dict[str, Any] = field(default_factory=dict)
+
+
+def _default_score(method: str) -> str:
+    return method if method in ("magnitude", "movement") else "variance"
+
+
+def scores_of(method: str) -> tuple[str, ...]:
+    """Score names a pruning method takes; the first is not the default, `score=None` is."""
+    return {"magnitude": tuple(MAGNITUDE), "movement": MOVEMENT_SCORES, "state": tuple(STATE_SCORES)}[method]
+
+
+def _pruned(base_class: Callable[..., torch.optim.Optimizer], method: str) -> Callable[..., torch.optim.Optimizer]:
+    """Factory: the stock optimizer with a Pruner on its step hooks."""
+
+    def create(
+        params: Any,
+        *,
+        sparsity: float = 0.0,
+        begin_step: int = 0,
+        end_step: int | None = None,
+        frequency: int = 50,
+        score: str | None = None,
+        scope: str = "global",
+        **base_options: Any,
+    ) -> torch.optim.Optimizer:
+        score = score or _default_score(method)
+        check_score(score, scores_of(method))
+        if scope != "global":
+            raise ValueError(f"scope={scope!r} is not known; choose one of global")
+        optimizer = base_class(params, **base_options)
+        schedule = Schedule(sparsity, begin_step, end_step, frequency)
+        # Under one key of its own in defaults, which timm logs: AdamWSPAM as base has a `sparsity` that must stay 0.
+        optimizer.defaults["pruning"] = {**dataclasses.asdict(schedule), "score": score, "scope": scope}
+        Pruner(optimizer, schedule, score)
+        return optimizer
+
+    return create
+
+
+def _state_spec(base: str, opt_class: Any, what: str, moments: tuple[str, ...], **rest: Any) -> OptimSpec:
+    return OptimSpec(
+        f"{base}-state", opt_class, f"{what} pruned by its own moments, kept packed for the survivors", base, "state",
+        moments, **rest,
+    )  # fmt: skip
+
+
+def _base_specs() -> list[OptimSpec]:
+    info = {name: get_optimizer_info(name) for name in ("sgd", "momentum", "adam", "adamw")}
+
+    def stock(name: str, description: str, moments: tuple[str, ...]) -> OptimSpec:
+        entry = info[name]
+        assert callable(entry.opt_class), name
+        return OptimSpec(
+            name, entry.opt_class, description, name, "none", moments, has_eps=entry.has_eps,
+            has_betas=entry.has_betas, has_momentum=entry.has_momentum, defaults=dict(entry.defaults or {}),
+        )  # fmt: skip
+
+    return [
+        stock("sgd", "SGD with Nesterov momentum (timm's)", ("momentum_buffer",)),
+        stock("momentum", "SGD with classical momentum (timm's)", ("momentum_buffer",)),
+        stock("adam", "Adam (timm's)", _ADAM),
+        stock("adamw", "AdamW (timm's)", _ADAM),
+        OptimSpec(
+            "adamwadv", AdamWAdv, "AdamW with AMSGrad; its recipe adds gradient clipping at 1.0 and a cosine schedule",
+            "adamwadv", "none", _AMSGRAD, recipe=ADAMWADV_RECIPE,
+        ),
+        OptimSpec(
+            "adamwspam", AdamWSPAM, "Adam with spike-aware clipping and momentum reset (SPAM), decoupled weight decay",
+            "adamwspam", "none", _ADAM,
+        ),
+    ]  # fmt: skip
+
+
+def specs() -> list[OptimSpec]:
+    """Every name of ours, and the four of timm's they build on, bases first."""
+    bases = _base_specs()
+    state = [
+        OptimSpec(
+            "adamwprune", AdamWPrune, "AdamW pruned by its own moments, kept packed for the survivors", "adamw",
+            "state", _ADAM,
+        ),
+        _state_spec("adam", AdamWPrune, "Adam", _ADAM, defaults={"decoupled_weight_decay": False}),
+        _state_spec("adamw", AdamWPrune, "adamwprune by its systematic name: AdamW", _ADAM),
+        _state_spec(
+            "adamwadv", AdamWPrune, "AdamW with AMSGrad", _AMSGRAD, defaults={"amsgrad": True}, recipe=ADAMWADV_RECIPE
+        ),
+        _state_spec("adamwspam", AdamWSPAM, "SPAM", _ADAM),
+    ]  # fmt: skip
+    hooked = [
+        dataclasses.replace(
+            base,
+            name=f"{base.name}-{method}",
+            opt_class=_pruned(base.opt_class, method),
+            description=f"{base.name} with {method} pruning",
+            method=method,
+        )
+        for base in bases
+        for method in ("magnitude", "movement")
+    ]
+    return [*bases, *state, *hooked]
+
+
+def register_all() -> None:
+    """Put our names into timm's factory. Idempotent; refuses to replace a name that somebody else registered."""
+    known = set(list_optimizers())
+    for spec in specs():
+        if spec.name == spec.base and spec.name in ("sgd", "momentum", "adam", "adamw"):
+            continue
+        assert "_" not in spec.name, spec.name
+        if spec.name in known:
+            if get_optimizer_info(spec.name).description == spec.description:
+                continue
+            raise ValueError(f"optimizer name {spec.name!r} is taken in timm's registry; another package registered it")
+        default_registry.register(
+            OptimInfo(
+                name=spec.name,
+                opt_class=spec.opt_class,  # type: ignore[arg-type]  # timm takes any callable
+                description=spec.description,
+                has_eps=spec.has_eps,
+                has_betas=spec.has_betas,
+                has_momentum=spec.has_momentum,
+                defaults=spec.defaults,
+            )
+        )
+
+
+def find_spec(name: str) -> OptimSpec | None:
+    """Our row for a name, or None for one of timm's other optimizers."""
+    return next((spec for spec in specs() if spec.name == name), None)
+
+
+def resolve_name(opt: str, pruning: str | None) -> tuple[str, str]:
+    """(`--opt`, `--pruning`) -> (name in the factory, pruning method in force). Raises ValueError where they clash.
+
+    `pruning=None` means the flag was not given: the method is then the name's own. `none` with a state-pruned name
+    keeps the optimizer and switches its pruning off.
+    """
+    opt = opt.lower()
+    spec = find_spec(opt.removeprefix("lookahead_"))
+    own = spec.method if spec else "none"
+    if pruning is None or pruning == own:
+        return opt, own
+    if own != "none":
+        if pruning == "none":
+            return opt, "none"
+        raise ValueError(f"--opt {opt} prunes by {own}, --pruning {pruning} asks for another method; drop one of them")
+    combined = f"{opt}-{pruning}"
+    if find_spec(combined.removeprefix("lookahead_")) is None:
+        bases = sorted(spec.base for spec in specs() if spec.method == pruning and "-" in spec.name)
+        raise ValueError(f"--pruning {pruning} is not offered for --opt {opt}; choose one of {', '.join(bases)}")
+    return combined, pruning
+
+
+def check_optimizer_name(name: str) -> None:
+    """Raise ValueError, with close names, unless timm's factory knows `name` and does not drop a part of it."""
+    prefix, _, last = name.rpartition("_")
+    known = list_optimizers(exclude_filters="")
+    if last in known and prefix in ("", "lookahead"):
+        return
+    import difflib
+
+    near = difflib.get_close_matches(name.replace("_", "-"), known, n=3, cutoff=0.5)
+    hint = f" Did you mean {' or '.join(near)}?" if near else ""
+    raise ValueError(f"--opt {name} is not known.{hint} Known: {', '.join(sorted(known))}")

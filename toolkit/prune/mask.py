@@ -1,0 +1,53 @@
+"""The mask as bits: one bit a weight, 8 to a byte, lowest bit first, in memory order of the weight; 1 = survivor."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+__all__ = ["MASK_KEYS", "flat", "mask_bytes", "mask_of", "pack_bits", "unpack_bits"]
+
+
+MASK_KEYS = ("mask", "keep")  # where a parameter's bits lie in the optimizer's state: packed optimizers, and Pruner
+
+
+def mask_of(state: Mapping[str, Tensor]) -> Tensor | None:
+    """The bit mask in a parameter's optimizer state, or None where it has none."""
+    return next((state[key] for key in MASK_KEYS if key in state), None)
+
+
+def mask_bytes(numel: int) -> int:
+    """Bytes of the bit mask of `numel` weights."""
+    return (numel + 7) // 8
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """1-D view of a dense tensor in memory order (channels_last weights are not contiguous in logical order).
+
+    Raises ValueError for a tensor with gaps or overlaps, whose elements no 1-D view can list.
+    """
+    if tensor.is_contiguous():
+        return tensor.view(-1)
+    order = sorted(range(tensor.ndim), key=lambda axis: (-tensor.stride(axis), -tensor.size(axis)))
+    turned = tensor.permute(order)
+    if not turned.is_contiguous():
+        raise ValueError(
+            f"a parameter of shape {tuple(tensor.shape)} and stride {tensor.stride()} has gaps; make it contiguous"
+        )
+    return turned.view(-1)
+
+
+def _weights_of_bits(device: torch.device) -> Tensor:
+    return torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=device)
+
+
+def pack_bits(keep: Tensor) -> Tensor:
+    """bool [n] -> uint8 [ceil(n / 8)]; spare bits of the last byte are 0."""
+    spare = -keep.numel() % 8
+    bits = torch.nn.functional.pad(keep.to(torch.uint8), (0, spare)).view(-1, 8)
+    return (bits * _weights_of_bits(keep.device)).sum(1, dtype=torch.uint8)
+
+
+def unpack_bits(mask: Tensor, numel: int) -> Tensor:
+    """uint8 [ceil(n / 8)] -> bool [n]."""
+    return (mask.unsqueeze(1) & _weights_of_bits(mask.device)).ne_(0).view(-1)[:numel].to(torch.bool)

@@ -1,0 +1,85 @@
+"""The k lowest scores over many tensors, exactly, without ever holding all scores: radix select on float bits.
+
+A float32's bits, with the negative half mirrored, sort as the value does. Three histograms (11 + 11 + 10 bits) find
+the k-th key; scores equal to it are taken in order of (parameter, index). Peak memory is a few chunks of scores.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["CHUNK", "Threshold", "chunked", "find_threshold"]
+
+CHUNK = 262_144  # scores made at a time: 1 MiB of float32 and 2 MiB of int64 bin numbers
+_PASSES = ((21, 2048), (10, 2048), (0, 1024))  # (bits to the right of the digit, digits)
+
+Chunks = Callable[[], Iterable[Tensor]]
+
+
+def chunked(scores: Tensor) -> Iterator[Tensor]:
+    """Cut a 1-D tensor of scores into pieces of at most CHUNK."""
+    return iter(scores.split(CHUNK))
+
+
+def _keys(scores: Tensor) -> Tensor:
+    """float [n] -> int32 [n] that sorts like the value, as 0 .. 2^32 - 1 shifted by 2^31; -0.0 counts as 0.0."""
+    bits = (scores.float() + 0.0).view(torch.int32)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@dataclass
+class Threshold:
+    """The k-th lowest key, and how many scores equal to it are still to be taken.
+
+    `take` must see the chunks in the order `find_threshold` saw them, each once.
+    """
+
+    key: int | None
+    ties: int
+
+    def take(self, scores: Tensor) -> Tensor:
+        """bool [n]: which of these scores are among the k lowest."""
+        if self.key is None:
+            return torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
+        keys = _keys(scores)
+        taken = keys < self.key
+        if self.ties:
+            equal = (keys == self.key).nonzero().view(-1)[: self.ties]
+            taken[equal] = True
+            self.ties -= equal.numel()
+        return taken
+
+
+def find_threshold(sources: Sequence[Chunks], names: Sequence[str], k: int) -> Threshold:
+    """Find what separates the `k` lowest scores from the rest.
+
+    Each source yields one parameter's scores in chunks, the same ones each time it is called (three times here).
+    Raises ValueError that names the parameter where a score is NaN.
+    """
+    if k <= 0:
+        return Threshold(None, 0)
+    prefix = 0  # digits of the key found so far
+    rest = k
+    for number, (shift, digits) in enumerate(_PASSES):
+        histogram: Tensor | None = None
+        total = 0
+        for source, name in zip(sources, names, strict=True):
+            for scores in source():
+                if number == 0 and bool(scores.isnan().any()):
+                    raise ValueError(f"the pruning score of {name} is NaN; its weights or moments are not finite")
+                digit = (_keys(scores).to(torch.int64) + 2**31) >> shift
+                if number:
+                    digit = digit[digit // digits == prefix] - prefix * digits
+                counts = torch.bincount(digit, minlength=digits)
+                histogram = counts if histogram is None else histogram.add_(counts)
+                total += scores.numel()
+        assert histogram is not None, "no scores to select from"
+        if number == 0:
+            assert k <= total, f"asked for the {k} lowest of {total} scores"
+        below = histogram.cumsum(0).tolist()
+        digit_found = next(index for index, count in enumerate(below) if count >= rest)
+        rest -= below[digit_found - 1] if digit_found else 0
+        prefix = prefix * digits + digit_found
+    return Threshold(prefix - 2**31, rest)
