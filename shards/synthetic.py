@@ -82,7 +82,7 @@ def build(
     progress.close()
     write_info(
         out, f"synthetic-{classes}", classes, splits, synthetic=True, seed=seed,
-        note=f"SYNTHETIC: {classes} classes of drawn shapes, sides {size} to {round(size * 1.35)} px, JPEG quality {quality}",
+        note=f"SYNTHETIC: {classes} classes of drawn shapes, {size} to {round(size * 1.35)} px, JPEG quality {quality}",
     )  # fmt: skip
 
 

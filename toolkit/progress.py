@@ -19,8 +19,8 @@ def duration(seconds: float) -> str:
 class Progress:
     """Counts units of work done; shows share, rate and time left.
 
-    `total` units of `unit` are expected. On a terminal tqdm draws a bar; otherwise `write` gets a line at most every ten
-    seconds, and one at the end.
+    `total` units of `unit` are expected. On a terminal tqdm draws a bar; otherwise `write` gets a line at most every
+    ten seconds, and one at the end.
     """
 
     def __init__(self, total: int, unit: str, label: str, write: Callable[[str], None] | None = None) -> None:

@@ -98,7 +98,7 @@ class TrainTransform:
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> Tensor:
         """uint8 [h, w, 3] -> uint8 [3, *size]."""
-        top, left, height, width = _random_crop_box(*image.shape[:2], self.scale, self.ratio, rng)
+        top, left, height, width = _random_crop_box(image.shape[0], image.shape[1], self.scale, self.ratio, rng)
         mode = ("bilinear", "bicubic")[int(rng.integers(2))] if self.interpolation == "random" else self.interpolation
         pixels = _resize(image[top : top + height, left : left + width], self.size, mode)
         flips = [axis for axis, chance in ((-1, self.hflip), (-2, self.vflip)) if rng.random() < chance]

@@ -85,14 +85,16 @@ def index_path(folder: Path, split: str) -> Path:
     return folder / f"{split}.index.safetensors"
 
 
-def read_info(folder: Path) -> dict[str, Any]:
+def read_info(folder: str | Path) -> dict[str, Any]:
     """The folder's `_info.json`, as timm's ReaderWds reads it. Raises ValueError where it is missing or broken."""
-    path = folder / INFO_NAME
+    if not folder:
+        raise ValueError("--data-dir is missing; name a folder of shards (python -m shards.digits makes one)")
+    path = Path(folder) / INFO_NAME
     try:
         info = json.loads(path.read_text())
     except FileNotFoundError:
         raise ValueError(
-            f"--data-dir {folder} has no {INFO_NAME}; make shards first, for example python -m shards.digits --out {folder}"
+            f"--data-dir {folder} has no {INFO_NAME}; make shards first: python -m shards.digits --out {folder}"
         ) from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON ({error}); build the shards again") from None

@@ -46,6 +46,8 @@ class PackedOptimizer(Optimizer):
     are in force, also after a `load_state_dict`.
     """
 
+    MOMENTS: tuple[str, ...] = ()  # every state key a subclass may pack
+
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         check_score(defaults["score"], tuple(STATE_SCORES))
         for name, valid in (("scope", SCOPES), ("implementation", IMPLEMENTATIONS)):

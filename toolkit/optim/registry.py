@@ -202,7 +202,7 @@ def resolve_name(opt: str, pruning: str | None) -> tuple[str, str]:
 def check_optimizer_name(name: str) -> None:
     """Raise ValueError, with close names, unless timm's factory knows `name` and does not drop a part of it."""
     prefix, _, last = name.rpartition("_")
-    known = list_optimizers(exclude_filters="")
+    known = [str(entry) for entry in list_optimizers()]
     if last in known and prefix in ("", "lookahead"):
         return
     import difflib

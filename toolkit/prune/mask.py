@@ -28,7 +28,7 @@ def flat(tensor: Tensor) -> Tensor:
     """
     if tensor.is_contiguous():
         return tensor.view(-1)
-    order = sorted(range(tensor.ndim), key=lambda axis: (-tensor.stride(axis), -tensor.size(axis)))
+    order = sorted(range(tensor.ndim), key=lambda axis: (tensor.stride()[axis], tensor.shape[axis]), reverse=True)
     turned = tensor.permute(order)
     if not turned.is_contiguous():
         raise ValueError(

@@ -1,0 +1,1 @@
+"""Commands around training: test matrix, report."""

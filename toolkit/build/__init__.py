@@ -1,0 +1,101 @@
+"""The one place where the configuration meets the components: Config -> Run."""
+
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.utils import ModelEmaV3
+
+import toolkit.optim  # noqa: F401  registers our optimizers
+from toolkit.build.data import augment, create_loaders, input_settings, to_inputs
+from toolkit.build.facts import describe, run_facts, write_args
+from toolkit.build.launch import create_accelerator, run_folder, seed_everything
+from toolkit.build.model import compile_model, create_model, place_model, prunable_names, train_loss
+from toolkit.build.optimizer import (
+    apply_recipe,
+    base_learning_rate,
+    create_optimizer,
+    predict_memory,
+    pruning_schedule,
+    resolve_optimizer,
+    total_epochs,
+)
+from toolkit.config import Config
+from toolkit.data.index import read_info
+from toolkit.data.loader import TrainLoader
+from toolkit.dist import World
+from toolkit.engine.checkpoint import CheckpointStore, step_of
+from toolkit.engine.run import Plan, Run
+from toolkit.engine.scalars import Scalars
+from toolkit.log import get_logger
+from toolkit.memory.ledger import tensor_ledger
+from toolkit.memory.report import MemoryLog
+
+__all__ = ["build"]
+
+
+def build(config: Config) -> Run:
+    """Make every component of a run. Raises ValueError, one line with value, rule and remedy, for what cannot be."""
+    opt, method = resolve_optimizer(config)
+    config = apply_recipe(config, opt)
+    info = read_info(config.data_dir)
+    accelerator = create_accelerator(config)
+    world = World.detect(accelerator.device)
+    seed_everything(config.seed)
+
+    model = create_model(config, info)
+    inputs = input_settings(config, model)
+    train_loader, eval_loader = create_loaders(config, inputs, world)
+    place_model(model, config, world)
+    ema = ModelEmaV3(model, config.model_ema_decay, use_warmup=config.model_ema_warmup) if config.model_ema else None
+    lr = base_learning_rate(config, opt, train_loader.global_batch_size)
+    plan = _plan(config, total_epochs(config, train_loader.steps), train_loader)
+    schedule = pruning_schedule(config, method, plan.total_steps)
+    optimizer = create_optimizer(config, model, opt, lr, schedule)
+    scheduler, _ = create_scheduler_v2(optimizer, **scheduler_kwargs(config), updates_per_epoch=train_loader.steps)
+    prepared_model, prepared_optimizer = accelerator.prepare(model, optimizer)
+
+    folder, resume_from = run_folder(config, opt, world)
+    facts = run_facts(config, info, opt, method, schedule, plan, world, train_loader.index)
+    prunable = prunable_names(model)
+    if world.is_main:
+        write_args(folder, config)
+        get_logger().info("%s", describe(facts, lr, folder, model, prunable))
+    return Run(
+        plan=plan,
+        accelerator=accelerator,
+        world=world,
+        folder=folder,
+        model=compile_model(prepared_model, config),
+        bare_model=model,
+        optimizer=prepared_optimizer,
+        bare_optimizer=optimizer,
+        scheduler=scheduler,
+        ema=ema,
+        train_loader=train_loader,
+        eval_loader=eval_loader,
+        train_loss=train_loss(config),
+        to_inputs=to_inputs(inputs, world.device, config.channels_last),
+        augment=augment(config, world, facts["num_classes"]),
+        schedule=schedule,
+        prunable=[(name, parameter) for name, parameter in model.named_parameters() if name in prunable],
+        predict_memory=lambda: predict_memory(model, optimizer, opt, method, config.prune_score, ema),
+        checkpoints=CheckpointStore(folder / "checkpoints", world, config.checkpoint_hist),
+        scalars=Scalars(folder / "tb", world, step_of(resume_from) if resume_from else 0),
+        memory=MemoryLog(lambda: tensor_ledger(model, optimizer.state, ema=ema), world),
+        facts=facts,
+        resume_from=resume_from,
+    )
+
+
+def _plan(config: Config, epochs: int, loader: TrainLoader) -> Plan:
+    return Plan(
+        epochs=epochs,
+        steps_per_epoch=loader.steps,
+        accumulation=config.grad_accum_steps,
+        global_batch_size=loader.global_batch_size,
+        clip_grad=config.clip_grad,
+        clip_mode=config.clip_mode,
+        log_interval=config.log_interval,
+        val_interval=config.val_interval,
+        checkpoint_interval=config.checkpoint_interval,
+        eval_metric=config.eval_metric,
+        dist_bn=config.dist_bn,
+    )

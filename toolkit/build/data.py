@@ -1,0 +1,118 @@
+"""Transforms, loaders, and what happens to a batch on the device."""
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from timm.data import Mixup, create_transform, resolve_data_config
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor, nn
+
+from toolkit.config import Config, batch_size_per_rank
+from toolkit.data.decode import EvalTransform, TimmTransform, TrainTransform, Transform
+from toolkit.data.index import load_split
+from toolkit.data.loader import Batch, EvalLoader, TrainLoader
+from toolkit.dist import World
+
+__all__ = ["augment", "create_loaders", "input_settings", "to_inputs"]
+
+Augment = Callable[[Tensor, Tensor, int, int], tuple[Tensor, Tensor]]
+
+
+def input_settings(config: Config, model: nn.Module) -> dict[str, Any]:
+    """Input size, mean, std, interpolation and crop of the model, by timm, with the flags on top."""
+    given = {key: getattr(config, key) for key in ("img_size", "crop_pct", "mean", "std", "interpolation")}
+    return resolve_data_config({key: value for key, value in given.items() if value}, model=model)
+
+
+def create_loaders(config: Config, inputs: dict[str, Any], world: World) -> tuple[TrainLoader, EvalLoader]:
+    """This rank's loaders of the two splits."""
+    folder = Path(config.data_dir)
+    batch_size = batch_size_per_rank(config, world.num_ranks)
+    height, width = inputs["input_size"][-2:]
+    options: dict[str, Any] = {
+        "rank": world.rank,
+        "num_ranks": world.num_ranks,
+        "workers": config.workers,
+        "pin_memory": config.pin_mem and world.device.type == "cuda",
+    }
+    train_loader = TrainLoader(
+        load_split(folder, config.train_split), train_transform(config, inputs), (height, width),
+        seed=config.seed, batch_size=batch_size, accumulation=config.grad_accum_steps, **options,
+    )  # fmt: skip
+    eval_loader = EvalLoader(
+        load_split(folder, config.val_split), eval_transform(inputs), (height, width),
+        batch_size=config.validation_batch_size or batch_size, **options,
+    )  # fmt: skip
+    return train_loader, eval_loader
+
+
+def train_transform(config: Config, inputs: dict[str, Any]) -> Transform:
+    """The fast path where resize, crop and flip are all that is asked for, timm's transforms otherwise."""
+    if config.no_aug:
+        return eval_transform(inputs)
+    height, width = inputs["input_size"][-2:]
+    scale, ratio = (config.scale[0], config.scale[1]), (config.ratio[0], config.ratio[1])
+    if not config.aa and not config.color_jitter:
+        return TrainTransform((height, width), scale, ratio, config.hflip, config.vflip, config.train_interpolation)
+    transform = create_transform(
+        (height, width), is_training=True, use_prefetcher=True, scale=scale, ratio=ratio, hflip=config.hflip,
+        vflip=config.vflip, color_jitter=config.color_jitter, auto_augment=config.aa,
+        interpolation=config.train_interpolation, mean=inputs["mean"], std=inputs["std"],
+    )  # fmt: skip
+    return TimmTransform(transform)
+
+
+def eval_transform(inputs: dict[str, Any]) -> Transform:
+    """timm's evaluation transform, by the fast path for a plain centre crop."""
+    height, width = inputs["input_size"][-2:]
+    if inputs["crop_mode"] == "center" and inputs["interpolation"] in ("bilinear", "bicubic"):
+        return EvalTransform((height, width), inputs["crop_pct"], inputs["interpolation"])
+    options = {key: inputs[key] for key in ("interpolation", "mean", "std", "crop_pct", "crop_mode")}
+    return TimmTransform(create_transform((height, width), is_training=False, use_prefetcher=True, **options))
+
+
+def to_inputs(
+    inputs: dict[str, Any], device: torch.device, channels_last: bool
+) -> Callable[[Batch], tuple[Tensor, Tensor]]:
+    """Batch of uint8 -> (normalised float32 images, labels) on the device."""
+    mean = torch.tensor(inputs["mean"], device=device).mul(255).view(1, 3, 1, 1)
+    std = torch.tensor(inputs["std"], device=device).mul(255).view(1, 3, 1, 1)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+
+    def normalise(batch: Batch) -> tuple[Tensor, Tensor]:
+        images = batch.images.to(device, non_blocking=True).to(torch.float32, memory_format=layout)
+        return images.sub_(mean).div_(std), batch.labels.to(device, non_blocking=True)
+
+    return normalise
+
+
+def augment(config: Config, world: World, num_classes: int) -> Augment:
+    """Mixup, CutMix and random erasing on a device batch, by timm; seeded from (seed, micro-batch number, rank)."""
+    mix: Mixup | None = None
+    erase: RandomErasing | None = None
+    if config.mixes:
+        mix = Mixup(
+            config.mixup, config.cutmix, config.cutmix_minmax, config.mixup_prob, config.mixup_switch_prob,
+            config.mixup_mode, label_smoothing=config.smoothing, num_classes=num_classes,
+        )  # fmt: skip
+    if config.reprob > 0:
+        erase = RandomErasing(config.reprob, mode=config.remode, max_count=config.recount, device=world.device)
+
+    def change(images: Tensor, labels: Tensor, number: int, epoch: int) -> tuple[Tensor, Tensor]:
+        if mix is None and erase is None:
+            return images, labels
+        seed = int(np.random.SeedSequence([config.seed, number, world.rank]).generate_state(1)[0])
+        np.random.seed(seed)  # noqa: NPY002  timm's Mixup draws from it
+        random.seed(seed)  # and its RandomErasing from this
+        if erase is not None:
+            images = erase(images)
+        if mix is not None:
+            mix.mixup_enabled = not config.mixup_off_epoch or epoch < config.mixup_off_epoch
+            images, labels = mix(images, labels)
+        return images, labels
+
+    return change

@@ -1,0 +1,75 @@
+"""The model, its loss, and which of its weights may be pruned."""
+
+import difflib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from torch import Tensor, nn
+
+from toolkit.config import Config
+from toolkit.dist import World
+
+__all__ = ["compile_model", "create_model", "place_model", "prunable_names", "train_loss"]
+
+
+def create_model(config: Config, info: dict[str, Any]) -> nn.Module:
+    """timm's model for the data set's classes, its input size as flagged."""
+    if not timm.is_model(config.model.partition(".")[0]):
+        near = difflib.get_close_matches(config.model, timm.list_models(), n=3)
+        raise ValueError(f"--model {config.model} is not a timm model; did you mean {', '.join(near) or 'resnet50'}?")
+    if config.initial_checkpoint and not Path(config.initial_checkpoint).is_file():
+        raise ValueError(f"--initial-checkpoint {config.initial_checkpoint} does not exist; check the path")
+    options: dict[str, Any] = dict(config.model_kwargs)
+    if config.drop_path is not None:
+        options["drop_path_rate"] = config.drop_path
+    num_classes = config.num_classes or int(info.get("num_classes", 0))
+    if num_classes < 1:
+        raise ValueError(f"{config.data_dir} does not say how many classes it has; add --num-classes")
+    model = timm.create_model(
+        config.model, pretrained=config.pretrained, num_classes=num_classes, drop_rate=config.drop,
+        checkpoint_path=config.initial_checkpoint, **options,
+    )  # fmt: skip
+    if config.img_size is not None and hasattr(model, "set_input_size") and "img_size" not in config.model_kwargs:
+        # Vision transformers: the position embeddings follow.
+        model.set_input_size(img_size=config.img_size)  # type: ignore[operator]
+    return model
+
+
+def place_model(model: nn.Module, config: Config, world: World) -> None:
+    """Onto the device, in the memory layout asked for, with synchronised BatchNorm where asked for; in place."""
+    if config.sync_bn and world.num_ranks > 1:
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    model.to(world.device)
+    if config.channels_last:
+        model.to(memory_format=torch.channels_last)
+
+
+def compile_model(model: nn.Module, config: Config) -> nn.Module:
+    """torch.compile around DDP, as timm does it."""
+    if not config.torchcompile:
+        return model
+    return torch.compile(model, backend=config.torchcompile)  # type: ignore[return-value]
+
+
+def prunable_names(model: nn.Module) -> set[str]:
+    """Names of the weights of convolution and linear layers, stem and classifier included."""
+    layers = (nn.modules.conv._ConvNd, nn.Linear)
+    return {
+        f"{name}.weight".lstrip(".")
+        for name, module in model.named_modules()
+        if isinstance(module, layers) and isinstance(getattr(module, "weight", None), nn.Parameter)
+    }
+
+
+def train_loss(config: Config) -> Callable[[Tensor, Tensor], Tensor]:
+    """timm's choice of loss."""
+    if config.bce_loss:
+        smoothing = 0.0 if config.mixes else config.smoothing
+        return BinaryCrossEntropy(smoothing=smoothing, target_threshold=config.bce_target_thresh)
+    if config.mixes:
+        return SoftTargetCrossEntropy()
+    return LabelSmoothingCrossEntropy(config.smoothing) if config.smoothing else nn.CrossEntropyLoss()

@@ -1,0 +1,139 @@
+"""The optimizer by name: pruning options, parameter groups, learning rate, and its memory by arithmetic."""
+
+import dataclasses
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from torch import Tensor, nn
+
+from toolkit.build.model import prunable_names
+from toolkit.config import Config
+from toolkit.log import get_logger
+from toolkit.memory.predict import ParameterFacts, predict_optimizer_rows
+from toolkit.optim.registry import check_optimizer_name, find_spec, resolve_name
+from toolkit.prune.mask import mask_of, unpack_bits
+from toolkit.prune.schedule import Schedule
+
+__all__ = [
+    "apply_recipe", "base_learning_rate", "create_optimizer", "predict_memory", "pruning_schedule",
+    "resolve_optimizer", "total_epochs",
+]  # fmt: skip
+
+_log = get_logger()
+
+
+def resolve_optimizer(config: Config) -> tuple[str, str]:
+    """Name in timm's factory and pruning method; checks that they and --sparsity fit together."""
+    name, method = resolve_name(config.opt, config.pruning)
+    check_optimizer_name(name)
+    if method != "none":
+        if config.sparsity is None:
+            raise ValueError(
+                f"--opt {config.opt} with pruning by {method} needs --sparsity, for example --sparsity 0.7 (0 = off)"
+            )
+        if name.startswith("lookahead_"):
+            raise ValueError(
+                f"--opt {name}: Lookahead revives pruned weights, its slow weights know no mask; "
+                f"use --opt {name.removeprefix('lookahead_')}"
+            )
+    elif config.sparsity and config.pruning is None:
+        raise ValueError(
+            f"--sparsity {config.sparsity} but --opt {config.opt} does not prune; add --pruning magnitude, movement "
+            "or state, or use --opt adamwprune"
+        )
+    return name, method
+
+
+def apply_recipe(config: Config, opt: str) -> Config:
+    """Settings that belong to an optimizer (see its registry row) unless a flag or recipe file says otherwise."""
+    spec = find_spec(opt)
+    extra = {key: value for key, value in (spec.recipe if spec else {}).items() if key not in config.given}
+    if extra:
+        _log.info("--opt %s brings %s", opt, ", ".join(f"{key}={value}" for key, value in extra.items()))
+    return dataclasses.replace(config, **extra)
+
+
+def base_learning_rate(config: Config, opt: str, global_batch_size: int) -> float:
+    """timm's rule: --lr, or --lr-base scaled from --lr-base-size to the global batch."""
+    if config.lr is not None:
+        return config.lr
+    ratio = global_batch_size / config.lr_base_size
+    scale = config.lr_base_scale or ("sqrt" if any(part in opt for part in ("ada", "lamb")) else "linear")
+    return config.lr_base * (ratio**0.5 if scale == "sqrt" else ratio)
+
+
+def total_epochs(config: Config, steps: int) -> int:
+    """Epochs with cool-down and warm-up prefix, as timm's scheduler factory counts them."""
+    throwaway = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    return create_scheduler_v2(throwaway, **scheduler_kwargs(config), updates_per_epoch=steps)[1]
+
+
+def pruning_schedule(config: Config, method: str, total_steps: int) -> Schedule:
+    """The --prune flags as optimizer steps; off without a method or with --sparsity 0."""
+    if method == "none" or not config.sparsity:
+        return Schedule()
+    begin, end = int(config.prune_begin * total_steps), round(config.prune_end * total_steps)
+    if not begin < end:
+        raise ValueError(f"a run of {total_steps} steps is too short to prune in; raise --epochs")
+    return Schedule(config.sparsity, begin, end, config.prune_frequency)
+
+
+def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Groups by (prunable, decayed): timm's rule for decay, our mark for pruning, names for messages."""
+    prunable = prunable_names(model)
+    exempt: set[str] = set(getattr(model, "no_weight_decay", set)())
+    groups: dict[tuple[bool, bool], list[tuple[str, Tensor]]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decays = parameter.ndim > 1 and not name.endswith(".bias") and name not in exempt
+            groups.setdefault((name in prunable, decays), []).append((name, parameter))
+    return [
+        {"params": named, "weight_decay": weight_decay if decays else 0.0, "prunable": may_prune}
+        for (may_prune, decays), named in sorted(groups.items(), key=lambda item: item[0])
+    ]
+
+
+def create_optimizer(
+    config: Config, model: nn.Module, opt: str, lr: float, schedule: Schedule
+) -> torch.optim.Optimizer:
+    """The optimizer from timm's factory, with our groups and pruning options. Raises ValueError on a bad argument."""
+    arguments = {**optimizer_kwargs(config), "opt": opt, "lr": lr, **config.opt_kwargs}
+    spec = find_spec(opt)
+    if spec is not None and spec.method != "none":
+        clash = sorted(config.opt_kwargs.keys() & {*dataclasses.asdict(schedule), "score", "scope"})
+        if clash:
+            raise ValueError(f"--opt-kwargs {clash[0]} is set by the --prune flags here; use them instead")
+        arguments |= {**dataclasses.asdict(schedule), "scope": config.prune_scope}
+        if config.prune_score is not None:
+            arguments["score"] = config.prune_score
+    try:
+        return create_optimizer_v2(
+            model, **arguments, param_group_fn=lambda m: _parameter_groups(m, config.weight_decay)
+        )
+    except TypeError as error:
+        raise ValueError(f"--opt {opt} does not take one of its arguments ({error}); see --opt-kwargs") from None
+
+
+def predict_memory(
+    model: nn.Module, optimizer: torch.optim.Optimizer, opt: str, method: str, score: str | None, ema: Any
+) -> dict[str, int]:
+    """Ledger rows by arithmetic, for the rows where arithmetic is exact."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    weights = sum(p.nbytes for p in model.parameters())
+    buffers = sum(b.nbytes for b in model.buffers())
+    rows = {
+        "weights": weights, "buffers": buffers, "gradients": sum(p.nbytes for p in trained), "ddp_buckets": 0,
+        "ema": weights + buffers if ema is not None else 0,
+    }  # fmt: skip
+    spec = find_spec(opt)
+    if spec is None:
+        return rows
+    facts = []
+    for parameter in trained:
+        mask = mask_of(optimizer.state.get(parameter, {}))
+        survivors = parameter.numel() if mask is None else int(unpack_bits(mask, parameter.numel()).sum())
+        facts.append(ParameterFacts(parameter.numel(), mask is not None, survivors, parameter.itemsize))
+    moments = spec.moments
+    return rows | predict_optimizer_rows(facts, moments, counts_steps="exp_avg" in moments, method=method, score=score)

@@ -1,0 +1,340 @@
+"""Flags and YAML -> a frozen Config. Standard library and yaml only: `train.py --help` must not import torch.
+
+One field is one flag: `weight_decay` is `--weight-decay` on the command line and `weight_decay` in a recipe. Names and
+defaults are timm's wherever timm has the flag. Order of precedence: command line, recipe (`-c`), default.
+"""
+
+import argparse
+import ast
+import dataclasses
+import difflib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+__all__ = ["Config", "batch_size_per_rank", "parse"]
+
+
+def _flag(default: Any, help_text: str, **options: Any) -> Any:
+    """A field with its flag's help; options: group (once, at its first flag), kind, nargs, const, choices, short."""
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: type(default)(default), metadata={"help": help_text, **options})
+    return field(default=default, metadata={"help": help_text, **options})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every setting of a run. `given` holds the names that a flag or a recipe set, as opposed to defaults."""
+
+    # fmt: off
+    data_dir: str = _flag("", "folder of WebDataset shards with _info.json", group="Data")
+    train_split: str = _flag("train", "split to train on")
+    val_split: str = _flag("validation", "split to evaluate on")
+
+    model: str = _flag("resnet50", "any timm model by name", group="Model")
+    pretrained: bool = _flag(False, "start from timm's weights (fetched by timm)")
+    initial_checkpoint: str = _flag("", "start from the weights in this file")
+    num_classes: int | None = _flag(None, "classes; the data set's number by default", kind=int)
+    img_size: int | None = _flag(None, "side of the square input in pixels; the model's own by default", kind=int)
+    crop_pct: float | None = _flag(None, "share of the resized image the evaluation crop takes", kind=float)
+    mean: list[float] | None = _flag(None, "per-channel mean, 0..1", kind=float, nargs=3)
+    std: list[float] | None = _flag(None, "per-channel standard deviation, 0..1", kind=float, nargs=3)
+    interpolation: str = _flag("", "evaluation resize; the model's own by default", choices=("", "bilinear", "bicubic"))
+    model_kwargs: dict[str, Any] = _flag({}, "more arguments of the model, key=value", nargs="*")
+    batch_size: int = _flag(128, "images per rank and micro-batch", short="-b")
+    validation_batch_size: int | None = _flag(None, "images per rank in evaluation; as -b", kind=int, short="-vb")
+    global_batch_size: int | None = _flag(None, "fix ranks × batch × accumulation instead of -b", kind=int)
+    channels_last: bool = _flag(False, "channels-last memory layout")
+    grad_accum_steps: int = _flag(1, "micro-batches per optimizer step")
+    torchcompile: str | None = _flag(None, "compile the model, with this backend", nargs="?", const="inductor")
+    amp: str | None = _flag(None, "mixed precision; bare: --amp-dtype, or fp16", nargs="?", const="default",
+                            choices=("default", "fp16", "bf16", "float16", "bfloat16"))
+    amp_dtype: str | None = _flag(None, "dtype of a bare --amp", choices=("float16", "bfloat16"))
+
+    opt: str = _flag("sgd", "optimizer; python -m toolkit.optim --list shows ours, timm's work too", group="Optimizer")
+    opt_eps: float | None = _flag(None, "epsilon; the optimizer's own by default", kind=float)
+    opt_betas: list[float] | None = _flag(None, "betas; the optimizer's own by default", kind=float, nargs="+")
+    momentum: float = _flag(0.9, "momentum")
+    weight_decay: float = _flag(2e-5, "weight decay; none on norms, biases and what the model exempts")
+    clip_grad: float | None = _flag(None, "clip gradients at this value", kind=float)
+    clip_mode: str = _flag("norm", "what --clip-grad limits", choices=("norm", "value", "agc"))
+    opt_kwargs: dict[str, Any] = _flag({}, "more arguments of the optimizer, key=value", nargs="*")
+
+    pruning: str | None = _flag(None, "method; adamwprune means state", group="Pruning",
+                                choices=("none", "magnitude", "movement", "state"))
+    sparsity: float | None = _flag(None, "final share of zeros in convolution and linear weights; 0 = off", kind=float)
+    prune_begin: float = _flag(0.05, "where the ramp begins, as a fraction of all steps")
+    prune_end: float = _flag(0.6, "where the last mask update is, as a fraction of all steps")
+    prune_frequency: int = _flag(50, "steps between mask updates")
+    prune_score: str | None = _flag(None, "score of a weight; the method's own by default")
+    prune_scope: str = _flag("global", "where weights compete", choices=("global",))
+
+    sched: str = _flag("cosine", "learning-rate schedule, timm's", group="Schedule",
+                       choices=("cosine", "tanh", "step", "multistep", "poly", "plateau", "none"))
+    sched_on_updates: bool = _flag(False, "step the schedule every update, not every epoch")
+    lr: float | None = _flag(None, "learning rate; overrides --lr-base", kind=float)
+    lr_base: float = _flag(0.1, "learning rate at --lr-base-size images, scaled to the global batch")
+    lr_base_size: int = _flag(256, "see --lr-base")
+    lr_base_scale: str = _flag("", "scaling of --lr-base; sqrt for Adam, linear else", choices=("", "linear", "sqrt"))
+    epochs: int = _flag(300, "epochs to train")
+    warmup_lr: float = _flag(1e-5, "learning rate at the start of warm-up")
+    warmup_epochs: int = _flag(5, "epochs of warm-up")
+    warmup_prefix: bool = _flag(False, "warm-up comes before the schedule instead of replacing its start")
+    min_lr: float = _flag(0.0, "lowest learning rate of a cyclic schedule")
+    cooldown_epochs: int = _flag(0, "epochs at --min-lr after the schedule")
+    decay_epochs: int = _flag(90, "epochs between decays of a step schedule")
+    decay_milestones: list[int] = _flag([90, 180, 270], "epochs of the decays of multistep", kind=int, nargs="+")
+    decay_rate: float = _flag(0.1, "factor of a decay")
+    patience_epochs: int = _flag(10, "epochs without gain before plateau decays")
+
+    no_aug: bool = _flag(False, "train on evaluation crops", group="Augmentation and regularisation")
+    scale: list[float] = _flag([0.08, 1.0], "area of the random crop", kind=float, nargs=2)
+    ratio: list[float] = _flag([3.0 / 4.0, 4.0 / 3.0], "aspect ratio of the random crop", kind=float, nargs=2)
+    hflip: float = _flag(0.5, "chance of a left-right flip")
+    vflip: float = _flag(0.0, "chance of an upside-down flip")
+    color_jitter: float = _flag(0.4, "strength of colour jitter; anything above 0 leaves the fast decoding path")
+    aa: str | None = _flag(None, "AutoAugment policy, timm's, for example rand-m9-mstd0.5")
+    train_interpolation: str = _flag("random", "resize of training crops", choices=("random", "bilinear", "bicubic"))
+    reprob: float = _flag(0.0, "chance of random erasing")
+    remode: str = _flag("pixel", "fill of random erasing", choices=("const", "rand", "pixel"))
+    recount: int = _flag(1, "areas erased")
+    mixup: float = _flag(0.0, "mixup alpha")
+    cutmix: float = _flag(0.0, "cutmix alpha")
+    cutmix_minmax: list[float] | None = _flag(None, "cutmix min and max ratio", kind=float, nargs="+")
+    mixup_prob: float = _flag(1.0, "chance of mixup or cutmix in a batch")
+    mixup_switch_prob: float = _flag(0.5, "chance of cutmix where both are on")
+    mixup_mode: str = _flag("batch", "how pairs are mixed", choices=("batch", "pair", "elem"))
+    mixup_off_epoch: int = _flag(0, "stop mixing after this epoch; 0 = never")
+    smoothing: float = _flag(0.1, "label smoothing")
+    bce_loss: bool = _flag(False, "binary cross-entropy")
+    bce_target_thresh: float | None = _flag(None, "threshold of soft targets in --bce-loss", kind=float)
+    drop: float = _flag(0.0, "dropout")
+    drop_path: float | None = _flag(None, "stochastic depth", kind=float)
+
+    sync_bn: bool = _flag(False, "BatchNorm statistics over all ranks", group="BatchNorm and weight averaging")
+    dist_bn: str = _flag("reduce", "running statistics after an epoch", choices=("reduce", "broadcast", ""))
+    model_ema: bool = _flag(False, "keep a moving average of the weights, and evaluate it")
+    model_ema_decay: float = _flag(0.9998, "decay of the average")
+    model_ema_warmup: bool = _flag(False, "raise the decay over the first steps")
+
+    seed: int = _flag(42, "seed", group="Run")
+    log_interval: int = _flag(50, "steps between log lines and scalars")
+    val_interval: int = _flag(1, "epochs between evaluations")
+    checkpoint_hist: int = _flag(2, "checkpoints kept beside the best")
+    checkpoint_interval: int = _flag(0, "steps between checkpoints within an epoch; 0 = at its end only")
+    workers: int = _flag(4, "data workers per rank", short="-j")
+    pin_mem: bool = _flag(False, "pin host memory for faster copies to the GPU")
+    output: str = _flag("runs", "folder of run folders")
+    experiment: str = _flag("", "name of the run folder; <time>-<model>-<opt> by default")
+    eval_metric: str = _flag("top1", "metric of the best checkpoint", choices=("top1", "top5", "loss"))
+    resume: str = _flag("", "'auto' (newest checkpoint of the run folder) or a checkpoint folder")
+    dist_timeout: int = _flag(1800, "seconds before a rank that waits for a lost one gives up")
+    # fmt: on
+    given: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        for item in flags():
+            choices, value = item.metadata.get("choices"), getattr(self, item.name)
+            if choices and value is not None and value not in choices:
+                raise ValueError(f"{_name(item)} {value!r} is not known; choose one of {_list(choices)}")
+        for name in ("batch_size", "grad_accum_steps", "epochs", "log_interval", "val_interval", "prune_frequency"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
+        if self.sparsity is not None and not 0 <= self.sparsity < 1:
+            raise ValueError(f"--sparsity {self.sparsity} must be in [0, 1), for example 0.7")
+        if not 0 <= self.prune_begin < self.prune_end <= 1:
+            raise ValueError(
+                f"--prune-begin {self.prune_begin} and --prune-end {self.prune_end} are fractions of all steps; "
+                "use 0 <= begin < end <= 1"
+            )
+        if self.amp_dtype and not self.amp:
+            raise ValueError(f"--amp-dtype {self.amp_dtype} does nothing without --amp; add --amp or drop it")
+        if self.amp_dtype and self.amp not in (None, "default") and self.amp_dtype != self._amp_name():
+            raise ValueError(f"--amp {self.amp} and --amp-dtype {self.amp_dtype} disagree; keep one of them")
+        if self.global_batch_size is not None and "batch_size" in self.given:
+            raise ValueError("-b and --global-batch-size both set the batch; keep one of them")
+
+    def _amp_name(self) -> str:
+        return {"fp16": "float16", "bf16": "bfloat16"}.get(self.amp or "", self.amp or "")
+
+    @property
+    def mixed_precision(self) -> str:
+        """Accelerate's word for the precision: no, fp16 or bf16."""
+        if not self.amp:
+            return "no"
+        dtype = (self.amp_dtype or "float16") if self.amp == "default" else self._amp_name()
+        return {"float16": "fp16", "bfloat16": "bf16"}[dtype]
+
+    @property
+    def mixes(self) -> bool:
+        """Whether mixup or CutMix is on, so that targets are soft."""
+        return self.mixup > 0 or self.cutmix > 0 or self.cutmix_minmax is not None
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings, for args.yaml; reading it back with -c repeats the run."""
+        return {item.name: getattr(self, item.name) for item in flags()}
+
+
+def flags() -> list[dataclasses.Field[Any]]:
+    """The fields that are flags."""
+    return [item for item in fields(Config) if item.name != "given"]
+
+
+def _list(choices: Sequence[str]) -> str:
+    return ", ".join(choice for choice in choices if choice not in ("", "default"))
+
+
+def _name(item: dataclasses.Field[Any]) -> str:
+    return "--" + item.name.replace("_", "-")
+
+
+def batch_size_per_rank(config: Config, num_ranks: int) -> int:
+    """Images per rank and micro-batch. Raises ValueError where --global-batch-size does not divide evenly."""
+    wanted = config.global_batch_size
+    if wanted is None:
+        return config.batch_size
+    share = num_ranks * config.grad_accum_steps
+    if wanted < 1 or wanted % share:
+        below, above = wanted // share * share, (wanted // share + 1) * share
+        near = f"{below} or {above}" if below > 0 else str(above)
+        raise ValueError(
+            f"{num_ranks} ranks × accumulation {config.grad_accum_steps} do not divide --global-batch-size {wanted}; "
+            f"use {near}"
+        )
+    return wanted // share
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with errors of one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+class _KeyValues(argparse.Action):
+    """`key=value ...` -> dict; values are Python literals where they can be, strings else (as timm's ParseKwargs)."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None
+    ) -> None:
+        pairs = {}
+        for text in values:
+            key, equals, value = text.partition("=")
+            if not equals:
+                parser.error(f"{option_string} {text!r} is not key=value")
+            try:
+                pairs[key] = ast.literal_eval(value)
+            except (ValueError, SyntaxError):
+                pairs[key] = value
+        setattr(namespace, self.dest, pairs)
+
+
+def _build_parser(prog: str) -> _Parser:
+    parser = _Parser(
+        prog=prog,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        description="Train an image model on WebDataset shards with an optimizer that may prune. "
+        "Start it with: accelerate launch --config_file accelerate_configs/<machine>.yaml train.py <flags>",
+    )
+    parser.add_argument("-c", "--config", metavar="FILE", help="recipe: YAML of the settings below")
+    group: Any = parser
+    for item in flags():
+        meta = item.metadata
+        if "group" in meta:
+            group = parser.add_argument_group(meta["group"])
+        default = item.default_factory() if callable(item.default_factory) else item.default
+        names = [_name(item), *([meta["short"]] if "short" in meta else [])]
+        shown = f" (default {default})" if default not in (None, "", False) and default != {} else ""
+        options: dict[str, Any] = {"dest": item.name, "help": meta["help"].replace("%", "%%") + shown}
+        if isinstance(default, bool):
+            negatable = not item.name.startswith("no_")
+            options["action"] = argparse.BooleanOptionalAction if negatable else "store_true"
+        elif isinstance(default, dict):
+            options |= {"action": _KeyValues, "nargs": meta["nargs"], "metavar": "KEY=VALUE"}
+        else:
+            options["type"] = meta.get("kind") or (type(default) if isinstance(default, (int, float)) else str)
+            options |= {key: meta[key] for key in ("nargs", "const", "choices") if key in meta}
+            if "choices" in meta:
+                options["choices"] = [choice for choice in meta["choices"] if choice != "default"]
+                if "const" in meta:  # argparse would refuse its own const; __post_init__ checks the value
+                    options["metavar"] = "{" + ",".join(options.pop("choices")) + "}"
+            else:
+                options["metavar"] = options["type"].__name__.upper()
+        group.add_argument(*names, **options)
+    return parser
+
+
+def _read_recipe(path: str) -> dict[str, Any]:
+    import yaml
+
+    try:
+        settings = yaml.safe_load(Path(path).read_text()) or {}
+    except OSError as error:
+        raise ValueError(f"-c {path} cannot be read ({error.strerror}); check the path") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"-c {path} is not YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"-c {path} must hold settings as key: value")
+    known = {item.name: item for item in flags()}
+    result = {}
+    for key, value in settings.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            raise ValueError(f"{key!r} in {path} is not a setting.{_near(name, known)} Valid: {', '.join(known)}")
+        result[name] = _checked(known[name], value, path)
+    return result
+
+
+def _checked(item: dataclasses.Field[Any], value: Any, path: str) -> Any:
+    """A recipe's value in the type of its field; 1e-3 and 1 are good floats, True is a good bool only."""
+    meta = item.metadata
+    default = item.default_factory() if callable(item.default_factory) else item.default
+    if value is None and default is None:
+        return None
+    many = isinstance(meta.get("nargs"), int) or meta.get("nargs") == "+"
+    kind = dict if isinstance(default, dict) else meta.get("kind") or (str if default is None else type(default))
+    try:
+        if many:
+            return [_scalar(meta["kind"], entry) for entry in value]
+        return _scalar(kind, meta["const"] if value is True and "const" in meta else value)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{item.name}: {value!r} in {path} must be {'a list of ' if many else ''}{kind.__name__}"
+        ) from None
+
+
+def _scalar(kind: type, value: Any) -> Any:
+    if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not kind:
+        raise TypeError
+    return value
+
+
+def _near(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, list(known), n=2, cutoff=0.6)
+    return f" Did you mean {' or '.join(close)}?" if close else ""
+
+
+def parse(argv: Sequence[str] | None = None, prog: str = "train.py") -> Config:
+    """Command line (and recipe) -> Config. Prints one line and exits with 2 on a mistake."""
+    parser = _build_parser(prog)
+    known, unknown = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    try:
+        if unknown:
+            valid = [_name(item) for item in flags()]
+            name = unknown[0].partition("=")[0]
+            raise ValueError(f"{unknown[0]} is not a flag of {prog}.{_near(name, valid)} Valid: {' '.join(valid)}")
+        explicit = vars(known)
+        recipe = explicit.pop("config", None)
+        settings = _read_recipe(recipe) if recipe else {}
+        for flag, other in (("batch_size", "global_batch_size"), ("global_batch_size", "batch_size")):
+            if flag in explicit:
+                settings.pop(other, None)  # two ways to set the batch: the command line's wins
+        settings |= explicit
+        return Config(**settings, given=frozenset(settings))
+    except ValueError as error:
+        parser.error(str(error))

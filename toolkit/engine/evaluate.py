@@ -1,0 +1,45 @@
+"""Evaluation in which every sample counts exactly once, whatever the number of ranks."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from toolkit.engine.run import Run
+
+__all__ = ["EvalResult", "evaluate"]
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Means over all evaluated samples: cross-entropy, top-1 and top-5 in percent; `num_bad` could not be read."""
+
+    loss: float
+    top1: float
+    top5: float
+    num_samples: int
+    num_bad: int
+
+
+@torch.no_grad()
+def evaluate(run: Run, model: nn.Module) -> EvalResult:
+    """Evaluate `model`, not wrapped by DDP: its forward would broadcast buffers. Call on all ranks."""
+    model.eval()
+    sums = torch.zeros(5, dtype=torch.float64, device=run.world.device)  # loss, top1, top5, samples, bad
+    for batch in run.eval_loader:
+        images, labels = run.to_inputs(batch)
+        weights = batch.weights.to(run.world.device, torch.float64)
+        with run.accelerator.autocast():
+            logits = model(images)
+        logits = logits.float()
+        losses = nn.functional.cross_entropy(logits, labels, reduction="none").double()
+        ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+        sums[0] += (losses * weights).sum()
+        sums[1] += (ranked[:, 0] * weights).sum()
+        sums[2] += (ranked.any(1) * weights).sum()
+        sums[3] += weights.sum()
+        sums[4] += batch.num_bad
+    loss, top1, top5, count, bad = run.world.sum(sums).tolist()
+    assert int(count + bad) == run.eval_loader.num_samples, (count, bad, run.eval_loader.num_samples)
+    count = max(count, 1.0)
+    return EvalResult(loss / count, 100 * top1 / count, 100 * top5 / count, int(count), int(bad))

@@ -1,0 +1,83 @@
+"""What `build` hands to the loop: the components of one run, built and placed, and nothing of the configuration."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from toolkit.data.loader import Batch, EvalLoader, TrainLoader
+from toolkit.dist import World
+from toolkit.engine.checkpoint import CheckpointStore
+from toolkit.engine.scalars import Scalars
+from toolkit.memory.report import MemoryLog
+from toolkit.prune.mask import mask_of
+from toolkit.prune.schedule import Schedule
+
+__all__ = ["Plan", "Run"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Numbers of a run. Steps are optimizer updates; `clip_grad` None = off."""
+
+    epochs: int
+    steps_per_epoch: int
+    accumulation: int
+    global_batch_size: int
+    clip_grad: float | None
+    clip_mode: str
+    log_interval: int
+    val_interval: int
+    checkpoint_interval: int
+    eval_metric: str
+    dist_bn: str
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer updates in the whole run."""
+        return self.epochs * self.steps_per_epoch
+
+
+@dataclass
+class Run:
+    """A run, ready to train. `model` and `optimizer` are Accelerate's, the `bare_` ones what they wrap."""
+
+    plan: Plan
+    accelerator: Accelerator
+    world: World
+    folder: Path
+    model: nn.Module
+    bare_model: nn.Module
+    optimizer: Any
+    bare_optimizer: torch.optim.Optimizer
+    scheduler: Any
+    ema: Any
+    train_loader: TrainLoader
+    eval_loader: EvalLoader
+    train_loss: Callable[[Tensor, Tensor], Tensor]
+    to_inputs: Callable[[Batch], tuple[Tensor, Tensor]]
+    augment: Callable[[Tensor, Tensor, int, int], tuple[Tensor, Tensor]]
+    schedule: Schedule
+    prunable: list[tuple[str, Tensor]]
+    predict_memory: Callable[[], dict[str, int]]
+    checkpoints: CheckpointStore
+    scalars: Scalars
+    memory: MemoryLog
+    facts: dict[str, Any]
+    resume_from: Path | None
+
+    def masked_parameters(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """(parameter, bit mask) of every parameter that has one."""
+        for parameter, state in self.bare_optimizer.state.items():
+            mask = mask_of(state)
+            if mask is not None:
+                yield parameter, mask
+
+    def sparsity(self) -> tuple[int, int]:
+        """(zeros, weights) over the prunable weights the model really has."""
+        zeros = sum(int((parameter == 0).sum()) for _, parameter in self.prunable)
+        return zeros, sum(parameter.numel() for _, parameter in self.prunable)

@@ -1,0 +1,103 @@
+"""One optimizer step: micro-batches, backward, the check that the loss is finite, clipping, update."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from timm.utils import dispatch_clip_grad
+from torch import Tensor
+
+from toolkit.data.loader import Batch
+from toolkit.dist import World
+from toolkit.engine.run import Run
+
+__all__ = ["NonFiniteLossError", "StepResult", "train_step"]
+
+
+class NonFiniteLossError(Exception):
+    """A rank's loss is not finite; no rank made the update."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step leaves: mean loss of this rank's images (on the device), gradient norm before clipping where it was
+    taken, images read and unreadable on this rank, seconds waited for data, and whether a rank was asked to stop.
+    """
+
+    loss: Tensor
+    grad_norm: Tensor | None
+    num_bad: int
+    wait_s: float
+    stop: bool
+
+
+class _Signal:
+    """One small collective a step: which rank's loss is not finite, and whether any rank was asked to stop.
+
+    The flag is made and reduced on the device before backward and copied without blocking; the host reads it when
+    backward has been launched, so a GPU is never idle for it, and before the update, so a bad one never happens.
+    """
+
+    def __init__(self, loss: Tensor, stop: bool, world: World) -> None:
+        bad = torch.where(loss.isfinite(), 0.0, float(world.num_ranks - world.rank))
+        flags = world.max(torch.stack([bad, torch.full_like(bad, float(stop))]))
+        self._copy = flags.to("cpu", non_blocking=True)
+        self._ready = torch.cuda.Event() if flags.is_cuda else None
+        if self._ready is not None:
+            self._ready.record()
+
+    def read(self, world: World) -> tuple[int | None, bool]:
+        """(lowest rank whose loss is not finite, or None; whether to stop)."""
+        if self._ready is not None:
+            self._ready.synchronize()
+        bad, stop = self._copy.tolist()
+        return (world.num_ranks - int(bad) if bad else None), bool(stop)
+
+
+def train_step(
+    run: Run, batches: Iterator[Batch], update: int, epoch: int, *, stop: bool, want_grad_norm: bool
+) -> StepResult:
+    """Make update number `update` (from 1). Raises NonFiniteLossError on all ranks, before anything has changed."""
+    accumulation = run.plan.accumulation
+    run.optimizer.zero_grad()  # here, not after the step: between steps the memory ledger reads the gradients
+    total = torch.zeros((), device=run.world.device)
+    num_bad, wait_s = 0, 0.0
+    signal: _Signal | None = None
+    for micro in range(accumulation):
+        begin = time.perf_counter()
+        batch = next(batches)
+        wait_s += time.perf_counter() - begin
+        num_bad += batch.num_bad
+        images, targets = run.augment(*run.to_inputs(batch), (update - 1) * accumulation + micro, epoch)
+        last = micro == accumulation - 1
+        with contextlib.nullcontext() if last else run.accelerator.no_sync(run.model):
+            loss = run.train_loss(run.model(images), targets) / accumulation
+            total += loss.detach()
+            if last:
+                signal = _Signal(total, stop, run.world)
+            run.accelerator.backward(loss)
+    assert signal is not None
+    bad_rank, stop_now = signal.read(run.world)
+    if bad_rank is not None:
+        raise NonFiniteLossError(
+            f"loss is not finite at step {update} on rank {bad_rank}; no rank made the update. Lower --lr, add "
+            "--clip-grad, or resume from the last checkpoint with other settings"
+        )
+    grad_norm = _clip(run, want_grad_norm)
+    run.optimizer.step()
+    return StepResult(total, grad_norm, num_bad, wait_s, stop_now)
+
+
+def _clip(run: Run, want_norm: bool) -> Tensor | None:
+    parameters = [parameter for parameter in run.bare_model.parameters() if parameter.grad is not None]
+    if run.plan.clip_grad is not None and run.plan.clip_mode == "norm":
+        return run.accelerator.clip_grad_norm_(parameters, run.plan.clip_grad)
+    norm = None
+    if want_norm or run.plan.clip_grad is not None:
+        run.accelerator.unscale_gradients()
+        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])  # type: ignore[misc]
+    if run.plan.clip_grad is not None:
+        dispatch_clip_grad(parameters, run.plan.clip_grad, mode=run.plan.clip_mode)
+    return norm

@@ -1,0 +1,41 @@
+"""The log: rank 0 speaks on the console and in the run folder's train.log, other ranks only when something is wrong."""
+
+import logging
+import sys
+from pathlib import Path
+
+__all__ = ["get_logger", "start_logging"]
+
+
+class _BelowBar(logging.StreamHandler):
+    """Console handler that leaves a progress bar whole."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm = sys.modules.get("tqdm")
+        if tqdm is not None and sys.stderr.isatty():
+            tqdm.tqdm.write(self.format(record), file=sys.stderr)
+        else:
+            super().emit(record)
+
+
+def get_logger() -> logging.Logger:
+    """The toolkit's logger."""
+    return logging.getLogger("toolkit")
+
+
+def start_logging(rank: int, file: Path | None = None) -> None:
+    """Send rank 0's messages to stderr and, where given, to `file`; other ranks' warnings to stderr."""
+    logger = get_logger()
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
+    logger.propagate = False
+    logger.setLevel(logging.INFO)
+    console = _BelowBar(sys.stderr)
+    console.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    console.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"))
+    logger.addHandler(console)
+    if file is not None and rank == 0:
+        handler = logging.FileHandler(file)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        logger.addHandler(handler)

@@ -1,0 +1,36 @@
+"""Train an image model: parse, build, train. Start it with `accelerate launch --config_file accelerate_configs/...`."""
+
+import os
+import sys
+import time
+
+from toolkit.config import parse
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run; returns the exit status: 0 done, 1 failed, 2 bad setting, 130 stopped on request."""
+    config = parse(argv)
+    from toolkit.build import build
+    from toolkit.engine.loop import InterruptedRunError, SparsityError, train
+    from toolkit.engine.step import NonFiniteLossError
+    from toolkit.log import get_logger, start_logging
+
+    rank = int(os.environ.get("RANK", "0"))
+    start_logging(rank)
+    try:
+        train(build(config))
+    except InterruptedRunError as stopped:
+        get_logger().info("%s", stopped)
+        return 130
+    except (ValueError, OSError, NonFiniteLossError, SparsityError) as error:
+        if rank:
+            time.sleep(3)  # a mistake all ranks share: rank 0 says it once, and the launcher then ends this process
+        get_logger().error("train.py: error: %s", error)
+        return 2 if isinstance(error, ValueError) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    sys.exit(record(main)())
