@@ -72,7 +72,7 @@ def build(config: Config) -> Run:
         train_loader=train_loader,
         eval_loader=eval_loader,
         train_loss=train_loss(config),
-        to_inputs=to_inputs(inputs, world.device, config.channels_last),
+        to_inputs=to_inputs(inputs, model, config.channels_last),
         augment=augment(config, world, facts["num_classes"]),
         schedule=schedule,
         prunable=[(name, parameter) for name, parameter in model.named_parameters() if name in prunable],

@@ -76,15 +76,17 @@ def eval_transform(inputs: dict[str, Any]) -> Transform:
 
 
 def to_inputs(
-    inputs: dict[str, Any], device: torch.device, channels_last: bool
+    inputs: dict[str, Any], model: nn.Module, channels_last: bool
 ) -> Callable[[Batch], tuple[Tensor, Tensor]]:
-    """Batch of uint8 -> (normalised float32 images, labels) on the device."""
-    mean = torch.tensor(inputs["mean"], device=device).mul(255).view(1, 3, 1, 1)
-    std = torch.tensor(inputs["std"], device=device).mul(255).view(1, 3, 1, 1)
+    """Batch of uint8 -> (normalised images in the model's dtype, labels) on the model's device."""
+    weight = next(model.parameters())
+    device, dtype = weight.device, weight.dtype
+    mean = torch.tensor(inputs["mean"], device=device, dtype=dtype).mul(255).view(1, 3, 1, 1)
+    std = torch.tensor(inputs["std"], device=device, dtype=dtype).mul(255).view(1, 3, 1, 1)
     layout = torch.channels_last if channels_last else torch.contiguous_format
 
     def normalise(batch: Batch) -> tuple[Tensor, Tensor]:
-        images = batch.images.to(device, non_blocking=True).to(torch.float32, memory_format=layout)
+        images = batch.images.to(device, non_blocking=True).to(dtype, memory_format=layout)
         return images.sub_(mean).div_(std), batch.labels.to(device, non_blocking=True)
 
     return normalise

@@ -36,10 +36,18 @@ class SparsityError(Exception):
 class _StopRequest:
     """Turns Ctrl-C and SIGTERM into a flag that all ranks agree on at the next step; a second Ctrl-C breaks off."""
 
+    _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
     def __init__(self) -> None:
         self.asked = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._handle)
+
+    def __enter__(self) -> "_StopRequest":
+        self._before = [signal.signal(number, self._handle) for number in self._SIGNALS]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in zip(self._SIGNALS, self._before, strict=True):
+            signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.asked and number == signal.SIGINT:
@@ -53,15 +61,15 @@ def train(run: Run) -> History:
     Raises InterruptedRunError after a requested stop (a checkpoint is written), NonFiniteLossError, and SparsityError
     if the final number of zeros is not floor(sparsity × prunable weights).
     """
-    stop = _StopRequest()
     history = _resume(run)
     bar = Progress(run.plan.total_steps, "steps", "train", write=lambda line: None) if run.world.is_main else None
     if bar is not None:
         bar.advance(history.epoch * run.plan.steps_per_epoch + history.step)
     try:
-        while history.epoch < run.plan.epochs:
-            _train_epoch(run, history, stop, bar)
-            _finish_epoch(run, history)
+        with _StopRequest() as stop:
+            while history.epoch < run.plan.epochs:
+                _train_epoch(run, history, stop, bar)
+                _finish_epoch(run, history)
         _check_sparsity(run)
         _write(run, history, completed=True)
     except (InterruptedRunError, NonFiniteLossError, SparsityError):

@@ -14,7 +14,7 @@ def adam_update(
     max_exp_avg_sq: Tensor | None,
     *,
     step: float,
-    lr: float,
+    lr: float | Tensor,
     beta1: float,
     beta2: float,
     eps: float,
@@ -40,4 +40,5 @@ def adam_update(
         torch.maximum(max_exp_avg_sq, exp_avg_sq, out=max_exp_avg_sq)
         second = max_exp_avg_sq
     denominator = (second.sqrt() / bias_correction2_sqrt).add_(eps)
-    weight.addcdiv_(exp_avg, denominator, value=-(lr / (1 - beta1**step)))
+    step_size = lr / (1 - beta1**step)
+    weight.addcdiv_(exp_avg, denominator, value=-step_size)  # type: ignore[arg-type]  # a 0-d tensor lr is fine

@@ -66,6 +66,6 @@ class AdamWPrune(PackedOptimizer):
         """AdamW on equally shaped tensors."""
         adam_update(
             weight, grad, moments["exp_avg"], moments["exp_avg_sq"], moments.get("max_exp_avg_sq"),
-            step=step, lr=float(group["lr"]), beta1=group["betas"][0], beta2=group["betas"][1], eps=group["eps"],
+            step=step, lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1], eps=group["eps"],
             weight_decay=group["weight_decay"], decoupled=group["decoupled_weight_decay"],
         )  # fmt: skip

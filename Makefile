@@ -1,0 +1,43 @@
+# One place for the commands; each target makes what it needs. `make help` lists them.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+DIGITS := shards/data/digits/_info.json
+MODEL ?=
+
+.PHONY: help setup demo test lint clean
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup: .venv/.installed $(DIGITS)  ## .venv, requirements and the digit shards
+
+.venv/.installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "make: Python 3.11 or newer is needed; install it or call make PYTHON=/path/to/python"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv/.installed-dev: requirements-dev.txt .venv/.installed
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+$(DIGITS): shards/digits.py shards/writer.py toolkit/data/index.py | .venv/.installed
+	$(BIN)/python -m shards.digits --out $(@D)
+	@touch $@
+
+demo: setup  ## the demo matrix on two CPU ranks -> results/demo/ (MODEL=resnet50 for the study's model)
+	$(BIN)/python -m launch.matrix launch/matrices/demo.yaml $(if $(MODEL),--model $(MODEL) --out runs/demo-$(MODEL))
+	$(BIN)/python -m launch.report runs/demo$(if $(MODEL),-$(MODEL)) --out results/demo$(if $(MODEL),-$(MODEL))
+
+test: setup .venv/.installed-dev  ## all tests (GPU tests are skipped where there is none)
+	$(BIN)/python -m pytest
+
+lint: .venv/.installed-dev  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:  ## forget caches, runs and shards; .venv stays
+	rm -rf runs shards/data .mypy_cache .ruff_cache .pytest_cache .hypothesis

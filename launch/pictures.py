@@ -1,0 +1,121 @@
+"""The pictures of a report. Axes start at 0 where lengths are compared, and name their source and unit."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launch.runs import CellRun
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["draw_all"]
+
+MIB = 2**20
+# Okabe & Ito's palette: eight colours that stay apart in the common forms of colour blindness.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+_STYLES = ("-", "--", "-.", ":")
+
+
+def draw_all(runs: Sequence[CellRun], out: Path) -> list[tuple[str, str]]:
+    """Draw every picture into `out`; returns (file name, caption) in the report's order."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3})
+    on_gpu = runs[0].metrics["device_type"] != "cpu"
+    where = "tensor-byte ledger, one rank" if on_gpu else "NO GPU: tensor-byte ledger of one CPU rank"
+    pictures = (
+        (_accuracy, "accuracy.png", (7.5, 4.5), "Validation top-1 over epochs"),
+        (_timeline, "memory_timeline.png", (7.5, 6.5), f"Memory over training ({where})"),
+        (_memory_accuracy, "memory_vs_accuracy.png", (7.5, 4.5), f"Memory against final top-1 ({where})"),
+        (_ledger, "ledger.png", (8.5, 4.5), f"Who owns the memory at the end of training ({where})"),
+    )
+    made = []
+    for draw, name, size, caption in pictures:
+        figure = plt.figure(figsize=size, layout="constrained")
+        draw(figure, runs)
+        figure.suptitle(caption, fontsize=11)
+        figure.savefig(out / name, dpi=130, metadata={"Software": None})
+        plt.close(figure)
+        made.append((name, caption))
+    return made
+
+
+def _look(runs: Sequence[CellRun]) -> dict[str, tuple[str, str]]:
+    """(colour, line style) of each label."""
+    labels = list(dict.fromkeys(run.label for run in runs))
+    return {label: (_COLOURS[i % 8], _STYLES[i // 2 % 4]) for i, label in enumerate(labels)}
+
+
+def _legend_once(axes: "Axes", place: Any) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    unique = dict(zip(labels, handles, strict=True))
+    axes.legend(list(unique.values()), list(unique), fontsize=8, loc=place)
+
+
+def _accuracy(figure: Any, runs: Sequence[CellRun]) -> None:
+    axes = figure.subplots()
+    look = _look(runs)
+    for run in runs:
+        rows = [(int(row["epoch"]) + 1, float(row["eval_top1"])) for row in run.epochs if row["eval_top1"]]
+        colour, style = look[run.label]
+        axes.plot(*zip(*rows, strict=True), color=colour, linestyle=style, marker="o", markersize=3, label=run.label)
+    axes.set(xlabel="epoch", ylabel="top-1 on validation images (%)")
+    axes.set_ylim(top=101)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    _legend_once(axes, "lower right")
+
+
+def _timeline(figure: Any, runs: Sequence[CellRun]) -> None:
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    look = _look(runs)
+    for run in runs:
+        rows = [row for row in run.timeline if row["rank"] == "0"]
+        steps = [int(row["step"]) for row in rows]
+        colour, style = look[run.label]
+        for axes, key in ((upper, "ledger_bytes"), (lower, "optimizer_bytes")):
+            sizes = [int(row[key]) / MIB for row in rows]
+            axes.plot(steps, sizes, color=colour, linestyle=style, label=run.label)
+    upper.set(ylabel="all tensors (MiB)", ylim=(0, None))
+    lower.set(ylabel="optimizer and pruning (MiB)", xlabel="optimizer step", ylim=(0, None))
+    figure.legend(*upper.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
+
+
+def _memory_accuracy(figure: Any, runs: Sequence[CellRun]) -> None:
+    axes = figure.subplots()
+    look = _look(runs)
+    for run in runs:
+        colour, _ = look[run.label]
+        end, peak = run.memory["ledger"]["total_bytes"] / MIB, run.memory["ledger_peak"]["total_bytes"] / MIB
+        top1 = run.metrics["final_top1"]
+        axes.plot([end, peak], [top1, top1], color=colour, linewidth=1)
+        axes.plot(peak, top1, "o", markerfacecolor="white", markeredgecolor=colour, markersize=8)
+        axes.plot(end, top1, "o", color=colour, markersize=8, label=run.label)
+    axes.set(xlabel="all tensors (MiB): filled = end, hollow = peak", ylabel="final top-1 (%)", xlim=(0, None))
+    lowest = min(run.metrics["final_top1"] for run in runs)
+    axes.set_ylim(max(0.0, lowest - 2.0), 100.5)
+    _legend_once(axes, "lower left")
+
+
+def _ledger(figure: Any, runs: Sequence[CellRun]) -> None:
+    axes = figure.subplots()
+    first = list({run.label: run for run in reversed(runs)}.values())  # the last in the list is drawn on top
+    rows = list(dict.fromkeys(row["name"] for run in first for row in run.memory["ledger"]["rows"]))
+    totals = [run.memory["ledger"]["total_bytes"] / MIB for run in first]
+    colours = iter((*_COLOURS, "#999999", "#882255", "#44AA99", "#DDCC77"))
+    left = [0.0] * len(first)
+    labels = [run.label for run in first]
+    for row in rows:
+        sizes = [run.row(row) / MIB for run in first]
+        if max(sizes) < 0.002 * max(totals):
+            continue  # too thin to see; the report's table has every row
+        axes.barh(labels, sizes, left=left, label=row, color=next(colours), edgecolor="white", linewidth=0.5)
+        left = [start + size for start, size in zip(left, sizes, strict=True)]
+    for position, total in enumerate(totals):
+        axes.text(total, position, f" {total:.1f}", va="center", fontsize=9)
+    axes.set(xlabel="MiB", xlim=(0, 1.1 * max(totals)))
+    axes.grid(axis="y", visible=False)
+    figure.legend(loc="outside lower center", ncols=4, fontsize=8)

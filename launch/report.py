@@ -1,0 +1,253 @@
+"""`python -m launch.report RUNS --out results/<study>`: run folders -> report.md, summary.json and pictures.
+
+Every figure is read from the run folders' metrics.json, memory.json, summary.csv and memory_timeline.csv; nothing is
+typed in. Final-epoch accuracy is the headline, the best epoch stands beside it.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from launch.runs import CellRun, read_runs
+
+__all__ = ["main", "write_report"]
+
+MIB = 2**20
+_ON_CPU = """\
+> **Run on CPU. No figure below is GPU memory.** The memory columns are the tensor-byte ledger: the bytes of every
+> weight, gradient, optimizer state, mask and score tensor, counted by storage. They are the same on a GPU, but a GPU
+> also holds activations, workspaces and the allocator's cache, which are not here."""
+_LEDGER_NOTE = """\
+Optimizer and pruning: every state tensor, mask, offset table, score and copy of initial weights. The peak lies before
+the pruning ramp, where moments are still dense; the end is what stays from the last mask update on."""
+_SYNTHETIC = "> **SYNTHETIC images**: accuracy says nothing about photographs."
+
+
+def write_report(runs: Sequence[CellRun], out: Path, source: Path) -> None:
+    """Write the report of `runs` into `out`."""
+    from launch.pictures import draw_all
+
+    out.mkdir(parents=True, exist_ok=True)
+    pictures = draw_all(runs, out)
+    groups = group_by_method(runs)
+    summary = {
+        "schema": "study-summary/1",
+        "environment": environment(runs),
+        "cells": [cell_summary(run) for run in runs],
+        "methods": [method_summary(name, members) for name, members in groups.items()],
+    }
+    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    for run in runs:
+        cell = out / "cells" / run.folder.name
+        cell.mkdir(parents=True, exist_ok=True)
+        for name in ("args.yaml", "metrics.json", "memory.json", "summary.csv"):
+            shutil.copyfile(run.folder / name, cell / name)
+    (out / "report.md").write_text("\n".join(_markdown(runs, groups, pictures, source, out)) + "\n")
+
+
+def group_by_method(runs: Sequence[CellRun]) -> dict[str, list[CellRun]]:
+    """Runs that differ in the seed only, by label."""
+    groups: dict[str, list[CellRun]] = {}
+    for run in runs:
+        groups.setdefault(run.label, []).append(run)
+    return groups
+
+
+def environment(runs: Sequence[CellRun]) -> dict[str, Any]:
+    """What all runs share, and every value where they do not."""
+    keys = (
+        "model", "dataset", "dataset_note", "dataset_synthetic", "device", "device_type", "world_size",
+        "threads_per_rank", "global_batch_size", "epochs", "mixed_precision", "versions",
+    )  # fmt: skip
+    shared: dict[str, Any] = {}
+    for key in keys:
+        values = [run.metrics[key] for run in runs]
+        shared[key] = values[0] if all(value == values[0] for value in values) else values
+    shared["seeds"] = sorted({run.metrics["seed"] for run in runs})
+    return shared
+
+
+def cell_summary(run: CellRun) -> dict[str, Any]:
+    """One run's line of summary.json."""
+    ledger, peak = run.memory["ledger"], run.memory["ledger_peak"]
+    keys = (
+        "model", "opt", "pruning", "seed", "final_top1", "best_top1", "best_epoch", "target_sparsity",
+        "final_sparsity", "images_per_sec", "completed",
+    )  # fmt: skip
+    return {
+        "name": run.folder.name,
+        **{key: run.metrics[key] for key in keys},
+        "lr": run.arguments["lr"],
+        "weight_decay": run.arguments["weight_decay"],
+        "train_s": sum(run.metrics["epoch_s"]),
+        "optimizer_end_bytes": ledger["optimizer_bytes"],
+        "optimizer_peak_bytes": peak["optimizer_bytes"],
+        "ledger_end_bytes": ledger["total_bytes"],
+        "ledger_peak_bytes": peak["total_bytes"],
+        "optimizer_bytes_per_weight": ledger["optimizer_bytes"] / (run.row("weights") / 4),
+        "ledger_rows_end_bytes": {row["name"]: row["measured_bytes"] for row in ledger["rows"]},
+        "allocated_peak_bytes": run.memory["reduced"]["device.allocated_peak_bytes"]["max"],
+    }
+
+
+def method_summary(name: str, members: Sequence[CellRun]) -> dict[str, Any]:
+    """Mean and standard deviation (None for one seed) over a method's seeds."""
+    finals = [run.metrics["final_top1"] for run in members]
+    return {
+        "method": name,
+        "seeds": [run.metrics["seed"] for run in members],
+        "final_top1_mean": statistics.mean(finals),
+        "final_top1_stdev": statistics.stdev(finals) if len(finals) > 1 else None,
+    }
+
+
+def _accuracy(members: Sequence[CellRun]) -> str:
+    finals = [run.metrics["final_top1"] for run in members]
+    if len(finals) == 1:
+        return f"{finals[0]:.2f}"
+    return f"{statistics.mean(finals):.2f} ± {statistics.stdev(finals):.2f}"
+
+
+def _best(members: Sequence[CellRun]) -> str:
+    if len(members) == 1:
+        return f"{members[0].metrics['best_top1']:.2f} (epoch {members[0].metrics['best_epoch']})"
+    return f"{statistics.mean(run.metrics['best_top1'] for run in members):.2f}"
+
+
+def _sparsity(members: Sequence[CellRun], key: str) -> str:
+    values = [run.metrics[key] for run in members]
+    shown = sorted({f"{100 * value:.2f} %" for value in values})
+    return ", ".join(shown) if any(values) else "–"
+
+
+def _mib(size: float) -> str:
+    return f"{size / MIB:.2f}"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    align = ["---", *["---:"] * (len(header) - 1)]
+    return [f"| {' | '.join(row)} |" for row in (header, align, *rows)]
+
+
+def _markdown(
+    runs: Sequence[CellRun],
+    groups: dict[str, list[CellRun]],
+    pictures: Sequence[tuple[str, str]],
+    source: Path,
+    out: Path,
+) -> list[str]:
+    shared = environment(runs)
+    versions = ", ".join(f"{name} {version}" for name, version in shared["versions"].items())
+    seeds = shared["seeds"]
+    one_seed = (
+        " One seed: differences of a point or so are noise, and no rank is claimed." if len(seeds) == 1 else
+        " Accuracy is mean ± standard deviation over the seeds."
+    )  # fmt: skip
+    return [
+        f"# {out.name}: {shared['model']} on {shared['dataset']}",
+        "",
+        *([_ON_CPU] if shared["device_type"] == "cpu" else []),
+        *(["", _SYNTHETIC] if shared["dataset_synthetic"] else []),
+        "",
+        f"Data: {shared['dataset_note'] or shared['dataset']}. Hardware: {shared['world_size']} ranks on "
+        f"{shared['device']}. Versions: {versions}. Seeds: {', '.join(map(str, seeds))}.{one_seed} Global batch "
+        f"{shared['global_batch_size']}, {shared['epochs']} epochs, precision {shared['mixed_precision']}.",
+        "",
+        "## Accuracy and sparsity",
+        "",
+        *_table(
+            ["method", "top-1 % (final epoch)", "top-1 % (best epoch)", "sparsity asked", "sparsity reached",
+             "images/s", "training s"],
+            [
+                [
+                    name, _accuracy(members), _best(members), _sparsity(members, "target_sparsity"),
+                    _sparsity(members, "final_sparsity"),
+                    f"{statistics.mean(run.metrics['images_per_sec'] for run in members):.0f}",
+                    f"{statistics.mean(sum(run.metrics['epoch_s']) for run in members):.0f}",
+                ]
+                for name, members in groups.items()
+            ],
+        ),
+        "",
+        "Sparsity is zeros / prunable weights (convolution and linear weights), counted in the model.",
+        "",
+        "## Memory of the tensors that training keeps (MiB, one rank)",
+        "",
+        *_table(
+            ["method", "optimizer and pruning, end", "bytes per weight, end", "optimizer and pruning, peak",
+             "all rows, end", "all rows, peak"],
+            [
+                [
+                    name, _mib(run.memory["ledger"]["optimizer_bytes"]),
+                    f"{cell_summary(run)['optimizer_bytes_per_weight']:.3f}",
+                    _mib(run.memory["ledger_peak"]["optimizer_bytes"]), _mib(run.memory["ledger"]["total_bytes"]),
+                    _mib(run.memory["ledger_peak"]["total_bytes"]),
+                ]
+                for name, (run, *_) in groups.items()
+            ],
+        ),
+        "",
+        _LEDGER_NOTE,
+        "",
+        "### Who owns it, at the end (MiB)",
+        "",
+        *_ledger_table(groups),
+        "",
+        *[line for name, caption in pictures for line in (f"![{caption}]({name})", "", f"*{caption}*", "")],
+        "## Settings",
+        "",
+        *_table(
+            ["method", "lr", "weight decay", "schedule", "all settings"],
+            [[name, f"{run.arguments['lr']:g}", f"{run.arguments['weight_decay']:g}", run.schedule_note,
+              f"[args.yaml](cells/{run.folder.name}/args.yaml)"] for name, (run, *_) in groups.items()],
+        ),
+        "",
+        f"Made by `python -m launch.report {source} --out {out}` from the run folders in `{source}`.",
+    ]  # fmt: skip
+
+
+def _ledger_table(groups: dict[str, list[CellRun]]) -> list[str]:
+    rows: dict[str, list[str]] = {}
+    names = list(groups)
+    for position, (run, *_) in enumerate(groups.values()):
+        for row in run.memory["ledger"]["rows"]:
+            if row["measured_bytes"]:
+                rows.setdefault(row["name"], ["–"] * len(names))[position] = _mib(row["measured_bytes"])
+    return _table(["row", *names], [[row, *cells] for row, cells in rows.items()])
+
+
+def _print_table(groups: dict[str, list[CellRun]]) -> None:
+    width = max(len(name) for name in groups)
+    lines = [f"{'method':<{width}}  {'top-1 %':>14}  {'sparsity':>9}  {'optimizer+pruning MiB (end)':>28}"]
+    for name, members in groups.items():
+        size = _mib(members[0].memory["ledger"]["optimizer_bytes"])
+        sparsity = _sparsity(members, "final_sparsity")
+        lines.append(f"{name:<{width}}  {_accuracy(members):>14}  {sparsity:>9}  {size:>28}")
+    print("\n".join(lines))  # noqa: T201
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse the flags and write the report."""
+    parser = argparse.ArgumentParser(prog="python -m launch.report", description=__doc__)
+    parser.add_argument("runs", type=Path, help="folder of run folders, for example runs/demo")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the report, for example results/demo")
+    options = parser.parse_args(argv)
+    try:
+        runs, left_out = read_runs(options.runs)
+        write_report(runs, options.out, options.runs)
+    except ValueError as error:
+        parser.exit(2, f"launch.report: error: {error}\n")
+    for name in left_out:
+        print(f"left out, not complete: {name}", file=sys.stderr)  # noqa: T201
+    _print_table(group_by_method(runs))
+    print(f"\n{options.out / 'report.md'}", file=sys.stderr)  # noqa: T201
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

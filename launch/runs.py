@@ -1,0 +1,76 @@
+"""Reads run folders: what a report is made of."""
+
+import csv
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+__all__ = ["CellRun", "is_complete", "read_runs"]
+
+
+@dataclass(frozen=True)
+class CellRun:
+    """One finished run: its folder, metrics.json, memory.json, args.yaml, and the rows of its two CSV files."""
+
+    folder: Path
+    metrics: dict[str, Any]
+    memory: dict[str, Any]
+    arguments: dict[str, Any]
+    epochs: list[dict[str, str]]
+    timeline: list[dict[str, str]]
+
+    @property
+    def label(self) -> str:
+        """Optimizer, pruning method and sparsity: what a reader compares."""
+        method, sparsity = self.metrics["pruning"], self.metrics["target_sparsity"]
+        name = str(self.metrics["opt"]).removesuffix(f"-{method}")
+        if method == "none" or not sparsity:
+            return name
+        return f"{name} {100 * sparsity:g} %" if name == "adamwprune" else f"{name} + {method} {100 * sparsity:g} %"
+
+    @property
+    def schedule_note(self) -> str:
+        """The learning-rate and pruning schedule in a few words."""
+        a = self.arguments
+        pruning = f", mask updates from {a['prune_begin']:g} to {a['prune_end']:g} of all steps"
+        return f"{a['sched']}, warm-up {a['warmup_epochs']}{pruning if self.metrics['target_sparsity'] else ''}"
+
+    def row(self, name: str) -> int:
+        """Bytes of a ledger row at the end of training."""
+        return next((row["measured_bytes"] for row in self.memory["ledger"]["rows"] if row["name"] == name), 0)
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a run folder holds a finished run."""
+    try:
+        return bool(json.loads((folder / "metrics.json").read_text())["completed"])
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def read_runs(folder: Path) -> tuple[list[CellRun], list[str]]:
+    """(complete runs in the order they were started, names of the incomplete ones). Raises ValueError for none."""
+    folders = sorted(path.parent for path in folder.glob("*/args.yaml"))
+    done = [path for path in folders if is_complete(path)]
+    if not done:
+        raise ValueError(f"{folder} holds no complete run; start one with python -m launch.matrix")
+    done.sort(key=lambda path: (path / "args.yaml").stat().st_mtime)
+    return [_read(path) for path in done], [path.name for path in folders if path not in done]
+
+
+def _read(folder: Path) -> CellRun:
+    def rows(name: str) -> list[dict[str, str]]:
+        with open(folder / name, newline="") as file:
+            return list(csv.DictReader(file))
+
+    return CellRun(
+        folder,
+        json.loads((folder / "metrics.json").read_text()),
+        json.loads((folder / "memory.json").read_text()),
+        yaml.safe_load((folder / "args.yaml").read_text()),
+        rows("summary.csv"),
+        rows("memory_timeline.csv"),
+    )

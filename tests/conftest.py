@@ -1,0 +1,48 @@
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    """The digit shards, built once."""
+    from shards.digits import build
+
+    folder = tmp_path_factory.mktemp("digits")
+    build(folder, seed=0, train_shards=5, validation_shards=2)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def few_digits(tmp_path_factory):
+    """96 training and 40 validation images in uneven shards, for runs that must be short."""
+    from functools import partial
+
+    from sklearn.datasets import load_digits
+
+    from shards.digits import _jpeg
+    from shards.writer import Sample, write_info, write_split
+
+    folder = tmp_path_factory.mktemp("few")
+    scans = load_digits()
+    samples = [Sample(f"d{i}", int(scans.target[i]), partial(_jpeg, scans.images[i])) for i in range(136)]
+    splits = {
+        "train": write_split(folder, "train", "few", samples[:96], 3),
+        "validation": write_split(folder, "validation", "few", samples[96:], 3),
+    }
+    write_info(folder, "few", 10, splits, synthetic=False, note="a few digits")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate():
+    """Accelerate keeps singletons; a test must not see another's."""
+    yield
+    if "accelerate" in sys.modules:
+        from ranks import reset_accelerate
+
+        reset_accelerate()

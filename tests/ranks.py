@@ -1,0 +1,67 @@
+"""Runs a function on several forked gloo ranks: 0.4 s, where spawning takes 20 s."""
+
+import multiprocessing
+import os
+import socket
+import traceback
+
+import torch
+import torch.distributed as dist
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def reset_accelerate():
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    PartialState._reset_state()
+
+
+def _child(function, rank, num_ranks, port, arguments, join_group, results):
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo",
+    }  # fmt: skip
+    torch.set_num_threads(1)  # a forked process must not use its parent's thread pool
+    reset_accelerate()
+    try:
+        if join_group:
+            dist.init_process_group("gloo", rank=rank, world_size=num_ranks)
+        results.put((rank, "ok", function(rank, *arguments)))
+    except BaseException:
+        results.put((rank, "error", traceback.format_exc()))
+    finally:
+        results.close()
+        results.join_thread()
+        os._exit(0)
+
+
+def run_ranks(function, num_ranks, *arguments, join_group=True, timeout_s=120):
+    """`function(rank, *arguments)` on each rank; returns the results by rank, raises what a rank raised."""
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    port = free_port()
+    processes = [
+        context.Process(target=_child, args=(function, rank, num_ranks, port, arguments, join_group, results))
+        for rank in range(num_ranks)
+    ]
+    for process in processes:
+        process.start()
+    found = {}
+    try:
+        for _ in processes:
+            rank, outcome, value = results.get(timeout=timeout_s)
+            if outcome == "error":
+                raise AssertionError(f"rank {rank}:\n{value}")
+            found[rank] = value
+    finally:
+        for process in processes:
+            process.join(5 if len(found) == num_ranks else 0)
+            process.kill()
+    return [found[rank] for rank in range(num_ranks)]

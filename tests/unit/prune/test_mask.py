@@ -1,0 +1,75 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from toolkit.prune.mask import flat, mask_bytes, pack_bits, unpack_bits
+from toolkit.prune.packing import BLOCK, block_offsets, drop_from_mask, offset_bytes, pack, spread
+
+keeps = st.one_of(
+    st.lists(st.booleans(), max_size=70), st.integers(0, 5000).map(lambda n: [i % 3 == 0 for i in range(n)])
+)
+
+
+@given(keeps)
+def test_bits_round_trip(keep):
+    keep = torch.tensor(keep, dtype=torch.bool)
+    mask = pack_bits(keep)
+    assert mask.dtype == torch.uint8
+    assert mask.nbytes == mask_bytes(len(keep))
+    assert torch.equal(unpack_bits(mask, len(keep)), keep)
+
+
+def test_lowest_bit_comes_first():
+    assert pack_bits(torch.tensor([True, False, False, True, False, False, False, False, True])).tolist() == [9, 1]
+
+
+@given(keeps)
+def test_offsets_count_survivors_before_each_block(keep):
+    keep = torch.tensor(keep, dtype=torch.bool)
+    offsets = block_offsets(keep)
+    assert offsets.dtype == torch.int32
+    assert offsets.nbytes == offset_bytes(len(keep))
+    assert offsets.tolist() == [int(keep[: i * BLOCK].sum()) for i in range(len(offsets))]
+
+
+@given(keeps, st.integers(0, 2**32))
+def test_spread_undoes_pack(keep, seed):
+    keep = torch.tensor(keep, dtype=torch.bool)
+    dense = torch.randn(len(keep), generator=torch.Generator().manual_seed(seed))
+    packed = pack(dense, keep)
+    assert packed.untyped_storage().nbytes() == 4 * int(keep.sum())  # a storage of its own, no larger than needed
+    assert torch.equal(spread(packed, keep), dense * keep)
+
+
+@given(keeps, st.data())
+def test_drop_takes_survivors_only(keep, data):
+    keep = torch.tensor(keep, dtype=torch.bool)
+    survivors = int(keep.sum())
+    drop = torch.tensor(data.draw(st.lists(st.booleans(), min_size=survivors, max_size=survivors)), dtype=torch.bool)
+    mask, after = drop_from_mask(pack_bits(keep), len(keep), drop)
+    assert torch.equal(unpack_bits(mask, len(keep)), after)
+    assert not (after & ~keep).any()
+    assert torch.equal(after[keep], ~drop)
+
+
+def test_flat_is_a_view_in_memory_order():
+    weight = torch.arange(2 * 3 * 4 * 5.0).view(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    line = flat(weight)
+    assert line.data_ptr() == weight.data_ptr()
+    assert torch.equal(line, weight.permute(0, 2, 3, 1).reshape(-1))
+    line[0] = -1.0
+    assert weight[0, 0, 0, 0] == -1.0
+
+
+@pytest.mark.parametrize("shape", [(4, 1, 3, 3), (4, 3, 1, 1), (1, 3, 2, 2), (5, 1, 1, 1)])
+def test_flat_of_odd_channels_last_shapes(shape):
+    weight = torch.randn(shape).to(memory_format=torch.channels_last)
+    other = torch.empty_like(weight)
+    flat(other).copy_(flat(weight))
+    assert torch.equal(other, weight)
+
+
+def test_flat_refuses_gaps():
+    with pytest.raises(ValueError, match="has gaps"):
+        flat(torch.zeros(4, 6)[:, ::2])
