@@ -4,12 +4,18 @@ import os
 import sys
 import time
 
-from toolkit.config import parse
+from toolkit.config import Config, parse
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run; returns the exit status: 0 done, 1 failed, 2 bad setting, 130 stopped on request."""
     config = parse(argv)
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    return record(_train)(config) or 0  # record: the launcher shows the traceback of the rank that failed
+
+
+def _train(config: Config) -> int:
     from toolkit.build import build
     from toolkit.engine.loop import InterruptedRunError, SparsityError, train
     from toolkit.engine.step import NonFiniteLossError
@@ -31,6 +37,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from torch.distributed.elastic.multiprocessing.errors import record
-
-    sys.exit(record(main)())
+    sys.exit(main())

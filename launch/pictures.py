@@ -2,18 +2,19 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from launch.runs import CellRun
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 __all__ = ["draw_all"]
 
 MIB = 2**20
 # Okabe & Ito's palette: eight colours that stay apart in the common forms of colour blindness.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999", "#F0E442")
 _STYLES = ("-", "--", "-.", ":")
 
 
@@ -24,7 +25,15 @@ def draw_all(runs: Sequence[CellRun], out: Path) -> list[tuple[str, str]]:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3})
+    plt.rcParams.update(
+        {
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "grid.alpha": 0.3,
+            "axes.axisbelow": True,
+        }
+    )
     on_gpu = runs[0].metrics["device_type"] != "cpu"
     where = "tensor-byte ledger, one rank" if on_gpu else "NO GPU: tensor-byte ledger of one CPU rank"
     pictures = (
@@ -50,13 +59,16 @@ def _look(runs: Sequence[CellRun]) -> dict[str, tuple[str, str]]:
     return {label: (_COLOURS[i % 8], _STYLES[i // 2 % 4]) for i, label in enumerate(labels)}
 
 
-def _legend_once(axes: "Axes", place: Any) -> None:
+def _legend(figure: "Figure", axes: "Axes") -> None:
+    """One entry a label, below the picture, where it hides nothing."""
     handles, labels = axes.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
-    axes.legend(list(unique.values()), list(unique), fontsize=8, loc=place)
+    figure.legend(list(unique.values()), list(unique), loc="outside lower center", ncols=4, fontsize=8)
 
 
-def _accuracy(figure: Any, runs: Sequence[CellRun]) -> None:
+def _accuracy(figure: "Figure", runs: Sequence[CellRun]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     axes = figure.subplots()
     look = _look(runs)
     for run in runs:
@@ -65,11 +77,11 @@ def _accuracy(figure: Any, runs: Sequence[CellRun]) -> None:
         axes.plot(*zip(*rows, strict=True), color=colour, linestyle=style, marker="o", markersize=3, label=run.label)
     axes.set(xlabel="epoch", ylabel="top-1 on validation images (%)")
     axes.set_ylim(top=101)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    _legend_once(axes, "lower right")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _legend(figure, axes)
 
 
-def _timeline(figure: Any, runs: Sequence[CellRun]) -> None:
+def _timeline(figure: "Figure", runs: Sequence[CellRun]) -> None:
     upper, lower = figure.subplots(2, 1, sharex=True)
     look = _look(runs)
     for run in runs:
@@ -81,10 +93,10 @@ def _timeline(figure: Any, runs: Sequence[CellRun]) -> None:
             axes.plot(steps, sizes, color=colour, linestyle=style, label=run.label)
     upper.set(ylabel="all tensors (MiB)", ylim=(0, None))
     lower.set(ylabel="optimizer and pruning (MiB)", xlabel="optimizer step", ylim=(0, None))
-    figure.legend(*upper.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8)
+    _legend(figure, upper)
 
 
-def _memory_accuracy(figure: Any, runs: Sequence[CellRun]) -> None:
+def _memory_accuracy(figure: "Figure", runs: Sequence[CellRun]) -> None:
     axes = figure.subplots()
     look = _look(runs)
     for run in runs:
@@ -92,20 +104,20 @@ def _memory_accuracy(figure: Any, runs: Sequence[CellRun]) -> None:
         end, peak = run.memory["ledger"]["total_bytes"] / MIB, run.memory["ledger_peak"]["total_bytes"] / MIB
         top1 = run.metrics["final_top1"]
         axes.plot([end, peak], [top1, top1], color=colour, linewidth=1)
-        axes.plot(peak, top1, "o", markerfacecolor="white", markeredgecolor=colour, markersize=8)
+        axes.plot(peak, top1, "o", markerfacecolor="none", markeredgecolor=colour, markersize=12, markeredgewidth=1.5)
         axes.plot(end, top1, "o", color=colour, markersize=8, label=run.label)
     axes.set(xlabel="all tensors (MiB): filled = end, hollow = peak", ylabel="final top-1 (%)", xlim=(0, None))
     lowest = min(run.metrics["final_top1"] for run in runs)
-    axes.set_ylim(max(0.0, lowest - 2.0), 100.5)
-    _legend_once(axes, "lower left")
+    axes.set_ylim(max(0.0, lowest - 1.0), 100.2)
+    _legend(figure, axes)
 
 
-def _ledger(figure: Any, runs: Sequence[CellRun]) -> None:
+def _ledger(figure: "Figure", runs: Sequence[CellRun]) -> None:
     axes = figure.subplots()
     first = list({run.label: run for run in reversed(runs)}.values())  # the last in the list is drawn on top
     rows = list(dict.fromkeys(row["name"] for run in first for row in run.memory["ledger"]["rows"]))
     totals = [run.memory["ledger"]["total_bytes"] / MIB for run in first]
-    colours = iter((*_COLOURS, "#999999", "#882255", "#44AA99", "#DDCC77"))
+    colours = iter((*_COLOURS, "#882255", "#332288", "#44AA99", "#DDCC77"))
     left = [0.0] * len(first)
     labels = [run.label for run in first]
     for row in rows:
@@ -118,4 +130,4 @@ def _ledger(figure: Any, runs: Sequence[CellRun]) -> None:
         axes.text(total, position, f" {total:.1f}", va="center", fontsize=9)
     axes.set(xlabel="MiB", xlim=(0, 1.1 * max(totals)))
     axes.grid(axis="y", visible=False)
-    figure.legend(loc="outside lower center", ncols=4, fontsize=8)
+    _legend(figure, axes)

@@ -23,8 +23,8 @@ _ON_CPU = """\
 > weight, gradient, optimizer state, mask and score tensor, counted by storage. They are the same on a GPU, but a GPU
 > also holds activations, workspaces and the allocator's cache, which are not here."""
 _LEDGER_NOTE = """\
-Optimizer and pruning: every state tensor, mask, offset table, score and copy of initial weights. The peak lies before
-the pruning ramp, where moments are still dense; the end is what stays from the last mask update on."""
+Optimizer state: moments and step counters. Masks and scores: bit masks, offset tables, movement scores. The peak lies
+before the pruning ramp, where moments are still dense; the end is what stays from the last mask update on."""
 _SYNTHETIC = "> **SYNTHETIC images**: accuracy says nothing about photographs."
 
 
@@ -125,6 +125,10 @@ def _sparsity(members: Sequence[CellRun], key: str) -> str:
     return ", ".join(shown) if any(values) else "–"
 
 
+def _pruning_bytes(run: CellRun) -> int:
+    return sum(run.row(name) for name in ("masks", "offsets", "scores", "initial_weights"))
+
+
 def _mib(size: float) -> str:
     return f"{size / MIB:.2f}"
 
@@ -179,11 +183,14 @@ def _markdown(
         "## Memory of the tensors that training keeps (MiB, one rank)",
         "",
         *_table(
-            ["method", "optimizer and pruning, end", "bytes per weight, end", "optimizer and pruning, peak",
-             "all rows, end", "all rows, peak"],
+            ["method", "optimizer state, end", "masks and scores, end", "sum, end", "bytes per weight, end",
+             "sum, peak", "all tensors, end", "all tensors, peak"],
             [
                 [
-                    name, _mib(run.memory["ledger"]["optimizer_bytes"]),
+                    name,
+                    _mib(run.memory["ledger"]["optimizer_bytes"] - _pruning_bytes(run)),
+                    _mib(_pruning_bytes(run)),
+                    _mib(run.memory["ledger"]["optimizer_bytes"]),
                     f"{cell_summary(run)['optimizer_bytes_per_weight']:.3f}",
                     _mib(run.memory["ledger_peak"]["optimizer_bytes"]), _mib(run.memory["ledger"]["total_bytes"]),
                     _mib(run.memory["ledger_peak"]["total_bytes"]),

@@ -47,7 +47,7 @@ def decode_rgb(data: bytes) -> np.ndarray:
             pass  # PIL decides
     try:
         with Image.open(io.BytesIO(data)) as image:
-            return np.asarray(image.convert("RGB"))
+            return np.array(image.convert("RGB"))  # a copy: torch wants memory it may write to
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise BadImageError(str(error)) from error
 

@@ -141,7 +141,14 @@ class _Keys(Sampler):
 
 
 def _worker_options(workers: int, pin_memory: bool) -> dict[str, object]:
-    return {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": pin_memory, "batch_size": None}
+    return {
+        "num_workers": workers,
+        "persistent_workers": workers > 0,
+        "pin_memory": pin_memory,
+        "batch_size": None,
+        # Each iter() draws a seed; from torch's global generator that would move dropout after a resume.
+        "generator": torch.Generator(),
+    }
 
 
 class TrainLoader:

@@ -196,7 +196,8 @@ def _finish_epoch(run: Run, history: History) -> None:
         if run.ema is not None:
             _mask_average(run)
             if plan.dist_bn and run.world.num_ranks > 1:
-                distribute_bn(run.ema, run.world.num_ranks, plan.dist_bn == "reduce")
+                # Rank 0's statistics, which the checkpoint holds: a mean over ranks would differ after a resume.
+                distribute_bn(run.ema, run.world.num_ranks, reduce=False)
         result = evaluate(run, run.bare_model if run.ema is None else run.ema.module)
         run.scalars.write(
             {"eval/loss": result.loss, "eval/top1": result.top1, "eval/top5": result.top5}, update

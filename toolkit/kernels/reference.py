@@ -41,4 +41,4 @@ def adam_update(
         second = max_exp_avg_sq
     denominator = (second.sqrt() / bias_correction2_sqrt).add_(eps)
     step_size = lr / (1 - beta1**step)
-    weight.addcdiv_(exp_avg, denominator, value=-step_size)  # type: ignore[arg-type]  # a 0-d tensor lr is fine
+    weight.addcdiv_(exp_avg, denominator, value=-step_size)  # a 0-d tensor lr is fine

@@ -1,0 +1,169 @@
+"""The real loop on two forked ranks: equal to one rank, and together in every stop."""
+
+import json
+import os
+import signal
+from types import SimpleNamespace
+
+import pytest
+import torch
+from ranks import run_ranks
+
+from toolkit.build import build
+from toolkit.config import parse
+from toolkit.engine.checkpoint import load_checkpoint, newest_checkpoint
+from toolkit.engine.loop import InterruptedRunError
+from toolkit.engine.loop import train as train_loop
+from toolkit.engine.step import NonFiniteLossError
+from toolkit.prune.mask import mask_of
+
+
+@pytest.fixture
+def flags(few_digits, tmp_path):
+    return [
+        "--data-dir", str(few_digits), "--model", "test_vit", "--img-size", "32", "--global-batch-size", "12",
+        "--epochs", "3", "--lr", "3e-3", "--warmup-epochs", "0", "--sched-on-updates", "--color-jitter", "0",
+        "--hflip", "0", "-j", "0", "--log-interval", "2", "--prune-frequency", "2", "--output", str(tmp_path),
+    ]  # fmt: skip
+
+
+def _train(rank, flags, dtype, poison=None):
+    torch.set_default_dtype(dtype)
+    try:
+        run = build(parse(flags))
+        if poison is not None:
+            poison(run)
+        train_loop(run)
+        return {
+            "weights": {name: p.detach().clone() for name, p in run.bare_model.named_parameters()},
+            "masks": [mask_of(run.bare_optimizer.state[p]).clone() for _, p in run.prunable
+                      if mask_of(run.bare_optimizer.state[p]) is not None],
+            "sparsity": run.sparsity(),
+        }  # fmt: skip
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+METHODS = {
+    "adamwprune": ["--opt", "adamwprune", "--sparsity", "0.7"],
+    "movement": ["--opt", "momentum", "--pruning", "movement", "--sparsity", "0.7"],
+    "magnitude": ["--opt", "adamw", "--pruning", "magnitude", "--sparsity", "0.7", "--clip-grad", "1"],
+    "none": ["--opt", "adamwspam"],
+}
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("method", list(METHODS))
+def test_n_ranks_equal_one(flags, tmp_path, method, ranks):
+    """float64, no BatchNorm: weights within 1e-10 and the same masks."""
+    one = _train(0, [*flags, *METHODS[method], "--experiment", "one"], torch.float64)
+    many = run_ranks(_train, ranks, [*flags, *METHODS[method], "--experiment", "many"], torch.float64, join_group=False)
+    for other in many:
+        assert other["sparsity"] == one["sparsity"]
+        assert len(other["masks"]) == len(one["masks"])
+        assert all(torch.equal(a, b) for a, b in zip(other["masks"], one["masks"], strict=True))
+        for name, weight in one["weights"].items():
+            torch.testing.assert_close(other["weights"][name], weight, rtol=0, atol=1e-10)
+    metrics = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "many")]
+    assert (metrics[0]["world_size"], metrics[1]["world_size"]) == (1, ranks)
+    assert metrics[0]["eval_top1"] == metrics[1]["eval_top1"]
+    assert metrics[0]["train_loss"] == pytest.approx(metrics[1]["train_loss"], abs=1e-10)
+    memory = json.loads((tmp_path / "many" / "memory.json").read_text())
+    assert [entry["rank"] for entry in memory["ranks"]] == list(range(ranks))
+    for row in memory["ledger"]["rows"]:
+        if row["name"] != "optim.step":  # float64 here, for torch's default dtype is; float32 in real runs
+            assert row["measured_bytes"] == row["predicted_bytes"], row
+
+
+def _stop_at(step, rank_that_is_told):
+    def poison(run):
+        original, seen = run.augment, 0
+
+        def counting(*batch):
+            nonlocal seen
+            seen += 1
+            if seen == step - 1 and run.world.rank == rank_that_is_told:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return original(*batch)
+
+        run.augment = counting
+
+    return poison
+
+
+def _interrupted(rank, flags):
+    with pytest.raises(InterruptedRunError):
+        _train(rank, flags, torch.float32, _stop_at(11, rank_that_is_told=1))
+
+
+@pytest.mark.parametrize("model", ["test_vit", "test_resnet"])
+def test_two_ranks_stop_together_and_resume_bit_for_bit(flags, tmp_path, model):
+    more = [*flags, "--model", model, *METHODS["adamwprune"], "--drop", "0.1", "--model-ema"]
+    run_ranks(_train, 2, [*more, "--experiment", "whole"], torch.float32, join_group=False)
+    run_ranks(_interrupted, 2, [*more, "--experiment", "parts"], join_group=False)
+    assert newest_checkpoint(tmp_path / "parts" / "checkpoints").name == "step-00000011"
+    run_ranks(_train, 2, [*more, "--experiment", "parts", "--resume", "auto"], torch.float32, join_group=False)
+    whole, parts = (
+        load_checkpoint(newest_checkpoint(tmp_path / name / "checkpoints")) for name in ("whole", "parts")
+    )
+    for part in ("model", "ema"):
+        assert all(torch.equal(value, parts[part][key]) for key, value in whole[part].items())
+    for index, state in whole["optimizer"]["state"].items():
+        assert all(torch.equal(value, parts["optimizer"]["state"][index][key]) for key, value in state.items())
+    assert all(torch.equal(a["cpu"], b["cpu"]) for a, b in zip(whole["random"], parts["random"], strict=True))
+
+
+def _resumed_on_one(rank, flags):
+    return _train(rank, flags, torch.float64)["weights"]
+
+
+def test_resume_on_another_number_of_ranks(flags, tmp_path):
+    more = [*flags, *METHODS["adamwprune"]]
+    whole = _train(0, [*more, "--experiment", "whole"], torch.float64)["weights"]
+
+    def stopped(rank):
+        with pytest.raises(InterruptedRunError):
+            _train(rank, [*more, "--experiment", "parts"], torch.float64, _stop_at(11, rank_that_is_told=0))
+
+    run_ranks(stopped, 2, join_group=False)
+    (parts,) = run_ranks(_resumed_on_one, 1, [*more, "--experiment", "parts", "--resume", "auto"], join_group=False)
+    for name, weight in whole.items():
+        torch.testing.assert_close(parts[name], weight, rtol=0, atol=1e-10)
+
+
+def _poisoned(rank, flags):
+    before = {}
+
+    def poison(run):
+        original, seen = run.to_inputs, 0
+
+        def inputs(batch):
+            nonlocal seen
+            images, labels = original(batch)
+            seen += 1
+            if seen == 4:
+                before.update({name: p.detach().clone() for name, p in run.bare_model.named_parameters()})
+                before["run"] = run
+                if rank == 1:
+                    images[0] = float("inf")
+            return images, labels
+
+        run.to_inputs = inputs
+
+    with pytest.raises(NonFiniteLossError, match="step 4 on rank 1"):
+        _train(rank, flags, torch.float32, poison)
+    run = before.pop("run")
+    return all(torch.equal(p, before[name]) for name, p in run.bare_model.named_parameters())
+
+
+def test_non_finite_loss_on_one_rank_stops_all_before_the_update(flags, tmp_path):
+    assert run_ranks(_poisoned, 2, [*flags, *METHODS["adamwprune"], "--experiment", "r"], join_group=False) == [True, True]
+    assert (tmp_path / "r" / "memory.json").exists()
+
+
+def test_processes_that_do_not_know_each_other_are_noticed(flags, monkeypatch):
+    """Two copies of one rank each, both taking themselves for the main one, is what some launches silently make."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("toolkit.build.launch.Accelerator", lambda **_: SimpleNamespace(num_processes=1))
+    with pytest.raises(ValueError, match="the launcher started 2 processes but Accelerate sees 1"):
+        build(parse([*flags, "--opt", "adamw"]))

@@ -1,0 +1,266 @@
+"""Whole runs in this process, one rank: what the loop promises."""
+
+import csv
+import json
+import math
+import os
+import signal
+
+import pytest
+import torch
+import yaml
+from ranks import reset_accelerate
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import train
+from toolkit.build import build
+from toolkit.config import parse
+from toolkit.engine.checkpoint import load_checkpoint, newest_checkpoint
+from toolkit.engine.loop import InterruptedRunError, SparsityError
+from toolkit.engine.loop import train as train_loop
+from toolkit.engine.scalars import SCALARS
+from toolkit.engine.step import NonFiniteLossError
+
+
+@pytest.fixture
+def flags(few_digits, tmp_path):
+    return [
+        "--data-dir", str(few_digits), "--model", "test_resnet", "--img-size", "32", "--global-batch-size", "16",
+        "--epochs", "3", "--lr", "3e-3", "--warmup-epochs", "0", "--sched-on-updates", "--color-jitter", "0",
+        "--hflip", "0", "-j", "0", "--log-interval", "2", "--prune-frequency", "2", "--output", str(tmp_path),
+    ]  # fmt: skip
+
+
+PRUNED = ["--opt", "adamwprune", "--sparsity", "0.7"]
+
+
+def make(flags, *more):
+    return build(parse([*flags, *more]))
+
+
+def final_state(folder):
+    return load_checkpoint(newest_checkpoint(folder / "checkpoints"))
+
+
+def assert_same(a, b):
+    assert type(a) is type(b)
+    if torch.is_tensor(a):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            if key not in ("epoch_s", "images_per_sec", "seconds_so_far", "train_seconds_so_far"):
+                assert_same(a[key], b[key])
+    elif isinstance(a, list):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    else:
+        assert a == b
+
+
+def test_a_run_leaves_what_the_design_says(flags, tmp_path):
+    assert train.main([*flags, *PRUNED, "--experiment", "r", "--model-ema", "--clip-grad", "1"]) == 0
+    folder = tmp_path / "r"
+    assert {path.name for path in folder.iterdir()} == {
+        "args.yaml", "summary.csv", "metrics.json", "memory.json", "memory_timeline.csv", "tb", "checkpoints",
+        "train.log",
+    }  # fmt: skip
+    metrics = json.loads((folder / "metrics.json").read_text())
+    for key in ("train_loss", "eval_loss", "eval_top1", "eval_top5", "sparsity", "epoch_s"):
+        assert len(metrics[key]) == 3
+    assert metrics["completed"] is True
+    assert metrics["final_top1"] == metrics["eval_top1"][-1]
+    assert metrics["best_top1"] == max(metrics["eval_top1"])
+    assert (metrics["opt"], metrics["pruning"], metrics["world_size"]) == ("adamwprune", "state", 1)
+    with open(folder / "summary.csv", newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows[0][:6] == ["epoch", "train_loss", "eval_loss", "eval_top1", "eval_top5", "lr"]
+    assert len(rows) == 4
+    assert yaml.safe_load((folder / "args.yaml").read_text())["opt"] == "adamwprune"
+    memory = json.loads((folder / "memory.json").read_text())
+    for row in memory["ledger"]["rows"]:
+        assert row["measured_bytes"] == row["predicted_bytes"], row
+    events = EventAccumulator(str(folder / "tb"))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    on_cpu = {"memory/max_allocated(MiB)", "memory/max_reserved(MiB)", "memory/device_used(MiB)"}
+    assert tags >= SCALARS - on_cpu
+    assert "memory/ledger/optim.exp_avg(MiB)" in tags
+    assert events.Scalars("pruning/sparsity")[-1].value == pytest.approx(0.7, abs=1e-4)
+    assert events.Scalars("eval/top1")[-1].step == 18
+
+
+def test_final_zeros_are_exact_in_weights_and_in_their_average(flags, tmp_path):
+    run = make(flags, *PRUNED, "--experiment", "r", "--model-ema")
+    train_loop(run)
+    zeros, weights = run.sparsity()
+    assert zeros == math.floor(0.7 * weights)
+    averaged = dict(run.ema.module.named_parameters())
+    for name, parameter in run.prunable:
+        assert torch.equal(averaged[name] == 0, parameter == 0)
+    saved = final_state(tmp_path / "r")["ema"]
+    assert all(torch.equal(saved[name] == 0, parameter == 0) for name, parameter in run.prunable)
+
+
+VARIANTS = {
+    "adamwprune": PRUNED,
+    "movement": ["--opt", "adamw", "--pruning", "movement", "--sparsity", "0.7"],
+    "dropout, mixup, erasing, ema": [
+        "--opt", "momentum", "--drop", "0.2", "--mixup", "0.3", "--cutmix", "1", "--reprob", "0.3", "--model-ema",
+    ],
+    "timm's transforms, channels last": [*PRUNED, "--color-jitter", "0.4", "--channels-last", "-j", "2"],
+    "accumulation, epoch schedule": ["--opt", "adamwadv", "--grad-accum-steps", "2", "--no-sched-on-updates"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", list(VARIANTS))
+@pytest.mark.parametrize("cut", [6, 9])
+def test_resume_equals_not_stopping_bit_for_bit(flags, tmp_path, variant, cut):
+    """Stopped after `cut` of 18 steps: at the end of the first epoch, and in the middle of the second."""
+    more = VARIANTS[variant]
+    train_loop(make(flags, *more, "--experiment", "whole"))
+    run = make(flags, *more, "--experiment", "parts")
+    stop_after(run, cut)
+    with pytest.raises(InterruptedRunError, match="--resume auto"):
+        train_loop(run)
+    assert json.loads((tmp_path / "parts" / "metrics.json").read_text())["completed"] is False
+    torch.manual_seed(999)  # whatever happened in between
+    resumed = make(flags, *more, "--experiment", "parts", "--resume", "auto")
+    assert resumed.resume_from.name == f"step-{cut:08d}"
+    train_loop(resumed)
+    assert_same(final_state(tmp_path / "parts"), final_state(tmp_path / "whole"))
+
+
+def stop_after(run, steps):
+    """Ctrl-C while step `steps` - 1 is under way: the ranks agree on it in the next step, finish that one and save."""
+    original, seen = run.augment, 0
+
+    def counting(*batch):
+        nonlocal seen
+        seen += 1
+        if seen == (steps - 2) * run.plan.accumulation + 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(*batch)
+
+    run.augment = counting
+
+
+def test_non_finite_loss_stops_before_the_update(flags, tmp_path):
+    run = make(flags, *PRUNED, "--experiment", "r")
+    original, seen, before = run.to_inputs, 0, {}
+
+    def poisoned(batch):
+        nonlocal seen
+        images, labels = original(batch)
+        seen += 1
+        if seen == 5:
+            before.update({name: p.detach().clone() for name, p in run.bare_model.named_parameters()})
+            images[0, 0, 0, 0] = float("nan")
+        return images, labels
+
+    run.to_inputs = poisoned
+    with pytest.raises(NonFiniteLossError, match="step 5 on rank 0"):
+        train_loop(run)
+    assert all(torch.equal(p, before[name]) for name, p in run.bare_model.named_parameters())
+    assert (tmp_path / "r" / "memory.json").exists()
+
+
+def test_a_run_that_ends_with_other_zeros_fails_loudly(flags):
+    run = make(flags, *PRUNED, "--experiment", "r")
+    run.prunable = run.prunable[1:]
+    with pytest.raises(SparsityError, match="asks for"):
+        train_loop(run)
+
+
+def test_accumulation_equals_a_larger_batch(flags, tmp_path):
+    """In float64 on a model without BatchNorm: the same update from 16 images at once or 4 × 4."""
+    finals = []
+    torch.set_default_dtype(torch.float64)
+    try:
+        for steps in (1, 4):
+            more = ["--model", "test_vit", "--grad-accum-steps", str(steps), "--experiment", str(steps), *PRUNED]
+            train_loop(make(flags, *more))
+            finals.append(final_state(tmp_path / str(steps))["model"])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for key, value in finals[0].items():
+        torch.testing.assert_close(value, finals[1][key], rtol=0, atol=1e-10)
+
+
+def test_evaluation_counts_unreadable_images_out(flags, few_digits, tmp_path):
+    import shutil
+
+    from toolkit.data.index import load_split
+    from toolkit.engine.evaluate import evaluate
+
+    folder = shutil.copytree(few_digits, tmp_path / "damaged")
+    index = load_split(folder, "validation")
+    with open(folder / index.names[0], "r+b") as file:
+        file.seek(index.offset[0])
+        file.write(b"\0" * 100)
+    run = make(flags, "--data-dir", str(folder), "--experiment", "r", "--opt", "adamw")
+    result = evaluate(run, run.bare_model)
+    assert (result.num_samples, result.num_bad) == (39, 1)
+
+
+@pytest.mark.parametrize("model", ["resnet50", "vit_tiny_patch16_224"])
+def test_any_timm_model_by_name(flags, model, tmp_path):
+    assert train.main([*flags, *PRUNED, "--model", model, "--epochs", "1", "--experiment", "r"]) == 0
+    metrics = json.loads((tmp_path / "r" / "metrics.json").read_text())
+    assert round(metrics["final_sparsity"], 4) == 0.7
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--opt", "adamwprune"], "needs --sparsity"),
+        (["--opt", "adamw", "--sparsity", "0.5"], "does not prune; add --pruning"),
+        (["--opt", "adamvv"], "Did you mean adam"),
+        (["--opt", "lookahead_adamw", "--pruning", "movement", "--sparsity", "0.5"], "Lookahead revives"),
+        (["--opt", "adamwprune", "--sparsity", "0.5", "--prune-score", "fisher"], "magnitude, variance, obd"),
+        (["--opt", "adamwprune", "--sparsity", "0.5", "--opt-kwargs", "sparsity=0.2"], "set by the --prune flags"),
+        (["--opt", "adamw", "--opt-kwargs", "colour=1"], "does not take one of its arguments"),
+        (["--model", "resnet5000"], "not a timm model; did you mean"),
+        (["--train-split", "training"], "it has train, validation"),
+        (["--amp", "fp16"], "use --amp bf16"),
+        (["--global-batch-size", "1000"], "96 training samples do not fill"),
+        (["--resume", "nowhere"], "not a complete checkpoint"),
+        (["--initial-checkpoint", "nowhere.pth"], "does not exist"),
+        (["--opt", "adamwprune", "--sparsity", "0.5", "--prune-begin", "0.01", "--prune-end", "0.02"], "too short"),
+    ],
+)
+def test_mistakes_say_value_rule_and_remedy(flags, capsys, more, words):
+    assert train.main([*flags, *more]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert len(lines) == 1
+    assert words in lines[0]
+
+
+def test_a_folder_with_a_run_is_not_overwritten(flags, capsys):
+    assert train.main([*flags, "--opt", "adamw", "--experiment", "r", "--epochs", "1"]) == 0
+    assert train.main([*flags, "--opt", "adamw", "--experiment", "r", "--epochs", "1"]) == 2
+    assert "--resume auto" in capsys.readouterr().err
+    assert (
+        train.main([*flags, "--opt", "adamw", "--experiment", "r", "--lr", "1", "--seed", "3", "--resume", "auto"]) == 2
+    )
+    assert "the checkpoint has seed 42, this run 3" in capsys.readouterr().err
+
+
+def test_amp_and_compile_run_on_cpu(flags, tmp_path):
+    assert train.main([*flags, *PRUNED, "--amp", "bf16", "--epochs", "1", "--experiment", "amp"]) == 0
+    reset_accelerate()
+    assert train.main([*flags, *PRUNED, "--torchcompile", "eager", "--epochs", "1", "--experiment", "eager"]) == 0
+
+
+def test_recipe_of_an_optimizer_gives_way_to_flags(flags):
+    assert make(flags, "--opt", "adamwadv", "--experiment", "a").plan.clip_grad == 1.0
+    assert make(flags, "--opt", "adamwadv", "--clip-grad", "3", "--experiment", "b").plan.clip_grad == 3.0
+    assert make(flags, "--opt", "adamw", "--experiment", "c").plan.clip_grad is None
+
+
+def test_sparsity_0_equals_no_pruning_bit_for_bit(flags, tmp_path):
+    for name, more in {"off": ["--opt", "adamwprune", "--sparsity", "0"], "plain": ["--opt", "adamw"]}.items():
+        assert train.main([*flags, *more, "--experiment", name, "--opt-kwargs",
+                           *(["foreach=False"] if name == "plain" else [])]) == 0  # fmt: skip
+    assert_same(final_state(tmp_path / "off")["model"], final_state(tmp_path / "plain")["model"])

@@ -1,0 +1,64 @@
+import csv
+import json
+
+import pytest
+import torch
+from ranks import run_ranks
+
+from toolkit.dist import World
+from toolkit.memory.report import TIMELINE_COLUMNS, MemoryLog, merge_ranks, reduce_ranks
+from toolkit.memory.sources import read_device, read_host
+
+
+def test_without_an_accelerator_device_figures_are_null_not_zero():
+    assert set(read_device(torch.device("cpu")).values()) == {None}
+    host = read_host()
+    assert 0 < host["rss_bytes"] <= host["rss_peak_bytes"]
+
+
+def record(rank, weights, **changes):
+    figures = {"rank": rank, "unit": "bytes", "device_type": "cpu", "num_ranks": 2, "ledger_end": {"weights": weights},
+               "ledger_peak": {"weights": weights}, "device": {"allocated_bytes": None}}  # fmt: skip
+    return figures | changes
+
+
+def test_reduction_over_ranks():
+    reduced = reduce_ranks([record(0, 10), record(1, 30)])
+    assert reduced["ledger_end.weights"] == {"min": 10, "mean": 20.0, "max": 30, "sum": 40, "argmax_rank": 1}
+    assert set(reduced["device.allocated_bytes"].values()) == {None}
+
+
+@pytest.mark.parametrize("change", [{"unit": "MiB"}, {"device_type": "cuda"}, {"num_ranks": 3}])
+def test_ranks_that_differ_are_not_merged(change):
+    with pytest.raises(ValueError, match="ranks disagree"):
+        merge_ranks([record(0, 1), record(1, 1, **change)], {}, {}, 0, torch.device("cpu"))
+
+
+def _write(rank, folder):
+    held = [100, 500, 200] if rank == 1 else [10, 20, 20]
+    log = MemoryLog(lambda: {"weights": held[len(log.timeline)], "optim.exp_avg": 7}, World.detect(torch.device("cpu")))
+    for step in (1, 2, 3):
+        log.sample(step)
+    log.write(folder, {"opt": "adamw"}, {"weights": 20})
+    return log.peak_step
+
+
+def test_two_ranks_make_one_report(tmp_path):
+    assert run_ranks(_write, 2, tmp_path) == [2, 2]
+    report = json.loads((tmp_path / "memory.json").read_text())
+    assert report["schema"] == "memory-report/1"
+    assert report["kind"] == "host-standin"
+    assert "NO GPU" in report["note"]
+    assert report["device"]["gpu_measured"] is False
+    assert [entry["rank"] for entry in report["ranks"]] == [0, 1]
+    assert report["reduced"]["ledger_peak.weights"]["max"] == 500
+    assert report["reduced"]["ledger_peak.weights"]["argmax_rank"] == 1
+    assert report["reduced"]["device.allocated_peak_bytes"]["max"] is None
+    assert report["ledger"]["rows"][0] == {"name": "weights", "measured_bytes": 20, "predicted_bytes": 20}
+    assert report["ledger"]["total_bytes"] == 27
+    assert report["ledger"]["optimizer_bytes"] == 7
+    with open(tmp_path / "memory_timeline.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert tuple(rows[0]) == TIMELINE_COLUMNS
+    assert [(row["rank"], row["step"]) for row in rows] == [(r, s) for r in "01" for s in "123"]
+    assert rows[0]["allocated_bytes"] == ""

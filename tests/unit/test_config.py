@@ -1,0 +1,147 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from toolkit.config import Config, batch_size_per_rank, parse
+
+ROOT = Path(__file__).parents[2]
+
+
+def error_of(capsys, *argv):
+    with pytest.raises(SystemExit) as stop:
+        parse(argv)
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1, message
+    return message
+
+
+def test_timms_names_and_defaults():
+    config = parse([])
+    assert (config.model, config.opt, config.batch_size, config.epochs) == ("resnet50", "sgd", 128, 300)
+    assert (config.weight_decay, config.momentum, config.smoothing, config.warmup_epochs) == (2e-5, 0.9, 0.1, 5)
+    assert (config.hflip, config.color_jitter, config.scale, config.train_interpolation) == (
+        0.5, 0.4, [0.08, 1.0], "random",
+    )  # fmt: skip
+    assert (config.seed, config.log_interval, config.workers, config.sched) == (42, 50, 4, "cosine")
+
+
+def test_command_line_beats_recipe_beats_default(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("lr: 1e-3\nepochs: 7\nchannels_last: true\nbetas-not: 1\n".replace("betas-not: 1\n", ""))
+    config = parse(["-c", str(recipe), "--epochs", "9", "--no-channels-last"])
+    assert (config.lr, config.epochs, config.channels_last) == (1e-3, 9, False)
+    assert config.given == {"lr", "epochs", "channels_last"}
+
+
+@pytest.mark.parametrize(
+    ("argv", "precision"),
+    [
+        ([], "no"),
+        (["--amp"], "fp16"),
+        (["--amp", "--amp-dtype", "bfloat16"], "bf16"),
+        (["--amp", "bf16"], "bf16"),
+        (["--amp", "float16"], "fp16"),
+        (["--amp", "bf16", "--amp-dtype", "bfloat16"], "bf16"),
+    ],
+)
+def test_amp(argv, precision):
+    assert parse(argv).mixed_precision == precision
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--sparsty", "0.5"], ["--sparsty is not a flag", "Did you mean --sparsity", "--weight-decay"]),
+        (["--sparsity", "1.5"], ["--sparsity 1.5", "[0, 1)"]),
+        (["--sched", "cosin"], ["--sched", "'cosin'", "cosine"]),
+        (["--epochs", "0"], ["--epochs 0", "at least 1"]),
+        (["--prune-begin", "0.7"], ["fractions of all steps"]),
+        (["-b", "8", "--global-batch-size", "16"], ["keep one of them"]),
+        (["--amp-dtype", "float16"], ["add --amp"]),
+        (["--amp", "bf16", "--amp-dtype", "float16"], ["disagree"]),
+        (["--amp", "int8"], ["'int8'", "choose one of fp16"]),
+        (["--opt-kwargs", "x"], ["not key=value"]),
+        (["-c", "nowhere.yaml"], ["nowhere.yaml cannot be read"]),
+        (["positional"], ["positional is not a flag"]),
+    ],
+)
+def test_mistakes_are_one_line(capsys, argv, words):
+    message = error_of(capsys, *argv)
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("lerning_rate: 1", "'lerning_rate' in"),
+        ("epochs: many", "epochs: 'many'"),
+        ("channels_last: 1", "channels_last: 1"),
+        ("scale: 0.5", "a list of float"),
+        ("[1, 2]", "key: value"),
+        ("a: b: c", "is not YAML"),
+        ("opt: 3", "opt: 3"),
+    ],
+)
+def test_recipes_are_checked(capsys, tmp_path, text, words):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(text)
+    assert words in error_of(capsys, "-c", str(recipe))
+
+
+def test_batch_on_command_line_replaces_the_recipes(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("global_batch_size: 64\n")
+    config = parse(["-c", str(recipe), "-b", "10"])
+    assert (config.batch_size, config.global_batch_size) == (10, None)
+
+
+def test_global_batch_is_divided_over_ranks_and_accumulation():
+    assert batch_size_per_rank(Config(global_batch_size=64, grad_accum_steps=2), 4) == 8
+    with pytest.raises(
+        ValueError, match=r"3 ranks × accumulation 1 do not divide --global-batch-size 64; use 63 or 66"
+    ):
+        batch_size_per_rank(Config(global_batch_size=64), 3)
+    assert batch_size_per_rank(Config(batch_size=5), 3) == 5
+
+
+def test_settings_come_back_from_yaml(tmp_path):
+    config = parse(
+        ["--opt-kwargs", "a=1", "b=x", "--amp", "bf16", "--torchcompile", "--scale", "0.5", "1", "--aa", "rand"]
+    )
+    path = tmp_path / "args.yaml"
+    path.write_text(yaml.safe_dump(config.to_dict()))
+    again = parse(["-c", str(path)])
+    assert again.to_dict() == config.to_dict()
+    assert again.opt_kwargs == {"a": 1, "b": "x"}
+    assert again.torchcompile == "inductor"
+
+
+COMMANDS = [["train.py"], ["-m", "launch.matrix"], ["-m", "launch.report"], ["-m", "shards.digits"],
+            ["-m", "shards.synthetic"]]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[-1])
+def test_help_loads_no_torch(command):
+    """--help answers in well under a second because nothing heavy is imported."""
+    probe = (
+        "import sys, runpy\n"
+        f"sys.argv = {[command[-1], '--help']!r}\n"
+        "try:\n"
+        f"    runpy.{'run_module' if len(command) > 1 else 'run_path'}({command[-1]!r}, run_name='__main__')\n"
+        "except SystemExit as stop:\n"
+        "    heavy = sorted({'torch', 'numpy', 'matplotlib', 'sklearn'} & set(sys.modules))\n"
+        "    print('exit', stop.code, heavy)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("exit 0 []\n"), done.stdout[-300:]
+    assert "usage" in done.stdout
+
+
+def test_light_packages_stay_light():
+    probe = "import sys, toolkit, toolkit.memory, toolkit.config; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
