@@ -17,12 +17,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def _train(config: Config) -> int:
     from toolkit.build import build
+    from toolkit.build.launch import die_with_launcher
     from toolkit.engine.loop import InterruptedRunError, SparsityError, train
     from toolkit.engine.step import NonFiniteLossError
     from toolkit.log import get_logger, start_logging
 
     rank = int(os.environ.get("RANK", "0"))
     start_logging(rank)
+    die_with_launcher()
     try:
         train(build(config))
     except InterruptedRunError as stopped:

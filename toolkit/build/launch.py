@@ -1,8 +1,11 @@
 """How a process joins its run: Accelerate, the seeds, the run folder."""
 
+import ctypes
 import datetime
 import os
 import random
+import signal
+import sys
 import time
 from pathlib import Path
 
@@ -16,9 +19,24 @@ from toolkit.dist import World
 from toolkit.engine.checkpoint import newest_checkpoint
 from toolkit.log import get_logger, start_logging
 
-__all__ = ["create_accelerator", "run_folder", "seed_everything"]
+__all__ = ["create_accelerator", "die_with_launcher", "run_folder", "seed_everything"]
+
+_PR_SET_PDEATHSIG = 1
 
 _log = get_logger()
+
+
+def die_with_launcher() -> None:
+    """Have the kernel kill this rank when its launcher dies (Linux), so that no orphan writes on.
+
+    The launcher starts ranks in sessions of their own: killing its process group does not reach them.
+    """
+    if "LOCAL_RANK" not in os.environ or sys.platform != "linux":
+        return
+    launcher = os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != launcher:  # it died before the call above
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def create_accelerator(config: Config) -> Accelerator:

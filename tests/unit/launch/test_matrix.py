@@ -1,0 +1,102 @@
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from launch import matrix as matrix_module
+from launch.matrix import check_settings, load_matrix, main
+from launch.runs import is_complete, read_runs
+from toolkit.config import parse
+
+ROOT = Path(__file__).parents[3]
+DEMO = ROOT / "launch" / "matrices" / "demo.yaml"
+
+
+@pytest.fixture(autouse=True)
+def _in_the_repository(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def write(path, **changes):
+    content = {"name": "m", "accelerate_config": "accelerate_configs/cpu.yaml",
+               "recipe": "launch/recipes/digits.yaml", "seeds": [0], "cells": [{"opt": "adamw"}]}  # fmt: skip
+    path.write_text(yaml.safe_dump({**content, **changes}))
+    return path
+
+
+def test_demo_cells_and_names():
+    names = [cell.name for cell in load_matrix(DEMO, seeds=[0, 1]).cells]
+    assert names[:4] == [
+        "resnet18_momentum_movement_70_seed0", "resnet18_adamw_none_seed0", "resnet18_adamw_movement_70_seed0",
+        "resnet18_adamwprune_state_70_seed0",
+    ]  # fmt: skip
+    assert names[4] == "resnet18_momentum_movement_70_seed1"
+
+
+def test_dry_run_prints_commands_that_parse(capsys):
+    assert main([str(DEMO), "--dry-run", "--model", "resnet50", "--only", "*adamwprune*"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    head, _, flags = line.partition(" train.py ")
+    assert head == "accelerate launch --config_file accelerate_configs/cpu.yaml"
+    config = parse(flags.split())
+    assert (config.model, config.opt, config.sparsity) == ("resnet50", "adamwprune", 0.7)
+    assert config.experiment == "resnet50_adamwprune_state_70_seed0"
+
+
+def test_every_shipped_matrix_and_recipe_is_read():
+    for path in (ROOT / "launch" / "matrices").glob("*.yaml"):
+        assert load_matrix(path).cells
+    for path in (ROOT / "launch" / "recipes").glob("*.yaml"):
+        parse(["-c", str(path)])
+
+
+def test_mistakes(tmp_path, capsys):
+    with pytest.raises(ValueError, match=r"unknown keys \['sed'\]"):
+        load_matrix(write(tmp_path / "m.yaml", sed=[1]))
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_matrix(tmp_path / "none.yaml")
+    with pytest.raises(SystemExit):
+        load_matrix(write(tmp_path / "m.yaml", cells=[{"optt": "adamw"}]))
+    assert "Did you mean --opt" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([str(DEMO), "--only", "nothing"])
+    assert "matches no cell" in capsys.readouterr().err
+
+
+def test_a_folder_made_with_other_settings_is_not_taken_for_the_cell(tmp_path):
+    (cell,) = load_matrix(write(tmp_path / "m.yaml")).cells
+    check_settings(cell, tmp_path)
+    (tmp_path / "args.yaml").write_text(yaml.safe_dump({**cell.config.to_dict(), "epochs": 3, "output": "elsewhere"}))
+    with pytest.raises(ValueError, match="was made with epochs=3, now 15"):
+        check_settings(cell, tmp_path)
+
+
+def test_a_failed_cell_is_recorded_and_the_matrix_goes_on(tmp_path, monkeypatch, capsys):
+    path = write(tmp_path / "m.yaml", cells=[{"opt": "adamw"}, {"opt": "adam"}])
+    run = []
+
+    def fake(matrix, cell, folder, progress, label):
+        run.append(cell.name)
+        folder.mkdir(parents=True)
+        if "adamw" in cell.name:
+            return 1
+        (folder / "metrics.json").write_text(json.dumps({"completed": True}))
+        return 0
+
+    monkeypatch.setattr(matrix_module, "_run_cell", fake)
+    assert main([str(path), "--out", str(tmp_path / "runs")]) == 1
+    assert run == ["resnet18_adamw_none_seed0", "resnet18_adam_none_seed0"]
+    message = capsys.readouterr().err
+    assert "FAILED resnet18_adamw_none_seed0" in message
+    assert "1 of 2 cells failed" in message
+
+
+def test_unfinished_runs_are_not_reported(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "args.yaml").write_text("{}")
+    assert not is_complete(tmp_path / "a")
+    (tmp_path / "a" / "metrics.json").write_text('{"completed": false}')
+    assert not is_complete(tmp_path / "a")
+    with pytest.raises(ValueError, match="holds no complete run"):
+        read_runs(tmp_path)
