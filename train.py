@@ -18,6 +18,7 @@ def main(argv: list[str] | None = None) -> int:
 def _train(config: Config) -> int:
     from toolkit.build import build
     from toolkit.build.launch import die_with_launcher
+    from toolkit.dist import leave_group
     from toolkit.engine.loop import InterruptedRunError, SparsityError, train
     from toolkit.engine.step import NonFiniteLossError
     from toolkit.log import get_logger, start_logging
@@ -25,17 +26,23 @@ def _train(config: Config) -> int:
     rank = int(os.environ.get("RANK", "0"))
     start_logging(rank)
     die_with_launcher()
+    status = 0
     try:
         train(build(config))
     except InterruptedRunError as stopped:
         get_logger().info("%s", stopped)
-        return 130
-    except (ValueError, OSError, NonFiniteLossError, SparsityError) as error:
+        status = 130
+    except (NonFiniteLossError, SparsityError) as error:  # on all ranks alike
+        if rank == 0:
+            get_logger().error("train.py: error: %s", error)
+        status = 1
+    except (ValueError, OSError) as error:
         if rank:
             time.sleep(3)  # a mistake all ranks share: rank 0 says it once, and the launcher then ends this process
         get_logger().error("train.py: error: %s", error)
-        return 2 if isinstance(error, ValueError) else 1
-    return 0
+        return 2 if isinstance(error, ValueError) else 1  # perhaps this rank alone: the others are not waited for
+    leave_group()
+    return status
 
 
 if __name__ == "__main__":

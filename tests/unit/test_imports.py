@@ -22,7 +22,7 @@ ALLOWED = {
     "toolkit.build": {"toolkit"},
     "shards": {"toolkit.data", "toolkit.progress"},
     "launch": {"toolkit"},
-    "train": {"toolkit.config", "toolkit.build", "toolkit.engine", "toolkit.log"},
+    "train": {"toolkit.config", "toolkit.build", "toolkit.dist", "toolkit.engine", "toolkit.log"},
 }
 
 
