@@ -17,7 +17,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _train(config: Config) -> int:
     from toolkit.build import build
-    from toolkit.build.launch import die_with_launcher
+    from toolkit.build.launch import RunCompleteError, die_with_launcher
     from toolkit.dist import leave_group
     from toolkit.engine.loop import InterruptedRunError, SparsityError, train
     from toolkit.engine.step import NonFiniteLossError
@@ -29,9 +29,13 @@ def _train(config: Config) -> int:
     status = 0
     try:
         train(build(config))
+    except RunCompleteError as complete:
+        get_logger().info("%s", complete)
     except InterruptedRunError as stopped:
         get_logger().info("%s", stopped)
         status = 130
+    except KeyboardInterrupt:  # before the first step, or twice: nothing to save
+        return 130
     except (NonFiniteLossError, SparsityError) as error:  # on all ranks alike
         if rank == 0:
             get_logger().error("train.py: error: %s", error)
@@ -39,7 +43,9 @@ def _train(config: Config) -> int:
     except (ValueError, OSError) as error:
         if rank:
             time.sleep(3)  # a mistake all ranks share: rank 0 says it once, and the launcher then ends this process
-        get_logger().error("train.py: error: %s", error)
+        # A worker's message is a traceback with the reason at its end; the whole goes into train.log.
+        get_logger().error("train.py: error: %s", str(error).strip().splitlines()[-1] if str(error) else repr(error))
+        get_logger().debug("traceback", exc_info=True)
         return 2 if isinstance(error, ValueError) else 1  # perhaps this rank alone: the others are not waited for
     leave_group()
     return status

@@ -20,8 +20,8 @@ from typing import Any
 
 import yaml
 
-from launch.runs import is_complete
-from toolkit.config import Config, parse
+from toolkit.config import Config, check_same_settings, parse
+from toolkit.engine.records import is_complete
 from toolkit.progress import Progress
 
 __all__ = ["Cell", "Matrix", "load_matrix", "main"]
@@ -64,11 +64,16 @@ def load_matrix(path: Path, seeds: Sequence[int] | None = None, overrides: Seque
     missing = sorted(set(_KEYS) - set(content))
     if unknown or missing:
         raise ValueError(f"matrix {path}: unknown keys {unknown}, missing keys {missing}; valid: {', '.join(_KEYS)}")
-    cells = []
+    cells: list[Cell] = []
     for seed in seeds if seeds is not None else content["seeds"]:
         for settings in content["cells"]:
             arguments = ["-c", content["recipe"], *_arguments(settings), *overrides, "--seed", str(seed)]
             config = parse(arguments, prog=f"{path} cell {settings}")
+            if _cell_name(config) in {cell.name for cell in cells}:
+                raise ValueError(
+                    f"matrix {path}: two cells are named {_cell_name(config)}; their difference does not show in "
+                    "the name, put one of them into a matrix of its own"
+                )
             cells.append(Cell(_cell_name(config), tuple(arguments), config))
     return Matrix(content["name"], content["accelerate_config"], tuple(cells))
 
@@ -94,18 +99,6 @@ def _cell_name(config: Config) -> str:
     return f"{config.model}_{config.opt}_{method}{share}_seed{config.seed}"
 
 
-def check_settings(cell: Cell, folder: Path) -> None:
-    """Raise ValueError where a run folder was made with other settings than the cell's."""
-    if not (folder / "args.yaml").exists():
-        return
-    before, now = yaml.safe_load((folder / "args.yaml").read_text()), cell.config.to_dict()
-    for key in before.keys() & now.keys() - {"output", "experiment", "resume"}:
-        if before[key] != now[key]:
-            raise ValueError(
-                f"{folder} was made with {key}={before[key]}, now {now[key]}; remove the folder or choose another --out"
-            )
-
-
 def _progress_of(folder: Path) -> tuple[int, str]:
     """(finished epochs, last accuracy) of a run, from its summary.csv."""
     try:
@@ -124,7 +117,7 @@ def run_matrix(matrix: Matrix, cells: Sequence[Cell], runs: Path) -> list[str]:
     for number, cell in enumerate(cells, 1):
         folder = runs / cell.name
         if is_complete(folder):
-            progress.advance(cell.config.epochs, f"cell {number}/{len(cells)} {cell.name} was complete")
+            progress.skip(cell.config.epochs, f"cell {number}/{len(cells)} {cell.name} was complete")
             continue
         status = _run_cell(matrix, cell, folder, progress, f"cell {number}/{len(cells)} {cell.name}")
         if status != 0 or not is_complete(folder):
@@ -140,9 +133,12 @@ def _run_cell(matrix: Matrix, cell: Cell, folder: Path, progress: Progress, labe
     _say(f"{label}\n  {shlex.join(command)}")
     launcher = Path(sys.executable).with_name("accelerate")
     begin, seen = time.monotonic(), _progress_of(folder)[0]
-    progress.advance(seen)
+    progress.skip(seen)
     with open(folder / "console.log", "a") as log:
-        process = subprocess.Popen([str(launcher), *command[1:]], stdout=log, stderr=subprocess.STDOUT)
+        # In a session of its own: Ctrl-C reaches it once, from here, and the launcher passes it on to the ranks.
+        process = subprocess.Popen(
+            [str(launcher), *command[1:]], stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
         try:
             while process.poll() is None:
                 time.sleep(_POLL_S)
@@ -151,10 +147,12 @@ def _run_cell(matrix: Matrix, cell: Cell, folder: Path, progress: Progress, labe
                     progress.advance(epochs - seen, f"{label}: {note}")
                     seen = epochs
         except KeyboardInterrupt:
-            # The ranks got the same signal and save a checkpoint; leave them the time.
-            _say(f"stopping {cell.name}; the same command goes on from here")
+            _say(f"stopping {cell.name}: it saves a checkpoint; the same command goes on from there")
             process.send_signal(signal.SIGINT)
-            process.wait(_STOP_S)
+            try:
+                process.wait(_STOP_S)
+            except (subprocess.TimeoutExpired, KeyboardInterrupt):
+                process.kill()  # the ranks die with it
             raise
     epochs, note = _progress_of(folder)
     progress.advance(epochs - seen, f"{label}: {note}, {time.monotonic() - begin:.0f} s")
@@ -195,7 +193,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     try:
         for cell in cells:
-            check_settings(cell, runs / cell.name)
+            check_same_settings(runs / cell.name, cell.config)
         failed = run_matrix(matrix, cells, runs)
     except ValueError as error:
         parser.exit(2, f"launch.matrix: error: {error}\n")

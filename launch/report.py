@@ -51,11 +51,17 @@ def write_report(runs: Sequence[CellRun], out: Path, source: Path) -> None:
 
 
 def group_by_method(runs: Sequence[CellRun]) -> dict[str, list[CellRun]]:
-    """Runs that differ in the seed only, by label."""
-    groups: dict[str, list[CellRun]] = {}
+    """Runs that differ in the seed only. Groups of one label are told apart by the settings in which they differ."""
+    groups: dict[tuple[str, str], list[CellRun]] = {}
     for run in runs:
-        groups.setdefault(run.label, []).append(run)
-    return groups
+        groups.setdefault((run.label, json.dumps(run.settings, sort_keys=True)), []).append(run)
+    named = {}
+    for (label, _), members in groups.items():
+        rivals = [other[0].settings for (name, _), other in groups.items() if name == label]
+        mine = members[0].settings
+        differing = sorted(key for key in mine if any(rival.get(key) != mine[key] for rival in rivals))
+        named[" ".join([label, *(f"{key}={mine[key]}" for key in differing)])] = members
+    return named
 
 
 def environment(runs: Sequence[CellRun]) -> dict[str, Any]:
@@ -146,7 +152,9 @@ def _markdown(
     out: Path,
 ) -> list[str]:
     shared = environment(runs)
-    versions = ", ".join(f"{name} {version}" for name, version in shared["versions"].items())
+    versions = "; ".join(
+        dict.fromkeys(", ".join(f"{key} {value}" for key, value in run.metrics["versions"].items()) for run in runs)
+    )
     seeds = shared["seeds"]
     one_seed = (
         " One seed: differences of a point or so are noise, and no rank is claimed." if len(seeds) == 1 else
@@ -155,7 +163,7 @@ def _markdown(
     return [
         f"# {out.name}: {shared['model']} on {shared['dataset']}",
         "",
-        *([_ON_CPU] if shared["device_type"] == "cpu" else []),
+        *([_ON_CPU] if any(run.metrics["device_type"] == "cpu" for run in runs) else []),
         *(["", _SYNTHETIC] if shared["dataset_synthetic"] else []),
         "",
         f"Data: {shared['dataset_note'] or shared['dataset']}. Hardware: {shared['world_size']} ranks on "

@@ -8,7 +8,9 @@ from typing import Any
 
 import yaml
 
-__all__ = ["CellRun", "is_complete", "read_runs"]
+from toolkit.engine.records import is_complete
+
+__all__ = ["CellRun", "read_runs"]
 
 
 @dataclass(frozen=True)
@@ -27,9 +29,16 @@ class CellRun:
         """Optimizer, pruning method and sparsity: what a reader compares."""
         method, sparsity = self.metrics["pruning"], self.metrics["target_sparsity"]
         name = str(self.metrics["opt"]).removesuffix(f"-{method}")
-        if method == "none" or not sparsity:
+        method = self.arguments.get("prune_score") or method
+        if self.metrics["pruning"] == "none" or not sparsity:
             return name
-        return f"{name} {100 * sparsity:g} %" if name == "adamwprune" else f"{name} + {method} {100 * sparsity:g} %"
+        how = "" if name in ("adamwprune", "sgdprune") and method == "state" else f" + {method}"
+        return f"{name}{how} {100 * sparsity:g} %"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All settings but the seed and where the run was written."""
+        return {key: self.arguments[key] for key in self.arguments.keys() - {"seed", "output", "experiment", "resume"}}
 
     @property
     def schedule_note(self) -> str:
@@ -41,14 +50,6 @@ class CellRun:
     def row(self, name: str) -> int:
         """Bytes of a ledger row at the end of training."""
         return next((row["measured_bytes"] for row in self.memory["ledger"]["rows"] if row["name"] == name), 0)
-
-
-def is_complete(folder: Path) -> bool:
-    """Whether a run folder holds a finished run."""
-    try:
-        return bool(json.loads((folder / "metrics.json").read_text())["completed"])
-    except (OSError, ValueError, KeyError):
-        return False
 
 
 def read_runs(folder: Path) -> tuple[list[CellRun], list[str]]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-__all__ = ["Config", "batch_size_per_rank", "parse"]
+__all__ = ["Config", "batch_size_per_rank", "check_same_settings", "parse"]
 
 
 def _flag(default: Any, help_text: str, **options: Any) -> Any:
@@ -69,7 +69,8 @@ class Config:
     prune_end: float = _flag(0.6, "where the last mask update is, as a fraction of all steps")
     prune_frequency: int = _flag(50, "steps between mask updates")
     prune_score: str | None = _flag(None, "score of a weight; the method's own by default")
-    prune_scope: str = _flag("global", "where weights compete", choices=("global",))
+    prune_scope: str = _flag("global", "where weights compete", choices=("global", "layer", "erk"))
+    prune_regrow: float = _flag(0.0, "share of the survivors exchanged at an update; needs --pruning state")
 
     sched: str = _flag("cosine", "learning-rate schedule, timm's", group="Schedule",
                        choices=("cosine", "tanh", "step", "multistep", "poly", "plateau", "none"))
@@ -122,7 +123,7 @@ class Config:
     seed: int = _flag(42, "seed", group="Run")
     log_interval: int = _flag(50, "steps between log lines and scalars")
     val_interval: int = _flag(1, "epochs between evaluations")
-    checkpoint_hist: int = _flag(2, "checkpoints kept beside the best")
+    checkpoint_hist: int = _flag(10, "checkpoints kept beside the best")
     checkpoint_interval: int = _flag(0, "steps between checkpoints within an epoch; 0 = at its end only")
     workers: int = _flag(4, "data workers per rank", short="-j")
     pin_mem: bool = _flag(False, "pin host memory for faster copies to the GPU")
@@ -153,6 +154,13 @@ class Config:
             raise ValueError(f"--amp-dtype {self.amp_dtype} does nothing without --amp; add --amp or drop it")
         if self.amp_dtype and self.amp not in (None, "default") and self.amp_dtype != self._amp_name():
             raise ValueError(f"--amp {self.amp} and --amp-dtype {self.amp_dtype} disagree; keep one of them")
+        if self.sched == "plateau" and self.sched_on_updates:
+            raise ValueError("--sched plateau looks at each epoch's metric; drop --sched-on-updates")
+        if self.mixed_precision == "fp16" and self.sparsity and self.prune_end > 0.9:
+            raise ValueError(
+                f"--prune-end {self.prune_end} with --amp fp16: steps that the gradient scaler skips put the last mask "
+                "update behind the end; use --prune-end 0.9 or less, or --amp bf16"
+            )
         if self.global_batch_size is not None and "batch_size" in self.given:
             raise ValueError("-b and --global-batch-size both set the batch; keep one of them")
 
@@ -180,6 +188,31 @@ class Config:
 def flags() -> list[dataclasses.Field[Any]]:
     """The fields that are flags."""
     return [item for item in fields(Config) if item.name != "given"]
+
+
+# Settings a resumed run may change: where it writes, how fast it reads, how often it speaks. The batch is compared as
+# the global one, the data by fingerprint.
+_FREE_ON_RESUME = {
+    "output", "experiment", "resume", "data_dir", "workers", "pin_mem", "log_interval", "checkpoint_hist",
+    "checkpoint_interval", "dist_timeout", "batch_size", "global_batch_size", "grad_accum_steps",
+    "validation_batch_size",
+}  # fmt: skip
+
+
+def check_same_settings(folder: Path, config: Config) -> None:
+    """Raise ValueError where a run folder's args.yaml has other settings than `config`; no args.yaml is no clash."""
+    import yaml
+
+    path = folder / "args.yaml"
+    if not path.exists():
+        return
+    before, now = yaml.safe_load(path.read_text()), config.to_dict()
+    for key in sorted(before.keys() & now.keys() - _FREE_ON_RESUME):
+        if before[key] != now[key]:
+            raise ValueError(
+                f"{folder} was made with {key}={before[key]}, now {now[key]}; give the settings of its args.yaml to go "
+                "on, or write elsewhere (another --experiment or --out)"
+            )
 
 
 def _list(choices: Sequence[str]) -> str:

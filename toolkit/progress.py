@@ -19,20 +19,22 @@ def duration(seconds: float) -> str:
 class Progress:
     """Counts units of work done; shows share, rate and time left.
 
-    `total` units of `unit` are expected. On a terminal tqdm draws a bar; otherwise `write` gets a line at most every
-    ten seconds, and one at the end.
+    `total` units of `unit` are expected, `done` of them are there already. On a terminal tqdm draws a bar; otherwise
+    `write` gets a line at most every ten seconds, and one at the end.
     """
 
-    def __init__(self, total: int, unit: str, label: str, write: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self, total: int, unit: str, label: str, done: int = 0, write: Callable[[str], None] | None = None
+    ) -> None:
         self.total, self.unit, self.label = total, unit, label
         self._write = write or (lambda line: print(line, file=sys.stderr, flush=True))  # noqa: T201
-        self._done = 0
+        self._done = self._before = done
         self._begin = self._last_line = time.monotonic()
         self._bar = None
         if sys.stderr.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=total, unit=f" {unit}", desc=label, dynamic_ncols=True, leave=False)
+            self._bar = tqdm(total=total, initial=done, unit=f" {unit}", desc=label, dynamic_ncols=True, leave=False)
 
     def advance(self, count: int = 1, note: str = "") -> None:
         """Report `count` more units; `note` stands at the end of the bar or line."""
@@ -45,13 +47,18 @@ class Progress:
         now = time.monotonic()
         if now - self._last_line >= _LINE_EVERY_S or self._done >= self.total:
             self._last_line = now
-            rate = self._done / max(now - self._begin, 1e-9)
+            rate = (self._done - self._before) / max(now - self._begin, 1e-9)
             left = (self.total - self._done) / rate if rate else 0.0
             share = 100 * self._done / max(self.total, 1)
             self._write(
                 f"{self.label}: {self._done}/{self.total} {self.unit} ({share:.0f} %), {rate:.1f}/s, "
                 f"{duration(left)} left{f', {note}' if note else ''}"
             )
+
+    def skip(self, count: int, note: str = "") -> None:
+        """Report units that were there already: they do not count for the rate."""
+        self._before += count
+        self.advance(count, note)
 
     def close(self) -> None:
         """Take the bar off the terminal."""

@@ -126,9 +126,19 @@ def test_resume_on_another_number_of_ranks(flags, tmp_path):
             _train(rank, [*more, "--experiment", "parts"], torch.float64, _stop_at(11, rank_that_is_told=0))
 
     run_ranks(stopped, 2, join_group=False)
+    losses = json.loads((tmp_path / "whole" / "metrics.json").read_text())["train_loss"]
     (parts,) = run_ranks(_resumed_on_one, 1, [*more, "--experiment", "parts", "--resume", "auto"], join_group=False)
     for name, weight in whole.items():
         torch.testing.assert_close(parts[name], weight, rtol=0, atol=1e-10)
+    resumed = json.loads((tmp_path / "parts" / "metrics.json").read_text())["train_loss"]
+    assert resumed == pytest.approx(losses, abs=1e-10)
+
+
+def test_a_launch_of_one_process_where_two_were_asked_for_is_noticed(flags, monkeypatch):
+    """accelerate launch --cpu --num_processes 2 starts one process and says nothing; MASTER_ADDR betrays it."""
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    with pytest.raises(ValueError, match="asked for several processes but started one"):
+        build(parse([*flags, "--opt", "adamw"]))
 
 
 def _poisoned(rank, flags):

@@ -63,6 +63,8 @@ def test_amp(argv, precision):
         (["-b", "8", "--global-batch-size", "16"], ["keep one of them"]),
         (["--amp-dtype", "float16"], ["add --amp"]),
         (["--amp", "bf16", "--amp-dtype", "float16"], ["disagree"]),
+        (["--sched", "plateau", "--sched-on-updates"], ["drop --sched-on-updates"]),
+        (["--amp", "fp16", "--sparsity", "0.5", "--prune-end", "1"], ["--prune-end 0.9 or less"]),
         (["--amp", "int8"], ["'int8'", "choose one of fp16"]),
         (["--opt-kwargs", "x"], ["not key=value"]),
         (["-c", "nowhere.yaml"], ["nowhere.yaml cannot be read"]),

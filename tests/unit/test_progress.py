@@ -10,7 +10,7 @@ def test_lines_carry_share_rate_and_time_left(monkeypatch):
     now = 0.0
     monkeypatch.setattr(progress.time, "monotonic", lambda: now)
     lines = []
-    report = Progress(100, "images", "digits", lines.append)
+    report = Progress(100, "images", "digits", write=lines.append)
     for _ in range(20):
         now += 1.0
         report.advance(5, "fine")

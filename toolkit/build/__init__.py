@@ -6,7 +6,7 @@ from timm.utils import ModelEmaV3
 import toolkit.optim  # noqa: F401  registers our optimizers
 from toolkit.build.data import augment, create_loaders, input_settings, to_inputs
 from toolkit.build.facts import describe, run_facts, write_args
-from toolkit.build.launch import create_accelerator, run_folder, seed_everything
+from toolkit.build.launch import check_identity, create_accelerator, run_folder, seed_everything, seed_rank
 from toolkit.build.model import compile_model, create_model, place_model, prunable_names, train_loss
 from toolkit.build.optimizer import (
     apply_recipe,
@@ -34,7 +34,7 @@ __all__ = ["build"]
 def build(config: Config) -> Run:
     """Make every component of a run. Raises ValueError, one line with value, rule and remedy, for what cannot be."""
     opt, method = resolve_optimizer(config)
-    config = apply_recipe(config, opt)
+    given, config = config, apply_recipe(config, opt)
     info = read_info(config.data_dir)
     accelerator = create_accelerator(config)
     world = World.detect(accelerator.device)
@@ -42,7 +42,7 @@ def build(config: Config) -> Run:
 
     model = create_model(config, info)
     inputs = input_settings(config, model)
-    train_loader, eval_loader = create_loaders(config, inputs, world)
+    train_loader, eval_loader = create_loaders(config, inputs, int(config.num_classes or info["num_classes"]), world)
     place_model(model, config, world)
     ema = ModelEmaV3(model, config.model_ema_decay, use_warmup=config.model_ema_warmup) if config.model_ema else None
     lr = base_learning_rate(config, opt, train_loader.global_batch_size)
@@ -52,11 +52,14 @@ def build(config: Config) -> Run:
     scheduler, _ = create_scheduler_v2(optimizer, **scheduler_kwargs(config), updates_per_epoch=train_loader.steps)
     prepared_model, prepared_optimizer = accelerator.prepare(model, optimizer)
 
-    folder, resume_from = run_folder(config, opt, world)
+    folder, resume_from = run_folder(given, opt, world)
     facts = run_facts(config, info, opt, method, schedule, plan, world, train_loader.index)
+    if resume_from is not None:
+        check_identity(resume_from, facts, folder, world)
     prunable = prunable_names(model)
+    seed_rank(config.seed, world.rank)
     if world.is_main:
-        write_args(folder, config)
+        write_args(folder, given)
         get_logger().info("%s", describe(facts, lr, folder, model, prunable))
     return Run(
         plan=plan,

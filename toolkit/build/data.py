@@ -28,7 +28,9 @@ def input_settings(config: Config, model: nn.Module) -> dict[str, Any]:
     return resolve_data_config({key: value for key, value in given.items() if value}, model=model)
 
 
-def create_loaders(config: Config, inputs: dict[str, Any], world: World) -> tuple[TrainLoader, EvalLoader]:
+def create_loaders(
+    config: Config, inputs: dict[str, Any], num_classes: int, world: World
+) -> tuple[TrainLoader, EvalLoader]:
     """This rank's loaders of the two splits."""
     folder = Path(config.data_dir)
     batch_size = batch_size_per_rank(config, world.num_ranks)
@@ -39,12 +41,20 @@ def create_loaders(config: Config, inputs: dict[str, Any], world: World) -> tupl
         "workers": config.workers,
         "pin_memory": config.pin_mem and world.device.type == "cuda",
     }
+    if config.mixes and batch_size % 2:
+        raise ValueError(f"mixup and CutMix pair the images of a batch: {batch_size} per rank is odd; use an even -b")
+    splits = [load_split(folder, split) for split in (config.train_split, config.val_split)]
+    for split, index in zip((config.train_split, config.val_split), splits, strict=True):
+        if int(index.label.max(initial=0)) >= num_classes:
+            raise ValueError(
+                f"split {split} has label {index.label.max()}, the model {num_classes} classes; check --num-classes"
+            )
     train_loader = TrainLoader(
-        load_split(folder, config.train_split), train_transform(config, inputs), (height, width),
+        splits[0], train_transform(config, inputs), (height, width),
         seed=config.seed, batch_size=batch_size, accumulation=config.grad_accum_steps, **options,
     )  # fmt: skip
     eval_loader = EvalLoader(
-        load_split(folder, config.val_split), eval_transform(inputs), (height, width),
+        splits[1], eval_transform(inputs), (height, width),
         batch_size=config.validation_batch_size or batch_size, **options,
     )  # fmt: skip
     return train_loader, eval_loader

@@ -53,7 +53,9 @@ def write_args(folder: Path, config: Config) -> None:
     settings = config.to_dict()
     if config.global_batch_size is not None:
         del settings["batch_size"]  # either sets the batch; a recipe may hold one
-    (folder / "args.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+    temporary = folder / "args.yaml.tmp"
+    temporary.write_text(yaml.safe_dump(settings, sort_keys=False))
+    temporary.replace(folder / "args.yaml")
 
 
 def describe(facts: dict[str, Any], lr: float, folder: Path, model: nn.Module, prunable: set[str]) -> str:

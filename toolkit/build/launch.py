@@ -8,18 +8,24 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-from toolkit.config import Config
+from toolkit.config import Config, check_same_settings
 from toolkit.dist import World
-from toolkit.engine.checkpoint import newest_checkpoint
+from toolkit.engine.checkpoint import discard_after, newest_checkpoint, read_identity, step_of
+from toolkit.engine.records import is_complete
+from toolkit.engine.snapshot import IDENTITY
 from toolkit.log import get_logger, start_logging
 
-__all__ = ["create_accelerator", "die_with_launcher", "run_folder", "seed_everything"]
+__all__ = [
+    "RunCompleteError", "check_identity", "create_accelerator", "die_with_launcher", "run_folder", "seed_everything",
+    "seed_rank",
+]  # fmt: skip
 
 _PR_SET_PDEATHSIG = 1
 
@@ -31,7 +37,8 @@ def die_with_launcher() -> None:
 
     The launcher starts ranks in sessions of their own: killing its process group does not reach them.
     """
-    if "LOCAL_RANK" not in os.environ or sys.platform != "linux":
+    launched = "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+    if not launched or sys.platform != "linux":
         return
     launcher = os.getppid()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -54,12 +61,21 @@ def create_accelerator(config: Config) -> Accelerator:
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
         ],
     )
+    if "MASTER_ADDR" in os.environ and "LOCAL_RANK" not in os.environ:
+        # accelerate launch --cpu --num_processes 2, or distributed_type MULTI_CPU
+        raise ValueError(
+            "the launcher was asked for several processes but started one; use "
+            "--config_file accelerate_configs/cpu.yaml"
+        )
     expected = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != expected:
         raise ValueError(
             f"the launcher started {expected} processes but Accelerate sees {accelerator.num_processes}; start with "
             "accelerate launch --config_file accelerate_configs/<machine>.yaml"
         )
+    if accelerator.device.type == "cuda":  # as timm's train.py sets them
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
     return accelerator
 
 
@@ -70,19 +86,35 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def seed_rank(seed: int, rank: int) -> None:
+    """From here on each rank draws its own dropout and erasing noise, as in timm."""
+    torch.manual_seed(seed + rank)
+
+
+class RunCompleteError(Exception):
+    """The run to resume is finished."""
+
+
 def run_folder(config: Config, opt: str, world: World) -> tuple[Path, Path | None]:
-    """The run's folder, made, with logging started; and the checkpoint to resume from, if any."""
+    """The run's folder, made, with logging started; and the checkpoint to resume from, if any.
+
+    Raises ValueError where the folder holds another run, RunCompleteError where it holds this one, finished.
+    """
+    if config.resume == "auto" and not config.experiment:
+        raise ValueError("--resume auto needs --experiment, the name of the run folder to go on with")
     name = config.experiment or f"{time.strftime('%Y%m%d-%H%M%S')}-{config.model.replace('/', '-')}-{opt}"
     folder = Path(config.output) / world.gather(name)[0]  # rank 0's clock
-    checkpoint: Path | None = None
-    if config.resume == "auto":
-        checkpoint = newest_checkpoint(folder / "checkpoints")
-    elif config.resume:
+    checkpoint = newest_checkpoint(folder / "checkpoints") if config.resume else None
+    if config.resume not in ("", "auto"):
         checkpoint = Path(config.resume)
-        if not (checkpoint / "COMPLETE").is_file():
-            raise ValueError(f"--resume {checkpoint} is not a complete checkpoint; use --resume auto or another folder")
-    taken = (folder / "metrics.json").exists() or newest_checkpoint(folder / "checkpoints") is not None
-    if taken and not config.resume:
+    seen = world.gather(str(checkpoint))
+    if len(set(seen)) > 1:
+        raise ValueError(f"ranks see different checkpoints ({', '.join(seen)}); --output must be a shared folder")
+    if config.resume:
+        check_same_settings(folder, config)
+        if is_complete(folder):
+            raise RunCompleteError(f"{folder} is complete; nothing to do")
+    elif is_complete(folder) or newest_checkpoint(folder / "checkpoints") is not None:
         raise ValueError(f"{folder} holds a run already; continue it with --resume auto or choose another --experiment")
     world.barrier()  # all ranks have looked before rank 0 writes
     if world.is_main:
@@ -92,3 +124,18 @@ def run_folder(config: Config, opt: str, world: World) -> tuple[Path, Path | Non
     if config.resume == "auto" and checkpoint is None:
         _log.info("--resume auto: no complete checkpoint in %s, starting afresh", folder)
     return folder, checkpoint
+
+
+def check_identity(checkpoint: Path, facts: dict[str, Any], folder: Path, world: World) -> None:
+    """Raise ValueError unless the checkpoint is of this very run; then drop the later ones that it departs from."""
+    identity = read_identity(checkpoint)
+    for key in IDENTITY:
+        if identity.get(key) != facts[key]:
+            raise ValueError(
+                f"--resume: the checkpoint has {key} {identity.get(key)}, this run {facts[key]}; use the "
+                "settings of its args.yaml, or another --experiment"
+            )
+    world.barrier()
+    if world.is_main:
+        for name in discard_after(folder / "checkpoints", step_of(checkpoint)):
+            _log.warning("%s is removed: the run goes on from %s, before it", name, checkpoint.name)

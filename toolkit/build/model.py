@@ -7,7 +7,9 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers import convert_sync_batchnorm
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.models import load_checkpoint
 from torch import Tensor, nn
 
 from toolkit.config import Config
@@ -29,20 +31,32 @@ def create_model(config: Config, info: dict[str, Any]) -> nn.Module:
     num_classes = config.num_classes or int(info.get("num_classes", 0))
     if num_classes < 1:
         raise ValueError(f"{config.data_dir} does not say how many classes it has; add --num-classes")
-    model = timm.create_model(
-        config.model, pretrained=config.pretrained, num_classes=num_classes, drop_rate=config.drop,
-        checkpoint_path=config.initial_checkpoint, **options,
-    )  # fmt: skip
+    try:
+        model = timm.create_model(
+            config.model, pretrained=config.pretrained, num_classes=num_classes, drop_rate=config.drop, **options
+        )
+    except TypeError as error:
+        raise ValueError(
+            f"--model {config.model} does not take one of its arguments ({error}); see --model-kwargs"
+        ) from None
     if config.img_size is not None and hasattr(model, "set_input_size") and "img_size" not in config.model_kwargs:
         # Vision transformers: the position embeddings follow.
         model.set_input_size(img_size=config.img_size)  # type: ignore[operator]
+    if config.initial_checkpoint:  # after the input size, on which position embeddings depend
+        try:
+            load_checkpoint(model, config.initial_checkpoint)
+        except (RuntimeError, KeyError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"--initial-checkpoint {config.initial_checkpoint} does not fit {config.model}: {reason}"
+            ) from None
     return model
 
 
 def place_model(model: nn.Module, config: Config, world: World) -> None:
     """Onto the device, in the memory layout asked for, with synchronised BatchNorm where asked for; in place."""
     if config.sync_bn and world.num_ranks > 1:
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        convert_sync_batchnorm(model)  # timm's: torch's drops the activation of BatchNormAct2d
     model.to(world.device)
     if config.channels_last:
         model.to(memory_format=torch.channels_last)

@@ -1,6 +1,7 @@
 """The optimizer by name: pruning options, parameter groups, learning rate, and its memory by arithmetic."""
 
 import dataclasses
+import fnmatch
 from typing import Any
 
 import torch
@@ -87,7 +88,8 @@ def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, A
     groups: dict[tuple[bool, bool], list[tuple[str, Tensor]]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            decays = parameter.ndim > 1 and not name.endswith(".bias") and name not in exempt
+            spared = any(fnmatch.fnmatch(name, pattern) for pattern in exempt)
+            decays = parameter.ndim > 1 and not name.endswith(".bias") and not spared
             groups.setdefault((name in prunable, decays), []).append((name, parameter))
     return [
         {"params": named, "weight_decay": weight_decay if decays else 0.0, "prunable": may_prune}
@@ -102,10 +104,10 @@ def create_optimizer(
     arguments = {**optimizer_kwargs(config), "opt": opt, "lr": lr, **config.opt_kwargs}
     spec = find_spec(opt)
     if spec is not None and spec.method != "none":
-        clash = sorted(config.opt_kwargs.keys() & {*dataclasses.asdict(schedule), "score", "scope"})
+        clash = sorted(config.opt_kwargs.keys() & {*dataclasses.asdict(schedule), "score", "scope", "regrow"})
         if clash:
             raise ValueError(f"--opt-kwargs {clash[0]} is set by the --prune flags here; use them instead")
-        arguments |= {**dataclasses.asdict(schedule), "scope": config.prune_scope}
+        arguments |= {**dataclasses.asdict(schedule), "scope": config.prune_scope, "regrow": config.prune_regrow}
         if config.prune_score is not None:
             arguments["score"] = config.prune_score
     try:
@@ -135,5 +137,6 @@ def predict_memory(
         mask = mask_of(optimizer.state.get(parameter, {}))
         survivors = parameter.numel() if mask is None else int(unpack_bits(mask, parameter.numel()).sum())
         facts.append(ParameterFacts(parameter.numel(), mask is not None, survivors, parameter.itemsize))
-    moments = spec.moments
-    return rows | predict_optimizer_rows(facts, moments, counts_steps="exp_avg" in moments, method=method, score=score)
+    return rows | predict_optimizer_rows(
+        facts, spec.moments, counts_steps=spec.counts_steps, method=method, score=score
+    )

@@ -7,6 +7,7 @@ an error at start, not a silent loss (webdataset's reader drops the rest of a sh
 import functools
 import hashlib
 import json
+import os
 import tarfile
 import zlib
 from collections.abc import Sequence
@@ -75,7 +76,7 @@ class ShardIndex:
         arrays = {key: np.ascontiguousarray(getattr(self, key)) for key in _DTYPES}
         # One metadata entry only: safetensors writes several in random order.
         shards = json.dumps({"schema": "shard-index/1", "names": self.names, "bytes": self.shard_bytes})
-        temporary = path.with_name(path.name + ".tmp")
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # ranks may scan at once
         temporary.write_bytes(save(arrays, metadata={"shards": shards}))
         temporary.replace(path)
 
@@ -113,6 +114,8 @@ def load_split(folder: Path, split: str) -> ShardIndex:
         index = _read(folder, path)
     else:
         index = scan_shards(folder, info["splits"][split]["filenames"])
+        if os.access(folder, os.W_OK):
+            index.save(path)
     index.check_files()
     expected = info["splits"][split].get("num_samples", len(index))
     if len(index) != expected:

@@ -5,6 +5,8 @@ can be empty, and resuming at (epoch, step) reads nothing that is not trained on
 """
 
 import os
+import signal
+import zlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -52,8 +54,11 @@ class _Reader:
         return os.pread(self._files[shard], int(self.index.size[sample]), int(self.index.offset[sample]))
 
     def pixels(self, sample: int, epoch: int) -> Tensor:
-        """uint8 [3, h, w]. Raises BadImageError."""
-        return self.transform(decode_rgb(self.read(sample)), sample_generator(self.seed, epoch, sample))
+        """uint8 [3, h, w]. Raises BadImageError for bytes that are not those indexed, or no image."""
+        data = self.read(sample)
+        if zlib.crc32(data) != int(self.index.crc32[sample]):  # 0.06 ms for 107 KB; decoders accept flipped bytes
+            raise BadImageError(f"sample {sample} does not match its checksum")
+        return self.transform(decode_rgb(data), sample_generator(self.seed, epoch, sample))
 
     def empty(self, count: int) -> Tensor:
         """uint8 [count, 3, h, w] of zeros, channels last."""
@@ -140,12 +145,19 @@ class _Keys(Sampler):
         return (self.steps - self.start) * self.accumulation
 
 
+def _leave_signals_to_the_rank(worker: int) -> None:
+    # A launcher's SIGTERM or Ctrl-C goes to the workers too; the rank needs them to finish its step and save.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def _worker_options(workers: int, pin_memory: bool) -> dict[str, object]:
     return {
         "num_workers": workers,
         "persistent_workers": workers > 0,
         "pin_memory": pin_memory,
         "batch_size": None,
+        "worker_init_fn": _leave_signals_to_the_rank,
         # Each iter() draws a seed; from torch's global generator that would move dropout after a resume.
         "generator": torch.Generator(),
     }

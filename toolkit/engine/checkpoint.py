@@ -6,6 +6,7 @@ Only then are older ones removed. The newest complete one is what `--resume auto
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,16 @@ import torch
 from toolkit.dist import World
 from toolkit.log import get_logger
 
-__all__ = ["CheckpointStore", "load_checkpoint", "newest_checkpoint", "random_state", "restore_random_state", "step_of"]
+__all__ = [
+    "CheckpointStore",
+    "discard_after",
+    "load_checkpoint",
+    "newest_checkpoint",
+    "random_state",
+    "read_identity",
+    "restore_random_state",
+    "step_of",
+]
 
 _STATE, _COMPLETE, _BEST = "state.pt", "COMPLETE", "best.json"
 
@@ -54,10 +64,24 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return complete[-1] if complete else None
 
 
+def read_identity(path: Path) -> dict[str, Any]:
+    """What a checkpoint says it belongs to. Raises ValueError where the folder is not a complete checkpoint."""
+    if not (path / _COMPLETE).is_file() or not re.fullmatch(r"step-\d+", path.name):
+        raise ValueError(f"--resume {path} is not a complete checkpoint (a step-<number> folder); use --resume auto")
+    return json.loads((path / _COMPLETE).read_text())["identity"] or {}
+
+
+def discard_after(folder: Path, step: int) -> list[str]:
+    """Remove checkpoints later than `step`, from which a run that resumes there departs. Returns their names."""
+    later = [path for path in _complete(folder) if step_of(path) > step]
+    for path in later:
+        shutil.rmtree(path)
+    return [path.name for path in later]
+
+
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint folder. Raises ValueError where it is not a complete one."""
-    if not (path / _COMPLETE).is_file():
-        raise ValueError(f"--resume {path} is not a complete checkpoint (no {_COMPLETE} in it); use --resume auto")
+    read_identity(path)
     return torch.load(path / _STATE, map_location="cpu", weights_only=True)
 
 
@@ -69,18 +93,28 @@ class CheckpointStore:
         self._world = world
         self._history = max(1, history)
 
-    def save(self, state: dict[str, Any], step: int, metric: float | None = None, best: bool = False) -> None:
-        """Write `step-<step>/`; keep the newest `history` and the best. Call on all ranks."""
+    def save(
+        self,
+        state: dict[str, Any],
+        step: int,
+        *,
+        identity: dict[str, Any] | None = None,
+        metric: float | None = None,
+        best: bool = False,
+    ) -> None:
+        """Write `step-<step>/`; keep the newest `history` and the best. Call on all ranks; rank 0's `state` counts."""
         if self._world.is_main:
             final = self._folder / f"step-{step:08d}"
             temporary = self._folder / f"tmp-{step:08d}"
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             torch.save(state, temporary / _STATE)
-            (temporary / _COMPLETE).write_text(json.dumps({"step": step, "metric": metric}) + "\n")
+            facts = {"step": step, "metric": metric, "identity": identity}
+            (temporary / _COMPLETE).write_text(json.dumps(facts) + "\n")
             for path in (temporary / _STATE, temporary / _COMPLETE, temporary):
                 _sync(path)
-            shutil.rmtree(final, ignore_errors=True)
+            if final.exists():  # out of the way whole: a half-removed folder must not look complete
+                final.rename(self._folder / f"tmp-old-{step:08d}")
             temporary.rename(final)
             if best:
                 self._write_best(final.name, metric)

@@ -4,16 +4,17 @@ import math
 import signal
 import time
 from types import FrameType
-from typing import Any
+from typing import NoReturn
 
 import torch
 from timm.utils import distribute_bn
+from torch import Tensor
 
-from toolkit.engine.checkpoint import load_checkpoint, random_state, restore_random_state
 from toolkit.engine.evaluate import EvalResult, evaluate
 from toolkit.engine.records import History, write_records
 from toolkit.engine.run import Run
 from toolkit.engine.scalars import MIB
+from toolkit.engine.snapshot import load_snapshot, save_snapshot
 from toolkit.engine.step import NonFiniteLossError, StepResult, train_step
 from toolkit.log import get_logger
 from toolkit.memory.sources import read_device, read_host
@@ -61,46 +62,72 @@ def train(run: Run) -> History:
     Raises InterruptedRunError after a requested stop (a checkpoint is written), NonFiniteLossError, and SparsityError
     if the final number of zeros is not floor(sparsity × prunable weights).
     """
-    history = _resume(run)
-    bar = Progress(run.plan.total_steps, "steps", "train", write=lambda line: None) if run.world.is_main else None
-    if bar is not None:
-        bar.advance(history.epoch * run.plan.steps_per_epoch + history.step)
+    history = load_snapshot(run)
+    done = history.epoch * run.plan.steps_per_epoch + history.step
+    bar = Progress(run.plan.total_steps, "steps", "train", done, lambda line: None) if run.world.is_main else None
     try:
         with _StopRequest() as stop:
             while history.epoch < run.plan.epochs:
                 _train_epoch(run, history, stop, bar)
+                _stop_if_asked(run, history, stop)
                 _finish_epoch(run, history)
         _check_sparsity(run)
-        _write(run, history, completed=True)
+        _write_memory(run)
+        _write(run, history, completed=True)  # last: it says that everything else is there
     except (InterruptedRunError, NonFiniteLossError, SparsityError):
-        _close(run, bar)  # all ranks raise these together; after any other error a gather here could wait for ever
+        _write_memory(run)  # all ranks raise these together; after any other error a gather could wait for ever
         raise
-    _close(run, bar)
+    finally:
+        if bar is not None:
+            bar.close()
+        run.scalars.close()
     return history
 
 
-def _close(run: Run, bar: Progress | None) -> None:
-    if bar is not None:
-        bar.close()
-    run.memory.write(run.folder, run.facts, run.predict_memory())
-    run.scalars.close()
+def _stop_if_asked(run: Run, history: History, stop: _StopRequest) -> None:
+    """Save and leave before a long evaluation if any rank was asked to stop. Call on all ranks."""
+    asked = torch.tensor(float(stop.asked), device=run.world.device)
+    if run.world.max(asked).item():
+        _interrupt(run, history)
+
+
+def _interrupt(run: Run, history: History) -> NoReturn:
+    update = history.epoch * run.plan.steps_per_epoch + history.step
+    save_snapshot(run, history, update)
+    _write(run, history, completed=False)
+    raise InterruptedRunError(
+        f"stopped at step {update} of {run.plan.total_steps}, checkpoint saved in {run.folder}; the same command "
+        f"with --experiment {run.folder.name} --resume auto goes on from here"
+    )
 
 
 def _train_epoch(run: Run, history: History, stop: _StopRequest, bar: Progress | None) -> None:
     plan, begin = run.plan, time.perf_counter()
     run.model.train()
-    sums = history.loss_sums_so_far
-    own = sums[run.world.rank] if len(sums) == run.world.num_ranks else sum(sums) * run.world.is_main
+    sums, ranks = history.loss_sums_so_far, run.world.num_ranks
+    # Each rank's own sum; after a change of the number of ranks rank 0 holds what keeps the mean.
+    own = sums[run.world.rank] if len(sums) == ranks else sum(sums) * ranks / max(len(sums), 1) * run.world.is_main
     loss_sum = torch.full((), float(own), dtype=torch.float64, device=run.world.device)
     batches = run.train_loader.epoch(history.epoch, history.step)
-    window = _Window(run)
+    window, masks = _Window(run), _AverageMasks(run)
+
+    def account() -> None:
+        nonlocal begin
+        now = time.perf_counter()
+        history.loss_sums_so_far = run.world.gather(loss_sum.item())
+        history.seconds_so_far += now - begin
+        history.train_seconds_so_far += now - begin
+        begin = now
+
     while history.step < plan.steps_per_epoch:
         update = history.epoch * plan.steps_per_epoch + history.step + 1
         logs = update % plan.log_interval == 0 or history.step + 1 == plan.steps_per_epoch
         result = train_step(run, batches, update, history.epoch, stop=stop.asked, want_grad_norm=logs)
-        run.scheduler.step_update(num_updates=update)
+        if run.scheduler is not None:
+            run.scheduler.step_update(num_updates=update)
         if run.ema is not None:
             run.ema.update(run.bare_model, step=update)
+            masks.apply()
         loss_sum += result.loss
         history.step += 1
         history.bad_so_far += result.num_bad
@@ -109,25 +136,13 @@ def _train_epoch(run: Run, history: History, stop: _StopRequest, bar: Progress |
             bar.advance()
         if logs:
             window.report(update, history)
-        due = plan.checkpoint_interval and update % plan.checkpoint_interval == 0
-        if due or result.stop:
-            now = time.perf_counter()
-            history.loss_sums_so_far = run.world.gather(loss_sum.item())
-            history.seconds_so_far += now - begin
-            history.train_seconds_so_far += now - begin
-            begin = now
-            _save(run, history, update)
         if result.stop:
-            _write(run, history, completed=False)
-            raise InterruptedRunError(
-                f"stopped at step {update} of {plan.total_steps}, checkpoint saved in {run.folder}; the same command "
-                f"with --experiment {run.folder.name} --resume auto goes on from here"
-            )
-    total = run.world.sum(loss_sum.clone()).item()
-    history.train_loss.append(total / run.world.num_ranks / plan.steps_per_epoch)
-    elapsed = time.perf_counter() - begin
-    history.seconds_so_far += elapsed
-    history.train_seconds_so_far += elapsed
+            account()
+            _interrupt(run, history)
+        if plan.checkpoint_interval and update % plan.checkpoint_interval == 0 and history.step < plan.steps_per_epoch:
+            account()
+            save_snapshot(run, history, update)
+    account()
 
 
 class _Window:
@@ -189,15 +204,15 @@ def _finish_epoch(run: Run, history: History) -> None:
     """Evaluate, record and save; `history` moves on to the next epoch."""
     plan, begin, update = run.plan, time.perf_counter(), (history.epoch + 1) * run.plan.steps_per_epoch
     epoch = history.epoch
+    loss_sums = history.loss_sums_so_far
+    history.train_loss.append(sum(loss_sums) / len(loss_sums) / plan.steps_per_epoch)
     if plan.dist_bn and run.world.num_ranks > 1:
         distribute_bn(run.bare_model, run.world.num_ranks, plan.dist_bn == "reduce")
     result: EvalResult | None = None
     if (epoch + 1) % plan.val_interval == 0 or epoch + 1 == plan.epochs:
-        if run.ema is not None:
-            _mask_average(run)
-            if plan.dist_bn and run.world.num_ranks > 1:
-                # Rank 0's statistics, which the checkpoint holds: a mean over ranks would differ after a resume.
-                distribute_bn(run.ema, run.world.num_ranks, reduce=False)
+        if run.ema is not None and plan.dist_bn and run.world.num_ranks > 1:
+            # Rank 0's statistics, which the checkpoint holds: a mean over ranks would differ after a resume.
+            distribute_bn(run.ema, run.world.num_ranks, reduce=False)
         result = evaluate(run, run.bare_model if run.ema is None else run.ema.module)
         run.scalars.write(
             {"eval/loss": result.loss, "eval/top1": result.top1, "eval/top5": result.top5}, update
@@ -219,16 +234,18 @@ def _finish_epoch(run: Run, history: History) -> None:
     bad = torch.tensor(history.bad_so_far, dtype=torch.int64, device=run.world.device)
     history.bad_images.append(int(run.world.sum(bad)))
     metric = getattr(result, plan.eval_metric) if result is not None else None
-    run.scheduler.step(epoch + 1, metric)
+    if run.scheduler is not None:
+        run.scheduler.step(epoch + 1, metric)
     best = metric is not None and (history.best is None or _better(metric, history.best, plan.eval_metric))
     if best:
-        history.best, history.best_epoch = metric, epoch
+        history.best = metric
         _log.info("*** Best metric: %s (epoch %d)", metric, epoch)
     history.epoch, history.step = epoch + 1, 0
     history.loss_sums_so_far, history.bad_so_far = [], 0
     history.seconds_so_far = history.train_seconds_so_far = 0.0
-    _save(run, history, update, metric, best)
+    save_snapshot(run, history, update, metric, best)
     _write(run, history, completed=False)
+    _write_memory(run)
 
 
 def _better(metric: float, best: float, name: str) -> bool:
@@ -240,19 +257,32 @@ def _learning_rate(run: Run) -> float:
     return sum(rates) / len(rates)
 
 
-@torch.no_grad()
-def _mask_average(run: Run) -> None:
-    """Put the masks on the averaged weights: the average of a pruned weight decays but does not reach 0."""
-    masks = {id(parameter): mask for parameter, mask in run.masked_parameters()}
-    averaged = dict(run.ema.module.named_parameters())
-    for name, parameter in run.bare_model.named_parameters():
-        if id(parameter) in masks:
-            average = averaged[name]
-            flat(average).masked_fill_(~unpack_bits(masks[id(parameter)], average.numel()), 0.0)
+class _AverageMasks:
+    """Puts new masks on the averaged weights.
+
+    Once a pruned weight's average is 0 it stays 0, for the weight is; so a mask is applied when it is new, and the
+    average does not depend on when it is evaluated or saved.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._applied: dict[int, Tensor] = {}
+        if run.ema is not None:
+            names = {id(parameter): name for name, parameter in run.bare_model.named_parameters()}
+            averages = dict(run.ema.module.named_parameters())
+            self._averages = {key: averages[name] for key, name in names.items()}
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        for parameter, mask in self._run.masked_parameters():
+            if self._applied.get(id(parameter)) is not mask:
+                average = self._averages[id(parameter)]
+                flat(average).masked_fill_(~unpack_bits(mask, average.numel()), 0.0)
+                self._applied[id(parameter)] = mask
 
 
 def _check_sparsity(run: Run) -> None:
-    """Fail loudly unless the zeros are those asked for, in the weights and in their average."""
+    """Fail loudly unless the zeros are those asked for."""
     if not run.schedule.on:
         return
     zeros, weights = run.sparsity()
@@ -265,58 +295,10 @@ def _check_sparsity(run: Run) -> None:
     _log.info("Sparsity: %d zeros among %d prunable weights = %.4f %%", zeros, weights, 100 * zeros / weights)
 
 
+def _write_memory(run: Run) -> None:
+    run.memory.write(run.folder, run.facts, run.predict_memory())
+
+
 def _write(run: Run, history: History, *, completed: bool) -> None:
     if run.world.is_main:
         write_records(run.folder, history, run.facts, target=run.schedule.sparsity, completed=completed)
-
-
-def _save(run: Run, history: History, update: int, metric: float | None = None, best: bool = False) -> None:
-    """Write a checkpoint of everything that makes the next step what it would have been. Call on all ranks."""
-    if run.ema is not None:
-        _mask_average(run)
-    random_states = run.world.gather(random_state(run.world.device))
-    bad_so_far = sum(run.world.gather(history.bad_so_far))
-    scaler = run.accelerator.scaler
-    state: dict[str, Any] = {
-        "identity": {key: run.facts[key] for key in _IDENTITY},
-        "history": {**history.to_dict(), "bad_so_far": bad_so_far},
-        "model": run.bare_model.state_dict(),
-        "ema": run.ema.module.state_dict() if run.ema is not None else None,
-        "optimizer": run.bare_optimizer.state_dict(),
-        "scheduler": run.scheduler.state_dict(),
-        "scaler": scaler.state_dict() if scaler is not None else None,
-        "random": random_states,
-    }
-    run.checkpoints.save(state, update, metric, best)
-
-
-# What must be the same for a resumed run to be the same run. The number of ranks may change.
-_IDENTITY = ("model", "opt", "global_batch_size", "seed", "steps_per_epoch", "data_fingerprint", "target_sparsity")
-
-
-def _resume(run: Run) -> History:
-    if run.resume_from is None:
-        return History()
-    state = load_checkpoint(run.resume_from)
-    for key in _IDENTITY:
-        if state["identity"][key] != run.facts[key]:
-            raise ValueError(
-                f"--resume: the checkpoint has {key} {state['identity'][key]}, this run {run.facts[key]}; use the "
-                "settings of the checkpoint's args.yaml, or another --experiment"
-            )
-    run.bare_model.load_state_dict(state["model"])
-    run.bare_optimizer.load_state_dict(state["optimizer"])
-    run.scheduler.load_state_dict(state["scheduler"])
-    if run.ema is not None and state["ema"] is not None:
-        run.ema.module.load_state_dict(state["ema"])
-    if run.accelerator.scaler is not None and state["scaler"] is not None:
-        run.accelerator.scaler.load_state_dict(state["scaler"])
-    history = History(**state["history"])
-    if not run.world.is_main:
-        history.bad_so_far = 0  # rank 0 goes on with the count of all
-    restore_random_state(state["random"], run.world)
-    _log.info(
-        "Resumed from %s: epoch %d, step %d of %d", run.resume_from, history.epoch, history.step,
-        run.plan.steps_per_epoch,
-    )  # fmt: skip
-    return history

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["SUMMARY_COLUMNS", "History", "write_records"]
+__all__ = ["SUMMARY_COLUMNS", "History", "is_complete", "write_records"]
 
 # timm's columns first, in timm's order.
 SUMMARY_COLUMNS = (
@@ -34,7 +34,6 @@ class History:
     images_per_sec: list[float] = field(default_factory=list)
     bad_images: list[int] = field(default_factory=list)
     best: float | None = None
-    best_epoch: int | None = None
     loss_sums_so_far: list[float] = field(default_factory=list)  # one per rank
     seconds_so_far: float = 0.0
     train_seconds_so_far: float = 0.0
@@ -43,6 +42,14 @@ class History:
     def to_dict(self) -> dict[str, Any]:
         """Plain containers only."""
         return asdict(self)
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a run folder holds a finished run."""
+    try:
+        return bool(json.loads((folder / "metrics.json").read_text())["completed"])
+    except (OSError, ValueError, KeyError):
+        return False
 
 
 def write_records(folder: Path, history: History, facts: dict[str, Any], *, target: float, completed: bool) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from timm.models import model_parameters
 from timm.utils import dispatch_clip_grad
 from torch import Tensor
 
@@ -82,8 +83,8 @@ def train_step(
     bad_rank, stop_now = signal.read(run.world)
     if bad_rank is not None:
         raise NonFiniteLossError(
-            f"loss is not finite at step {update} on rank {bad_rank}; no rank made the update. Lower --lr, add "
-            "--clip-grad, or resume from the last checkpoint with other settings"
+            f"loss is not finite at step {update} on rank {bad_rank}; no rank made the update. Lower --lr, or add "
+            "--clip-grad, and start anew"
         )
     grad_norm = _clip(run, want_grad_norm)
     run.optimizer.step()
@@ -99,5 +100,7 @@ def _clip(run: Run, want_norm: bool) -> Tensor | None:
         run.accelerator.unscale_gradients()
         norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])  # type: ignore[misc]
     if run.plan.clip_grad is not None:
+        if run.plan.clip_mode == "agc":  # timm leaves the classifier out
+            parameters = list(model_parameters(run.bare_model, exclude_head=True))
         dispatch_clip_grad(parameters, run.plan.clip_grad, mode=run.plan.clip_mode)
     return norm

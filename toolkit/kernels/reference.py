@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-__all__ = ["adam_update"]
+__all__ = ["adam_update", "sgd_update"]
 
 
 def adam_update(
@@ -42,3 +42,34 @@ def adam_update(
     denominator = (second.sqrt() / bias_correction2_sqrt).add_(eps)
     step_size = lr / (1 - beta1**step)
     weight.addcdiv_(exp_avg, denominator, value=-step_size)  # a 0-d tensor lr is fine
+
+
+def sgd_update(
+    weight: Tensor,
+    grad: Tensor,
+    momentum_buffer: Tensor,
+    *,
+    lr: float | Tensor,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    decoupled: bool,
+    first: bool,
+) -> None:
+    """One step of SGD with momentum in place (Sutskever et al. 2013); `first` starts the buffer with the gradient.
+
+    Shapes as in `adam_update`. The order of operations is that of `torch.optim.SGD(foreach=False)`; `decoupled=True`
+    shrinks the weight by lr × decay instead of adding the decay to the gradient (arXiv 1711.05101).
+    """
+    if weight_decay != 0:
+        if decoupled:
+            weight.mul_(1 - lr * weight_decay)
+        else:
+            grad = grad.add(weight, alpha=weight_decay)
+    if first:
+        momentum_buffer.copy_(grad)
+    else:
+        momentum_buffer.mul_(momentum).add_(grad, alpha=1 - dampening)
+    grad = grad.add(momentum_buffer, alpha=momentum) if nesterov else momentum_buffer
+    weight.add_(grad, alpha=-lr)  # type: ignore[arg-type]

@@ -63,6 +63,18 @@ class MemoryLog:
         )
         return ledger
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must carry so that a resumed run still knows its peak."""
+        elapsed_s = time.monotonic() - self._begin
+        return {"timeline": self.timeline, "peak": self.peak, "end": self.end, "peak_step": self.peak_step,
+                "elapsed_s": elapsed_s}  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.timeline, self.peak, self.end = state["timeline"], state["peak"], state["end"]
+        self.peak_step = state["peak_step"]
+        self._begin = time.monotonic() - state["elapsed_s"]
+
     def record(self) -> dict[str, Any]:
         """This rank's part of the report."""
         device, host = read_device(self._world.device), read_host()

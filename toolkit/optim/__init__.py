@@ -4,7 +4,8 @@ from toolkit.optim.adamwadv import AdamWAdv
 from toolkit.optim.adamwprune import AdamWPrune
 from toolkit.optim.adamwspam import AdamWSPAM
 from toolkit.optim.registry import register_all
+from toolkit.optim.sgdprune import SGDPrune
 
-__all__ = ["AdamWAdv", "AdamWPrune", "AdamWSPAM"]
+__all__ = ["AdamWAdv", "AdamWPrune", "AdamWSPAM", "SGDPrune"]
 
 register_all()

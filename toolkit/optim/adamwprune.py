@@ -1,12 +1,14 @@
 """AdamWPrune: AdamW that prunes by its own moments and keeps them for the survivors only.
 
-Origin of the idea: mcgrof/AdamWPrune. Update rule: AdamW (arXiv 1711.05101); schedule: Zhu & Gupta (1710.01878).
-State of a prunable weight, in bytes, at final sparsity s: 8 (1 - s) for the two moments, 1/8 for the mask bit and
-4/1024 for the offset table (2.53 at 70 %); AdamW keeps 8. With sparsity 0 it is AdamW, bit for bit.
+Origin of the idea: mcgrof/AdamWPrune. Update rule: AdamW (arXiv 1711.05101); schedule: Zhu & Gupta (1710.01878);
+regrowth: RigL (1911.11134). State of a prunable weight, in bytes, at final sparsity s: 8 (1 - s) for the two moments,
+1/8 for the mask bit and 4/1024 for the offset table (2.53 at 70 %, 1.33 in bfloat16); AdamW keeps 8. With sparsity 0
+it is AdamW, bit for bit on the reference path.
 """
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from toolkit.kernels.reference import adam_update
@@ -20,11 +22,15 @@ class AdamWPrune(PackedOptimizer):
 
     `decoupled_weight_decay=False` gives Adam, `amsgrad=True` AMSGrad; their moments are packed alike. Pruning:
     `sparsity` (final share of zeros among the prunable weights, 0 = off), `begin_step`, `end_step` (step of the last
-    mask update), `frequency` (steps between updates), `score` (see toolkit.prune.scores), `scope` (global).
+    mask update), `frequency` (steps between updates), `score` (see toolkit.prune.scores), `scope` (global, layer or
+    erk), `regrow` (share of the survivors that make way for pruned weights with the largest gradients, decayed by a
+    cosine), `state_dtype` (float32, or bfloat16 with stochastic rounding), `implementation` (auto, reference, native).
     Raises ValueError on a value out of range.
     """
 
     MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+    SCORES = ("variance", "magnitude", "obd", "saliency", "snr")
+    FAST = ("native",)
 
     def __init__(
         self,
@@ -43,6 +49,8 @@ class AdamWPrune(PackedOptimizer):
         frequency: int = 50,
         score: str = "variance",
         scope: str = "global",
+        regrow: float = 0.0,
+        state_dtype: str = "float32",
         implementation: str = "auto",
     ) -> None:
         check_adam_options(float(lr), betas, eps, weight_decay)
@@ -52,7 +60,7 @@ class AdamWPrune(PackedOptimizer):
                 "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad,
                 "decoupled_weight_decay": decoupled_weight_decay, "maximize": maximize, "sparsity": sparsity,
                 "begin_step": begin_step, "end_step": end_step, "frequency": frequency, "score": score,
-                "scope": scope, "implementation": implementation,
+                "scope": scope, "regrow": regrow, "state_dtype": state_dtype, "implementation": implementation,
             },
         )  # fmt: skip
 
@@ -66,6 +74,39 @@ class AdamWPrune(PackedOptimizer):
         """AdamW on equally shaped tensors."""
         adam_update(
             weight, grad, moments["exp_avg"], moments["exp_avg_sq"], moments.get("max_exp_avg_sq"),
-            step=step, lr=group["lr"], beta1=group["betas"][0], beta2=group["betas"][1], eps=group["eps"],
-            weight_decay=group["weight_decay"], decoupled=group["decoupled_weight_decay"],
+            step=step, lr=group["lr"], **self._rule(group),
+        )  # fmt: skip
+
+    @staticmethod
+    def _rule(group: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "beta1": group["betas"][0],
+            "beta2": group["betas"][1],
+            "eps": group["eps"],
+            "weight_decay": group["weight_decay"],
+            "decoupled": group["decoupled_weight_decay"],
+        }
+
+    def update_many(self, parameters: list[Tensor], group: dict[str, Any], step: int) -> None:
+        """torch's fused AdamW or Adam over all dense parameters at once."""
+        states = [self.state[parameter] for parameter in parameters]
+        fused = torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_
+        fused(
+            parameters,
+            [self._flat_grad(p, group).as_strided(p.shape, p.stride()) for p in parameters],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [state["max_exp_avg_sq"] for state in states] if group["amsgrad"] else [],
+            [state["step"] for state in states],
+            amsgrad=group["amsgrad"], lr=float(group["lr"]), beta1=group["betas"][0], beta2=group["betas"][1],
+            weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
+        )  # fmt: skip
+
+    def update_packed(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+        """Native AdamW for the survivors."""
+        from toolkit.kernels import native
+
+        native.packed_adam(
+            weight, grad, state["mask"], state["offsets"], state["exp_avg"], state["exp_avg_sq"],
+            state.get("max_exp_avg_sq"), step=int(state["step"]), lr=float(group["lr"]), **self._rule(group),
         )  # fmt: skip

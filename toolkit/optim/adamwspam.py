@@ -48,6 +48,7 @@ class AdamWSPAM(PackedOptimizer):
     """
 
     MOMENTS = ("exp_avg", "exp_avg_sq")
+    SCORES = ("variance", "magnitude", "obd", "saliency", "snr")
 
     def __init__(
         self,
@@ -67,6 +68,8 @@ class AdamWSPAM(PackedOptimizer):
         frequency: int = 50,
         score: str = "variance",
         scope: str = "global",
+        regrow: float = 0.0,
+        state_dtype: str = "float32",
         implementation: str = "auto",
     ) -> None:
         check_adam_options(float(lr), betas, eps, weight_decay)
@@ -80,7 +83,8 @@ class AdamWSPAM(PackedOptimizer):
                 "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
                 "spike_threshold": spike_threshold, "reset_interval": reset_interval, "warmup_steps": warmup_steps,
                 "maximize": maximize, "sparsity": sparsity, "begin_step": begin_step, "end_step": end_step,
-                "frequency": frequency, "score": score, "scope": scope, "implementation": implementation,
+                "frequency": frequency, "score": score, "scope": scope, "regrow": regrow, "state_dtype": state_dtype,
+                "implementation": implementation,
             },
         )  # fmt: skip
         if reset_interval and self.schedule.on:

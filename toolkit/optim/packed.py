@@ -5,28 +5,29 @@ packed moments [survivors], a bit mask and a block-offset table, and nothing els
 `state_dict()` is dense and parameter-shaped, with the mask as bool, so it loads into the plain optimizer too.
 """
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from toolkit.kernels.choice import IMPLEMENTATIONS, choose_implementation
+from toolkit.kernels.rounding import round_to_bfloat16
+from toolkit.optim.mask_update import MaskUpdate, survivors_of
 from toolkit.prune.groups import prunable_parameters
 from toolkit.prune.mask import flat, pack_bits, unpack_bits
-from toolkit.prune.packing import BLOCK, block_offsets, drop_from_mask, pack, spread
+from toolkit.prune.packing import block_offsets, pack, spread
 from toolkit.prune.schedule import Schedule
-from toolkit.prune.scores import STATE_SCORES, check_score
-from toolkit.prune.select import CHUNK, find_threshold
+from toolkit.prune.scope import SCOPES
+from toolkit.prune.scores import check_score
 
-__all__ = ["IMPLEMENTATIONS", "PRUNING_OPTIONS", "SCOPES", "PackedOptimizer", "check_adam_options"]
+__all__ = ["PRUNING_OPTIONS", "PackedOptimizer", "check_adam_options"]
 
-SCOPES = ("global",)
-IMPLEMENTATIONS = ("auto", "reference")
 PRUNING_OPTIONS = (
-    "sparsity", "begin_step", "end_step", "frequency", "score", "scope", "implementation",
+    "sparsity", "begin_step", "end_step", "frequency", "score", "scope", "regrow", "state_dtype", "implementation",
 )  # fmt: skip
+_STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def check_adam_options(lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
@@ -40,19 +41,29 @@ def check_adam_options(lr: float, betas: tuple[float, float], eps: float, weight
 
 
 class PackedOptimizer(Optimizer):
-    """Moments for survivors only. Subclasses define `moment_keys` and `update`.
+    """Moments for survivors only. Subclasses define MOMENTS, SCORES, `moment_keys` and `update`.
 
     The pruning options live in `defaults` and, for everyone to see, in each group; those given to the constructor
-    are in force, also after a `load_state_dict`.
+    are in force, also after a `load_state_dict`. A subclass with faster code than `update` says so in FAST and
+    overrides `update_many` and `update_packed`.
     """
 
     MOMENTS: tuple[str, ...] = ()  # every state key a subclass may pack
+    SCORES: tuple[str, ...] = ()  # the scores its moments allow
+    FAST: tuple[str, ...] = ()  # implementations beside the reference
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
-        check_score(defaults["score"], tuple(STATE_SCORES))
-        for name, valid in (("scope", SCOPES), ("implementation", IMPLEMENTATIONS)):
-            if defaults[name] not in valid:
-                raise ValueError(f"{name}={defaults[name]!r} is not known; choose one of {', '.join(valid)}")
+        check_score(defaults["score"], self.SCORES)
+        valid = {
+            "scope": SCOPES,
+            "implementation": [name for name in IMPLEMENTATIONS if name in ("auto", "reference", *self.FAST)],
+            "state_dtype": tuple(_STATE_DTYPES),
+        }
+        for name, choices in valid.items():
+            if defaults[name] not in choices:
+                raise ValueError(f"{name}={defaults[name]!r} is not known; choose one of {', '.join(choices)}")
+        if not 0.0 <= defaults["regrow"] < 1.0:
+            raise ValueError(f"regrow={defaults['regrow']} is a share of the survivors; use 0 (off) to below 1")
         super().__init__(params, defaults)
         _ = self.schedule  # refuses a bad schedule here, not at the first step
 
@@ -71,6 +82,14 @@ class PackedOptimizer(Optimizer):
         """One step in place on equally shaped tensors, dense or packed; `step` counts from 1."""
         raise NotImplementedError
 
+    def update_many(self, parameters: list[Tensor], group: dict[str, Any], step: int) -> None:
+        """One step of dense float32 parameters by fast code; only called for implementations in FAST."""
+        raise NotImplementedError
+
+    def update_packed(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+        """One step of a pruned float32 tensor by fast code, weight and gradient flat; see `update_many`."""
+        raise NotImplementedError
+
     def mask_update_due(self, step: int) -> bool:
         """Whether the masks change after optimizer step `step`."""
         return self.schedule.due(step)
@@ -82,45 +101,86 @@ class PackedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        position = 0
         for group in self.param_groups:
+            fast: dict[int, list[Tensor]] = {}
             for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._step_parameter(parameter, group)
+                position += 1
+                if parameter.grad is None:
+                    continue
+                state = self._begin_step(parameter, group)
+                if self._implementation(parameter, state) == "reference":
+                    self._update_reference(parameter, group, position)
+                elif "offsets" in state:
+                    self.update_packed(flat(parameter), self._flat_grad(parameter, group), state, group)
+                else:
+                    fast.setdefault(int(state["step"]), []).append(parameter)
+            for step, parameters in fast.items():
+                self.update_many(parameters, group, step)
         if self.schedule.on:
             self._prune_if_due()
         return loss
 
-    def _step_parameter(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        grad = parameter.grad
-        assert grad is not None
-        if grad.is_sparse or parameter.is_complex():
+    def _begin_step(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        """The parameter's state, made at its first step, with the step counted."""
+        assert parameter.grad is not None
+        if parameter.grad.is_sparse or parameter.is_complex():
             raise ValueError(
-                f"{type(self).__name__} takes dense real gradients, not {grad.layout} {grad.dtype}; "
-                "use torch.optim.SparseAdam or torch.optim.AdamW for this parameter"
+                f"{type(self).__name__} takes dense real gradients, not {parameter.grad.layout} "
+                f"{parameter.grad.dtype}; use torch.optim.SparseAdam or torch.optim.AdamW for this parameter"
             )
         state = self.state[parameter]
         if not state:
             state["step"] = torch.tensor(0.0)
             for key in self.moment_keys(group):
-                state[key] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+                state[key] = torch.zeros_like(
+                    parameter, dtype=self._moment_dtype(parameter), memory_format=torch.preserve_format
+                )
         state["step"] += 1
-        step = int(state["step"])
-        if group["maximize"]:
-            grad = -grad
-        moments = {key: state[key] for key in self.moment_keys(group)}
-        if "mask" not in state:
-            self.update(parameter, grad, moments, group, step)
-            return
-        keep = unpack_bits(state["mask"], parameter.numel())
+        return state
+
+    def _moment_dtype(self, parameter: Tensor) -> torch.dtype:
+        chosen = _STATE_DTYPES[self.defaults["state_dtype"]]
+        return parameter.dtype if chosen is torch.float32 else chosen
+
+    def _implementation(self, parameter: Tensor, state: dict[str, Tensor]) -> str:
+        if not self.FAST:
+            return "reference"
+        plain = all(value.dtype is torch.float32 for key, value in state.items() if key in self.MOMENTS)
+        return choose_implementation(self.defaults["implementation"], parameter, plain)
+
+    @staticmethod
+    def _flat_grad(parameter: Tensor, group: dict[str, Any]) -> Tensor:
+        """The gradient in the parameter's memory order, negated where the group maximizes."""
+        grad = parameter.grad
+        assert grad is not None
         if grad.stride() != parameter.stride():
             grad = torch.empty_like(parameter).copy_(grad)
-        weight = flat(parameter)
-        survivors = pack(weight, keep)
-        self.update(survivors, pack(flat(grad), keep), moments, group, step)
-        weight[keep] = survivors
+        return -flat(grad) if group["maximize"] else flat(grad)
+
+    def _update_reference(self, parameter: Tensor, group: dict[str, Any], position: int) -> None:
+        state = self.state[parameter]
+        step = int(state["step"])
+        kept = {key: state[key] for key in self.moment_keys(group)}
+        rounds = self._moment_dtype(parameter) != parameter.dtype
+        moments = {key: value.to(parameter.dtype) for key, value in kept.items()} if rounds else kept
+        if "offsets" in state:
+            keep = unpack_bits(state["mask"], parameter.numel())
+            weight = flat(parameter)
+            survivors = pack(weight, keep)
+            self.update(survivors, pack(self._flat_grad(parameter, group), keep), moments, group, step)
+            weight[keep] = survivors
+        else:
+            assert parameter.grad is not None
+            self.update(parameter, -parameter.grad if group["maximize"] else parameter.grad, moments, group, step)
+        if rounds:
+            for number, (key, value) in enumerate(moments.items()):
+                # In memory order, so that the noise does not depend on the layout's logical shape.
+                seed = (step * 65_537 + position) * 3 + number
+                flat(kept[key]).copy_(round_to_bfloat16(flat(value), seed))
 
     def _prune_if_due(self) -> None:
-        """Bring the number of zeros to the schedule's; the lowest scores over all prunable weights go."""
+        """Bring the number of zeros to the schedule's; the lowest scores go."""
         named = prunable_parameters(self.param_groups)
         # The schedule runs on the parameters' own counters: ZeRO calls step() once per group, so a counter kept
         # here would run ahead.
@@ -133,56 +193,7 @@ class PackedOptimizer(Optimizer):
                     f"{name} is prunable but had no gradient by step {max(steps)}, so it has no score; freeze it "
                     "(requires_grad=False, out of the optimizer) or mark its group prunable=False"
                 )
-        total = sum(parameter.numel() for _, parameter in named)
-        alive = sum(self._survivors(parameter) for _, parameter in named)
-        missing = self.schedule.zeros(max(steps), total) - (total - alive)
-        if missing <= 0:
-            return
-        sources = [partial(self._scores, parameter) for _, parameter in named]
-        threshold = find_threshold(sources, [name for name, _ in named], missing)
-        for (_, parameter), source in zip(named, sources, strict=True):
-            drops = [threshold.take(scores) for scores in source()]
-            self._drop(parameter, torch.cat(drops) if drops else torch.zeros(0, dtype=torch.bool))
-
-    def _moments_of(self, parameter: Tensor) -> dict[str, Tensor]:
-        state = self.state[parameter]
-        return {key: state[key] for key in self.MOMENTS if key in state}
-
-    def _survivors(self, parameter: Tensor) -> int:
-        state = self.state[parameter]
-        return next(iter(self._moments_of(parameter).values())).numel() if "mask" in state else parameter.numel()
-
-    def _scores(self, parameter: Tensor) -> Iterator[Tensor]:
-        """Scores of the survivors, in memory order, CHUNK weights at a time."""
-        score = STATE_SCORES[self.defaults["score"]]
-        state = self.state[parameter]
-        weight = flat(parameter)
-        moments = {key: flat(value) for key, value in self._moments_of(parameter).items()}
-        borders = range(0, parameter.numel(), CHUNK)
-        if "mask" not in state:
-            for start in borders:
-                part = slice(start, start + CHUNK)
-                yield score(weight[part], {key: value[part] for key, value in moments.items()})
-            return
-        firsts = [*state["offsets"][:: CHUNK // BLOCK].tolist(), self._survivors(parameter)]
-        for index, start in enumerate(borders):
-            piece = weight[start : start + CHUNK]
-            keep = unpack_bits(state["mask"][start // 8 : (start + CHUNK) // 8], piece.numel())
-            part = slice(firsts[index], firsts[index + 1])
-            yield score(piece[keep], {key: value[part] for key, value in moments.items()})
-
-    def _drop(self, parameter: Tensor, drop: Tensor) -> None:
-        """Prune the survivors marked in `drop` (bool [survivors]) and pack again, one tensor at a time."""
-        state = self.state[parameter]
-        if "mask" in state:
-            mask, keep = drop_from_mask(state["mask"], parameter.numel(), drop)
-        else:
-            keep = ~drop
-            mask = pack_bits(keep)
-        for key, value in self._moments_of(parameter).items():
-            state[key] = pack(flat(value), ~drop)
-        state["mask"], state["offsets"] = mask, block_offsets(keep)
-        flat(parameter).masked_fill_(~keep, 0.0)
+        MaskUpdate(named, self.state, self.MOMENTS, self.defaults, self.schedule).run(max(steps))
 
     def state_dict(self) -> dict[str, Any]:
         """The plain optimizer's form: moments dense and shaped like the parameter, the mask as bool."""
@@ -195,7 +206,7 @@ class PackedOptimizer(Optimizer):
 
     @staticmethod
     def _dense_state(parameter: Tensor, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        if "mask" not in state:
+        if "offsets" not in state:
             return state
         keep = unpack_bits(state["mask"], parameter.numel())
         dense = {}
@@ -214,13 +225,15 @@ class PackedOptimizer(Optimizer):
         for group in self.param_groups:
             group.update({key: self.defaults[key] for key in PRUNING_OPTIONS})
         for parameter, state in self.state.items():
-            moments = self._moments_of(parameter)
             dense_mask = state.pop("mask", None)
             keep = None if dense_mask is None else flat(torch.empty_like(parameter).copy_(dense_mask)) != 0
-            for key, value in moments.items():
-                # In the parameter's own memory order, whatever the order it was saved in.
-                state[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-                if keep is not None:
-                    state[key] = pack(flat(state[key]), keep)
+            for key in [key for key in self.MOMENTS if key in state]:
+                # In the parameter's own memory order, whatever the order it was saved in; torch has cast it.
+                dense = torch.empty_like(parameter, dtype=self._moment_dtype(parameter)).copy_(state[key])
+                state[key] = dense if keep is None else pack(flat(dense), keep)
             if keep is not None:
                 state["mask"], state["offsets"] = pack_bits(keep), block_offsets(keep)
+
+    def survivors(self, parameter: Tensor) -> int:
+        """How many of a parameter's weights are not pruned."""
+        return survivors_of(parameter, self.state[parameter], self.MOMENTS)

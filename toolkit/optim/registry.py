@@ -16,9 +16,10 @@ from toolkit.optim.adamwadv import RECIPE as ADAMWADV_RECIPE
 from toolkit.optim.adamwadv import AdamWAdv
 from toolkit.optim.adamwprune import AdamWPrune
 from toolkit.optim.adamwspam import AdamWSPAM
+from toolkit.optim.sgdprune import SGDPrune
 from toolkit.prune.pruner import Pruner
 from toolkit.prune.schedule import Schedule
-from toolkit.prune.scores import MAGNITUDE, MOVEMENT_SCORES, STATE_SCORES, check_score
+from toolkit.prune.scores import MAGNITUDE, MOVEMENT_SCORES, check_score
 
 __all__ = ["METHODS", "OptimSpec", "check_optimizer_name", "find_spec", "register_all", "resolve_name", "specs"]
 
@@ -47,14 +48,15 @@ class OptimSpec:
     defaults: dict[str, Any] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)
 
-
-def _default_score(method: str) -> str:
-    return method if method in ("magnitude", "movement") else "variance"
+    @property
+    def counts_steps(self) -> bool:
+        """Whether each parameter has a step counter in its state."""
+        return self.method == "state" or "exp_avg" in self.moments
 
 
 def scores_of(method: str) -> tuple[str, ...]:
-    """Score names a pruning method takes; the first is not the default, `score=None` is."""
-    return {"magnitude": tuple(MAGNITUDE), "movement": MOVEMENT_SCORES, "state": tuple(STATE_SCORES)}[method]
+    """Score names a hook-based pruning method takes."""
+    return {"magnitude": tuple(MAGNITUDE), "movement": MOVEMENT_SCORES}[method]
 
 
 def _pruned(base_class: Callable[..., torch.optim.Optimizer], method: str) -> Callable[..., torch.optim.Optimizer]:
@@ -69,17 +71,18 @@ def _pruned(base_class: Callable[..., torch.optim.Optimizer], method: str) -> Ca
         frequency: int = 50,
         score: str | None = None,
         scope: str = "global",
+        regrow: float = 0.0,
         **base_options: Any,
     ) -> torch.optim.Optimizer:
-        score = score or _default_score(method)
+        score = score or method
         check_score(score, scores_of(method))
-        if scope != "global":
-            raise ValueError(f"scope={scope!r} is not known; choose one of global")
+        if regrow:
+            raise ValueError(f"regrow={regrow} is for pruning by state; {method} pruning takes 0")
         optimizer = base_class(params, **base_options)
         schedule = Schedule(sparsity, begin_step, end_step, frequency)
         # Under one key of its own in defaults, which timm logs: AdamWSPAM as base has a `sparsity` that must stay 0.
         optimizer.defaults["pruning"] = {**dataclasses.asdict(schedule), "score": score, "scope": scope}
-        Pruner(optimizer, schedule, score)
+        Pruner(optimizer, schedule, score, scope)
         return optimizer
 
     return create
@@ -126,6 +129,11 @@ def specs() -> list[OptimSpec]:
         OptimSpec(
             "adamwprune", AdamWPrune, "AdamW pruned by its own moments, kept packed for the survivors", "adamw",
             "state", _ADAM,
+        ),
+        OptimSpec(
+            "sgdprune", SGDPrune, "SGD (Nesterov) pruned by weight or momentum, kept packed for the survivors",
+            "sgd", "state", ("momentum_buffer",), has_eps=False, has_betas=False, has_momentum=True,
+            defaults={"nesterov": True},
         ),
         _state_spec("adam", AdamWPrune, "Adam", _ADAM, defaults={"decoupled_weight_decay": False}),
         _state_spec("adamw", AdamWPrune, "adamwprune by its systematic name: AdamW", _ADAM),

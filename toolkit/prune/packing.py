@@ -6,9 +6,7 @@ The layout knows no update rule, so every optimizer's moments are packed by this
 import torch
 from torch import Tensor
 
-from toolkit.prune.mask import pack_bits, unpack_bits
-
-__all__ = ["BLOCK", "block_offsets", "drop_from_mask", "offset_bytes", "pack", "spread"]
+__all__ = ["BLOCK", "block_offsets", "offset_bytes", "pack", "spread"]
 
 # Weights a table entry covers. One int32 for 1,024 weights costs 0.0039 bytes a weight, and lets a kernel start at
 # any block without counting the bits before it.
@@ -38,10 +36,3 @@ def spread(packed: Tensor, keep: Tensor) -> Tensor:
     dense = torch.zeros(keep.numel(), dtype=packed.dtype, device=packed.device)
     dense[keep] = packed
     return dense
-
-
-def drop_from_mask(mask: Tensor, numel: int, drop: Tensor) -> tuple[Tensor, Tensor]:
-    """Take survivors away. `drop` is bool [k], one per survivor in order. Returns (new mask, new keep bool [n])."""
-    keep = unpack_bits(mask, numel)
-    keep[keep.clone()] = ~drop
-    return pack_bits(keep), keep

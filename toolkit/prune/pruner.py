@@ -17,8 +17,9 @@ from torch.optim import Optimizer
 from toolkit.prune.groups import prunable_parameters
 from toolkit.prune.mask import flat, pack_bits, unpack_bits
 from toolkit.prune.schedule import Schedule
+from toolkit.prune.scope import SCOPES, zero_quotas
 from toolkit.prune.scores import MAGNITUDE, MOVEMENT_SCORES, check_score, displacement, movement_increment
-from toolkit.prune.select import CHUNK, find_threshold
+from toolkit.prune.select import CHUNK, choose_lowest
 
 __all__ = ["Pruner"]
 
@@ -34,11 +35,14 @@ class Pruner:
     gives it from 0. Magnitude and displacement know nothing of a pruned weight, which stays pruned.
     """
 
-    def __init__(self, optimizer: Optimizer, schedule: Schedule, score: str) -> None:
+    def __init__(self, optimizer: Optimizer, schedule: Schedule, score: str, scope: str = "global") -> None:
         check_score(score, (*MAGNITUDE, *MOVEMENT_SCORES))
+        if scope not in SCOPES:
+            raise ValueError(f"scope={scope!r} is not known; choose one of {', '.join(SCOPES)}")
         self.optimizer = optimizer
         self.schedule = schedule
         self.score = score
+        self.scope = scope
         self._first: dict[Tensor, dict[str, Tensor]] = {}  # what the first step's pre-hook made, until it has passed
         for group in optimizer.param_groups:
             group.setdefault(_STEP, 0)
@@ -98,12 +102,22 @@ class Pruner:
                     f"{name} is prunable but had no gradient by step {step}, so it has no score; freeze it "
                     "(requires_grad=False, out of the optimizer) or mark its group prunable=False"
                 )
-        sources = [partial(self._scores, parameter) for _, parameter in named]
-        threshold = find_threshold(sources, [name for name, _ in named], zeros)
-        for (_, parameter), source in zip(named, sources, strict=True):
-            keep = [~threshold.take(scores) for scores in source()]
-            state = self.optimizer.state[parameter]
-            state["keep"] = pack_bits(torch.cat(keep) if keep else torch.zeros(0, dtype=torch.bool))
+        every = range(len(named))
+        groups = [(list(every), zeros)]
+        if self.scope != "global":
+            gone = [self._pruned(parameter) if self.score != "movement" else 0 for _, parameter in named]
+            quotas = zero_quotas(self.scope, [parameter.shape for _, parameter in named], gone, zeros)
+            groups = [([number], quota) for number, quota in enumerate(quotas)]
+        for members, count in groups:
+            parameters = [named[number][1] for number in members]
+            sources = [partial(self._scores, parameter) for parameter in parameters]
+            names, sizes = [named[number][0] for number in members], [p.numel() for p in parameters]
+            for parameter, drop in zip(parameters, choose_lowest(sources, names, sizes, count), strict=True):
+                self.optimizer.state[parameter]["keep"] = pack_bits(~drop)
+
+    def _pruned(self, parameter: Tensor) -> int:
+        mask = self.optimizer.state.get(parameter, {}).get("keep")
+        return 0 if mask is None else int((~unpack_bits(mask, parameter.numel())).sum())
 
     def _scores(self, parameter: Tensor) -> Iterator[Tensor]:
         """Scores of all weights in memory order, CHUNK at a time.

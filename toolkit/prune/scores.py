@@ -1,8 +1,8 @@
 """How much a weight is worth. One table, each formula once; the lowest scores are pruned.
 
 A score is a pure function of equally shaped tensors (weight and what the optimizer keeps for it) and returns float32.
-Multiplying by a power of the second moment instead of dividing by one keeps small values representable: there is no
-epsilon under which a score silently turns into plain magnitude.
+Powers of the second moment multiply instead of dividing where they can, which keeps small values representable: there
+is no epsilon under which a score silently turns into plain magnitude.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,6 +19,11 @@ def _magnitude(weight: Tensor, state: Mapping[str, Tensor]) -> Tensor:
     return weight.float().abs()
 
 
+def _first_moment(state: Mapping[str, Tensor]) -> Tensor:
+    """Adam's first moment or SGD's momentum."""
+    return (state["exp_avg"] if "exp_avg" in state else state["momentum_buffer"]).float()
+
+
 def _variance(weight: Tensor, state: Mapping[str, Tensor]) -> Tensor:
     """|w| v^(1/4): the square root of |w| times that of the diagonal-Fisher cost |w| sqrt(v)."""
     return weight.float().abs() * state["exp_avg_sq"].float().sqrt().sqrt()
@@ -29,8 +34,25 @@ def _obd(weight: Tensor, state: Mapping[str, Tensor]) -> Tensor:
     return weight.float().abs() * state["exp_avg_sq"].float().sqrt()
 
 
+def _saliency(weight: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+    """|w| sqrt(|m|): ranks as w^2 |m|, between magnitude and the first-order change of the loss |w m|."""
+    return weight.float().abs() * _first_moment(state).abs().sqrt()
+
+
+def _snr(weight: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+    """w^2 |m| / sqrt(v), the predecessor's first score, without its epsilon: 0 where nothing was learned."""
+    ratio = _first_moment(state).abs() / state["exp_avg_sq"].float().sqrt()
+    return (weight.float().abs() * ratio.nan_to_num_(0.0, 0.0, 0.0)) * weight.float().abs()
+
+
 MAGNITUDE: dict[str, Score] = {"magnitude": _magnitude}
-STATE_SCORES: dict[str, Score] = {"magnitude": _magnitude, "variance": _variance, "obd": _obd}
+STATE_SCORES: dict[str, Score] = {
+    "magnitude": _magnitude,
+    "variance": _variance,
+    "obd": _obd,
+    "saliency": _saliency,
+    "snr": _snr,
+}
 MOVEMENT_SCORES = ("movement", "displacement")
 
 

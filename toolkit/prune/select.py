@@ -6,21 +6,17 @@ the k-th key; scores equal to it are taken in order of (parameter, index). Peak 
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-__all__ = ["CHUNK", "Threshold", "chunked", "find_threshold"]
+__all__ = ["CHUNK", "Threshold", "choose_lowest", "find_threshold"]
 
 CHUNK = 262_144  # scores made at a time: 1 MiB of float32 and 2 MiB of int64 bin numbers
 _PASSES = ((21, 2048), (10, 2048), (0, 1024))  # (bits to the right of the digit, digits)
 
 Chunks = Callable[[], Iterable[Tensor]]
-
-
-def chunked(scores: Tensor) -> Iterator[Tensor]:
-    """Cut a 1-D tensor of scores into pieces of at most CHUNK."""
-    return iter(scores.split(CHUNK))
 
 
 def _keys(scores: Tensor) -> Tensor:
@@ -83,3 +79,37 @@ def find_threshold(sources: Sequence[Chunks], names: Sequence[str], k: int) -> T
         rest -= below[digit_found - 1] if digit_found else 0
         prefix = prefix * digits + digit_found
     return Threshold(prefix - 2**31, rest)
+
+
+def choose_lowest(sources: Sequence[Chunks], names: Sequence[str], sizes: Sequence[int], k: int) -> Iterator[Tensor]:
+    """Mark the `k` lowest scores: bool [size] of each source in turn, made as it is asked for.
+
+    No source loses all its scores while another has some to give: the best of one that would is kept, and the next
+    lowest elsewhere goes instead.
+    """
+    best: dict[int, float] = {}
+
+    def spared(number: int) -> Iterator[Tensor]:
+        looked_for = best.get(number)
+        for scores in sources[number]():
+            if looked_for is not None and scores.numel() and float(scores.max()) == looked_for:
+                scores = scores.index_fill(0, scores.argmax(), torch.inf)
+                looked_for = None
+            yield scores
+
+    numbers = range(len(sources))
+    guarded = [partial(spared, number) for number in numbers]
+    while True:
+        threshold = find_threshold(guarded, names, k)
+        if len(sources) == 1 or sum(sizes) - k < sum(size > 0 for size in sizes):
+            break
+        trial = Threshold(threshold.key, threshold.ties)
+        taken = [sum(int(trial.take(scores).sum()) for scores in guarded[number]()) for number in numbers]
+        emptied = [number for number in numbers if sizes[number] and taken[number] == sizes[number]]
+        if not emptied:
+            break
+        for number in emptied:
+            best[number] = max(float(scores.max()) for scores in sources[number]() if scores.numel())
+    for number in numbers:
+        marks = [threshold.take(scores) for scores in guarded[number]()]
+        yield torch.cat(marks) if marks else torch.zeros(0, dtype=torch.bool)

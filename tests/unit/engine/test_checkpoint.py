@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from toolkit.dist import World
-from toolkit.engine.checkpoint import CheckpointStore, load_checkpoint, newest_checkpoint, step_of
+from toolkit.engine.checkpoint import CheckpointStore, discard_after, load_checkpoint, newest_checkpoint, step_of
 
 
 @pytest.fixture
@@ -56,3 +56,17 @@ def test_a_checkpoint_cannot_run_code(store, tmp_path):
 def test_incomplete_is_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match="not a complete checkpoint"):
         load_checkpoint(tmp_path)
+
+
+def test_later_checkpoints_go_when_a_run_departs_from_an_earlier_one(store, tmp_path):
+    for step in (10, 20):
+        store.save({}, step)
+    assert discard_after(tmp_path, 10) == ["step-00000020"]
+    assert steps(tmp_path) == [10]
+
+
+def test_saving_a_step_again_replaces_it_whole(store, tmp_path):
+    store.save({"version": 1}, 10)
+    store.save({"version": 2}, 10)
+    assert load_checkpoint(tmp_path / "step-00000010") == {"version": 2}
+    assert not list(tmp_path.glob("tmp-*"))

@@ -49,7 +49,7 @@ def assert_same(a, b):
     elif isinstance(a, dict):
         assert a.keys() == b.keys()
         for key in a:
-            if key not in ("epoch_s", "images_per_sec", "seconds_so_far", "train_seconds_so_far"):
+            if key not in ("epoch_s", "images_per_sec", "seconds_so_far", "train_seconds_so_far", "memory"):
                 assert_same(a[key], b[key])
     elif isinstance(a, list):
         assert len(a) == len(b)
@@ -109,6 +109,8 @@ VARIANTS = {
     "dropout, mixup, erasing, ema": [
         "--opt", "momentum", "--drop", "0.2", "--mixup", "0.3", "--cutmix", "1", "--reprob", "0.3", "--model-ema",
     ],
+    "movement with ema": ["--opt", "adamw-movement", "--sparsity", "0.7", "--model-ema", "--checkpoint-interval", "4"],
+    "plateau": ["--opt", "adamw", "--sched", "plateau", "--no-sched-on-updates", "--patience-epochs", "0"],
     "timm's transforms, channels last": [*PRUNED, "--color-jitter", "0.4", "--channels-last", "-j", "2"],
     "accumulation, epoch schedule": ["--opt", "adamwadv", "--grad-accum-steps", "2", "--no-sched-on-updates"],
 }  # fmt: skip
@@ -218,7 +220,7 @@ def test_any_timm_model_by_name(flags, model, tmp_path):
         (["--opt", "adamw", "--sparsity", "0.5"], "does not prune; add --pruning"),
         (["--opt", "adamvv"], "Did you mean adam"),
         (["--opt", "lookahead_adamw", "--pruning", "movement", "--sparsity", "0.5"], "Lookahead revives"),
-        (["--opt", "adamwprune", "--sparsity", "0.5", "--prune-score", "fisher"], "magnitude, variance, obd"),
+        (["--opt", "adamwprune", "--sparsity", "0.5", "--prune-score", "fisher"], "variance, magnitude, obd"),
         (["--opt", "adamwprune", "--sparsity", "0.5", "--opt-kwargs", "sparsity=0.2"], "set by the --prune flags"),
         (["--opt", "adamw", "--opt-kwargs", "colour=1"], "does not take one of its arguments"),
         (["--model", "resnet5000"], "not a timm model; did you mean"),
@@ -226,6 +228,9 @@ def test_any_timm_model_by_name(flags, model, tmp_path):
         (["--amp", "fp16"], "use --amp bf16"),
         (["--global-batch-size", "1000"], "96 training samples do not fill"),
         (["--resume", "nowhere"], "not a complete checkpoint"),
+        (["--mixup", "0.2", "--global-batch-size", "9"], "9 per rank is odd"),
+        (["--model-kwargs", "colour=1"], "see --model-kwargs"),
+        (["--num-classes", "5"], "check --num-classes"),
         (["--initial-checkpoint", "nowhere.pth"], "does not exist"),
         (["--opt", "adamwprune", "--sparsity", "0.5", "--prune-begin", "0.01", "--prune-end", "0.02"], "too short"),
     ],
@@ -244,7 +249,74 @@ def test_a_folder_with_a_run_is_not_overwritten(flags, capsys):
     assert (
         train.main([*flags, "--opt", "adamw", "--experiment", "r", "--lr", "1", "--seed", "3", "--resume", "auto"]) == 2
     )
-    assert "the checkpoint has seed 42, this run 3" in capsys.readouterr().err
+    assert "was made with epochs=1, now 3" in capsys.readouterr().err
+
+
+def test_resuming_a_finished_run_changes_nothing(flags, tmp_path):
+    command = [*flags, *PRUNED, "--experiment", "r", "--epochs", "1"]
+    assert train.main(command) == 0
+    before = {
+        path: path.read_bytes() for path in (tmp_path / "r").rglob("*") if path.is_file() and path.suffix != ".log"
+    }
+    assert train.main([*command, "--resume", "auto"]) == 0
+    assert before == {path: path.read_bytes() for path in before}
+
+
+def test_a_resumed_run_still_knows_its_dense_peak(flags, tmp_path):
+    more = [*flags, *PRUNED, "--experiment", "r"]
+    run = make(more)
+    stop_after(run, 15)
+    with pytest.raises(InterruptedRunError):
+        train_loop(run)
+    before = json.loads((tmp_path / "r" / "memory.json").read_text())
+    train_loop(make(more, "--resume", "auto"))
+    after = json.loads((tmp_path / "r" / "memory.json").read_text())
+    assert after["ledger_peak"] == before["ledger_peak"]
+    assert after["ledger"]["total_bytes"] < before["ledger_peak"]["total_bytes"]
+    with open(tmp_path / "r" / "memory_timeline.csv", newline="") as file:
+        steps = [int(row["step"]) for row in csv.DictReader(file)]
+    assert steps == sorted(steps)
+    assert steps[0] == 2
+    assert steps[-1] == 18
+
+
+def test_going_back_to_an_earlier_checkpoint_drops_the_later_ones(flags, tmp_path):
+    more = [*flags, *PRUNED, "--experiment", "r"]
+    run = make(more)
+    stop_after(run, 15)
+    with pytest.raises(InterruptedRunError):
+        train_loop(run)
+    checkpoints = tmp_path / "r" / "checkpoints"
+    run = make(more, "--resume", str(checkpoints / "step-00000006"))
+    assert [path.name for path in checkpoints.glob("step-*")] == ["step-00000006"]
+    train_loop(run)
+    assert newest_checkpoint(checkpoints).name == "step-00000018"
+
+
+def test_other_settings_are_refused_and_leave_the_folder_alone(flags, tmp_path, capsys):
+    run = make(flags, "--opt", "adamw", "--experiment", "r")
+    stop_after(run, 8)
+    with pytest.raises(InterruptedRunError):
+        train_loop(run)
+    arguments = (tmp_path / "r" / "args.yaml").read_text()
+    assert train.main([*flags, "--opt", "adamw", "--experiment", "r", "--resume", "auto", "--lr", "1"]) == 2
+    assert "was made with lr=0.003, now 1.0" in capsys.readouterr().err
+    assert (tmp_path / "r" / "args.yaml").read_text() == arguments
+    assert train.main([*flags, "--opt", "adamw", "--resume", "auto"]) == 2
+    assert "--resume auto needs --experiment" in capsys.readouterr().err
+
+
+def test_schedules_without_state_of_their_own(flags):
+    assert train.main([*flags, "--opt", "adamw", "--sched", "none", "--experiment", "none", "--epochs", "1"]) == 0
+
+
+def test_weights_come_from_a_file_at_another_input_size(flags, tmp_path):
+    assert train.main([*flags, "--opt", "adamw", "--model", "test_vit", "--epochs", "1", "--experiment", "a"]) == 0
+    source = newest_checkpoint(tmp_path / "a" / "checkpoints") / "state.pt"
+    more = ["--opt", "adamw", "--model", "test_vit", "--initial-checkpoint", str(source)]
+    run = make(flags, *more, "--experiment", "b")
+    saved = final_state(tmp_path / "a")["model"]
+    assert all(torch.equal(value, saved[key]) for key, value in run.bare_model.state_dict().items())
 
 
 def test_amp_and_compile_run_on_cpu(flags, tmp_path):
@@ -260,7 +332,8 @@ def test_recipe_of_an_optimizer_gives_way_to_flags(flags):
 
 
 def test_sparsity_0_equals_no_pruning_bit_for_bit(flags, tmp_path):
-    for name, more in {"off": ["--opt", "adamwprune", "--sparsity", "0"], "plain": ["--opt", "adamw"]}.items():
-        assert train.main([*flags, *more, "--experiment", name, "--opt-kwargs",
-                           *(["foreach=False"] if name == "plain" else [])]) == 0  # fmt: skip
+    off = ["--opt", "adamwprune", "--sparsity", "0", "--opt-kwargs", "implementation=reference"]
+    plain = ["--opt", "adamw", "--opt-kwargs", "foreach=False"]
+    for name, more in {"off": off, "plain": plain}.items():
+        assert train.main([*flags, *more, "--experiment", name]) == 0
     assert_same(final_state(tmp_path / "off")["model"], final_state(tmp_path / "plain")["model"])

@@ -5,9 +5,10 @@ import pytest
 import yaml
 
 from launch import matrix as matrix_module
-from launch.matrix import check_settings, load_matrix, main
-from launch.runs import is_complete, read_runs
-from toolkit.config import parse
+from launch.matrix import load_matrix, main
+from launch.runs import read_runs
+from toolkit.config import check_same_settings, parse
+from toolkit.engine.records import is_complete
 
 ROOT = Path(__file__).parents[3]
 DEMO = ROOT / "launch" / "matrices" / "demo.yaml"
@@ -59,6 +60,8 @@ def test_mistakes(tmp_path, capsys):
     with pytest.raises(SystemExit):
         load_matrix(write(tmp_path / "m.yaml", cells=[{"optt": "adamw"}]))
     assert "Did you mean --opt" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="two cells are named"):
+        load_matrix(write(tmp_path / "m.yaml", cells=[{"opt": "adamw", "lr": 1e-3}, {"opt": "adamw", "lr": 2e-3}]))
     with pytest.raises(SystemExit):
         main([str(DEMO), "--only", "nothing"])
     assert "matches no cell" in capsys.readouterr().err
@@ -66,10 +69,10 @@ def test_mistakes(tmp_path, capsys):
 
 def test_a_folder_made_with_other_settings_is_not_taken_for_the_cell(tmp_path):
     (cell,) = load_matrix(write(tmp_path / "m.yaml")).cells
-    check_settings(cell, tmp_path)
+    check_same_settings(tmp_path, cell.config)
     (tmp_path / "args.yaml").write_text(yaml.safe_dump({**cell.config.to_dict(), "epochs": 3, "output": "elsewhere"}))
-    with pytest.raises(ValueError, match="was made with epochs=3, now 15"):
-        check_settings(cell, tmp_path)
+    with pytest.raises(ValueError, match="made with epochs=3, now 15"):
+        check_same_settings(tmp_path, cell.config)
 
 
 def test_a_failed_cell_is_recorded_and_the_matrix_goes_on(tmp_path, monkeypatch, capsys):

@@ -56,7 +56,7 @@ def count(parameters):
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_sparsity_0_is_torchs_optimizer_bit_for_bit(options, plain, layout):
     mine, theirs = make_parameters(layout=layout), make_parameters(layout=layout)
-    optimizer = AdamWPrune(mine, **options)
+    optimizer = AdamWPrune(mine, **options, implementation="reference")
     plain_options = {key: value for key, value in options.items() if key != "decoupled_weight_decay"}
     reference = plain(theirs, foreach=False, **plain_options)
     run(optimizer, mine, 50)
@@ -75,7 +75,7 @@ def test_packed_equals_dense_adamw_with_a_mask(options, layout, score):
     mine, theirs = make_parameters(layout=layout), make_parameters(layout=layout)
     schedule = Schedule(0.75, 4, 30, 6)
     pruning = {"sparsity": 0.75, "begin_step": 4, "end_step": 30, "frequency": 6, "score": score}
-    optimizer = AdamWPrune(mine, lr=1e-2, **pruning, **options)
+    optimizer = AdamWPrune(mine, lr=1e-2, **pruning, **options, implementation="reference")
     plain = torch.optim.Adam if options.get("decoupled_weight_decay") is False else torch.optim.AdamW
     reference = plain(theirs, lr=1e-2, weight_decay=1e-2, foreach=False, amsgrad=options.get("amsgrad", False))
     masks = [torch.ones_like(p, dtype=torch.bool) for p in prunable(theirs)]
@@ -288,9 +288,11 @@ def test_mask_is_the_weights_zeros():
     ("options", "words"),
     [
         ({"sparsity": 0.5}, "needs end_step"),
-        ({"sparsity": 0.5, "end_step": 3, "score": "fisher"}, "magnitude, variance, obd"),
-        ({"scope": "planet"}, "choose one of global"),
-        ({"implementation": "fpga"}, "auto, reference"),
+        ({"sparsity": 0.5, "end_step": 3, "score": "fisher"}, "variance, magnitude, obd"),
+        ({"scope": "planet"}, "choose one of global, layer, erk"),
+        ({"implementation": "fpga"}, "auto, reference, native"),
+        ({"regrow": 1.0}, "regrow=1.0"),
+        ({"state_dtype": "int4"}, "float32, bfloat16"),
         ({"lr": -1.0}, "lr=-1.0 must be"),
         ({"betas": (0.9, 1.0)}, r"betas\[1\]"),
     ],

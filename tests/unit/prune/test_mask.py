@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from toolkit.prune.mask import flat, mask_bytes, pack_bits, unpack_bits
-from toolkit.prune.packing import BLOCK, block_offsets, drop_from_mask, offset_bytes, pack, spread
+from toolkit.prune.packing import BLOCK, block_offsets, offset_bytes, pack, spread
 
 keeps = st.one_of(
     st.lists(st.booleans(), max_size=70), st.integers(0, 5000).map(lambda n: [i % 3 == 0 for i in range(n)])
@@ -40,17 +40,6 @@ def test_spread_undoes_pack(keep, seed):
     packed = pack(dense, keep)
     assert packed.untyped_storage().nbytes() == 4 * int(keep.sum())  # a storage of its own, no larger than needed
     assert torch.equal(spread(packed, keep), dense * keep)
-
-
-@given(keeps, st.data())
-def test_drop_takes_survivors_only(keep, data):
-    keep = torch.tensor(keep, dtype=torch.bool)
-    survivors = int(keep.sum())
-    drop = torch.tensor(data.draw(st.lists(st.booleans(), min_size=survivors, max_size=survivors)), dtype=torch.bool)
-    mask, after = drop_from_mask(pack_bits(keep), len(keep), drop)
-    assert torch.equal(unpack_bits(mask, len(keep)), after)
-    assert not (after & ~keep).any()
-    assert torch.equal(after[keep], ~drop)
 
 
 def test_flat_is_a_view_in_memory_order():

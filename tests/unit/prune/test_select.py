@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from toolkit.prune.select import chunked, find_threshold
+from toolkit.prune.select import CHUNK, find_threshold
 
 special = st.sampled_from([0.0, -0.0, 1e-45, -1e-45, 1e-40, 1.0, -1.0, float("inf"), -float("inf"), 3.4e38])
 numbers = st.one_of(special, st.floats(width=32, allow_nan=False))
@@ -37,8 +37,8 @@ def test_equals_a_stable_sort(lists, data, pieces):
 def test_many_scores_in_chunks(k):
     generator = torch.Generator().manual_seed(k)
     scores = [torch.randn(n, generator=generator).round(decimals=2) for n in (350_000, 250_000)]  # many ties
-    threshold = find_threshold([lambda s=s: chunked(s) for s in scores], ["a", "b"], k)
-    got = [torch.cat([threshold.take(piece) for piece in chunked(s)]) for s in scores]
+    threshold = find_threshold([lambda s=s: s.split(CHUNK) for s in scores], ["a", "b"], k)
+    got = [torch.cat([threshold.take(piece) for piece in s.split(CHUNK)]) for s in scores]
     for mine, wanted in zip(got, expected_lowest(scores, k), strict=True):
         assert torch.equal(mine, wanted)
 

@@ -1,0 +1,287 @@
+"""Scope, regrowth, state dtype, implementations: what packed optimizers share, tried on AdamWPrune and SGDPrune."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from toolkit.kernels import native
+from toolkit.kernels.rounding import round_to_bfloat16
+from toolkit.optim.adamwprune import AdamWPrune
+from toolkit.optim.sgdprune import SGDPrune
+from toolkit.prune.mask import pack_bits
+from toolkit.prune.packing import block_offsets
+
+SHAPES = ((40, 20, 3, 3), (40,), (64, 50), (6, 30))
+needs_native = pytest.mark.skipif(not native.available(), reason="no C++ compiler, so no native code")
+
+
+def parameters(seed=0, layout=torch.contiguous_format, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    made = [torch.randn(shape, generator=generator).to(dtype) for shape in SHAPES]
+    return [nn.Parameter(t.to(memory_format=layout) if t.ndim == 4 else t) for t in made]
+
+
+def run(optimizer, weights, steps, first=0):
+    for step in range(first, first + steps):
+        generator = torch.Generator().manual_seed(500 + step)
+        for weight in weights:
+            weight.grad = torch.randn(weight.shape, generator=generator).to(weight.dtype)
+        optimizer.step()
+
+
+def prunable(weights):
+    return [weight for weight in weights if weight.ndim > 1]
+
+
+def zeros(weights):
+    return sum(int((weight == 0).sum()) for weight in prunable(weights))
+
+
+def total(weights):
+    return sum(weight.numel() for weight in prunable(weights))
+
+
+KINDS = [(AdamWPrune, {"lr": 1e-2}), (SGDPrune, {"lr": 1e-2, "weight_decay": 1e-2})]
+PRUNING = {"sparsity": 0.8, "begin_step": 2, "end_step": 20, "frequency": 3}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"momentum": 0.9},
+        {"momentum": 0.8, "weight_decay": 0.1},
+        {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01},
+        {"momentum": 0.9, "dampening": 0.3, "maximize": True},
+    ],
+)
+def test_sgdprune_at_sparsity_0_is_torchs_sgd_bit_for_bit(options):
+    mine, theirs = parameters(), parameters()
+    optimizer = SGDPrune(mine, lr=0.05, implementation="reference", **options)
+    run(optimizer, mine, 30)
+    run(torch.optim.SGD(theirs, lr=0.05, foreach=False, **options), theirs, 30)
+    assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
+def test_sgdprune_decoupled_decay():
+    mine, theirs = parameters(), parameters()
+    run(SGDPrune(mine, lr=0.05, weight_decay=0.1, decoupled_weight_decay=True, implementation="reference"), mine, 5)
+    plain = torch.optim.SGD(theirs, lr=0.05, momentum=0.9, foreach=False)
+    for step in range(5):
+        with torch.no_grad():
+            for weight in theirs:
+                weight.mul_(1 - 0.05 * 0.1)
+        run(plain, theirs, 1, first=step)
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_sgdprune_keeps_a_third_of_sgds_state():
+    weight = nn.Parameter(torch.randn(1024, 512))
+    optimizer = SGDPrune([weight], sparsity=0.7, end_step=2, frequency=1)
+    run(optimizer, [weight], 3)
+    kept = sum(value.untyped_storage().nbytes() for value in optimizer.state[weight].values())
+    assert kept / weight.numel() <= 1.34
+
+
+def test_sgdprune_needs_momentum():
+    with pytest.raises(ValueError, match="use sgd-magnitude"):
+        SGDPrune(parameters(), momentum=0.0)
+
+
+@pytest.mark.parametrize(("kind", "options"), KINDS)
+@pytest.mark.parametrize("scope", ["global", "layer", "erk"])
+@pytest.mark.parametrize("regrow", [0.0, 0.3])
+@pytest.mark.parametrize("score", ["magnitude", "saliency"])
+def test_every_combination_reaches_its_target(kind, options, scope, regrow, score):
+    weights = parameters(layout=torch.channels_last)
+    optimizer = kind(weights, **options, **PRUNING, scope=scope, regrow=regrow, score=score)
+    run(optimizer, weights, 25)
+    assert zeros(weights) == math.floor(0.8 * total(weights))
+    assert all((weight != 0).any() for weight in weights)
+    if scope == "layer":
+        for weight in prunable(weights):
+            assert abs(int((weight == 0).sum()) - 0.8 * weight.numel()) <= 1
+
+
+def test_global_scope_empties_no_layer():
+    weights = parameters()
+    with torch.no_grad():
+        weights[3].mul_(1e-6)  # by magnitude the first to go, all of it
+    optimizer = AdamWPrune(weights, lr=1e-9, score="magnitude", **PRUNING)
+    run(optimizer, weights, 21)
+    assert int((weights[3] != 0).sum()) == 1
+    assert zeros(weights) == math.floor(0.8 * total(weights))
+
+
+@pytest.mark.parametrize(("kind", "options"), KINDS)
+def test_regrowth_takes_the_largest_gradients_and_starts_gently(kind, options):
+    weights = parameters()
+    settings = {"sparsity": 0.8, "begin_step": 0, "end_step": 40, "frequency": 10, "regrow": 0.4}
+    optimizer = kind(weights, **options, **settings, implementation="reference")
+    run(optimizer, weights, 19)
+    before = [optimizer.survivors(weight) for weight in prunable(weights)]
+    pruned = [(weight == 0) for weight in prunable(weights)]
+    run(optimizer, weights, 1, first=19)  # the update at step 20
+    states = [optimizer.state_dict()["state"][i] for i in (0, 2, 3)]
+    grown = [state["mask"].bool() & was for state, was in zip(states, pruned, strict=True)]
+    alive = total(weights) - math.floor(optimizer.schedule.target(20) * total(weights))
+    wanted = math.floor(0.4 * 0.5 * (1 + math.cos(math.pi * 0.5)) * alive)
+    assert sum(int(mask.sum()) for mask in grown) == wanted
+    gradients = torch.cat([weight.grad.abs()[was] for weight, was in zip(prunable(weights), pruned, strict=True)])
+    back = torch.cat([mask[was] for mask, was in zip(grown, pruned, strict=True)])
+    assert gradients[back].min() >= gradients[~back].max()
+    assert sum(optimizer.survivors(weight) for weight in prunable(weights)) == alive
+    assert sum(before) > alive
+    assert all((weight[mask] == 0).all() for weight, mask in zip(prunable(weights), grown, strict=True))
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    for weight, mask in zip(prunable(weights), grown, strict=True):
+        moved = weight.detach()[mask].abs()
+        assert (moved > 0).all()
+        assert moved.max() <= 1e-2  # one learning rate, the size of a settled Adam step
+
+
+def test_regrowth_resumes_bit_for_bit():
+    options = {**PRUNING, "regrow": 0.3, "lr": 1e-2}
+    straight = parameters()
+    run(AdamWPrune(straight, **options), straight, 25)
+    parts = parameters()
+    first = AdamWPrune(parts, **options)
+    run(first, parts, 12)
+    second = AdamWPrune(parts, **options)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    run(second, parts, 13, first=12)
+    assert all(torch.equal(a, b) for a, b in zip(parts, straight, strict=True))
+
+
+def test_stochastic_rounding_is_unbiased_and_repeats():
+    values = torch.randn(200_000) * torch.logspace(-8, 8, 200_000)
+    rounded = round_to_bfloat16(values, 7)
+    assert torch.equal(rounded, round_to_bfloat16(values, 7))
+    assert not torch.equal(rounded, round_to_bfloat16(values, 8))
+    low = (values.view(torch.int32) & -65536).view(torch.float32)
+    high = ((values.view(torch.int32) & -65536) + 65536).view(torch.float32)
+    assert ((rounded.float() == low) | (rounded.float() == high)).all()
+    third = torch.full((300_000,), 1.0 + 2**-9)  # between 1 and 1 + 2^-7: a quarter goes up
+    assert float((round_to_bfloat16(third, 1) > 1).double().mean()) == pytest.approx(0.25, abs=0.005)
+    special = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), float("nan")])
+    assert torch.equal(round_to_bfloat16(special, 3)[:4].float(), special[:4])
+    assert round_to_bfloat16(special, 3)[4].isnan()
+
+
+@pytest.mark.parametrize(("kind", "options"), KINDS)
+def test_bfloat16_state(kind, options):
+    weights, plain = parameters(), parameters()
+    optimizer = kind(weights, **options, **PRUNING, state_dtype="bfloat16")
+    run(optimizer, weights, 30)
+    assert zeros(weights) == math.floor(0.8 * total(weights))
+    for weight in weights:
+        state = optimizer.state[weight]
+        assert all(value.dtype == torch.bfloat16 for key, value in state.items() if key in kind.MOMENTS)
+    again = kind(weights, **options, **PRUNING, state_dtype="bfloat16")
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for weight in weights:
+        for key, value in optimizer.state[weight].items():
+            assert again.state[weight][key].dtype == value.dtype
+            assert torch.equal(again.state[weight][key], value)
+    run(kind(plain, **options), plain, 10)
+    rounded = parameters()
+    run(kind(rounded, **options, state_dtype="bfloat16"), rounded, 10)
+    for a, b, start in zip(rounded, plain, parameters(), strict=True):
+        assert (a - b).norm() < 0.05 * (b - start).norm()
+
+
+def test_bytes_a_weight_in_bfloat16():
+    weight = nn.Parameter(torch.randn(1024, 512))
+    optimizer = AdamWPrune([weight], sparsity=0.7, end_step=2, frequency=1, state_dtype="bfloat16")
+    run(optimizer, [weight], 3)
+    kept = sum(value.untyped_storage().nbytes() for value in optimizer.state[weight].values())
+    assert kept / weight.numel() <= 1.34
+
+
+@needs_native
+@pytest.mark.parametrize(("kind", "options"), [
+    *KINDS,
+    (AdamWPrune, {"lr": 1e-2, "amsgrad": True, "maximize": True}),
+    (AdamWPrune, {"lr": 1e-2, "decoupled_weight_decay": False, "weight_decay": 0.1}),
+    (SGDPrune, {"lr": 1e-2, "nesterov": True, "decoupled_weight_decay": True, "weight_decay": 0.1}),
+])  # fmt: skip
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_native_equals_the_reference_over_a_run(kind, options, layout):
+    mine, theirs = parameters(layout=layout), parameters(layout=layout)
+    run(kind(mine, **options, **PRUNING, implementation="native"), mine, 30)
+    run(kind(theirs, **options, **PRUNING, implementation="reference"), theirs, 30)
+    for a, b in zip(mine, theirs, strict=True):
+        assert torch.equal(a == 0, b == 0)
+        assert (a - b).norm() <= 1e-5 * b.norm()
+
+
+@needs_native
+@pytest.mark.parametrize("isa", native.ISAS)
+@pytest.mark.parametrize("density", [0.0, 0.01, 0.1, 0.3, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("numel", [1, 7, 8, 17, 63, 1000, 1024, 1025, 5000, 70_001])
+def test_native_equals_the_reference_on_one_tensor(isa, density, numel):
+    if native.ISAS.index(isa) > native.ISAS.index(native.best_isa()):
+        pytest.skip(f"this processor has no {isa}")
+    from toolkit.kernels.reference import adam_update, sgd_update
+
+    generator = torch.Generator().manual_seed(numel)
+    keep = torch.rand(numel, generator=generator) < density
+    weight, grad = (torch.randn(numel, generator=generator) for _ in range(2))
+    moments = [torch.rand(int(keep.sum()), generator=generator) for _ in range(3)]
+    mask, offsets = pack_bits(keep), block_offsets(keep)
+    rule = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1, "decoupled": True, "step": 3}
+    mine, wanted = weight.clone(), weight.clone()
+    mine_moments, survivors = [m.clone() for m in moments], wanted[keep]
+    native.packed_adam(mine, grad, mask, offsets, *mine_moments, isa=isa, **rule)
+    adam_update(survivors, grad[keep], *moments, **rule)
+    wanted[keep] = survivors
+    torch.testing.assert_close(mine, wanted, rtol=2e-6, atol=1e-7)
+    for a, b in zip(mine_moments, moments, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-6, atol=1e-7)
+    rule = {"lr": 1e-2, "momentum": 0.9, "dampening": 0.1, "weight_decay": 0.1, "nesterov": False, "decoupled": False}
+    for first in (True, False):
+        mine, wanted, buffer = weight.clone(), weight.clone(), moments[0].clone()
+        survivors, own = wanted[keep], moments[0].clone()
+        native.packed_sgd(mine, grad, mask, offsets, own, isa=isa, first=first, **rule)
+        sgd_update(survivors, grad[keep], buffer, first=first, **rule)
+        wanted[keep] = survivors
+        torch.testing.assert_close(mine, wanted, rtol=2e-6, atol=1e-7)
+        torch.testing.assert_close(own, buffer, rtol=2e-6, atol=1e-7)
+
+
+def test_without_a_compiler_one_warning_and_the_reference(monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", "/nonexistent/compiler")
+    native._library.cache_clear()
+    try:
+        with caplog.at_level("WARNING", logger="toolkit"):
+            weights = parameters()
+            optimizer = AdamWPrune(weights, **PRUNING)
+            run(optimizer, weights, 22)
+            assert zeros(weights) == math.floor(0.8 * total(weights))
+            with pytest.raises(ValueError, match="needs a C\\+\\+ compiler"):
+                run(AdamWPrune(parameters(), implementation="native"), weights := parameters(), 1) or run(
+                    AdamWPrune(weights, implementation="native"), weights, 1
+                )
+        assert len([record for record in caplog.records if "no native update" in record.message]) == 1
+        assert not list((tmp_path / "adamwprune-toolkit").glob("build-*"))
+    finally:
+        native._library.cache_clear()
+
+
+@needs_native
+def test_a_killed_build_does_not_block_the_next(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    left = tmp_path / "adamwprune-toolkit" / "build-dead"
+    left.mkdir(parents=True)
+    (left / "lock").touch()  # what torch's extension builder leaves behind when it is killed, and then waits for
+    native._library.cache_clear()
+    try:
+        assert native.available()
+    finally:
+        native._library.cache_clear()

@@ -1,0 +1,73 @@
+"""A run as a checkpoint: everything that makes the next step what it would have been, saved and loaded."""
+
+from typing import Any
+
+from toolkit.engine.checkpoint import load_checkpoint, random_state, restore_random_state
+from toolkit.engine.records import History
+from toolkit.engine.run import Run
+from toolkit.log import get_logger
+
+__all__ = ["IDENTITY", "load_snapshot", "save_snapshot"]
+
+_log = get_logger()
+
+# What must be the same for a resumed run to be the same run. The number of ranks may change.
+IDENTITY = ("model", "opt", "global_batch_size", "seed", "epochs", "steps_per_epoch", "data_fingerprint")
+
+
+def save_snapshot(run: Run, history: History, update: int, metric: float | None = None, best: bool = False) -> None:
+    """Write a checkpoint of everything that makes the next step what it would have been. Call on all ranks."""
+    random_states = run.world.gather(random_state(run.world.device))
+    memory_states = run.world.gather(run.memory.state_dict())
+    bad_so_far = sum(run.world.gather(history.bad_so_far))
+    identity = {key: run.facts[key] for key in IDENTITY}
+    state: dict[str, Any] = {}
+    if run.world.is_main:  # the dense form of packed state costs memory, and one rank writes
+        scaler = run.accelerator.scaler
+        state = {
+            "history": {**history.to_dict(), "bad_so_far": bad_so_far},
+            "model": run.bare_model.state_dict(),
+            "ema": run.ema.module.state_dict() if run.ema is not None else None,
+            "optimizer": run.bare_optimizer.state_dict(),
+            "scheduler": _scheduler_state(run.scheduler),
+            "scaler": scaler.state_dict() if scaler is not None else None,
+            "random": random_states,
+            "memory": memory_states,
+        }
+    run.checkpoints.save(state, update, identity=identity, metric=metric, best=best)
+
+
+def _scheduler_state(scheduler: Any) -> dict[str, Any] | None:
+    """State of timm's schedule; plateau's own leaves out how long it has waited."""
+    if scheduler is None:
+        return None
+    inner = getattr(scheduler, "lr_scheduler", None)
+    return {"outer": scheduler.state_dict(), "inner": inner.state_dict() if inner is not None else None}
+
+
+def load_snapshot(run: Run) -> History:
+    """Load the checkpoint the run was built to go on from, if any."""
+    if run.resume_from is None:
+        return History()
+    state = load_checkpoint(run.resume_from)
+    run.bare_model.load_state_dict(state["model"])
+    run.bare_optimizer.load_state_dict(state["optimizer"])
+    if run.scheduler is not None:
+        run.scheduler.load_state_dict(state["scheduler"]["outer"])
+        if state["scheduler"]["inner"] is not None:
+            run.scheduler.lr_scheduler.load_state_dict(state["scheduler"]["inner"])
+    if run.ema is not None:
+        run.ema.module.load_state_dict(state["ema"])
+    if run.accelerator.scaler is not None and state["scaler"] is not None:
+        run.accelerator.scaler.load_state_dict(state["scaler"])
+    history = History(**state["history"])
+    if not run.world.is_main:
+        history.bad_so_far = 0  # rank 0 goes on with the count of all
+    if run.world.rank < len(state["memory"]):
+        run.memory.load_state_dict(state["memory"][run.world.rank])
+    restore_random_state(state["random"], run.world)
+    _log.info(
+        "Resumed from %s: epoch %d, step %d of %d", run.resume_from, history.epoch, history.step,
+        run.plan.steps_per_epoch,
+    )  # fmt: skip
+    return history

@@ -1,0 +1,30 @@
+"""Stochastic rounding to bfloat16, from a hash instead of a generator: the same bits on every rank and device."""
+
+import torch
+from torch import Tensor
+
+__all__ = ["round_to_bfloat16"]
+
+
+def _hash(values: Tensor) -> Tensor:
+    """int64 [n] of 32-bit numbers -> int64 [n] of 32-bit numbers that look random (lowbias32, by Chris Wellons)."""
+    low = 0xFFFFFFFF
+    values = values ^ (values >> 16)
+    values = (values * 0x7FEB352D) & low
+    values = values ^ (values >> 15)
+    values = (values * 0x846CA68B) & low
+    return values ^ (values >> 16)
+
+
+def round_to_bfloat16(values: Tensor, seed: int) -> Tensor:
+    """float32 [n] -> bfloat16 [n], up or down with the chance that makes the mean exact.
+
+    The chance of element i depends on (seed, i) alone. Plain rounding would drop the small steps of slow averages:
+    bfloat16 keeps 8 bits, a second moment moves by a thousandth.
+    """
+    count = torch.arange(values.numel(), device=values.device, dtype=torch.int64)
+    noise = _hash((count + (seed & 0xFFFFFFFF) * 0x9E3779B9) & 0xFFFFFFFF) & 0xFFFF
+    bits = values.float().reshape(-1).view(torch.int32).to(torch.int64) & 0xFFFFFFFF
+    rounded = torch.where(values.reshape(-1).isfinite(), bits + noise, bits) & 0xFFFF0000
+    signed = torch.where(rounded >= 2**31, rounded - 2**32, rounded).to(torch.int32)
+    return signed.view(torch.float32).to(torch.bfloat16).view(values.shape)

@@ -1,0 +1,164 @@
+"""One mask update of a packed optimizer: which survivors go, which pruned weights come back, and the re-packing.
+
+Scores are made in chunks from packed moments and never held for all weights; re-packing goes tensor by tensor, so the
+transient is one layer.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from toolkit.prune.mask import flat, pack_bits, unpack_bits
+from toolkit.prune.packing import BLOCK, block_offsets, pack, spread
+from toolkit.prune.schedule import Schedule
+from toolkit.prune.scope import zero_quotas
+from toolkit.prune.scores import STATE_SCORES
+from toolkit.prune.select import CHUNK, choose_lowest, find_threshold
+
+__all__ = ["MaskUpdate", "survivors_of"]
+
+State = MutableMapping[str, Tensor]
+
+
+def survivors_of(parameter: Tensor, state: Mapping[str, Tensor], moments: Sequence[str]) -> int:
+    """Weights of `parameter` that are not pruned."""
+    if "offsets" not in state:
+        return parameter.numel()
+    return next(state[key] for key in moments if key in state).numel()
+
+
+class MaskUpdate:
+    """The change of all masks at one step. `states` is the optimizer's, `options` its pruning options."""
+
+    def __init__(
+        self,
+        named: Sequence[tuple[str, Tensor]],
+        states: Mapping[Tensor, State],
+        moments: Sequence[str],
+        options: Mapping[str, Any],
+        schedule: Schedule,
+    ) -> None:
+        self.names = [name for name, _ in named]
+        self.parameters = [parameter for _, parameter in named]
+        self.states = [states[parameter] for parameter in self.parameters]
+        self.moments = moments
+        self.options = options
+        self.schedule = schedule
+        self.alive = [survivors_of(p, s, moments) for p, s in zip(self.parameters, self.states, strict=True)]
+
+    def run(self, step: int) -> None:
+        """Prune to the schedule's zeros at `step`, regrow the share that is due, pack again."""
+        counts = [parameter.numel() for parameter in self.parameters]
+        zeros_now = [count - alive for count, alive in zip(counts, self.alive, strict=True)]
+        zeros = max(self.schedule.zeros(step, sum(counts)), sum(zeros_now))
+        regrown = self._regrown_count(step, sum(counts) - zeros, sum(zeros_now))
+        if zeros == sum(zeros_now) and not regrown:
+            return
+        if self.options["scope"] == "global":
+            groups = [(list(range(len(counts))), zeros - sum(zeros_now), regrown)]
+        else:
+            quotas = zero_quotas(self.options["scope"], [p.shape for p in self.parameters], zeros_now, zeros)
+            groups = []
+            for i, (quota, now) in enumerate(zip(quotas, zeros_now, strict=True)):
+                share = self._regrown_count(step, counts[i] - quota, now)
+                groups.append(([i], quota - now, min(share, self._movable(i)) if share else 0))
+        for members, missing, back in groups:
+            grows = self._choose_regrown(members, back) if back else {}
+            sources = [partial(self._scores, i) for i in members]
+            names, sizes = [self.names[i] for i in members], [self.alive[i] for i in members]
+            for position, drop in zip(members, choose_lowest(sources, names, sizes, missing + back), strict=True):
+                self._repack(position, drop, grows.get(position))
+
+    def _regrown_count(self, step: int, survivors: int, zeros_now: int) -> int:
+        """Weights that come back: the share `regrow` of the survivors, decayed by a cosine to 0 at end_step (RigL)."""
+        schedule, share = self.schedule, self.options["regrow"]
+        if not share or schedule.end_step is None:
+            return 0
+        progress = min(1.0, (step - schedule.begin_step) / (schedule.end_step - schedule.begin_step))
+        wanted = math.floor(share * 0.5 * (1 + math.cos(math.pi * progress)) * survivors)
+        return min(wanted, zeros_now, survivors)
+
+    def _movable(self, position: int) -> int:
+        """Pruned weights that a gradient would move; one without would stay a zero."""
+        return sum(int((piece != 0).sum()) for piece in self._pruned_gradients(position))
+
+    def _choose_regrown(self, members: Sequence[int], count: int) -> dict[int, Tensor]:
+        """The `count` pruned weights with the largest gradients: position -> bool [pruned]."""
+        count = min(count, sum(self._movable(i) for i in members))
+        sources = [partial(self._pruned_gradients, i) for i in members]
+        threshold = find_threshold(sources, [self.names[i] for i in members], count)
+        return {
+            i: torch.cat([threshold.take(piece) for piece in source()])
+            for i, source in zip(members, sources, strict=True)
+            if "offsets" in self.states[i]
+        }
+
+    def _pruned_gradients(self, position: int) -> Iterator[Tensor]:
+        """-|gradient| of a tensor's pruned weights, in memory order."""
+        parameter, state = self.parameters[position], self.states[position]
+        if "offsets" not in state or parameter.grad is None:
+            return
+        grad = parameter.grad
+        if grad.stride() != parameter.stride():
+            grad = torch.empty_like(parameter).copy_(grad)
+        for start in range(0, parameter.numel(), CHUNK):
+            piece = flat(grad)[start : start + CHUNK]
+            keep = unpack_bits(state["mask"][start // 8 : (start + CHUNK) // 8], piece.numel())
+            yield -piece[~keep].float().abs()
+
+    def _scores(self, position: int) -> Iterator[Tensor]:
+        """Scores of a tensor's survivors, in memory order, CHUNK weights at a time."""
+        score = STATE_SCORES[self.options["score"]]
+        parameter, state = self.parameters[position], self.states[position]
+        weight = flat(parameter)
+        moments = {key: flat(state[key]) for key in self.moments if key in state}
+        borders = range(0, parameter.numel(), CHUNK)
+        if "offsets" not in state:
+            for start in borders:
+                part = slice(start, start + CHUNK)
+                yield score(weight[part], {key: value[part] for key, value in moments.items()})
+            return
+        firsts = [*state["offsets"][:: CHUNK // BLOCK].tolist(), self.alive[position]]
+        for index, start in enumerate(borders):
+            piece = weight[start : start + CHUNK]
+            keep = unpack_bits(state["mask"][start // 8 : (start + CHUNK) // 8], piece.numel())
+            part = slice(firsts[index], firsts[index + 1])
+            yield score(piece[keep], {key: value[part] for key, value in moments.items()})
+
+    def _repack(self, position: int, drop: Tensor, grow: Tensor | None) -> None:
+        """Take the survivors marked in `drop` away, bring the pruned weights marked in `grow` back, at 0."""
+        parameter, state = self.parameters[position], self.states[position]
+        if "offsets" in state:
+            before = unpack_bits(state["mask"], parameter.numel())
+            keep = before.clone()
+            keep[before] = ~drop
+        else:
+            before, keep = None, ~drop
+        for key in [key for key in self.moments if key in state]:
+            packed = pack(flat(state[key]), ~drop)
+            state[key] = packed
+        if grow is not None and before is not None and bool(grow.any()):
+            after = keep.clone()
+            after[~before] = grow
+            for key in [key for key in self.moments if key in state]:
+                state[key] = pack(self._with_new(key, parameter, spread(state[key], keep), after & ~keep), after)
+            keep = after
+        state["mask"], state["offsets"] = pack_bits(keep), block_offsets(keep)
+        flat(parameter).masked_fill_(~keep, 0.0)
+
+    @staticmethod
+    def _with_new(key: str, parameter: Tensor, dense: Tensor, new: Tensor) -> Tensor:
+        """Moments of weights that come back: momentum 0, second moments the gradient's square.
+
+        With v = 0 the first step would be 3 times a settled one, (1 - beta1) / sqrt(1 - beta2); so it is a tenth.
+        """
+        if not key.endswith("_sq"):
+            return dense
+        assert parameter.grad is not None
+        grad = torch.empty_like(parameter).copy_(parameter.grad)
+        dense[new] = flat(grad)[new].square().to(dense.dtype)
+        return dense
