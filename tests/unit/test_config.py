@@ -122,8 +122,8 @@ def test_settings_come_back_from_yaml(tmp_path):
     assert again.torchcompile == "inductor"
 
 
-COMMANDS = [["train.py"], ["-m", "launch.matrix"], ["-m", "launch.report"], ["-m", "shards.digits"],
-            ["-m", "shards.synthetic"]]  # fmt: skip
+MODULES = ("launch.matrix", "launch.report", "launch.bench", "shards.digits", "shards.synthetic")
+COMMANDS = [["train.py"], *(["-m", module] for module in MODULES)]
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command[-1])
