@@ -13,6 +13,7 @@ import platform
 import statistics
 import sys
 import time
+import unittest.mock
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,12 +52,8 @@ def _only(isa: str) -> Iterator[None]:
     """Native code restricted to one instruction set."""
     from toolkit.kernels import native
 
-    before = native.best_isa
-    native.best_isa = lambda: isa
-    try:
+    with unittest.mock.patch.object(native, "best_isa", return_value=isa):
         yield
-    finally:
-        native.best_isa = before
 
 
 def _bytes(optimizer: Any, prunable: Any) -> int:

@@ -5,7 +5,6 @@ can be empty, and resuming at (epoch, step) reads nothing that is not trained on
 """
 
 import os
-import signal
 import zlib
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -146,9 +145,9 @@ class _Keys(Sampler):
 
 
 def _leave_signals_to_the_rank(worker: int) -> None:
-    # A launcher's SIGTERM or Ctrl-C goes to the workers too; the rank needs them to finish its step and save.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A launcher's SIGTERM and the terminal's Ctrl-C go to the rank's process group; in a group of its own a worker
+    # lives on while the rank finishes its step and saves. (Ignoring SIGTERM instead would hang the rank's exit.)
+    os.setpgrp()
 
 
 def _worker_options(workers: int, pin_memory: bool) -> dict[str, object]:

@@ -5,12 +5,15 @@ a whole: a build that is killed leaves nothing that a later run could wait for. 
 is lost, and the reference takes over.
 """
 
+import array
 import ctypes
 import functools
 import hashlib
 import os
 import shutil
+import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,7 +21,11 @@ from torch import Tensor
 
 from toolkit.log import get_logger
 
-__all__ = ["ISAS", "available", "best_isa", "packed_adam", "packed_sgd"]
+__all__ = ["ISAS", "PackedTensor", "available", "best_isa", "packed_adam", "packed_sgd"]
+
+# weight and grad: float32 [n] in memory order; mask and offsets as toolkit.prune.packing makes them; moments: float32
+# [survivors] each.
+PackedTensor = tuple[Tensor, Tensor, Tensor, Tensor, Sequence[Tensor]]
 
 ISAS = ("portable", "avx2", "avx512")  # position = the number packed.cpp knows it by
 _SOURCE = Path(__file__).with_name("packed.cpp")
@@ -36,11 +43,14 @@ def _build(target: Path) -> None:
 
     target.parent.mkdir(parents=True, exist_ok=True)
     own = Path(tempfile.mkdtemp(prefix="build-", dir=target.parent))
+    path = os.environ.get("PATH", "")
+    os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), path))  # a virtual environment's ninja
     try:
         load("packed", [str(_SOURCE)], extra_cflags=list(_FLAGS), extra_ldflags=["-fopenmp"],
              build_directory=str(own), is_python_module=False)  # fmt: skip
         next(own.glob("packed*.so")).replace(target)  # torch numbers a second build in one process
     finally:
+        os.environ["PATH"] = path
         shutil.rmtree(own, ignore_errors=True)
 
 
@@ -60,8 +70,8 @@ def _library() -> ctypes.CDLL | None:
         )  # fmt: skip
         return None
     pointer, long, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    library.packed_adam.argtypes = [number, number, long, *[pointer] * 8]
-    library.packed_sgd.argtypes = [number, number, long, *[pointer] * 6, number, number]
+    library.packed_adam.argtypes = [number, number, long, pointer, pointer]
+    library.packed_sgd.argtypes = [number, number, long, pointer, pointer, number, number]
     return library
 
 
@@ -70,6 +80,7 @@ def available() -> bool:
     return _library() is not None
 
 
+@functools.cache
 def best_isa() -> str:
     """The fastest code this processor runs."""
     library = _library()
@@ -77,23 +88,21 @@ def best_isa() -> str:
     return ISAS[library.packed_best_isa()]
 
 
-def _check(dense: tuple[Tensor, ...], packed: tuple[Tensor, ...]) -> None:
-    for tensor in (*dense, *packed):
-        assert tensor.dtype == torch.float32, tensor.dtype
-        assert tensor.device.type == "cpu", tensor.device
-        assert tensor.is_contiguous(), tensor.stride()
-    assert len({tensor.numel() for tensor in dense}) == 1
-    assert len({tensor.numel() for tensor in packed}) == 1
+def _table(tensors: Sequence[PackedTensor]) -> "array.array[int]":
+    """One row of eight numbers a tensor, as packed.cpp reads them."""
+    rows = array.array("q")
+    for weight, grad, mask, offsets, moments in tensors:
+        assert weight.numel() == grad.numel()
+        for tensor in (weight, grad, *moments):
+            assert tensor.dtype is torch.float32, tensor.dtype
+            assert tensor.is_contiguous(), tensor.stride()
+        addresses = [tensor.data_ptr() for tensor in (weight, grad, mask, offsets, *moments)]
+        rows.extend([weight.numel(), *addresses, *[0] * (7 - len(addresses))])
+    return rows
 
 
 def packed_adam(
-    weight: Tensor,
-    grad: Tensor,
-    mask: Tensor,
-    offsets: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    max_exp_avg_sq: Tensor | None,
+    tensors: Sequence[PackedTensor],
     *,
     step: int,
     lr: float,
@@ -104,31 +113,25 @@ def packed_adam(
     decoupled: bool,
     isa: str | None = None,
 ) -> None:
-    """`adam_update` for the survivors of a pruned tensor, in place.
+    """`adam_update` for the survivors of pruned tensors on CPU, in place, all tensors in one call.
 
-    weight, grad: float32 [n] in memory order; mask, offsets: as toolkit.prune.packing makes them; moments: float32
-    [survivors]. `isa` picks the code (tests, benchmarks); None is the processor's best.
+    Moments are exp_avg, exp_avg_sq and, for AMSGrad, max_exp_avg_sq. `isa` picks the code (tests, benchmarks); None is
+    the processor's best.
     """
     library = _library()
     assert library is not None
-    _check((weight, grad), (exp_avg, exp_avg_sq) if max_exp_avg_sq is None else (exp_avg, exp_avg_sq, max_exp_avg_sq))
+    table = _table(tensors)
     hyper = (ctypes.c_float * 8)(
         1 - lr * weight_decay if decoupled else 1.0, 1 - beta1, beta2, 1 - beta2, (1 - beta2**step) ** -0.5, eps,
         lr / (1 - beta1**step), 0.0 if decoupled else weight_decay,
     )  # fmt: skip
     library.packed_adam(
-        ISAS.index(isa or best_isa()), torch.get_num_threads(), weight.numel(), weight.data_ptr(), grad.data_ptr(),
-        mask.data_ptr(), offsets.data_ptr(), exp_avg.data_ptr(), exp_avg_sq.data_ptr(),
-        None if max_exp_avg_sq is None else max_exp_avg_sq.data_ptr(), hyper,
-    )  # fmt: skip
+        ISAS.index(isa or best_isa()), torch.get_num_threads(), len(tensors), table.buffer_info()[0], hyper
+    )
 
 
 def packed_sgd(
-    weight: Tensor,
-    grad: Tensor,
-    mask: Tensor,
-    offsets: Tensor,
-    momentum_buffer: Tensor,
+    tensors: Sequence[PackedTensor],
     *,
     lr: float,
     momentum: float,
@@ -139,14 +142,14 @@ def packed_sgd(
     first: bool,
     isa: str | None = None,
 ) -> None:
-    """`sgd_update` for the survivors of a pruned tensor, in place; shapes as in `packed_adam`."""
+    """`sgd_update` for the survivors of pruned tensors; the only moment is momentum_buffer. See `packed_adam`."""
     library = _library()
     assert library is not None
-    _check((weight, grad), (momentum_buffer,))
+    table = _table(tensors)
     hyper = (ctypes.c_float * 5)(
         1 - lr * weight_decay if decoupled else 1.0, momentum, 1 - dampening, lr, 0.0 if decoupled else weight_decay
     )
     library.packed_sgd(
-        ISAS.index(isa or best_isa()), torch.get_num_threads(), weight.numel(), weight.data_ptr(), grad.data_ptr(),
-        mask.data_ptr(), offsets.data_ptr(), momentum_buffer.data_ptr(), hyper, int(nesterov), int(first),
+        ISAS.index(isa or best_isa()), torch.get_num_threads(), len(tensors), table.buffer_info()[0], hyper,
+        int(nesterov), int(first),
     )  # fmt: skip

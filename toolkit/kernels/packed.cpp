@@ -205,8 +205,39 @@ void sgd_block(const Sgd& s, float* w, const float* g, const uint8_t* mask, int6
   scatter_bits(w, mask, n, ws);
 }
 
-// Below this a second thread costs more than it saves.
-constexpr int64_t SERIAL_BELOW = 65536;
+// Below this many blocks a second thread costs more than it saves.
+constexpr int64_t SERIAL_BELOW = 64;
+
+// A table row is one tensor: weights, then addresses of weight, grad, mask, offsets and up to three moments.
+constexpr int64_t ROW = 8;
+
+// Runs `update(row, start, count)` on every block of every tensor, each thread on one contiguous share of the blocks.
+template <class Update>
+void for_all_blocks(int threads, int64_t tensors, const int64_t* table, const Update& update) {
+  int64_t total = 0;
+  for (int64_t t = 0; t < tensors; ++t) total += (table[t * ROW] + BLOCK - 1) / BLOCK;
+  if (total < SERIAL_BELOW) threads = 1;
+#pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1)
+  for (int part = 0; part < threads; ++part) {
+    int64_t at = 0;
+    const int64_t first = total * part / threads, last = total * (part + 1) / threads;
+    for (int64_t t = 0; t < tensors && at < last; ++t) {
+      const int64_t* row = table + t * ROW;
+      const int64_t blocks = (row[0] + BLOCK - 1) / BLOCK;
+      const int64_t from = first > at ? first - at : 0, to = last - at < blocks ? last - at : blocks;
+      for (int64_t b = from; b < to; ++b) {
+        const int64_t start = b * BLOCK;
+        update(row, start, row[0] - start < BLOCK ? row[0] - start : BLOCK);
+      }
+      at += blocks;
+    }
+  }
+}
+
+template <class T>
+INLINE T* address(const int64_t* row, int column) {
+  return reinterpret_cast<T*>(row[column]);
+}
 
 }  // namespace
 
@@ -223,40 +254,42 @@ int packed_best_isa() {
   return PORTABLE;
 }
 
-// vmax may be null. `hyper` is struct Adam as 8 floats.
-void packed_adam(int isa, int threads, int64_t n, float* w, const float* g, const uint8_t* mask, const int32_t* offsets,
-                 float* m, float* v, float* vmax, const float* hyper) {
+// `hyper` is struct Adam as 8 floats; the third moment's address may be 0.
+void packed_adam(int isa, int threads, int64_t tensors, const int64_t* table, const float* hyper) {
   Adam a;
   std::memcpy(&a, hyper, sizeof(a));
-  const int64_t blocks = (n + BLOCK - 1) / BLOCK;
-#pragma omp parallel for schedule(static) num_threads(threads) if (n > SERIAL_BELOW)
-  for (int64_t b = 0; b < blocks; ++b) {
-    const int64_t start = b * BLOCK, count = n - start < BLOCK ? n - start : BLOCK, at = offsets[b];
-    float* vm = vmax ? vmax + at : nullptr;
+  for_all_blocks(threads, tensors, table, [&](const int64_t* row, int64_t start, int64_t count) {
+    float* w = address<float>(row, 1) + start;
+    const float* g = address<float>(row, 2) + start;
+    const uint8_t* mask = address<uint8_t>(row, 3) + start / 8;
+    const int32_t at = address<int32_t>(row, 4)[start / BLOCK];
+    float *m = address<float>(row, 5) + at, *v = address<float>(row, 6) + at;
+    float* vmax = row[7] ? address<float>(row, 7) + at : nullptr;
 #if defined(__x86_64__)
-    if (isa == AVX512) { adam_block_avx512(a, w + start, g + start, mask + start / 8, count, m + at, v + at, vm); continue; }
-    if (isa == AVX2) { adam_block_avx2(a, w + start, g + start, mask + start / 8, count, m + at, v + at, vm); continue; }
+    if (isa == AVX512) return adam_block_avx512(a, w, g, mask, count, m, v, vmax);
+    if (isa == AVX2) return adam_block_avx2(a, w, g, mask, count, m, v, vmax);
 #endif
-    adam_block(a, w + start, g + start, mask + start / 8, count, m + at, v + at, vm);
-  }
+    adam_block(a, w, g, mask, count, m, v, vmax);
+  });
 }
 
 // `hyper` is the five floats of struct Sgd.
-void packed_sgd(int isa, int threads, int64_t n, float* w, const float* g, const uint8_t* mask, const int32_t* offsets,
-                float* m, const float* hyper, int nesterov, int first) {
+void packed_sgd(int isa, int threads, int64_t tensors, const int64_t* table, const float* hyper, int nesterov,
+                int first) {
   Sgd s;
   std::memcpy(&s, hyper, 5 * sizeof(float));
   s.nesterov = nesterov;
   s.first = first;
-  const int64_t blocks = (n + BLOCK - 1) / BLOCK;
-#pragma omp parallel for schedule(static) num_threads(threads) if (n > SERIAL_BELOW)
-  for (int64_t b = 0; b < blocks; ++b) {
-    const int64_t start = b * BLOCK, count = n - start < BLOCK ? n - start : BLOCK, at = offsets[b];
+  for_all_blocks(threads, tensors, table, [&](const int64_t* row, int64_t start, int64_t count) {
+    float* w = address<float>(row, 1) + start;
+    const float* g = address<float>(row, 2) + start;
+    const uint8_t* mask = address<uint8_t>(row, 3) + start / 8;
+    float* m = address<float>(row, 5) + address<int32_t>(row, 4)[start / BLOCK];
 #if defined(__x86_64__)
-    if (isa == AVX512) { sgd_block_avx512(s, w + start, g + start, mask + start / 8, count, m + at); continue; }
-    if (isa == AVX2) { sgd_block_avx2(s, w + start, g + start, mask + start / 8, count, m + at); continue; }
+    if (isa == AVX512) return sgd_block_avx512(s, w, g, mask, count, m);
+    if (isa == AVX2) return sgd_block_avx2(s, w, g, mask, count, m);
 #endif
-    sgd_block(s, w + start, g + start, mask + start / 8, count, m + at);
-  }
+    sgd_block(s, w, g, mask, count, m);
+  });
 }
 }

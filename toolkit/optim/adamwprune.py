@@ -102,11 +102,9 @@ class AdamWPrune(PackedOptimizer):
             weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
         )  # fmt: skip
 
-    def update_packed(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+    def update_packed(self, parameters: list[Tensor], group: dict[str, Any], step: int) -> None:
         """Native AdamW for the survivors."""
         from toolkit.kernels import native
 
-        native.packed_adam(
-            weight, grad, state["mask"], state["offsets"], state["exp_avg"], state["exp_avg_sq"],
-            state.get("max_exp_avg_sq"), step=int(state["step"]), lr=float(group["lr"]), **self._rule(group),
-        )  # fmt: skip
+        rows = self.packed_tensors(parameters, group)
+        native.packed_adam(rows, step=step, lr=float(group["lr"]), **self._rule(group))

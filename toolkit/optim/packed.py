@@ -86,9 +86,19 @@ class PackedOptimizer(Optimizer):
         """One step of dense float32 parameters by fast code; only called for implementations in FAST."""
         raise NotImplementedError
 
-    def update_packed(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
-        """One step of a pruned float32 tensor by fast code, weight and gradient flat; see `update_many`."""
+    def update_packed(self, parameters: list[Tensor], group: dict[str, Any], step: int) -> None:
+        """One step of pruned float32 parameters by fast code; see `update_many`."""
         raise NotImplementedError
+
+    def packed_tensors(self, parameters: list[Tensor], group: dict[str, Any]) -> list[Any]:
+        """Pruned parameters as the kernels take them: flat weight, flat gradient, mask, offsets, moments."""
+        keys = self.moment_keys(group)
+        rows = []
+        for parameter in parameters:
+            state = self.state[parameter]
+            moments = [state[key] for key in keys]
+            rows.append((flat(parameter), self._flat_grad(parameter, group), state["mask"], state["offsets"], moments))
+        return rows
 
     def mask_update_due(self, step: int) -> bool:
         """Whether the masks change after optimizer step `step`."""
@@ -103,26 +113,27 @@ class PackedOptimizer(Optimizer):
                 loss = closure()
         position = 0
         for group in self.param_groups:
-            fast: dict[int, list[Tensor]] = {}
+            ready = []
             for parameter in group["params"]:
                 position += 1
-                if parameter.grad is None:
-                    continue
-                state = self._begin_step(parameter, group)
-                if self._implementation(parameter, state) == "reference":
-                    self._update_reference(parameter, group, position)
-                elif "offsets" in state:
-                    self.update_packed(flat(parameter), self._flat_grad(parameter, group), state, group)
+                if parameter.grad is not None:
+                    ready.append((position, parameter, self._state_of(parameter, group)))
+            if ready:
+                torch._foreach_add_([state["step"] for _, _, state in ready], 1)
+            fast: dict[tuple[int, bool], list[Tensor]] = {}
+            for place, parameter, state in ready:
+                if self._implementation(parameter) == "reference":
+                    self._update_reference(parameter, group, place)
                 else:
-                    fast.setdefault(int(state["step"]), []).append(parameter)
-            for step, parameters in fast.items():
-                self.update_many(parameters, group, step)
+                    fast.setdefault((int(state["step"]), "offsets" in state), []).append(parameter)
+            for (step, packed), parameters in fast.items():
+                (self.update_packed if packed else self.update_many)(parameters, group, step)
         if self.schedule.on:
             self._prune_if_due()
         return loss
 
-    def _begin_step(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        """The parameter's state, made at its first step, with the step counted."""
+    def _state_of(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        """The parameter's state, made at its first step."""
         assert parameter.grad is not None
         if parameter.grad.is_sparse or parameter.is_complex():
             raise ValueError(
@@ -136,17 +147,16 @@ class PackedOptimizer(Optimizer):
                 state[key] = torch.zeros_like(
                     parameter, dtype=self._moment_dtype(parameter), memory_format=torch.preserve_format
                 )
-        state["step"] += 1
         return state
 
     def _moment_dtype(self, parameter: Tensor) -> torch.dtype:
         chosen = _STATE_DTYPES[self.defaults["state_dtype"]]
         return parameter.dtype if chosen is torch.float32 else chosen
 
-    def _implementation(self, parameter: Tensor, state: dict[str, Tensor]) -> str:
+    def _implementation(self, parameter: Tensor) -> str:
         if not self.FAST:
             return "reference"
-        plain = all(value.dtype is torch.float32 for key, value in state.items() if key in self.MOMENTS)
+        plain = self._moment_dtype(parameter) is torch.float32
         return choose_implementation(self.defaults["implementation"], parameter, plain)
 
     @staticmethod

@@ -103,11 +103,8 @@ class SGDPrune(PackedOptimizer):
             dampening=group["dampening"], nesterov=group["nesterov"], maximize=False, is_first_step=step == 1,
         )  # fmt: skip
 
-    def update_packed(self, weight: Tensor, grad: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+    def update_packed(self, parameters: list[Tensor], group: dict[str, Any], step: int) -> None:
         """Native SGD for the survivors."""
         from toolkit.kernels import native
 
-        native.packed_sgd(
-            weight, grad, state["mask"], state["offsets"], state["momentum_buffer"], lr=float(group["lr"]),
-            **self._rule(group, int(state["step"])),
-        )  # fmt: skip
+        native.packed_sgd(self.packed_tensors(parameters, group), lr=float(group["lr"]), **self._rule(group, step))

@@ -14,7 +14,7 @@ from torch import Tensor
 __all__ = ["CHUNK", "Threshold", "choose_lowest", "find_threshold"]
 
 CHUNK = 262_144  # scores made at a time: 1 MiB of float32 and 2 MiB of int64 bin numbers
-_PASSES = ((21, 2048), (10, 2048), (0, 1024))  # (bits to the right of the digit, digits)
+_PASSES = ((21, 11), (10, 11), (0, 10))  # (bits to the right of the digit, bits of the digit)
 
 Chunks = Callable[[], Iterable[Tensor]]
 
@@ -56,29 +56,30 @@ def find_threshold(sources: Sequence[Chunks], names: Sequence[str], k: int) -> T
     """
     if k <= 0:
         return Threshold(None, 0)
-    prefix = 0  # digits of the key found so far
+    prefix = 0  # leading bits of the key found so far, signed as the keys are
     rest = k
-    for number, (shift, digits) in enumerate(_PASSES):
+    for number, (shift, width) in enumerate(_PASSES):
         histogram: Tensor | None = None
         total = 0
         for source, name in zip(sources, names, strict=True):
             for scores in source():
                 if number == 0 and bool(scores.isnan().any()):
                     raise ValueError(f"the pruning score of {name} is NaN; its weights or moments are not finite")
-                digit = (_keys(scores).to(torch.int64) + 2**31) >> shift
-                if number:
-                    digit = digit[digit // digits == prefix] - prefix * digits
-                counts = torch.bincount(digit, minlength=digits)
-                histogram = counts if histogram is None else histogram.add_(counts)
                 total += scores.numel()
+                keys = _keys(scores)
+                if number == 0:
+                    digit = (keys >> shift) + 2 ** (width - 1)
+                else:
+                    digit = (keys[(keys >> (shift + width)) == prefix] >> shift) & (2**width - 1)
+                counts = torch.bincount(digit, minlength=2**width)
+                histogram = counts if histogram is None else histogram.add_(counts)
         assert histogram is not None, "no scores to select from"
-        if number == 0:
-            assert k <= total, f"asked for the {k} lowest of {total} scores"
+        assert number or k <= total, f"asked for the {k} lowest of {total} scores"
         below = histogram.cumsum(0).tolist()
-        digit_found = next(index for index, count in enumerate(below) if count >= rest)
-        rest -= below[digit_found - 1] if digit_found else 0
-        prefix = prefix * digits + digit_found
-    return Threshold(prefix - 2**31, rest)
+        found = next(index for index, count in enumerate(below) if count >= rest)
+        rest -= below[found - 1] if found else 0
+        prefix = found - 2 ** (width - 1) if number == 0 else (prefix << width) | found
+    return Threshold(prefix, rest)
 
 
 def choose_lowest(sources: Sequence[Chunks], names: Sequence[str], sizes: Sequence[int], k: int) -> Iterator[Tensor]:
@@ -87,29 +88,31 @@ def choose_lowest(sources: Sequence[Chunks], names: Sequence[str], sizes: Sequen
     No source loses all its scores while another has some to give: the best of one that would is kept, and the next
     lowest elsewhere goes instead.
     """
-    best: dict[int, float] = {}
+    numbers = range(len(sources))
+    highest = [-torch.inf] * len(sources)
+    spared: set[int] = set()
 
-    def spared(number: int) -> Iterator[Tensor]:
-        looked_for = best.get(number)
+    def guarded(number: int) -> Iterator[Tensor]:
+        """The scores, with the highest of a spared source lifted out of reach."""
+        look_for = highest[number] if number in spared else None
         for scores in sources[number]():
-            if looked_for is not None and scores.numel() and float(scores.max()) == looked_for:
+            top = float(scores.max()) if scores.numel() else -torch.inf
+            highest[number] = max(highest[number], top)
+            if look_for is not None and top == look_for:
                 scores = scores.index_fill(0, scores.argmax(), torch.inf)
-                looked_for = None
+                look_for = None
             yield scores
 
-    numbers = range(len(sources))
-    guarded = [partial(spared, number) for number in numbers]
+    chunks = [partial(guarded, number) for number in numbers]
     while True:
-        threshold = find_threshold(guarded, names, k)
-        if len(sources) == 1 or sum(sizes) - k < sum(size > 0 for size in sizes):
+        threshold = find_threshold(chunks, names, k)
+        if len(sources) == 1 or threshold.key is None or sum(sizes) - k < sum(size > 0 for size in sizes):
             break
-        trial = Threshold(threshold.key, threshold.ties)
-        taken = [sum(int(trial.take(scores).sum()) for scores in guarded[number]()) for number in numbers]
-        emptied = [number for number in numbers if sizes[number] and taken[number] == sizes[number]]
+        limit = threshold.key
+        emptied = {n for n in numbers if sizes[n] and int(_keys(torch.tensor([highest[n]]))) <= limit} - spared
         if not emptied:
             break
-        for number in emptied:
-            best[number] = max(float(scores.max()) for scores in sources[number]() if scores.numel())
+        spared |= emptied
     for number in numbers:
-        marks = [threshold.take(scores) for scores in guarded[number]()]
+        marks = [threshold.take(scores) for scores in chunks[number]()]
         yield torch.cat(marks) if marks else torch.zeros(0, dtype=torch.bool)

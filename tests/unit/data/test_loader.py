@@ -1,4 +1,7 @@
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -120,3 +123,32 @@ def test_a_bad_sample_has_weight_0_in_evaluation(damaged):
 def test_too_few_samples_for_a_batch(few_digits):
     with pytest.raises(ValueError, match="96 training samples do not fill one global batch of 120"):
         train_loader(few_digits, global_batch=120)
+
+
+SCRIPT = """
+import os, signal, sys
+sys.path.insert(0, {root!r})
+from pathlib import Path
+from toolkit.data.decode import TrainTransform
+from toolkit.data.index import load_split
+from toolkit.data.loader import TrainLoader
+
+index = load_split(Path({folder!r}), "train")
+loader = TrainLoader(index, TrainTransform((16, 16)), (16, 16), seed=0, batch_size=8, accumulation=1, rank=0,
+                     num_ranks=1, workers=2)
+batches = loader.epoch(0)
+next(batches)
+signal.signal(signal.SIGTERM, lambda *_: None)  # as the loop does: it saves, then leaves
+os.killpg(os.getpgrp(), signal.SIGTERM)         # as a launcher does
+print(sum(1 for _ in batches), flush=True)      # the iterator and its workers are alive at exit
+keep = batches
+"""
+
+
+def test_workers_outlive_the_launchers_signal_but_not_their_rank(few_digits):
+    script = SCRIPT.format(root=str(Path(__file__).parents[3]), folder=str(few_digits))
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, start_new_session=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "11\n"
