@@ -8,8 +8,7 @@ SGD) of the same round. Limits are this project's own bars; a bar without one is
 import argparse
 import contextlib
 import json
-import os
-import platform
+import shlex
 import statistics
 import sys
 import time
@@ -151,6 +150,8 @@ def bench_optim(model: str, rounds: int) -> dict[str, Any]:
     """Everything `launch.bench optim` measures, as one JSON object."""
     import torch
 
+    from toolkit.build.facts import cpu_name
+
     rows, count = candidates(model)
     times: dict[str, list[float]] = {row.name: [] for row in rows}
     for _ in range(rounds):
@@ -174,24 +175,18 @@ def bench_optim(model: str, rounds: int) -> dict[str, Any]:
             }
         )
     mask = time_mask_update(model, rounds)
-    cpu = [line.partition(":")[2].strip() for line in _cpu_lines()]
     return {
         "schema": "bench-optim/1",
         "model": model,
         "prunable_weights": count,
         "rounds": rounds,
-        "device": f"CPU: {cpu[0] if cpu else platform.machine()}, {os.cpu_count()} cores",
+        "device": f"CPU: {cpu_name()}",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "rows": table,
         "mask_update": {**mask, "in_ordinary_steps": mask["mask_update_step_s"] / mask["ordinary_step_s"], "limit": 30},
         "gpu": None,
     }
-
-
-def _cpu_lines() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return [line for line in path.read_text().splitlines() if line.startswith("model name")] if path.exists() else []
 
 
 def to_markdown(result: dict[str, Any], command: str) -> str:
@@ -232,7 +227,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder for optim.json and optim.md, for example results/bench")
     options = parser.parse_args(argv)
     result = bench_optim(options.model, options.rounds)
-    text = to_markdown(result, f"python -m launch.bench optim --rounds {options.rounds} --out results/bench")
+    arguments = sys.argv[1:] if argv is None else argv
+    text = to_markdown(result, shlex.join(["python", "-m", "launch.bench", *arguments]))
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
         (options.out / "optim.json").write_text(json.dumps(result, indent=1) + "\n")

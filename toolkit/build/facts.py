@@ -15,7 +15,7 @@ from toolkit.dist import World
 from toolkit.engine.run import Plan
 from toolkit.prune.schedule import Schedule
 
-__all__ = ["describe", "run_facts", "write_args"]
+__all__ = ["cpu_name", "describe", "run_facts", "write_args"]
 
 
 def run_facts(
@@ -30,14 +30,15 @@ def run_facts(
         "data_fingerprint": index.fingerprint, "global_batch_size": plan.global_batch_size,
         "num_classes": config.num_classes or info["num_classes"],
         "steps_per_epoch": plan.steps_per_epoch, "epochs": plan.epochs, "mixed_precision": config.mixed_precision,
-        "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else _cpu_name(),
+        "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else cpu_name(),
         "device_type": world.device.type,
         "threads_per_rank": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
     }  # fmt: skip
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor and its number of cores, for reports."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
