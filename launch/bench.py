@@ -72,7 +72,7 @@ def candidates(model: str) -> tuple[list[Candidate], int]:
     import timm
     import torch
 
-    from toolkit.kernels import native
+    from toolkit.kernels import compiled, native
     from toolkit.optim import AdamWPrune, SGDPrune
 
     torch.manual_seed(0)
@@ -108,7 +108,7 @@ def candidates(model: str) -> tuple[list[Candidate], int]:
         add(f"adamwprune {sparsity:.0%}", lambda p, s=sparsity: AdamWPrune(p, sparsity=s, **once), adam, limit)
     for sparsity, bar in sgd_bars:
         add(f"sgdprune {sparsity:.0%}", lambda p, s=sparsity: SGDPrune(p, lr=0.1, sparsity=s, **once), sgd, bar)
-    if native.available():
+    if compiled.available():
         for isa in native.ISAS[: native.ISAS.index(native.best_isa())]:
             for sparsity in (0.7, 0.9):
                 make = lambda p, s=sparsity: AdamWPrune(p, sparsity=s, **once)  # noqa: E731

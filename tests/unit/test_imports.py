@@ -13,7 +13,7 @@ ALLOWED = {
     "toolkit.log": set(),
     "toolkit.progress": set(),
     "toolkit.dist": set(),
-    "toolkit.prune": LEAVES,
+    "toolkit.prune": LEAVES | {"toolkit.kernels"},
     "toolkit.kernels": LEAVES,
     "toolkit.data": LEAVES,
     "toolkit.memory": LEAVES | {"toolkit.prune"},

@@ -19,7 +19,7 @@ from toolkit.engine.step import NonFiniteLossError, StepResult, train_step
 from toolkit.log import get_logger
 from toolkit.memory.sources import read_device, read_host
 from toolkit.progress import Progress, duration
-from toolkit.prune.mask import flat, unpack_bits
+from toolkit.prune.mask import flat, zero_pruned
 
 __all__ = ["InterruptedRunError", "SparsityError", "train"]
 
@@ -277,7 +277,7 @@ class _AverageMasks:
         for parameter, mask in self._run.masked_parameters():
             if self._applied.get(id(parameter)) is not mask:
                 average = self._averages[id(parameter)]
-                flat(average).masked_fill_(~unpack_bits(mask, average.numel()), 0.0)
+                zero_pruned(flat(average), mask)
                 self._applied[id(parameter)] = mask
 
 

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from toolkit.kernels.compiled import available
+
 __all__ = ["IMPLEMENTATIONS", "choose_implementation"]
 
 IMPLEMENTATIONS = ("auto", "reference", "native")
@@ -16,11 +18,8 @@ def choose_implementation(asked: str, parameter: Tensor, plain_state: bool) -> s
     if asked == "reference":
         return "reference"
     fits = parameter.device.type == "cpu" and parameter.dtype is torch.float32 and plain_state
-    if fits:
-        from toolkit.kernels import native
-
-        if native.available():
-            return "native"
+    if fits and available():
+        return "native"
     if asked == "native":
         raise ValueError(
             f"implementation=native runs float32 parameters and moments on CPU, not {parameter.dtype} on "

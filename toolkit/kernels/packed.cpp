@@ -17,6 +17,7 @@
 namespace {
 
 constexpr int64_t BLOCK = 1024;
+constexpr int64_t AHEAD = 2048;
 enum Isa { PORTABLE = 0, AVX2 = 1, AVX512 = 2 };
 
 struct Adam {
@@ -103,6 +104,8 @@ TARGET_AVX512 inline int gather_avx512(const float* w, const float* g, const uin
   for (; i + 16 <= n; i += 16) {
     uint16_t bits;
     std::memcpy(&bits, mask + i / 8, 2);
+    _mm_prefetch(reinterpret_cast<const char*>(w + i + AHEAD), _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(g + i + AHEAD), _MM_HINT_T0);
     _mm512_storeu_ps(ws + k, _mm512_maskz_compress_ps(bits, _mm512_loadu_ps(w + i)));
     _mm512_storeu_ps(gs + k, _mm512_maskz_compress_ps(bits, _mm512_loadu_ps(g + i)));
     k += __builtin_popcount(bits);

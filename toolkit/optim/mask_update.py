@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from toolkit.prune.mask import flat, pack_bits, unpack_bits
+from toolkit.prune.mask import flat, pack_bits, thin, unpack_bits, zero_pruned
 from toolkit.prune.packing import BLOCK, block_offsets, pack, spread
 from toolkit.prune.schedule import Schedule
 from toolkit.prune.scope import zero_quotas
@@ -92,8 +92,8 @@ class MaskUpdate:
         sources = [partial(self._pruned_gradients, i) for i in members]
         threshold = find_threshold(sources, [self.names[i] for i in members], count)
         return {
-            i: torch.cat([threshold.take(piece) for piece in source()])
-            for i, source in zip(members, sources, strict=True)
+            i: torch.cat([threshold.take(piece, number) for piece in source()])
+            for number, (i, source) in enumerate(zip(members, sources, strict=True))
             if "offsets" in self.states[i]
         }
 
@@ -124,31 +124,32 @@ class MaskUpdate:
             return
         firsts = [*state["offsets"][:: CHUNK // BLOCK].tolist(), self.alive[position]]
         for index, start in enumerate(borders):
-            piece = weight[start : start + CHUNK]
-            keep = unpack_bits(state["mask"][start // 8 : (start + CHUNK) // 8], piece.numel())
             part = slice(firsts[index], firsts[index + 1])
-            yield score(piece[keep], {key: value[part] for key, value in moments.items()})
+            bits = state["mask"][start // 8 : (start + CHUNK) // 8]
+            survivors = pack(weight[start : start + CHUNK], bits, part.stop - part.start)
+            yield score(survivors, {key: value[part] for key, value in moments.items()})
 
     def _repack(self, position: int, drop: Tensor, grow: Tensor | None) -> None:
         """Take the survivors marked in `drop` away, bring the pruned weights marked in `grow` back, at 0."""
         parameter, state = self.parameters[position], self.states[position]
-        if "offsets" in state:
+        stay = pack_bits(~drop)
+        mask = thin(state["mask"], parameter.numel(), drop) if "offsets" in state else stay
+        left = block_offsets(mask, parameter.numel())[1]
+        keys = [key for key in self.moments if key in state]
+        for key in keys:
+            state[key] = pack(flat(state[key]), stay, left)
+        if grow is not None and bool(grow.any()):
             before = unpack_bits(state["mask"], parameter.numel())
-            keep = before.clone()
-            keep[before] = ~drop
-        else:
-            before, keep = None, ~drop
-        for key in [key for key in self.moments if key in state]:
-            packed = pack(flat(state[key]), ~drop)
-            state[key] = packed
-        if grow is not None and before is not None and bool(grow.any()):
-            after = keep.clone()
-            after[~before] = grow
-            for key in [key for key in self.moments if key in state]:
-                state[key] = pack(self._with_new(key, parameter, spread(state[key], keep), after & ~keep), after)
-            keep = after
-        state["mask"], state["offsets"] = pack_bits(keep), block_offsets(keep)
-        flat(parameter).masked_fill_(~keep, 0.0)
+            new = torch.zeros_like(before)
+            new[~before] = grow
+            after = pack_bits(unpack_bits(mask, parameter.numel()) | new)
+            for key in keys:
+                dense = self._with_new(key, parameter, spread(state[key], mask, parameter.numel()), new)
+                state[key] = pack(dense, after, left + int(grow.sum()))
+            mask = after
+        state["mask"] = mask
+        state["offsets"], _ = block_offsets(mask, parameter.numel())
+        zero_pruned(flat(parameter), mask)
 
     @staticmethod
     def _with_new(key: str, parameter: Tensor, dense: Tensor, new: Tensor) -> Tensor:

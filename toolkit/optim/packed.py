@@ -175,11 +175,11 @@ class PackedOptimizer(Optimizer):
         rounds = self._moment_dtype(parameter) != parameter.dtype
         moments = {key: value.to(parameter.dtype) for key, value in kept.items()} if rounds else kept
         if "offsets" in state:
-            keep = unpack_bits(state["mask"], parameter.numel())
-            weight = flat(parameter)
-            survivors = pack(weight, keep)
-            self.update(survivors, pack(self._flat_grad(parameter, group), keep), moments, group, step)
-            weight[keep] = survivors
+            weight, mask = flat(parameter), state["mask"]
+            count = next(iter(moments.values())).numel()
+            survivors = pack(weight, mask, count)
+            self.update(survivors, pack(self._flat_grad(parameter, group), mask, count), moments, group, step)
+            weight[unpack_bits(mask, weight.numel())] = survivors
         else:
             assert parameter.grad is not None
             self.update(parameter, -parameter.grad if group["maximize"] else parameter.grad, moments, group, step)
@@ -218,13 +218,13 @@ class PackedOptimizer(Optimizer):
     def _dense_state(parameter: Tensor, state: dict[str, Tensor]) -> dict[str, Tensor]:
         if "offsets" not in state:
             return state
-        keep = unpack_bits(state["mask"], parameter.numel())
         dense = {}
         for key, value in state.items():
             if key == "step":
                 dense[key] = value
             elif key != "offsets":
-                values = keep if key == "mask" else spread(value, keep)
+                numel, mask = parameter.numel(), state["mask"]
+                values = unpack_bits(mask, numel) if key == "mask" else spread(value, mask, numel)
                 dense[key] = torch.empty_like(parameter, dtype=values.dtype)
                 flat(dense[key]).copy_(values)
         return dense
@@ -235,14 +235,15 @@ class PackedOptimizer(Optimizer):
         for group in self.param_groups:
             group.update({key: self.defaults[key] for key in PRUNING_OPTIONS})
         for parameter, state in self.state.items():
-            dense_mask = state.pop("mask", None)
-            keep = None if dense_mask is None else flat(torch.empty_like(parameter).copy_(dense_mask)) != 0
+            numel, mask, survivors = parameter.numel(), None, 0
+            if "mask" in state:
+                mask = pack_bits(flat(torch.empty_like(parameter).copy_(state["mask"])) != 0)
+                state["mask"] = mask
+                state["offsets"], survivors = block_offsets(mask, numel)
             for key in [key for key in self.MOMENTS if key in state]:
                 # In the parameter's own memory order, whatever the order it was saved in; torch has cast it.
                 dense = torch.empty_like(parameter, dtype=self._moment_dtype(parameter)).copy_(state[key])
-                state[key] = dense if keep is None else pack(flat(dense), keep)
-            if keep is not None:
-                state["mask"], state["offsets"] = pack_bits(keep), block_offsets(keep)
+                state[key] = dense if mask is None else pack(flat(dense), mask, survivors)
 
     def survivors(self, parameter: Tensor) -> int:
         """How many of a parameter's weights are not pruned."""

@@ -6,6 +6,9 @@ The layout knows no update rule, so every optimizer's moments are packed by this
 import torch
 from torch import Tensor
 
+from toolkit.kernels import layout
+from toolkit.prune.mask import unpack_bits
+
 __all__ = ["BLOCK", "block_offsets", "offset_bytes", "pack", "spread"]
 
 # Weights a table entry covers. One int32 for 1,024 weights costs 0.0039 bytes a weight, and lets a kernel start at
@@ -18,21 +21,26 @@ def offset_bytes(numel: int) -> int:
     return 4 * -(-numel // BLOCK)
 
 
-def block_offsets(keep: Tensor) -> Tensor:
-    """bool [n] -> int32 [ceil(n / BLOCK)]: survivors in all blocks before each block."""
-    blocks = -(-keep.numel() // BLOCK)
-    padded = torch.nn.functional.pad(keep.to(torch.uint8), (0, blocks * BLOCK - keep.numel()))
+def block_offsets(mask: Tensor, numel: int) -> tuple[Tensor, int]:
+    """Bits of `numel` weights -> (int32 [ceil(n / BLOCK)] survivors before each block, survivors in all)."""
+    if layout.fits(mask):
+        return layout.block_offsets(mask, numel, BLOCK)
+    blocks = -(-numel // BLOCK)
+    padded = torch.nn.functional.pad(unpack_bits(mask, numel), (0, blocks * BLOCK - numel))
     counts = padded.view(blocks, BLOCK).sum(1, dtype=torch.int32)
-    return counts.cumsum(0, dtype=torch.int32) - counts
+    ends = counts.cumsum(0, dtype=torch.int32)
+    return ends - counts, int(ends[-1]) if blocks else 0
 
 
-def pack(dense: Tensor, keep: Tensor) -> Tensor:
-    """Values [n] -> survivors' values [k], a storage of its own."""
-    return dense[keep]
+def pack(dense: Tensor, mask: Tensor, survivors: int) -> Tensor:
+    """Values [n] and their bits -> survivors' values [survivors], a storage of its own."""
+    if layout.fits(dense) and dense.dtype is torch.float32:
+        return layout.compress(dense, mask, survivors)
+    return dense[unpack_bits(mask, dense.numel())]
 
 
-def spread(packed: Tensor, keep: Tensor) -> Tensor:
-    """Survivors' values [k] -> values [n], 0 where pruned."""
-    dense = torch.zeros(keep.numel(), dtype=packed.dtype, device=packed.device)
-    dense[keep] = packed
+def spread(packed: Tensor, mask: Tensor, numel: int) -> Tensor:
+    """Survivors' values [k] and the bits -> values [numel], 0 where pruned."""
+    dense = torch.zeros(numel, dtype=packed.dtype, device=packed.device)
+    dense[unpack_bits(mask, numel)] = packed
     return dense

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from toolkit.prune.groups import prunable_parameters
-from toolkit.prune.mask import flat, pack_bits, unpack_bits
+from toolkit.prune.mask import flat, pack_bits, unpack_bits, zero_pruned
 from toolkit.prune.schedule import Schedule
 from toolkit.prune.scope import SCOPES, zero_quotas
 from toolkit.prune.scores import MAGNITUDE, MOVEMENT_SCORES, check_score, displacement, movement_increment
@@ -89,7 +89,7 @@ class Pruner:
         for _, parameter in named:
             mask = optimizer.state.get(parameter, {}).get("keep")
             if mask is not None:
-                flat(parameter).masked_fill_(~unpack_bits(mask, parameter.numel()), 0.0)
+                zero_pruned(flat(parameter), mask)
 
     def _update_masks(self, named: list[tuple[str, Tensor]], step: int) -> None:
         total = sum(parameter.numel() for _, parameter in named)

@@ -1,19 +1,25 @@
-"""The k lowest scores over many tensors, exactly, without ever holding all scores: radix select on float bits.
+"""The k lowest scores over many tensors and ranks, exactly, never holding all scores: radix select on float bits.
 
-A float32's bits, with the negative half mirrored, sort as the value does. Three histograms (11 + 11 + 10 bits) find
-the k-th key; scores equal to it are taken in order of (parameter, index). Peak memory is a few chunks of scores.
+A float32's bits, with the negative half mirrored, sort as the value does. Three histograms (11 + 11 + 10 bits, one
+all-reduce each where the tensors are sharded) find the k-th key; scores equal to it are taken in order of (parameter,
+rank, index), for which the ranks exchange their tie counts. Peak memory is a few chunks of scores.
 """
 
+import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.distributed
 from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from toolkit.kernels import layout
 
 __all__ = ["CHUNK", "Threshold", "choose_lowest", "find_threshold"]
 
-CHUNK = 262_144  # scores made at a time: 1 MiB of float32 and 2 MiB of int64 bin numbers
+CHUNK = 262_144  # scores made at a time: 1 MiB of float32
 _PASSES = ((21, 11), (10, 11), (0, 10))  # (bits to the right of the digit, bits of the digit)
 
 Chunks = Callable[[], Iterable[Tensor]]
@@ -25,78 +31,154 @@ def _keys(scores: Tensor) -> Tensor:
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
+def _value(key: int) -> float:
+    """The float32 of a key."""
+    bits = key ^ ((key >> 31) & 0x7FFFFFFF)
+    return float(struct.unpack("<f", struct.pack("<i", bits))[0])
+
+
+def _add_histogram(scores: Tensor, shift: int, width: int, prefix: int, counts: Tensor) -> int:
+    """Count one digit of the scores whose higher bits are `prefix` into `counts`; returns the first pass's NaNs."""
+    if layout.fits(scores) and scores.dtype is torch.float32:
+        return layout.add_histogram(scores, shift, width, prefix, counts)
+    keys = _keys(scores)
+    nans = 0
+    if shift + width == 32:
+        nans = int(scores.isnan().sum())
+        digit = (keys >> shift) + 2 ** (width - 1)
+    else:
+        digit = (keys[(keys >> (shift + width)) == prefix] >> shift) & (2**width - 1)
+    counts += torch.bincount(digit, minlength=2**width)
+    return nans
+
+
+def _sum_over(group: ProcessGroup | None, values: Tensor) -> Tensor:
+    if group is not None:
+        torch.distributed.all_reduce(values, group=group)
+    return values
+
+
 @dataclass
 class Threshold:
-    """The k-th lowest key, and how many scores equal to it are still to be taken.
+    """The k-th lowest score, and how many scores equal to it are still to be taken from each source of this rank.
 
-    `take` must see the chunks in the order `find_threshold` saw them, each once.
+    `take` must see a source's chunks in their order, each once.
     """
 
-    key: int | None
-    ties: int
+    value: float | None
+    ties: list[int]
 
-    def take(self, scores: Tensor) -> Tensor:
-        """bool [n]: which of these scores are among the k lowest."""
-        if self.key is None:
+    def take(self, scores: Tensor, source: int) -> Tensor:
+        """bool [n]: which of these scores of `source` are among the k lowest."""
+        if self.value is None:
             return torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
-        keys = _keys(scores)
-        taken = keys < self.key
-        if self.ties:
-            equal = (keys == self.key).nonzero().view(-1)[: self.ties]
+        taken = scores < self.value
+        if self.ties[source]:
+            equal = (scores == self.value).nonzero().view(-1)[: self.ties[source]]
             taken[equal] = True
-            self.ties -= equal.numel()
+            self.ties[source] -= equal.numel()
         return taken
 
 
-def find_threshold(sources: Sequence[Chunks], names: Sequence[str], k: int) -> Threshold:
+def _share_ties(own: Tensor, rest: int, group: ProcessGroup | None) -> list[int]:
+    """Which of the scores equal to the threshold this rank takes: `rest` in order of (source, rank).
+
+    `own` counts this rank's: int64 [sources].
+    """
+    counts = own.unsqueeze(0)
+    rank = 0
+    if group is not None:
+        counts = own.new_empty(torch.distributed.get_world_size(group), own.numel())
+        torch.distributed.all_gather_into_tensor(counts, own, group=group)
+        rank = torch.distributed.get_rank(group)
+    mine = []
+    for column in counts.T.tolist():
+        for number, count in enumerate(column):
+            taken = min(rest, count)
+            rest -= taken
+            if number == rank:
+                mine.append(taken)
+    return mine
+
+
+def find_threshold(
+    sources: Sequence[Chunks], names: Sequence[str], k: int, group: ProcessGroup | None = None
+) -> Threshold:
     """Find what separates the `k` lowest scores from the rest.
 
-    Each source yields one parameter's scores in chunks, the same ones each time it is called (three times here).
-    Raises ValueError that names the parameter where a score is NaN.
+    Each source yields one parameter's scores in chunks, the same ones each time it is called (three times here). With
+    a `group` it yields this rank's shard of them, lower ranks holding lower indices, and `k` is over all ranks. Raises
+    ValueError that names the parameter where a score is NaN, on every rank.
     """
     if k <= 0:
-        return Threshold(None, 0)
+        return Threshold(None, [0] * len(sources))
     prefix = 0  # leading bits of the key found so far, signed as the keys are
     rest = k
+    ties: list[int] = []
     for number, (shift, width) in enumerate(_PASSES):
-        histogram: Tensor | None = None
-        total = 0
-        for source, name in zip(sources, names, strict=True):
-            for scores in source():
-                if number == 0 and bool(scores.isnan().any()):
-                    raise ValueError(f"the pruning score of {name} is NaN; its weights or moments are not finite")
-                total += scores.numel()
-                keys = _keys(scores)
-                if number == 0:
-                    digit = (keys >> shift) + 2 ** (width - 1)
-                else:
-                    digit = (keys[(keys >> (shift + width)) == prefix] >> shift) & (2**width - 1)
-                counts = torch.bincount(digit, minlength=2**width)
-                histogram = counts if histogram is None else histogram.add_(counts)
-        assert histogram is not None, "no scores to select from"
-        assert number or k <= total, f"asked for the {k} lowest of {total} scores"
-        below = histogram.cumsum(0).tolist()
-        found = next(index for index, count in enumerate(below) if count >= rest)
-        rest -= below[found - 1] if found else 0
+        own, nans = _histograms(sources, shift, width, prefix, group)
+        *histogram, missing = _sum_over(group, torch.cat([own.sum(0), nans.sum(0, keepdim=True)])).tolist()
+        if missing:
+            bad = next(name for name, count in zip(names, _sum_over(group, nans).tolist(), strict=True) if count)
+            raise ValueError(f"the pruning score of {bad} is NaN; its weights or moments are not finite")
+        assert number or k <= sum(histogram), f"asked for the {k} lowest of {sum(histogram)} scores"
+        found = 0
+        while histogram[found] < rest:
+            rest -= histogram[found]
+            found += 1
         prefix = found - 2 ** (width - 1) if number == 0 else (prefix << width) | found
-    return Threshold(prefix, rest)
+        if number == len(_PASSES) - 1:
+            ties = _share_ties(own[:, found].contiguous(), rest, group)
+    return Threshold(_value(prefix), ties)
 
 
-def choose_lowest(sources: Sequence[Chunks], names: Sequence[str], sizes: Sequence[int], k: int) -> Iterator[Tensor]:
+def _histograms(
+    sources: Sequence[Chunks], shift: int, width: int, prefix: int, group: ProcessGroup | None
+) -> tuple[Tensor, Tensor]:
+    """(int64 [sources, 2^width] counts of this rank's digits, int64 [sources] counts of NaN)."""
+    counts: Tensor | None = None
+    nans = [0] * len(sources)
+    for position, source in enumerate(sources):
+        for scores in source():
+            if counts is None:
+                counts = torch.zeros(len(sources), 2**width, dtype=torch.int64, device=scores.device)
+            nans[position] += _add_histogram(scores, shift, width, prefix, counts[position])
+    if counts is None:
+        assert group is not None, "no scores to select from"
+        counts = torch.zeros(len(sources), 2**width, dtype=torch.int64, device=_device_of(group))
+    return counts, counts.new_tensor(nans)
+
+
+def _device_of(group: ProcessGroup) -> torch.device:
+    """Where a rank without any scores makes its part of a collective."""
+    if torch.distributed.get_backend(group) == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def choose_lowest(
+    sources: Sequence[Chunks],
+    names: Sequence[str],
+    sizes: Sequence[int],
+    k: int,
+    group: ProcessGroup | None = None,
+) -> Iterator[Tensor]:
     """Mark the `k` lowest scores: bool [size] of each source in turn, made as it is asked for.
 
     No source loses all its scores while another has some to give: the best of one that would is kept, and the next
-    lowest elsewhere goes instead.
+    lowest elsewhere goes instead. `sizes` are this rank's; see `find_threshold` for `group`.
     """
     numbers = range(len(sources))
-    highest = [-torch.inf] * len(sources)
-    spared: set[int] = set()
+    highest = [-torch.inf] * len(sources)  # of each source over all ranks, known after the first look
+    spared: dict[int, bool] = {}  # source -> whether this rank holds the score that is spared
 
     def guarded(number: int) -> Iterator[Tensor]:
         """The scores, with the highest of a spared source lifted out of reach."""
-        look_for = highest[number] if number in spared else None
+        look_for = highest[number] if spared.get(number) else None
         for scores in sources[number]():
-            top = float(scores.max()) if scores.numel() else -torch.inf
+            if not scores.numel():
+                continue
+            top = float(scores.max()) if look_for is not None or not spared else -torch.inf
             highest[number] = max(highest[number], top)
             if look_for is not None and top == look_for:
                 scores = scores.index_fill(0, scores.argmax(), torch.inf)
@@ -104,15 +186,40 @@ def choose_lowest(sources: Sequence[Chunks], names: Sequence[str], sizes: Sequen
             yield scores
 
     chunks = [partial(guarded, number) for number in numbers]
+    total, smallest = _sizes_over(group, sizes)
     while True:
-        threshold = find_threshold(chunks, names, k)
-        if len(sources) == 1 or threshold.key is None or sum(sizes) - k < sum(size > 0 for size in sizes):
+        threshold = find_threshold(chunks, names, k, group)
+        if len(sources) == 1 or threshold.value is None or total - k < smallest:
             break
-        limit = threshold.key
-        emptied = {n for n in numbers if sizes[n] and int(_keys(torch.tensor([highest[n]]))) <= limit} - spared
+        holders = _holders(highest, group)
+        emptied = {n for n in numbers if holders[n] is not None and highest[n] <= threshold.value} - spared.keys()
         if not emptied:
             break
-        spared |= emptied
+        spared.update({number: bool(holders[number]) for number in emptied})
     for number in numbers:
-        marks = [threshold.take(scores) for scores in chunks[number]()]
+        marks = [threshold.take(scores, number) for scores in chunks[number]()]
         yield torch.cat(marks) if marks else torch.zeros(0, dtype=torch.bool)
+
+
+def _sizes_over(group: ProcessGroup | None, sizes: Sequence[int]) -> tuple[int, int]:
+    """(scores over all ranks, sources that have any)."""
+    counts = list(sizes)
+    if group is not None:
+        counts = _sum_over(group, torch.tensor(counts, dtype=torch.int64, device=_device_of(group))).tolist()
+    return sum(counts), sum(count > 0 for count in counts)
+
+
+def _holders(highest: list[float], group: ProcessGroup | None) -> list[bool | None]:
+    """Whether this rank is the first that holds each source's highest score; None where a source has no scores.
+
+    Brings `highest` to the maximum over the ranks.
+    """
+    if group is None:
+        return [True if value > -torch.inf else None for value in highest]
+    size, rank = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
+    own = torch.tensor(highest, dtype=torch.float64, device=_device_of(group))
+    every = own.new_empty(size, own.numel())
+    torch.distributed.all_gather_into_tensor(every, own, group=group)
+    top, first = every.max(0).values.tolist(), every.argmax(0).tolist()
+    highest[:] = top
+    return [holder == rank if value > -torch.inf else None for value, holder in zip(top, first, strict=True)]

@@ -1,9 +1,12 @@
+import unittest.mock
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from toolkit.prune.mask import flat, mask_bytes, pack_bits, unpack_bits
+from toolkit.kernels import layout
+from toolkit.prune.mask import flat, mask_bytes, pack_bits, thin, unpack_bits, zero_pruned
 from toolkit.prune.packing import BLOCK, block_offsets, offset_bytes, pack, spread
 
 keeps = st.one_of(
@@ -27,19 +30,58 @@ def test_lowest_bit_comes_first():
 @given(keeps)
 def test_offsets_count_survivors_before_each_block(keep):
     keep = torch.tensor(keep, dtype=torch.bool)
-    offsets = block_offsets(keep)
+    offsets, survivors = block_offsets(pack_bits(keep), len(keep))
     assert offsets.dtype == torch.int32
     assert offsets.nbytes == offset_bytes(len(keep))
     assert offsets.tolist() == [int(keep[: i * BLOCK].sum()) for i in range(len(offsets))]
+    assert survivors == int(keep.sum())
 
 
 @given(keeps, st.integers(0, 2**32))
 def test_spread_undoes_pack(keep, seed):
     keep = torch.tensor(keep, dtype=torch.bool)
     dense = torch.randn(len(keep), generator=torch.Generator().manual_seed(seed))
-    packed = pack(dense, keep)
+    packed = pack(dense, pack_bits(keep), int(keep.sum()))
     assert packed.untyped_storage().nbytes() == 4 * int(keep.sum())  # a storage of its own, no larger than needed
-    assert torch.equal(spread(packed, keep), dense * keep)
+    assert torch.equal(packed, dense[keep])
+    assert torch.equal(spread(packed, pack_bits(keep), len(keep)), dense * keep)
+
+
+@given(keeps, st.integers(0, 2**32))
+def test_thin_and_zero_pruned(keep, seed):
+    keep = torch.tensor(keep, dtype=torch.bool)
+    generator = torch.Generator().manual_seed(seed)
+    drop = torch.rand(int(keep.sum()), generator=generator) < 0.4
+    wanted = keep.clone()
+    wanted[keep] = ~drop
+    mask = thin(pack_bits(keep), len(keep), drop)
+    assert torch.equal(mask, pack_bits(wanted))
+    values = torch.randn(len(keep), generator=generator)
+    zeroed = values.clone()
+    zero_pruned(zeroed, mask)
+    assert torch.equal(zeroed, torch.where(wanted, values, 0.0))
+
+
+@given(keeps, st.integers(0, 2**32))
+def test_native_code_equals_torch(keep, seed):
+    keep = torch.tensor(keep, dtype=torch.bool)
+    generator = torch.Generator().manual_seed(seed)
+    drop = torch.rand(int(keep.sum()), generator=generator) < 0.4
+    values = torch.randn(len(keep), generator=generator)
+
+    def everything():
+        mask = pack_bits(keep)
+        zeroed = values.clone()
+        zero_pruned(zeroed, mask)
+        offsets, survivors = block_offsets(mask, len(keep))
+        return [mask, thin(mask, len(keep), drop), zeroed, offsets, pack(values, mask, survivors)]
+
+    native = everything()
+    with unittest.mock.patch.object(layout, "fits", return_value=False):
+        plain = everything()
+    for mine, wanted in zip(native, plain, strict=True):
+        assert mine.dtype == wanted.dtype
+        assert torch.equal(mine, wanted)
 
 
 def test_flat_is_a_view_in_memory_order():

@@ -1,0 +1,80 @@
+"""The C++ sources of this folder as one library, compiled on first use.
+
+Built by torch's extension builder into a folder of this process and moved into the cache as a whole: a build that is
+killed leaves nothing that a later run could wait for. Without a compiler one warning says what is lost, and the torch
+code takes over.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from toolkit.log import get_logger
+
+__all__ = ["available", "library"]
+
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("packed.cpp", "layout.cpp"))
+_FLAGS = ("-O3", "-fno-math-errno", "-fopenmp")
+
+
+def _cache_folder() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "adamwprune-toolkit"
+
+
+def _build(target: Path) -> None:
+    """Compile the sources to `target`, atomically."""
+    from torch.utils.cpp_extension import load
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    own = Path(tempfile.mkdtemp(prefix="build-", dir=target.parent))
+    path = os.environ.get("PATH", "")
+    os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), path))  # a virtual environment's ninja
+    try:
+        load("packed", [str(source) for source in _SOURCES], extra_cflags=list(_FLAGS), extra_ldflags=["-fopenmp"],
+             build_directory=str(own), is_python_module=False)  # fmt: skip
+        next(own.glob("packed*.so")).replace(target)  # torch numbers a second build in one process
+    finally:
+        os.environ["PATH"] = path
+        shutil.rmtree(own, ignore_errors=True)
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled code, or None where it cannot be had (said once)."""
+    key = hashlib.sha256(b"".join(source.read_bytes() for source in _SOURCES) + " ".join(_FLAGS).encode()).hexdigest()[
+        :16
+    ]
+    target = _cache_folder() / f"packed-{key}.so"
+    try:
+        if not target.exists():
+            _build(target)
+        found = ctypes.CDLL(str(target))
+    except (OSError, RuntimeError, ImportError) as error:
+        get_logger().warning(
+            "no native update on CPU (%s): the reference path takes over, several times slower; a C++ compiler and "
+            "ninja make it available", str(error).splitlines()[0] if str(error) else type(error).__name__,
+        )  # fmt: skip
+        return None
+    pointer, long, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    found.packed_adam.argtypes = [number, number, long, pointer, pointer]
+    found.packed_sgd.argtypes = [number, number, long, pointer, pointer, number, number]
+    found.layout_pack_bits.argtypes = [long, pointer, pointer]
+    found.layout_offsets.argtypes = [long, pointer, long, pointer]
+    found.layout_offsets.restype = long
+    found.layout_compress.argtypes = [long, pointer, pointer, pointer]
+    found.layout_zero_pruned.argtypes = [long, pointer, pointer]
+    found.layout_thin.argtypes = [long, pointer, pointer, pointer]
+    found.layout_histogram.argtypes = [long, pointer, number, number, ctypes.c_int32, pointer]
+    found.layout_histogram.restype = long
+    return found
+
+
+def available() -> bool:
+    """Whether the native code could be built or found."""
+    return library() is not None
