@@ -12,8 +12,8 @@ from toolkit.kernels.compiled import library
 
 __all__ = ["ISAS", "PackedTensor", "best_isa", "packed_adam", "packed_sgd"]
 
-# weight and grad: float32 [n] in memory order; mask and offsets as toolkit.prune.packing makes them; moments: float32
-# [survivors] each.
+# weight and grad: float32, n elements in the same memory order without gaps; mask and offsets as
+# toolkit.prune.packing makes them; moments: float32 [survivors] each.
 PackedTensor = tuple[Tensor, Tensor, Tensor, Tensor, Sequence[Tensor]]
 
 ISAS = ("portable", "avx2", "avx512")  # position = the number packed.cpp knows it by
@@ -35,12 +35,10 @@ def _table(tensors: Sequence[PackedTensor]) -> "array.array[int]":
     """One row of eight numbers a tensor, as packed.cpp reads them."""
     rows = array.array("q")
     for weight, grad, mask, offsets, moments in tensors:
-        assert weight.numel() == grad.numel()
-        for tensor in (weight, grad, *moments):
-            assert tensor.dtype is torch.float32, tensor.dtype
-            assert tensor.is_contiguous(), tensor.stride()
-        addresses = [tensor.data_ptr() for tensor in (weight, grad, mask, offsets, *moments)]
-        rows.extend([weight.numel(), *addresses, *[0] * (7 - len(addresses))])
+        assert grad.dtype is moments[0].dtype is torch.float32, (grad.dtype, moments[0].dtype)
+        rows.extend((weight.numel(), weight.data_ptr(), grad.data_ptr(), mask.data_ptr(), offsets.data_ptr()))
+        rows.extend([moment.data_ptr() for moment in moments])
+        rows.extend([0] * (3 - len(moments)))
     return rows
 
 

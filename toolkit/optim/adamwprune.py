@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from toolkit.kernels.reference import adam_update
-from toolkit.optim.packed import PackedOptimizer, check_adam_options
+from toolkit.optim.packed import PackedOptimizer, Part, check_adam_options
 
 __all__ = ["AdamWPrune"]
 
@@ -87,24 +87,24 @@ class AdamWPrune(PackedOptimizer):
             "decoupled": group["decoupled_weight_decay"],
         }
 
-    def update_many(self, parameters: list[Tensor], group: dict[str, Any], step: int) -> None:
+    def update_many(self, part: Part, group: dict[str, Any]) -> None:
         """torch's fused AdamW or Adam over all dense parameters at once."""
-        states = [self.state[parameter] for parameter in parameters]
+        states = part.states
         fused = torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_
         fused(
-            parameters,
-            [self._flat_grad(p, group).as_strided(p.shape, p.stride()) for p in parameters],
+            part.parameters,
+            self.gradients(part, group),
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [state["max_exp_avg_sq"] for state in states] if group["amsgrad"] else [],
-            [state["step"] for state in states],
+            part.steps,
             amsgrad=group["amsgrad"], lr=float(group["lr"]), beta1=group["betas"][0], beta2=group["betas"][1],
             weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
         )  # fmt: skip
 
-    def update_packed(self, parameters: list[Tensor], group: dict[str, Any], step: int) -> None:
+    def update_packed(self, part: Part, group: dict[str, Any]) -> None:
         """Native AdamW for the survivors."""
         from toolkit.kernels import native
 
-        rows = self.packed_tensors(parameters, group)
-        native.packed_adam(rows, step=step, lr=float(group["lr"]), **self._rule(group))
+        rows = self.packed_tensors(part, group)
+        native.packed_adam(rows, step=part.step, lr=float(group["lr"]), **self._rule(group))

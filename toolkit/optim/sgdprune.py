@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from toolkit.kernels.reference import sgd_update
-from toolkit.optim.packed import PackedOptimizer
+from toolkit.optim.packed import PackedOptimizer, Part
 
 __all__ = ["SGDPrune"]
 
@@ -89,22 +89,22 @@ class SGDPrune(PackedOptimizer):
         """SGD on equally shaped tensors."""
         sgd_update(weight, grad, moments["momentum_buffer"], lr=group["lr"], **self._rule(group, step))
 
-    def update_many(self, parameters: list[Tensor], group: dict[str, Any], step: int) -> None:
+    def update_many(self, part: Part, group: dict[str, Any]) -> None:
         """torch's fused SGD over all dense parameters at once."""
         lr = float(group["lr"])
         decoupled = group["decoupled_weight_decay"]
         if decoupled and group["weight_decay"]:
-            torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
+            torch._foreach_mul_(part.parameters, 1 - lr * group["weight_decay"])
         torch._fused_sgd_(
-            parameters,
-            [self._flat_grad(p, group).as_strided(p.shape, p.stride()) for p in parameters],
-            [self.state[parameter]["momentum_buffer"] for parameter in parameters],
+            part.parameters,
+            self.gradients(part, group),
+            [state["momentum_buffer"] for state in part.states],
             weight_decay=0.0 if decoupled else group["weight_decay"], momentum=group["momentum"], lr=lr,
-            dampening=group["dampening"], nesterov=group["nesterov"], maximize=False, is_first_step=step == 1,
+            dampening=group["dampening"], nesterov=group["nesterov"], maximize=False, is_first_step=part.step == 1,
         )  # fmt: skip
 
-    def update_packed(self, parameters: list[Tensor], group: dict[str, Any], step: int) -> None:
+    def update_packed(self, part: Part, group: dict[str, Any]) -> None:
         """Native SGD for the survivors."""
         from toolkit.kernels import native
 
-        native.packed_sgd(self.packed_tensors(parameters, group), lr=float(group["lr"]), **self._rule(group, step))
+        native.packed_sgd(self.packed_tensors(part, group), lr=float(group["lr"]), **self._rule(group, part.step))
