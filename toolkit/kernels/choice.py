@@ -1,5 +1,7 @@
 """Which code runs an update: the processor's or GPU's own where there is one, the reference otherwise."""
 
+import importlib.util
+
 import torch
 from torch import Tensor
 
@@ -7,22 +9,45 @@ from toolkit.kernels.compiled import available
 
 __all__ = ["IMPLEMENTATIONS", "choose_implementation"]
 
-IMPLEMENTATIONS = ("auto", "reference", "native")
+IMPLEMENTATIONS = ("auto", "reference", "native", "triton")
+
+_NEEDS = {
+    "native": "float32 parameters and moments on CPU and a C++ compiler",
+    "triton": "float32 parameters on a GPU (or TRITON_INTERPRET=1) and the triton package",
+}
 
 
-def choose_implementation(asked: str, parameter: Tensor, plain_state: bool) -> str:
-    """`reference` or `native` for one parameter; `plain_state` says that its moments are float32.
+def choose_implementation(asked: str, parameter: Tensor, moment_dtype: torch.dtype) -> str:
+    """`reference`, `native` or `triton` for one parameter whose moments are of `moment_dtype`.
 
     Raises ValueError where an implementation is asked for by name and cannot run.
     """
     if asked == "reference":
         return "reference"
-    fits = parameter.device.type == "cpu" and parameter.dtype is torch.float32 and plain_state
-    if fits and available():
+    if asked != "triton" and _native_fits(parameter, moment_dtype):
         return "native"
-    if asked == "native":
+    if asked != "native" and _triton_fits(asked, parameter, moment_dtype):
+        return "triton"
+    if asked != "auto":
         raise ValueError(
-            f"implementation=native runs float32 parameters and moments on CPU, not {parameter.dtype} on "
-            f"{parameter.device.type}, and needs a C++ compiler; use implementation=auto"
+            f"implementation={asked} needs {_NEEDS[asked]}, not {parameter.dtype} with {moment_dtype} moments on "
+            f"{parameter.device.type}; use implementation=auto"
         )
     return "reference"
+
+
+def _native_fits(parameter: Tensor, moment_dtype: torch.dtype) -> bool:
+    on_cpu = parameter.device.type == "cpu"
+    return on_cpu and parameter.dtype is moment_dtype is torch.float32 and available()
+
+
+def _triton_fits(asked: str, parameter: Tensor, moment_dtype: torch.dtype) -> bool:
+    if parameter.dtype is not torch.float32 or moment_dtype not in (torch.float32, torch.bfloat16):
+        return False
+    if importlib.util.find_spec("triton") is None:
+        return False
+    if parameter.device.type == "cuda":
+        return True
+    from toolkit.kernels.triton_packed import interpreted
+
+    return asked == "triton" and parameter.device.type == "cpu" and interpreted()

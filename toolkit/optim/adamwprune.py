@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from toolkit.kernels import native
 from toolkit.kernels.reference import adam_update
-from toolkit.optim.packed import PackedOptimizer, Part, check_adam_options
+from toolkit.optim.packed import PackedOptimizer, Part, check_adam_options, rate_for
 
 __all__ = ["AdamWPrune"]
 
@@ -24,13 +25,14 @@ class AdamWPrune(PackedOptimizer):
     `sparsity` (final share of zeros among the prunable weights, 0 = off), `begin_step`, `end_step` (step of the last
     mask update), `frequency` (steps between updates), `score` (see toolkit.prune.scores), `scope` (global, layer or
     erk), `regrow` (share of the survivors that make way for pruned weights with the largest gradients, decayed by a
-    cosine), `state_dtype` (float32, or bfloat16 with stochastic rounding), `implementation` (auto, reference, native).
+    cosine), `state_dtype` (float32, or bfloat16 with stochastic rounding), `implementation` (auto, reference,
+    native, triton).
     Raises ValueError on a value out of range.
     """
 
     MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
     SCORES = ("variance", "magnitude", "obd", "saliency", "snr")
-    FAST = ("native",)
+    FAST = ("native", "triton")
 
     def __init__(
         self,
@@ -98,13 +100,17 @@ class AdamWPrune(PackedOptimizer):
             [state["exp_avg_sq"] for state in states],
             [state["max_exp_avg_sq"] for state in states] if group["amsgrad"] else [],
             part.steps,
-            amsgrad=group["amsgrad"], lr=float(group["lr"]), beta1=group["betas"][0], beta2=group["betas"][1],
+            amsgrad=group["amsgrad"], lr=rate_for(part, group), beta1=group["betas"][0], beta2=group["betas"][1],
             weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
         )  # fmt: skip
 
     def update_packed(self, part: Part, group: dict[str, Any]) -> None:
-        """Native AdamW for the survivors."""
-        from toolkit.kernels import native
+        """AdamW for the survivors, all tensors in one call."""
+        rows, rule = self.packed_tensors(part, group), self._rule(group)
+        if part.how == "triton":
+            from toolkit.kernels import triton_packed
 
-        rows = self.packed_tensors(part, group)
-        native.packed_adam(rows, step=part.step, lr=float(group["lr"]), **self._rule(group))
+            table, lr = self.address_table(part, rows), rate_for(part, group)
+            triton_packed.packed_adam(rows, table, part.counter, lr=lr, **rule)
+        else:
+            native.packed_adam(rows, step=part.step, lr=float(group["lr"]), **rule)

@@ -24,7 +24,7 @@ from toolkit.prune.schedule import Schedule
 from toolkit.prune.scope import SCOPES
 from toolkit.prune.scores import check_score
 
-__all__ = ["PRUNING_OPTIONS", "PackedOptimizer", "Part", "check_adam_options"]
+__all__ = ["PRUNING_OPTIONS", "PackedOptimizer", "Part", "check_adam_options", "rate_for"]
 
 PRUNING_OPTIONS = (
     "sparsity", "begin_step", "end_step", "frequency", "score", "scope", "regrow", "state_dtype", "implementation",
@@ -46,7 +46,8 @@ def check_adam_options(lr: float, betas: tuple[float, float], eps: float, weight
 class Part:
     """Parameters of one group that one call updates: by the same code, at the same step, all dense or all packed."""
 
-    how: str  # reference, dense or packed
+    how: str  # reference, native or triton
+    packed: bool
     step: int = 0  # of the update at hand, from 1
     prunable: bool = False  # whether any of them is
     parameters: list[Tensor] = field(default_factory=list)
@@ -55,9 +56,15 @@ class Part:
     counter: Tensor = field(default_factory=lambda: torch.zeros(0))
     places: list[int] = field(default_factory=list)  # position among all the optimizer's parameters
 
+    addresses: Any = None  # the table of the Triton kernels
+
     def share_counter(self) -> None:
-        """Make the parameters' counters views of one tensor: 161 additions cost 0.5 ms, one costs nothing."""
-        self.counter = torch.stack([state["step"] for state in self.states])
+        """Make the parameters' counters views of one tensor: 161 additions cost 0.5 ms, one costs nothing.
+
+        Triton's lies on the GPU, where a captured graph can count it.
+        """
+        device = self.parameters[0].device if self.how == "triton" else "cpu"
+        self.counter = torch.stack([state["step"].to(device) for state in self.states])
         self.steps = list(self.counter.unbind())
         for state, step in zip(self.states, self.steps, strict=True):
             state["step"] = step
@@ -65,7 +72,7 @@ class Part:
     def count_step(self) -> None:
         """One step more, in every parameter's state."""
         self.counter.add_(1)
-        self.step = int(self.steps[0])
+        self.step += 1
 
 
 @dataclass
@@ -79,6 +86,13 @@ class _Plan:
     def serves(self, ready: list[Tensor], state: Any) -> bool:
         """Whether nothing has changed: the same parameters have a gradient, and no state was loaded."""
         return state is self.state and len(ready) == len(self.ready) and all(map(operator.is_, ready, self.ready))
+
+
+def rate_for(part: Part, group: dict[str, Any]) -> Any:
+    """The learning rate as a number, or as the tensor it is where reading it would wait for the GPU."""
+    lr = group["lr"]
+    on_gpu = isinstance(lr, Tensor) and lr.device.type == part.parameters[0].device.type == "cuda"
+    return lr if on_gpu else float(lr)
 
 
 class PackedOptimizer(Optimizer):
@@ -141,6 +155,14 @@ class PackedOptimizer(Optimizer):
             for parameter, grad, state in zip(part.parameters, grads, part.states, strict=True)
         ]
 
+    @staticmethod
+    def address_table(part: Part, tensors: list[Any]) -> Any:
+        """The Triton kernels' table for these tensors, kept with the part."""
+        from toolkit.kernels.triton_packed import AddressTable
+
+        part.addresses = part.addresses or AddressTable()
+        return part.addresses.update(tensors, part.places)
+
     def mask_update_due(self, step: int) -> bool:
         """Whether the masks change after optimizer step `step`."""
         return self.schedule.due(step)
@@ -161,7 +183,7 @@ class PackedOptimizer(Optimizer):
                 part.count_step()
                 if part.how == "reference":
                     self._update_reference(part, group)
-                elif part.how == "packed":
+                elif part.packed:
                     self.update_packed(part, group)
                 else:
                     self.update_many(part, group)
@@ -174,14 +196,15 @@ class PackedOptimizer(Optimizer):
         group = self.param_groups[number]
         places = {id(p): i for i, p in enumerate((p for g in self.param_groups for p in g["params"]), start=1)}
         prunable = {id(parameter) for _, parameter in prunable_parameters(self.param_groups)}
-        parts: dict[tuple[str, int], Part] = {}
+        parts: dict[tuple[str, bool, int], Part] = {}
         for parameter in ready:
             state = self._state_of(parameter, group)
-            how = "reference"
-            if self._implementation(parameter) != "reference":
+            how, packed, step = self._implementation(parameter), "offsets" in state, int(state["step"])
+            if not packed and self._moment_dtype(parameter) is not torch.float32:
+                how = "reference"  # torch's fused update takes no bfloat16 moments of float32 weights
+            if how != "reference":
                 flat(parameter)  # refuses gaps: the kernels walk over memory
-                how = "packed" if "offsets" in state else "dense"
-            part = parts.setdefault((how, int(state["step"])), Part(how))
+            part = parts.setdefault((how, packed, step), Part(how, packed, step))
             part.prunable |= id(parameter) in prunable
             part.parameters.append(parameter)
             part.states.append(state)
@@ -218,8 +241,7 @@ class PackedOptimizer(Optimizer):
     def _implementation(self, parameter: Tensor) -> str:
         if not self.FAST:
             return "reference"
-        plain = self._moment_dtype(parameter) is torch.float32
-        return choose_implementation(self.defaults["implementation"], parameter, plain)
+        return choose_implementation(self.defaults["implementation"], parameter, self._moment_dtype(parameter))
 
     @staticmethod
     def gradients(part: Part, group: dict[str, Any]) -> list[Tensor]:

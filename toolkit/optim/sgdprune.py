@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from toolkit.kernels import native
 from toolkit.kernels.reference import sgd_update
-from toolkit.optim.packed import PackedOptimizer, Part
+from toolkit.optim.packed import PackedOptimizer, Part, rate_for
 
 __all__ = ["SGDPrune"]
 
@@ -25,7 +26,7 @@ class SGDPrune(PackedOptimizer):
 
     MOMENTS = ("momentum_buffer",)
     SCORES = ("magnitude", "saliency")
-    FAST = ("native",)
+    FAST = ("native", "triton")
 
     def __init__(
         self,
@@ -91,7 +92,7 @@ class SGDPrune(PackedOptimizer):
 
     def update_many(self, part: Part, group: dict[str, Any]) -> None:
         """torch's fused SGD over all dense parameters at once."""
-        lr = float(group["lr"])
+        lr = rate_for(part, group)
         decoupled = group["decoupled_weight_decay"]
         if decoupled and group["weight_decay"]:
             torch._foreach_mul_(part.parameters, 1 - lr * group["weight_decay"])
@@ -104,7 +105,13 @@ class SGDPrune(PackedOptimizer):
         )  # fmt: skip
 
     def update_packed(self, part: Part, group: dict[str, Any]) -> None:
-        """Native SGD for the survivors."""
-        from toolkit.kernels import native
+        """SGD for the survivors, all tensors in one call."""
+        rows, rule = self.packed_tensors(part, group), self._rule(group, part.step)
+        if part.how == "triton":
+            from toolkit.kernels import triton_packed
 
-        native.packed_sgd(self.packed_tensors(part, group), lr=float(group["lr"]), **self._rule(group, part.step))
+            del rule["first"]  # the kernel asks the counter
+            table, lr = self.address_table(part, rows), rate_for(part, group)
+            triton_packed.packed_sgd(rows, table, part.counter, lr=lr, **rule)
+        else:
+            native.packed_sgd(rows, lr=float(group["lr"]), **rule)

@@ -1,0 +1,173 @@
+"""The Triton kernels in Triton's interpreter, and their compilation for real GPUs, which needs none."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("a GPU is here: tests/gpu runs the kernels on it", allow_module_level=True)
+
+from toolkit.kernels import triton_packed
+from toolkit.kernels.reference import adam_update, sgd_update
+from toolkit.optim.adamwprune import AdamWPrune
+from toolkit.optim.sgdprune import SGDPrune
+from toolkit.prune.mask import pack_bits
+from toolkit.prune.packing import block_offsets
+
+# (weights, density): no multiples of the block, full and empty blocks
+TENSORS = ((1, 1.0), (5, 0.5), (1024, 0.3), (1025, 1.0), (2500, 0.0), (5000, 0.1), (3000, 0.9))
+
+
+def rows_of(moments, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for numel, density in TENSORS:
+        keep = torch.rand(numel, generator=generator) < density
+        mask = pack_bits(keep)
+        offsets, survivors = block_offsets(mask, numel)
+        weight, grad = (torch.randn(numel, generator=generator) for _ in range(2))
+        made = [torch.rand(survivors, generator=generator).to(dtype) for _ in range(moments)]
+        rows.append((weight, grad, mask, offsets, made, keep))
+    return rows
+
+
+def check(rows, kernel, update, dtype=torch.float32):
+    """`kernel` over all rows at once against `update` on the survivors of each."""
+    wanted = []
+    for weight, grad, _, _, moments, keep in rows:
+        own = [moment.float().clone() for moment in moments]
+        survivors, after = weight[keep], weight.clone()
+        update(survivors, grad[keep], own)
+        after[keep] = survivors
+        wanted.append((after, own))
+    tensors = [row[:5] for row in rows]
+    kernel(tensors, triton_packed.AddressTable().update(tensors, range(len(tensors))))
+    for (weight, _, _, _, moments, _), (after, own) in zip(rows, wanted, strict=True):
+        torch.testing.assert_close(weight, after, rtol=3e-6, atol=3e-7)
+        for mine, theirs in zip(moments, own, strict=True):
+            if dtype is torch.float32:
+                torch.testing.assert_close(mine, theirs, rtol=3e-6, atol=1e-7)
+            else:  # up or down by chance, never further than the next bfloat16
+                assert ((mine.float() - theirs).abs() <= theirs.abs() * 2**-7).all()
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize("decoupled", [False, True])
+@pytest.mark.parametrize("step", [1, 3, 100_000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adam(amsgrad, decoupled, step, dtype):
+    rule = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1, "decoupled": decoupled}
+
+    def update(weight, grad, moments):
+        adam_update(weight, grad, *moments[:2], moments[2] if amsgrad else None, step=step, **rule)
+
+    def kernel(tensors, table):
+        triton_packed.packed_adam(tensors, table, torch.tensor([float(step)]), **rule)
+
+    check(rows_of(3 if amsgrad else 2, dtype), kernel, update, dtype)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("decoupled", [False, True])
+@pytest.mark.parametrize("step", [1, 2])
+def test_sgd(nesterov, decoupled, step):
+    rule = {"lr": 0.1, "momentum": 0.9, "dampening": 0.0, "weight_decay": 0.1, "nesterov": nesterov}
+    rule["decoupled"] = decoupled
+
+    def update(weight, grad, moments):
+        sgd_update(weight, grad, moments[0], first=step == 1, **rule)
+
+    def kernel(tensors, table):
+        triton_packed.packed_sgd(tensors, table, torch.tensor([float(step)]), **rule)
+
+    check(rows_of(1), kernel, update)
+
+
+def test_learning_rate_may_be_a_tensor():
+    rule = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1, "decoupled": True}
+    first, second = rows_of(2), rows_of(2)
+    for rows, lr in ((first, 0.01), (second, torch.tensor(0.01))):
+        tensors = [row[:5] for row in rows]
+        table = triton_packed.AddressTable().update(tensors, range(len(tensors)))
+        triton_packed.packed_adam(tensors, table, torch.tensor([5.0]), lr=lr, **rule)
+    for a, b in zip(first, second, strict=True):
+        torch.testing.assert_close(a[0], b[0], rtol=1e-6, atol=1e-7)
+
+
+def test_bfloat16_rounding_is_the_references_bit_for_bit():
+    from toolkit.kernels.rounding import round_to_bfloat16
+
+    rows = rows_of(1, torch.bfloat16)
+    exact = [row[1][row[5]].clone() for row in rows]  # at step 1 the buffer becomes the gradient
+    tensors = [row[:5] for row in rows]
+    table = triton_packed.AddressTable().update(tensors, range(1, len(tensors) + 1))
+    triton_packed.packed_sgd(
+        tensors, table, torch.tensor([1.0]), lr=0.1, momentum=0.9, dampening=0.0, weight_decay=0.0, nesterov=False,
+        decoupled=False,
+    )  # fmt: skip
+    for place, (row, values) in enumerate(zip(rows, exact, strict=True), start=1):
+        assert torch.equal(row[4][0], round_to_bfloat16(values, (65_537 + place) * 3))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (AdamWPrune, {"lr": 1e-2, "amsgrad": True}),
+        (AdamWPrune, {"lr": 1e-2, "state_dtype": "bfloat16"}),
+        (SGDPrune, {"lr": 1e-2, "nesterov": True, "maximize": True}),
+    ],
+)
+def test_a_run_equals_the_reference(kind, options):
+    def train(implementation):
+        generator = torch.Generator().manual_seed(0)
+        weights = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in ((30, 40), (20, 3, 3, 3), (7,))]
+        optimizer = kind(
+            weights, sparsity=0.8, begin_step=1, end_step=6, frequency=2, implementation=implementation, **options
+        )
+        for _ in range(10):
+            for weight in weights:
+                weight.grad = torch.randn(weight.shape, generator=generator)
+            optimizer.step()
+        reloaded = kind(weights, sparsity=0.8, end_step=6, implementation=implementation, **options)
+        reloaded.load_state_dict(optimizer.state_dict())
+        assert all(int(state["step"]) == 10 for state in reloaded.state.values())
+        return weights
+
+    for mine, wanted in zip(train("triton"), train("reference"), strict=True):
+        assert torch.equal(mine == 0, wanted == 0)
+        assert (mine - wanted).norm() <= (1e-2 if options.get("state_dtype") else 1e-5) * wanted.norm()
+
+
+COMPILE = """
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from toolkit.kernels import triton_packed
+
+SHARED = {"table": "*i64", "tensors": "i32", "counter": "*fp32", "lr_on_device": "*fp32"}
+for kernel, flags in (
+    (triton_packed._adam_kernel, {"DECOUPLED": True, "AMSGRAD": True}),
+    (triton_packed._sgd_kernel, {"DECOUPLED": False, "NESTEROV": True}),
+):
+    for state in (tl.float32, tl.bfloat16):
+        for target in (GPUTarget("cuda", 90, 32), GPUTarget("hip", "gfx1100", 32)):
+            constants = {"SEARCH": 6, "STATE": state, "LR_ON_DEVICE": False, **flags}
+            names = kernel.arg_names
+            signature = {n: "constexpr" if n in constants else SHARED.get(n, "fp32") for n in names}
+            built = triton.compile(ASTSource(fn=kernel, signature=signature, constexprs=constants), target=target)
+            assert built.asm["cubin" if target.backend == "cuda" else "hsaco"], target
+            print("built", kernel.fn.__name__, target.arch)
+"""
+
+
+def test_kernels_compile_for_nvidia_and_amd():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("built") == 8
