@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from toolkit.prune.mask import flat, pack_bits, thin, unpack_bits, zero_pruned
 from toolkit.prune.packing import BLOCK, block_offsets, pack, spread
@@ -18,6 +19,7 @@ from toolkit.prune.schedule import Schedule
 from toolkit.prune.scope import zero_quotas
 from toolkit.prune.scores import STATE_SCORES
 from toolkit.prune.select import CHUNK, choose_lowest, find_threshold
+from toolkit.prune.shards import local, sum_over
 
 __all__ = ["MaskUpdate", "survivors_of"]
 
@@ -41,10 +43,13 @@ class MaskUpdate:
         moments: Sequence[str],
         options: Mapping[str, Any],
         schedule: Schedule,
+        group: ProcessGroup | None = None,
     ) -> None:
         self.names = [name for name, _ in named]
-        self.parameters = [parameter for _, parameter in named]
-        self.states = [states[parameter] for parameter in self.parameters]
+        self.owners = [parameter for _, parameter in named]
+        self.parameters = [local(parameter) for parameter in self.owners]
+        self.group = group
+        self.states = [states[parameter] for parameter in self.owners]
         self.moments = moments
         self.options = options
         self.schedule = schedule
@@ -52,8 +57,9 @@ class MaskUpdate:
 
     def run(self, step: int) -> None:
         """Prune to the schedule's zeros at `step`, regrow the share that is due, pack again."""
-        counts = [parameter.numel() for parameter in self.parameters]
-        zeros_now = [count - alive for count, alive in zip(counts, self.alive, strict=True)]
+        counts = self._over_ranks([parameter.numel() for parameter in self.parameters])
+        alive = self._over_ranks(self.alive)
+        zeros_now = [count - left for count, left in zip(counts, alive, strict=True)]
         zeros = max(self.schedule.zeros(step, sum(counts)), sum(zeros_now))
         regrown = self._regrown_count(step, sum(counts) - zeros, sum(zeros_now))
         if zeros == sum(zeros_now) and not regrown:
@@ -61,17 +67,22 @@ class MaskUpdate:
         if self.options["scope"] == "global":
             groups = [(list(range(len(counts))), zeros - sum(zeros_now), regrown)]
         else:
-            quotas = zero_quotas(self.options["scope"], [p.shape for p in self.parameters], zeros_now, zeros)
+            quotas = zero_quotas(self.options["scope"], [p.shape for p in self.owners], zeros_now, zeros)
             groups = []
             for i, (quota, now) in enumerate(zip(quotas, zeros_now, strict=True)):
                 share = self._regrown_count(step, counts[i] - quota, now)
-                groups.append(([i], quota - now, min(share, self._movable(i)) if share else 0))
+                groups.append(([i], quota - now, share))
         for members, missing, back in groups:
+            back = min(back, sum(self._movable(i) for i in members)) if back else 0
             grows = self._choose_regrown(members, back) if back else {}
             sources = [partial(self._scores, i) for i in members]
             names, sizes = [self.names[i] for i in members], [self.alive[i] for i in members]
-            for position, drop in zip(members, choose_lowest(sources, names, sizes, missing + back), strict=True):
+            drops = choose_lowest(sources, names, sizes, missing + back, self.group)
+            for position, drop in zip(members, drops, strict=True):
                 self._repack(position, drop, grows.get(position))
+
+    def _over_ranks(self, counts: list[int]) -> list[int]:
+        return sum_over(self.group, counts, self.parameters[0].device)
 
     def _regrown_count(self, step: int, survivors: int, zeros_now: int) -> int:
         """Weights that come back: the share `regrow` of the survivors, decayed by a cosine to 0 at end_step (RigL)."""
@@ -83,16 +94,17 @@ class MaskUpdate:
         return min(wanted, zeros_now, survivors)
 
     def _movable(self, position: int) -> int:
-        """Pruned weights that a gradient would move; one without would stay a zero."""
-        return sum(int((piece != 0).sum()) for piece in self._pruned_gradients(position))
+        """Pruned weights, over all ranks, that a gradient would move; one without would stay a zero."""
+        return self._over_ranks([sum(int((piece != 0).sum()) for piece in self._pruned_gradients(position))])[0]
 
     def _choose_regrown(self, members: Sequence[int], count: int) -> dict[int, Tensor]:
         """The `count` pruned weights with the largest gradients: position -> bool [pruned]."""
-        count = min(count, sum(self._movable(i) for i in members))
         sources = [partial(self._pruned_gradients, i) for i in members]
-        threshold = find_threshold(sources, [self.names[i] for i in members], count)
+        threshold = find_threshold(sources, [self.names[i] for i in members], count, self.group)
         return {
-            i: torch.cat([threshold.take(piece, number) for piece in source()])
+            i: torch.cat(
+                [self.parameters[i].new_zeros(0, dtype=torch.bool), *(threshold.take(p, number) for p in source())]
+            )
             for number, (i, source) in enumerate(zip(members, sources, strict=True))
             if "offsets" in self.states[i]
         }
@@ -100,15 +112,20 @@ class MaskUpdate:
     def _pruned_gradients(self, position: int) -> Iterator[Tensor]:
         """-|gradient| of a tensor's pruned weights, in memory order."""
         parameter, state = self.parameters[position], self.states[position]
-        if "offsets" not in state or parameter.grad is None:
+        if "offsets" not in state or self.owners[position].grad is None:
             return
-        grad = parameter.grad
-        if grad.stride() != parameter.stride():
-            grad = torch.empty_like(parameter).copy_(grad)
+        grad = self._gradient(position)
         for start in range(0, parameter.numel(), CHUNK):
             piece = flat(grad)[start : start + CHUNK]
             keep = unpack_bits(state["mask"][start // 8 : (start + CHUNK) // 8], piece.numel())
             yield -piece[~keep].float().abs()
+
+    def _gradient(self, position: int) -> Tensor:
+        """The gradient in its parameter's memory layout."""
+        grad, parameter = self.owners[position].grad, self.parameters[position]
+        assert grad is not None
+        grad = local(grad)
+        return grad if grad.stride() == parameter.stride() else torch.empty_like(parameter).copy_(grad)
 
     def _scores(self, position: int) -> Iterator[Tensor]:
         """Scores of a tensor's survivors, in memory order, CHUNK weights at a time."""
@@ -144,22 +161,18 @@ class MaskUpdate:
             new[~before] = grow
             after = pack_bits(unpack_bits(mask, parameter.numel()) | new)
             for key in keys:
-                dense = self._with_new(key, parameter, spread(state[key], mask, parameter.numel()), new)
+                dense = self._with_new(key, position, spread(state[key], mask, parameter.numel()), new)
                 state[key] = pack(dense, after, left + int(grow.sum()))
             mask = after
         state["mask"] = mask
         state["offsets"], _ = block_offsets(mask, parameter.numel())
         zero_pruned(flat(parameter), mask)
 
-    @staticmethod
-    def _with_new(key: str, parameter: Tensor, dense: Tensor, new: Tensor) -> Tensor:
+    def _with_new(self, key: str, position: int, dense: Tensor, new: Tensor) -> Tensor:
         """Moments of weights that come back: momentum 0, second moments the gradient's square.
 
         With v = 0 the first step would be 3 times a settled one, (1 - beta1) / sqrt(1 - beta2); so it is a tenth.
         """
-        if not key.endswith("_sq"):
-            return dense
-        assert parameter.grad is not None
-        grad = torch.empty_like(parameter).copy_(parameter.grad)
-        dense[new] = flat(grad)[new].square().to(dense.dtype)
+        if key.endswith("_sq"):
+            dense[new] = flat(self._gradient(position))[new].square().to(dense.dtype)
         return dense

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from toolkit.kernels.choice import IMPLEMENTATIONS, choose_implementation
@@ -23,6 +24,7 @@ from toolkit.prune.packing import block_offsets, pack, spread
 from toolkit.prune.schedule import Schedule
 from toolkit.prune.scope import SCOPES
 from toolkit.prune.scores import check_score
+from toolkit.prune.shards import local, shard_group, whole
 
 __all__ = ["PRUNING_OPTIONS", "PackedOptimizer", "Part", "check_adam_options", "rate_for"]
 
@@ -50,7 +52,8 @@ class Part:
     packed: bool
     step: int = 0  # of the update at hand, from 1
     prunable: bool = False  # whether any of them is
-    parameters: list[Tensor] = field(default_factory=list)
+    owners: list[Tensor] = field(default_factory=list)  # the optimizer's parameters, which have the gradients
+    parameters: list[Tensor] = field(default_factory=list)  # this rank's part of each
     states: list[dict[str, Tensor]] = field(default_factory=list)
     steps: list[Tensor] = field(default_factory=list)  # each parameter's own counter: views of `counter`
     counter: Tensor = field(default_factory=lambda: torch.zeros(0))
@@ -106,6 +109,9 @@ class PackedOptimizer(Optimizer):
     MOMENTS: tuple[str, ...] = ()  # every state key a subclass may pack
     SCORES: tuple[str, ...] = ()  # the scores its moments allow
     FAST: tuple[str, ...] = ()  # implementations beside the reference
+
+    # The ranks that hold the rest of plain tensors which are slices (ZeRO's); DTensors say it themselves.
+    shard_group: ProcessGroup | None = None
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         check_score(defaults["score"], self.SCORES)
@@ -203,10 +209,11 @@ class PackedOptimizer(Optimizer):
             if not packed and self._moment_dtype(parameter) is not torch.float32:
                 how = "reference"  # torch's fused update takes no bfloat16 moments of float32 weights
             if how != "reference":
-                flat(parameter)  # refuses gaps: the kernels walk over memory
+                flat(local(parameter))  # refuses gaps: the kernels walk over memory
             part = parts.setdefault((how, packed, step), Part(how, packed, step))
             part.prunable |= id(parameter) in prunable
-            part.parameters.append(parameter)
+            part.owners.append(parameter)
+            part.parameters.append(local(parameter))
             part.states.append(state)
             part.places.append(places[id(parameter)])
         for part in parts.values():
@@ -229,9 +236,7 @@ class PackedOptimizer(Optimizer):
         if not state:
             state["step"] = torch.tensor(0.0)
             for key in self.moment_keys(group):
-                state[key] = torch.zeros_like(
-                    parameter, dtype=self._moment_dtype(parameter), memory_format=torch.preserve_format
-                )
+                state[key] = torch.zeros_like(local(parameter), dtype=self._moment_dtype(parameter))
         return state
 
     def _moment_dtype(self, parameter: Tensor) -> torch.dtype:
@@ -247,9 +252,9 @@ class PackedOptimizer(Optimizer):
     def gradients(part: Part, group: dict[str, Any]) -> list[Tensor]:
         """The gradients, each in its parameter's memory layout, negated where the group maximizes."""
         grads = []
-        for parameter in part.parameters:
-            grad = parameter.grad
-            assert grad is not None
+        for owner, parameter in zip(part.owners, part.parameters, strict=True):
+            assert owner.grad is not None
+            grad = local(owner.grad)
             if grad.stride() != parameter.stride():
                 grad = torch.empty_like(parameter).copy_(grad)
             grads.append(grad)
@@ -289,7 +294,8 @@ class PackedOptimizer(Optimizer):
                     f"{name} is prunable but had no gradient by step {step}, so it has no score; freeze it "
                     "(requires_grad=False, out of the optimizer) or mark its group prunable=False"
                 )
-        MaskUpdate(named, self.state, self.MOMENTS, self.defaults, self.schedule).run(step)
+        group = self.shard_group or shard_group(parameter for _, parameter in named)
+        MaskUpdate(named, self.state, self.MOMENTS, self.defaults, self.schedule, group).run(step)
         self._plans.clear()
 
     def state_dict(self) -> dict[str, Any]:
@@ -303,17 +309,18 @@ class PackedOptimizer(Optimizer):
 
     @staticmethod
     def _dense_state(parameter: Tensor, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        if "offsets" not in state:
-            return state
+        part = local(parameter)
         dense = {}
         for key, value in state.items():
             if key == "step":
                 dense[key] = value
             elif key != "offsets":
-                numel, mask = parameter.numel(), state["mask"]
-                values = unpack_bits(mask, numel) if key == "mask" else spread(value, mask, numel)
-                dense[key] = torch.empty_like(parameter, dtype=values.dtype)
-                flat(dense[key]).copy_(values)
+                if "offsets" in state:
+                    numel, mask = part.numel(), state["mask"]
+                    values = unpack_bits(mask, numel) if key == "mask" else spread(value, mask, numel)
+                    value = torch.empty_like(part, dtype=values.dtype)
+                    flat(value).copy_(values)
+                dense[key] = whole(value, parameter)
         return dense
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -322,16 +329,17 @@ class PackedOptimizer(Optimizer):
         for group in self.param_groups:
             group.update({key: self.defaults[key] for key in PRUNING_OPTIONS})
         for parameter, state in self.state.items():
-            numel, mask, survivors = parameter.numel(), None, 0
+            part = local(parameter)
+            numel, mask, survivors = part.numel(), None, 0
             if "mask" in state:
-                mask = pack_bits(flat(torch.empty_like(parameter).copy_(state["mask"])) != 0)
+                mask = pack_bits(flat(torch.empty_like(part).copy_(local(state["mask"]))) != 0)
                 state["mask"] = mask
                 state["offsets"], survivors = block_offsets(mask, numel)
             for key in [key for key in self.MOMENTS if key in state]:
                 # In the parameter's own memory order, whatever the order it was saved in; torch has cast it.
-                dense = torch.empty_like(parameter, dtype=self._moment_dtype(parameter)).copy_(state[key])
+                dense = torch.empty_like(part, dtype=self._moment_dtype(parameter)).copy_(local(state[key]))
                 state[key] = dense if mask is None else pack(flat(dense), mask, survivors)
 
     def survivors(self, parameter: Tensor) -> int:
-        """How many of a parameter's weights are not pruned."""
-        return survivors_of(parameter, self.state[parameter], self.MOMENTS)
+        """How many of a parameter's weights are not pruned; of a sharded one, on this rank."""
+        return survivors_of(local(parameter), self.state[parameter], self.MOMENTS)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from toolkit.kernels import layout
+from toolkit.prune.shards import gather_over, sum_over
 
 __all__ = ["CHUNK", "Threshold", "choose_lowest", "find_threshold"]
 
@@ -88,8 +89,7 @@ def _share_ties(own: Tensor, rest: int, group: ProcessGroup | None) -> list[int]
     counts = own.unsqueeze(0)
     rank = 0
     if group is not None:
-        counts = own.new_empty(torch.distributed.get_world_size(group), own.numel())
-        torch.distributed.all_gather_into_tensor(counts, own, group=group)
+        counts = gather_over(group, own)
         rank = torch.distributed.get_rank(group)
     mine = []
     for column in counts.T.tolist():
@@ -203,9 +203,7 @@ def choose_lowest(
 
 def _sizes_over(group: ProcessGroup | None, sizes: Sequence[int]) -> tuple[int, int]:
     """(scores over all ranks, sources that have any)."""
-    counts = list(sizes)
-    if group is not None:
-        counts = _sum_over(group, torch.tensor(counts, dtype=torch.int64, device=_device_of(group))).tolist()
+    counts = sum_over(group, list(sizes), _device_of(group)) if group else sizes
     return sum(counts), sum(count > 0 for count in counts)
 
 
@@ -216,10 +214,8 @@ def _holders(highest: list[float], group: ProcessGroup | None) -> list[bool | No
     """
     if group is None:
         return [True if value > -torch.inf else None for value in highest]
-    size, rank = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
-    own = torch.tensor(highest, dtype=torch.float64, device=_device_of(group))
-    every = own.new_empty(size, own.numel())
-    torch.distributed.all_gather_into_tensor(every, own, group=group)
+    rank = torch.distributed.get_rank(group)
+    every = gather_over(group, torch.tensor(highest, dtype=torch.float64, device=_device_of(group)))
     top, first = every.max(0).values.tolist(), every.argmax(0).tolist()
     highest[:] = top
     return [holder == rank if value > -torch.inf else None for value, holder in zip(top, first, strict=True)]

@@ -1,0 +1,62 @@
+"""A parameter split over ranks: this rank's part of it, and the group of ranks that hold the rest.
+
+FSDP2's parameters are DTensors of the whole shape; everything of ours works on the local part, lower ranks holding
+lower indices, and only the choice of what to prune looks over all of them.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch.distributed
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+__all__ = ["gather_over", "local", "shard_group", "sum_over", "whole"]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor (a view), or the tensor itself."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def whole(part: Tensor, parameter: Tensor) -> Tensor:
+    """This rank's part as a tensor of the parameter's kind: a DTensor of the whole shape, or the part itself."""
+    if not hasattr(parameter, "to_local"):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    sharded: Any = parameter
+    return DTensor.from_local(
+        part, sharded.device_mesh, sharded.placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
+    )
+
+
+def shard_group(parameters: Iterable[Tensor]) -> ProcessGroup | None:
+    """The ranks over which DTensor parameters are sharded, None where none is. Raises ValueError for more than one."""
+    for parameter in parameters:
+        if hasattr(parameter, "to_local"):
+            sharded: Any = parameter
+            axes = [axis for axis, placement in enumerate(sharded.placements) if placement.is_shard()]
+            if len(axes) > 1:
+                raise ValueError(f"a parameter sharded over {len(axes)} mesh axes cannot be pruned; shard over one")
+            if axes:
+                group: ProcessGroup = sharded.device_mesh.get_group(axes[0])
+                return group
+    return None
+
+
+def sum_over(group: ProcessGroup | None, counts: list[int], device: torch.device) -> list[int]:
+    """Elementwise sum over the ranks of a group; the counts themselves where there is none."""
+    if group is None:
+        return counts
+    total = torch.tensor(counts, dtype=torch.int64, device=device)
+    torch.distributed.all_reduce(total, group=group)
+    return list(total.tolist())
+
+
+def gather_over(group: ProcessGroup, values: Tensor) -> Tensor:
+    """Every rank's values [n], one row a rank: [ranks, n]."""
+    size = torch.distributed.get_world_size(group)
+    every = values.new_empty(size * values.numel())
+    torch.distributed.all_gather_into_tensor(every, values, group=group)
+    return every.view(size, -1)
