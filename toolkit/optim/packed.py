@@ -112,6 +112,7 @@ class PackedOptimizer(Optimizer):
 
     # The ranks that hold the rest of plain tensors which are slices (ZeRO's); DTensors say it themselves.
     shard_group: ProcessGroup | None = None
+    after_repack: Callable[[], None] | None = None  # told that dense moments were replaced by packed ones
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         check_score(defaults["score"], self.SCORES)
@@ -297,6 +298,8 @@ class PackedOptimizer(Optimizer):
         group = self.shard_group or shard_group(parameter for _, parameter in named)
         MaskUpdate(named, self.state, self.MOMENTS, self.defaults, self.schedule, group).run(step)
         self._plans.clear()
+        if self.after_repack is not None:
+            self.after_repack()
 
     def state_dict(self) -> dict[str, Any]:
         """The plain optimizer's form: moments dense and shaped like the parameter, the mask as bool."""
@@ -339,6 +342,8 @@ class PackedOptimizer(Optimizer):
                 # In the parameter's own memory order, whatever the order it was saved in; torch has cast it.
                 dense = torch.empty_like(part, dtype=self._moment_dtype(parameter)).copy_(local(state[key]))
                 state[key] = dense if mask is None else pack(flat(dense), mask, survivors)
+        if self.after_repack is not None:
+            self.after_repack()
 
     def survivors(self, parameter: Tensor) -> int:
         """How many of a parameter's weights are not pruned; of a sharded one, on this rank."""
