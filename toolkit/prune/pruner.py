@@ -53,6 +53,13 @@ class Pruner:
         optimizer.register_step_post_hook(self._after_step)
         optimizer.register_state_dict_post_hook(self._masks_to_bool)
         optimizer.register_load_state_dict_post_hook(self._masks_to_bits)
+        # torch copies and pickles an optimizer without its hooks; copy and pickle ask the instance for this.
+        optimizer.__reduce_ex__ = self._reduce  # type: ignore[method-assign,assignment]
+
+    def _reduce(self, protocol: int) -> tuple[Any, ...]:
+        """A copy of the optimizer is pruned like it."""
+        optimizer = self.optimizer
+        return _restore, (type(optimizer), optimizer.__getstate__(), self.schedule, self.score, self.scope)
 
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -160,3 +167,11 @@ class Pruner:
             for key in ("scores", "initial_weights"):
                 if key in state:
                     state[key] = torch.empty_like(parameter).copy_(state[key])
+
+
+def _restore(kind: type[Optimizer], state: dict[str, Any], schedule: Schedule, score: str, scope: str) -> Optimizer:
+    """An optimizer from its state, with a Pruner of its own."""
+    optimizer = kind.__new__(kind)
+    optimizer.__setstate__(state)
+    Pruner(optimizer, schedule, score, scope)
+    return optimizer

@@ -1,3 +1,4 @@
+import argparse
 import copy
 from types import SimpleNamespace
 
@@ -99,6 +100,47 @@ def test_the_factory_as_timms_train_py_calls_it():
     train(model, optimizer, 13)
     weights = [p for p in model.parameters() if p.ndim > 1]
     assert sum(int((p == 0).sum()) for p in weights) == int(0.8 * sum(p.numel() for p in weights))
+
+
+@pytest.mark.parametrize("name", ["adamwprune", "sgdprune", "adamw-movement"])
+def test_timms_scaler_ema_and_saver_as_its_train_py_uses_them(name, tmp_path):
+    from timm.models import load_checkpoint, resume_checkpoint
+    from timm.utils import CheckpointSaver, ModelEmaV3, NativeScaler
+
+    def start():
+        args = argparse.Namespace(
+            model="small", opt=name, lr=1e-2, weight_decay=0.05, momentum=0.9, opt_eps=None, opt_betas=None,
+            opt_kwargs={"sparsity": 0.8, "end_step": 12, "frequency": 3},
+        )  # fmt: skip
+        model = small_model()
+        optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
+        return args, model, optimizer, NativeScaler(device="cpu"), ModelEmaV3(model, decay=0.5)
+
+    def steps(model, optimizer, scaler, average, numbers):
+        for number in numbers:
+            images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(number))
+            optimizer.zero_grad()
+            scaler(model(images).square().mean(), optimizer, clip_grad=1.0, parameters=model.parameters())
+            average.update(model, step=number)
+
+    args, model, optimizer, scaler, average = start()
+    steps(model, optimizer, scaler, average, range(8))
+    saver = CheckpointSaver(
+        model, optimizer, args=args, model_ema=average, amp_scaler=scaler, checkpoint_dir=str(tmp_path)
+    )
+    saver.save_checkpoint(0, 50.0)
+    steps(model, optimizer, scaler, average, range(8, 14))
+    weights = [p for p in model.parameters() if p.ndim > 1]
+    assert sum(int((p == 0).sum()) for p in weights) == int(0.8 * sum(p.numel() for p in weights))
+
+    args, again, optimizer, scaler, average_again = start()
+    resume_checkpoint(again, str(tmp_path / "last.pth.tar"), optimizer, scaler, log_info=False)
+    load_checkpoint(average_again.module, str(tmp_path / "last.pth.tar"), use_ema=True)
+    steps(again, optimizer, scaler, average_again, range(8, 14))
+    for mine, wanted in zip(again.parameters(), model.parameters(), strict=True):
+        assert torch.equal(mine, wanted)
+    for mine, wanted in zip(average_again.parameters(), average.parameters(), strict=True):
+        assert torch.equal(mine, wanted)
 
 
 def test_adam_and_adamwadv_variants_are_what_they_say():

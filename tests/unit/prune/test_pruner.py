@@ -1,4 +1,5 @@
 import copy
+import pickle
 
 import pytest
 import torch
@@ -169,3 +170,25 @@ def test_parameter_without_gradient_is_an_error_that_names_it():
     Pruner(optimizer, Schedule(0.5, 0, 2, 1), "magnitude")
     with pytest.raises(ValueError, match="idle is prunable but had no gradient"):
         train(optimizer, used, gradients(3, (4, 4)))
+
+
+@pytest.mark.parametrize("score", ["magnitude", "movement", "displacement"])
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda optimizer: pickle.loads(pickle.dumps(optimizer))])
+def test_a_copy_is_pruned_like_the_original(score, how):
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(16, 8))
+    optimizer = torch.optim.AdamW([weight], lr=0.01)
+    Pruner(optimizer, Schedule(0.7, 2, 20, 3), score)
+    every = gradients(24, (16, 8))
+    train(optimizer, weight, every[:11])
+    twin = how(optimizer)
+    twin_weight = twin.param_groups[0]["params"][0]
+    assert twin_weight is not weight
+    train(twin, twin_weight, every[11:])
+    assert zeros(twin_weight) == int(0.7 * 128)
+    assert zeros(weight) < zeros(twin_weight)  # the copy prunes its own weight, not the original's
+    train(optimizer, weight, every[11:])
+    assert torch.equal(weight, twin_weight)
+    twice = how(twin)
+    train(twice, twice.param_groups[0]["params"][0], every[:2])
+    assert zeros(twice.param_groups[0]["params"][0]) == int(0.7 * 128)
