@@ -286,3 +286,34 @@ def test_a_killed_build_does_not_block_the_next(monkeypatch, tmp_path):
         assert compiled.available()
     finally:
         compiled.library.cache_clear()
+
+
+@needs_native
+@pytest.mark.parametrize(("kind", "options"), KINDS)
+def test_trained_freely_implementations_differ_less_than_two_seeds(kind, options):
+    """Loss curves on the digit scans: rounding changes them less than the seed does."""
+    from sklearn.datasets import load_digits
+
+    scans = load_digits()
+    images = torch.from_numpy(scans.images).float().flatten(1) / 16
+    labels = torch.from_numpy(scans.target)
+
+    def curve(seed, implementation):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 10))
+        optimizer = kind(
+            model.parameters(), sparsity=0.7, end_step=100, frequency=10, implementation=implementation, **options
+        )
+        losses = []
+        for _ in range(150):
+            batch = torch.randint(0, len(images), (64,))
+            loss = nn.functional.cross_entropy(model(images[batch]), labels[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return torch.tensor(losses)
+
+    reference, other_seed, native = curve(0, "reference"), curve(1, "reference"), curve(0, "native")
+    assert native[-20:].mean() < 0.5 * native[:5].mean()
+    assert (native - reference).abs().mean() < 0.1 * (other_seed - reference).abs().mean()
