@@ -42,6 +42,7 @@ class _Path:
         self.own_masks = own_masks
         self.differing = 0  # weights pruned here and not in the reference, or the other way round
         self.furthest = 0.0  # score of such a weight from the threshold when it became one
+        self._pruned_here: dict[int, torch.Tensor] = {}  # which weights the reference keeps and this path does not
         generator = torch.Generator().manual_seed(0)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         weights = [torch.randn(shape, generator=generator) * 0.05 for shape in shapes]
@@ -64,13 +65,32 @@ class _Path:
 
     def compare_masks(self, reference: "_Path") -> None:
         """After a mask update of the reference: take its masks, or count where the own ones differ."""
+        import torch
+
+        from toolkit.prune.mask import flat
+        from toolkit.prune.scores import STATE_SCORES
+
         if not self.own_masks:
             self._take_masks(reference)
             return
-        differing, furthest = _furthest_at_threshold(reference, self)
-        if differing > self.differing:  # some came with this update
-            self.furthest = max(self.furthest, furthest)
-        self.differing = differing
+        score = STATE_SCORES[reference.optimizer.defaults["score"]]
+        lowest = torch.inf  # score among the reference's survivors: the threshold
+        appeared = []
+        for index, state in reference.optimizer.state_dict()["state"].items():
+            if "mask" not in state:
+                continue
+            kept = flat(state["mask"])
+            pruned_here = kept & (flat(self.parameters[index].detach()) == 0)
+            moments = {key: flat(value) for key, value in state.items() if key not in ("step", "mask")}
+            scores = score(flat(reference.parameters[index].detach()), moments)
+            lowest = min(lowest, float(scores[kept].min())) if bool(kept.any()) else lowest
+            # A weight that came to differ at an earlier update has moved on since.
+            appeared.append(scores[pruned_here & ~self._pruned_here.get(index, torch.zeros_like(pruned_here))])
+            self._pruned_here[index] = pruned_here
+        new = torch.cat(appeared)
+        if new.numel():
+            self.furthest = max(self.furthest, float(((new - lowest) / lowest).max()))
+        self.differing = 2 * sum(int(marks.sum()) for marks in self._pruned_here.values())
 
     def _take_masks(self, reference: "_Path") -> None:
         import torch
@@ -96,31 +116,6 @@ class _Path:
             "same_masks": all(bool(((a == 0) == (b == 0)).all()) for a, b in pairs),
             "furthest_weight": max(float(difference.norm() / a.norm()) for difference, a in both),
         }
-
-
-def _furthest_at_threshold(reference: _Path, other: _Path) -> tuple[int, float]:
-    """(weights that one keeps and the other does not, largest relative distance of such a score to the threshold)."""
-    import torch
-
-    from toolkit.prune.mask import flat
-    from toolkit.prune.scores import STATE_SCORES
-
-    score = STATE_SCORES[reference.optimizer.defaults["score"]]
-    differing: list[torch.Tensor] = []
-    lowest = torch.inf
-    states = reference.optimizer.state_dict()["state"]
-    for index, (mine, theirs) in enumerate(zip(reference.parameters, other.parameters, strict=True)):
-        state = states[index]
-        if "mask" not in state:
-            continue
-        moments = {key: flat(value) for key, value in state.items() if key not in ("step", "mask")}
-        scores = score(flat(mine.detach()), moments)
-        kept = flat(state["mask"])
-        lowest = min(lowest, float(scores[kept].min())) if bool(kept.any()) else lowest
-        differing.append(scores[kept & (flat(theirs.detach()) == 0)])
-    found = torch.cat(differing) if differing else torch.zeros(0)
-    furthest = float(((found - lowest) / lowest).max()) if found.numel() else 0.0
-    return 2 * found.numel(), furthest
 
 
 def _compare(kind: Any, shapes: "Sequence[torch.Size]", steps: int, log: Callable[[str], None]) -> list[dict[str, Any]]:

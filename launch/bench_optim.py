@@ -54,12 +54,16 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def transient_bytes(function: Callable[[], Any]) -> int:
-    """Highest memory that a call takes from torch's allocator beyond what was there before it."""
+def transient_bytes(function: Callable[[], Any], prepare: Callable[[], Any] = lambda: None) -> int:
+    """Highest memory that a call takes from torch's allocator beyond what was there before it.
+
+    On CPU only what was made under watch is seen to go: what `function` frees must be made in `prepare`.
+    """
     import torch
 
     gc.collect()
     if torch.cuda.is_available():
+        prepare()
         _wait()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -67,13 +71,19 @@ def transient_bytes(function: Callable[[], Any]) -> int:
         _wait()
         return torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        function()
-    now = peak = 0
-    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        prepare()
+        with torch.profiler.record_function("measured"):
+            function()
+    events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    now = before = peak = 0
+    begun = False
+    for event in events:
+        if event.name() == "measured":
+            begun, before, peak = True, now, now
         if event.name() == "[memory]":
             now += event.nbytes()
-            peak = max(peak, now)
-    return peak
+            peak = max(peak, now) if begun else 0
+    return peak - before
 
 
 def _parameters(shapes: "Sequence[torch.Size]", gradients: "Sequence[torch.Tensor]") -> "list[torch.nn.Parameter]":
@@ -214,7 +224,8 @@ def time_mask_update(shapes: "Sequence[torch.Size]", rounds: int) -> dict[str, f
 
     device = _device()
     parameters = _parameters(shapes, [torch.randn(shape, device=device) * 0.01 for shape in shapes])
-    optimizer = AdamWPrune(parameters, sparsity=0.7, end_step=1000, frequency=2)
+    make = partial(AdamWPrune, sparsity=0.7, end_step=1000, frequency=2)
+    optimizer = make(parameters)
     ordinary: list[float] = []
     updates: list[float] = []
     for step in range(1, 2 * rounds + 1):
@@ -224,8 +235,8 @@ def time_mask_update(shapes: "Sequence[torch.Size]", rounds: int) -> dict[str, f
         _wait()
         (ordinary if step % 2 else updates).append(time.perf_counter() - begin)
     ratios = [update / step for update, step in zip(updates[1:], ordinary[1:], strict=True)]
-    optimizer.step()
-    step_transient = transient_bytes(optimizer.step)
+    watched = make(parameters)  # its 4th step packs anew what the 2nd has packed
+    step_transient = transient_bytes(watched.step, prepare=lambda: [watched.step() for _ in range(3)])
 
     scores = [parameter.detach().view(-1) for parameter in parameters if parameter.ndim > 1]
     sources = [lambda s=s: (piece.abs() for piece in s.split(CHUNK)) for s in scores]

@@ -6,23 +6,27 @@ same samples give the same bytes: tar headers carry no time and no user.
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from toolkit.data.index import INFO_NAME, index_path, scan_shards
 
-__all__ = ["Sample", "write_info", "write_split"]
+__all__ = ["Sample", "write_info", "write_shard", "write_split"]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One image to write: key without dots, class number, and a function that gives the JPEG's bytes when needed."""
+    """One image to write: key without dots, class number, and a function that gives the JPEG's bytes when needed.
+
+    `meta` becomes the sample's .json; None writes its label and a file name made of the key.
+    """
 
     key: str
     label: int
     jpeg: Callable[[], bytes]
+    meta: dict[str, Any] | None = None
 
 
 def write_split(
@@ -44,14 +48,15 @@ def write_split(
     for number in range(num_shards):
         part = samples[number * len(samples) // num_shards : (number + 1) * len(samples) // num_shards]
         name = f"{prefix}-{split}-{number:04d}.tar"
-        _write_shard(folder / name, part, on_sample)
+        write_shard(folder / name, part, on_sample)
         names.append(name)
         lengths.append(len(part))
-    scan_shards(folder, names).save(index_path(folder, split))
+    scan_shards(folder, names, checksums=True).save(index_path(folder, split))
     return {"name": split, "num_samples": len(samples), "filenames": names, "shard_lengths": lengths}
 
 
-def _write_shard(path: Path, samples: Sequence[Sample], on_sample: Callable[[], None]) -> None:
+def write_shard(path: Path, samples: Iterable[Sample], on_sample: Callable[[], None] = lambda: None) -> None:
+    """Write one tar under a temporary name, sync it and rename it."""
     import webdataset
 
     temporary = path.with_name(path.name + ".tmp")
@@ -60,7 +65,7 @@ def _write_shard(path: Path, samples: Sequence[Sample], on_sample: Callable[[], 
             for sample in samples:
                 assert "." not in sample.key, sample.key
                 label = sample.label
-                meta = {"label": label, "filename": f"{sample.key}.jpg"}
+                meta = sample.meta or {"label": label, "filename": f"{sample.key}.jpg"}
                 tar.write({"__key__": sample.key, "jpg": sample.jpeg(), "cls": label, "json": meta})
                 on_sample()
         file.flush()

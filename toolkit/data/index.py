@@ -4,22 +4,30 @@ With the index a sample is one `pread`, the order is free to be any permutation,
 an error at start, not a silent loss (webdataset's reader drops the rest of a shard cut at a member border).
 """
 
+import contextlib
+import fcntl
 import functools
 import hashlib
 import json
+import multiprocessing
 import os
 import tarfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from toolkit.cache import cache_folder
+from toolkit.log import get_logger
+
 __all__ = ["INFO_NAME", "ShardIndex", "index_path", "load_split", "read_info", "scan_shards"]
 
 INFO_NAME = "_info.json"
+_SCAN_ALONE = 16  # shards that one process scans; more are shared by several
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 _DTYPES = {"shard": np.int32, "offset": np.int64, "size": np.int32, "label": np.int32, "crc32": np.uint32}
 
@@ -28,7 +36,8 @@ _DTYPES = {"shard": np.int32, "offset": np.int64, "size": np.int32, "label": np.
 class ShardIndex:
     """One row per sample, in shard order: shard number, offset and size in bytes of the image, label, crc32 of it.
 
-    `folder` holds the files `names`, of `shard_bytes` bytes each.
+    `folder` holds the files `names`, of `shard_bytes` bytes each. An index made by a scan of headers has no checksums
+    (crc32 is 0), and in `modified_ns` the times at which the shards it read had last been changed.
     """
 
     folder: Path
@@ -39,6 +48,8 @@ class ShardIndex:
     size: np.ndarray
     label: np.ndarray
     crc32: np.ndarray
+    has_checksums: bool = True
+    modified_ns: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.shard)
@@ -75,7 +86,11 @@ class ShardIndex:
 
         arrays = {key: np.ascontiguousarray(getattr(self, key)) for key in _DTYPES}
         # One metadata entry only: safetensors writes several in random order.
-        shards = json.dumps({"schema": "shard-index/1", "names": self.names, "bytes": self.shard_bytes})
+        facts = {"schema": "shard-index/1", "names": self.names, "bytes": self.shard_bytes}
+        if not self.has_checksums:
+            facts |= {"has_checksums": False, "modified_ns": self.modified_ns}
+        shards = json.dumps(facts)
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # ranks may scan at once
         temporary.write_bytes(save(arrays, metadata={"shards": shards}))
         temporary.replace(path)
@@ -87,16 +102,17 @@ def index_path(folder: Path, split: str) -> Path:
 
 
 def read_info(folder: str | Path) -> dict[str, Any]:
-    """The folder's `_info.json`, as timm's ReaderWds reads it. Raises ValueError where it is missing or broken."""
+    """The folder's `_info.json`, as timm's ReaderWds reads it, or one made up from the names of its shards.
+
+    Raises ValueError where there are neither, or where it is broken.
+    """
     if not folder:
         raise ValueError("--data-dir is missing; name a folder of shards (python -m shards.digits makes one)")
     path = Path(folder) / INFO_NAME
     try:
         info = json.loads(path.read_text())
     except FileNotFoundError:
-        raise ValueError(
-            f"--data-dir {folder} has no {INFO_NAME}; make shards first: python -m shards.digits --out {folder}"
-        ) from None
+        return _info_from_names(Path(folder))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON ({error}); build the shards again") from None
     if not isinstance(info.get("splits"), dict):
@@ -104,18 +120,43 @@ def read_info(folder: str | Path) -> dict[str, Any]:
     return info
 
 
+def _info_from_names(folder: Path) -> dict[str, Any]:
+    """Splits by the words train and val in the shards' names."""
+    splits: dict[str, dict[str, Any]] = {}
+    for path in sorted(folder.glob("*.tar")):
+        words = path.stem.lower()
+        split = "train" if "train" in words else "validation" if "val" in words else "test" if "test" in words else ""
+        if split:
+            splits.setdefault(split, {"name": split, "filenames": []})["filenames"].append(path.name)
+    if not splits:
+        raise ValueError(
+            f"--data-dir {folder} has no {INFO_NAME} and no shards named *train*.tar and *val*.tar; "
+            f"make some first: python -m shards.digits --out {folder}"
+        )
+    return {"name": folder.name, "splits": splits}
+
+
 def load_split(folder: Path, split: str) -> ShardIndex:
-    """Open a split: its index, made by one scan of the shards where there is none, checked against the files."""
+    """Open a split: its index, made by one scan of the shards' headers where there is none, checked against the files.
+
+    A scanned index is kept beside the shards, or in a cache folder where that cannot be written to, and made again when
+    a shard has changed. One that was built with the shards is never: a shard that differs from it is an error.
+    """
     info = read_info(folder)
     if split not in info["splits"]:
         raise ValueError(f"split {split!r} is not in {folder / INFO_NAME}; it has {', '.join(info['splits'])}")
+    names = info["splits"][split]["filenames"]
     path = index_path(folder, split)
-    if path.is_file():
-        index = _read(folder, path)
-    else:
-        index = scan_shards(folder, info["splits"][split]["filenames"])
-        if os.access(folder, os.W_OK):
-            index.save(path)
+    if not path.is_file():
+        path = _own_path(folder, split)
+    index = _current(folder, path, names)
+    if index is None:
+        with _locked(path):  # the other ranks wait for the scan of the first
+            index = _current(folder, path, names)
+            if index is None:
+                get_logger().info("reading the headers of %d shards in %s", len(names), folder)
+                index = scan_shards(folder, names, run=_in_processes if len(names) > _SCAN_ALONE else map)
+                index.save(path)
     index.check_files()
     expected = info["splits"][split].get("num_samples", len(index))
     if len(index) != expected:
@@ -126,29 +167,80 @@ def load_split(folder: Path, split: str) -> ShardIndex:
     return index
 
 
+def _own_path(folder: Path, split: str) -> Path:
+    """Where an index that was scanned is kept."""
+    if os.access(folder, os.W_OK):
+        return index_path(folder, split)
+    key = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    return index_path(cache_folder() / "index" / key, split)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One process at a time; the lock dies with its process."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_name(path.name + ".lock"), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _current(folder: Path, path: Path, names: Sequence[str]) -> ShardIndex | None:
+    """The index at `path`, unless there is none or it was scanned from shards that have changed since."""
+    if not path.is_file():
+        return None
+    index = _read(folder, path)
+    if not index.modified_ns:
+        return index
+    if index.names != tuple(names):
+        return None
+    for name, known in zip(names, zip(index.shard_bytes, index.modified_ns, strict=True), strict=True):
+        shard = folder / name
+        if shard.is_file() and (shard.stat().st_size, shard.stat().st_mtime_ns) != known:
+            return None
+    return index
+
+
 def _read(folder: Path, path: Path) -> ShardIndex:
     from safetensors import safe_open
 
     with safe_open(str(path), framework="np") as file:
         shards = json.loads(file.metadata()["shards"])
         arrays = {key: file.get_tensor(key) for key in _DTYPES}
-    return ShardIndex(folder, tuple(shards["names"]), tuple(shards["bytes"]), **arrays)
+    return ShardIndex(
+        folder, tuple(shards["names"]), tuple(shards["bytes"]), **arrays,
+        has_checksums=shards.get("has_checksums", True), modified_ns=tuple(shards.get("modified_ns", ())),
+    )  # fmt: skip
 
 
-def scan_shards(folder: Path, names: Sequence[str]) -> ShardIndex:
-    """Build the index by reading each shard's headers, labels and image checksums."""
-    rows: list[tuple[int, int, int, int, int]] = []
-    for number, name in enumerate(names):
-        path = folder / name
+def _in_processes(function: Any, *iterables: Any) -> Iterator[Any]:
+    with ProcessPoolExecutor(min(8, os.cpu_count() or 1), mp_context=multiprocessing.get_context("fork")) as pool:
+        yield from pool.map(function, *iterables)
+
+
+def scan_shards(
+    folder: Path, names: Sequence[str], *, checksums: bool = False, run: Callable[..., Iterable[Any]] = map
+) -> ShardIndex:
+    """Build the index by reading each shard's headers and labels, with `checksums` the images too.
+
+    `run` applies a function to many shards, as `map` does. Raises ValueError that names a shard which is missing, cut
+    short or damaged.
+    """
+    paths = [folder / name for name in names]
+    for path in paths:
         if not path.is_file():
             raise ValueError(f"shard {path} is missing; build it again or take the split out of {INFO_NAME}")
-        rows += [(number, *sample) for sample in _scan_shard(path)]
+    stats = [path.stat() for path in paths]
+    found = run(functools.partial(_scan_shard, checksums=checksums), paths)
+    rows = [(number, *sample) for number, samples in enumerate(found) for sample in samples]
     columns = np.array(rows, dtype=np.int64).reshape(-1, len(_DTYPES)).T
     arrays = {key: column.astype(dtype) for (key, dtype), column in zip(_DTYPES.items(), columns, strict=True)}
-    return ShardIndex(folder, tuple(names), tuple((folder / n).stat().st_size for n in names), **arrays)
+    return ShardIndex(
+        folder, tuple(names), tuple(stat.st_size for stat in stats), **arrays, has_checksums=checksums,
+        modified_ns=() if checksums else tuple(stat.st_mtime_ns for stat in stats),
+    )  # fmt: skip
 
 
-def _scan_shard(path: Path) -> list[tuple[int, int, int, int]]:
+def _scan_shard(path: Path, checksums: bool) -> list[tuple[int, int, int, int]]:
     """(offset, size, label, crc32) of each sample. Keys end at the first dot, as in webdataset."""
     images: dict[str, tuple[int, int, int]] = {}
     labels: dict[str, int] = {}
@@ -160,18 +252,28 @@ def _scan_shard(path: Path) -> list[tuple[int, int, int, int]]:
                 folder, _, base = member.name.rpartition("/")
                 key, _, suffix = base.partition(".")
                 key = f"{folder}/{key}"
-                if suffix.lower() not in (*IMAGE_SUFFIXES, "cls"):
-                    continue
-                data = tar.extractfile(member)
-                assert data is not None, member.name
-                content = data.read()
                 if suffix.lower() == "cls":
-                    labels[key] = int(content)
-                else:
-                    images[key] = (member.offset_data, member.size, zlib.crc32(content))
+                    labels[key] = int(_content(tar, member))
+                elif suffix.lower() in IMAGE_SUFFIXES:
+                    crc = zlib.crc32(_content(tar, member)) if checksums else 0
+                    images[key] = (member.offset_data, member.size, crc)
+            end = tar.offset
+        with open(path, "rb") as file:
+            # tarfile takes a file that ends after a member for a whole tar; a whole one ends with empty blocks.
+            if os.pread(file.fileno(), tarfile.BLOCKSIZE, end) != bytes(tarfile.BLOCKSIZE):
+                raise ValueError("it is cut short: the end mark is missing")
     except (tarfile.TarError, ValueError) as error:
         raise ValueError(f"shard {path} cannot be read ({error}); build or copy it again") from None
     unpaired = sorted(images.keys() ^ labels.keys())
     if unpaired:
         raise ValueError(f"shard {path}: sample {unpaired[0]!r} lacks its image or its .cls; build it again")
     return [(offset, size, labels[key], crc) for key, (offset, size, crc) in images.items()]
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(member)
+    assert file is not None, member.name
+    data = file.read()
+    if len(data) != member.size:
+        raise ValueError(f"it is cut short in {member.name}")
+    return data

@@ -14,17 +14,13 @@ import sys
 import tempfile
 from pathlib import Path
 
+from toolkit.cache import cache_folder
 from toolkit.log import get_logger
 
 __all__ = ["available", "library"]
 
 _SOURCES = tuple(Path(__file__).with_name(name) for name in ("packed.cpp", "layout.cpp"))
 _FLAGS = ("-O3", "-fno-math-errno", "-fopenmp")
-
-
-def _cache_folder() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "adamwprune-toolkit"
 
 
 def _build(target: Path) -> None:
@@ -50,7 +46,7 @@ def library() -> ctypes.CDLL | None:
     key = hashlib.sha256(b"".join(source.read_bytes() for source in _SOURCES) + " ".join(_FLAGS).encode()).hexdigest()[
         :16
     ]
-    target = _cache_folder() / f"packed-{key}.so"
+    target = cache_folder() / f"packed-{key}.so"
     try:
         if not target.exists():
             _build(target)

@@ -1,0 +1,158 @@
+"""Where images come from: ILSVRC2012's archives, an ImageFolder tree, or WebDataset shards, without unpacking any.
+
+Whatever the layout, an image is a range of bytes in a file: a member of a tar inside a tar is one too. So the builder
+needs no reader of its own for each layout, and any process can read any image.
+"""
+
+import io
+import json
+import os
+import re
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["Catalogue", "SourceImage", "from_archives", "from_image_folder", "from_shards"]
+
+_IMAGE = re.compile(r"\.(jpe?g|png|webp)$", re.IGNORECASE)
+_VALIDATION_FOLDERS = ("validation", "val")
+
+
+@dataclass(frozen=True)
+class SourceImage:
+    """`size` bytes at `offset` of file `path`; `name` is the original file name, `label` the class number."""
+
+    path: str
+    offset: int
+    size: int
+    name: str
+    label: int
+
+    def read(self) -> bytes:
+        """The image's bytes. Raises ValueError where the file is shorter than it was."""
+        with open(self.path, "rb") as file:
+            data = os.pread(file.fileno(), self.size, self.offset)
+        if len(data) != self.size:
+            raise ValueError(f"{self.path} is cut short at {self.name}; fetch it again")
+        return data
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """All images of a data set: split -> images in a fixed order, and the class names by number."""
+
+    splits: dict[str, list[SourceImage]]
+    classes: list[str]
+
+
+def _members(path: Path, start: int = 0) -> Iterator[tuple[str, int, int]]:
+    """(name, offset in the file, size) of a tar's files; `start` is where the tar begins in the file."""
+    with open(path, "rb") as file:
+        file.seek(start)
+        try:
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                for member in tar:
+                    if member.isfile():
+                        yield member.name, member.offset_data, member.size
+                        tar.members = []  # tarfile keeps every header it has read: 1 GB for ImageNet
+        except tarfile.TarError as error:
+            raise ValueError(f"{path} is not a whole tar ({error}); fetch it again") from None
+
+
+def from_archives(folder: Path, on_image: Callable[[], None] = lambda: None) -> Catalogue:
+    """ILSVRC2012_img_train.tar (a tar of a tar a class), ILSVRC2012_img_val.tar, ILSVRC2012_devkit_t12.tar.gz.
+
+    A class's number is the rank of its wnid. The devkit numbers classes otherwise: its id - 1 is not the class.
+    """
+    paths = {part: folder / f"ILSVRC2012_{part}" for part in ("img_train.tar", "img_val.tar", "devkit_t12.tar.gz")}
+    missing = [path.name for path in paths.values() if not path.is_file()]
+    if missing:
+        raise ValueError(f"{folder} lacks {', '.join(missing)}; all three archives of ILSVRC2012 are needed")
+    wnid_of_id, truth = _read_devkit(paths["devkit_t12.tar.gz"])
+    outer = sorted(_members(paths["img_train.tar"]))
+    wnids = sorted(Path(name).stem for name, _, _ in outer)
+    rank = {wnid: number for number, wnid in enumerate(wnids)}
+    train = []
+    for name, offset, _ in outer:
+        for inner, at, size in _members(paths["img_train.tar"], offset):
+            train.append(SourceImage(str(paths["img_train.tar"]), at, size, Path(inner).name, rank[Path(name).stem]))
+            on_image()
+    validation = []
+    for name, at, size in sorted(_members(paths["img_val.tar"])):
+        base = Path(name).name
+        digits = re.search(r"_(\d+)\.", base)
+        number = int(digits.group(1)) if digits else 0
+        if not 1 <= number <= len(truth):
+            raise ValueError(f"{base} in {paths['img_val.tar']} has no entry among the {len(truth)} of the devkit")
+        wnid = wnid_of_id[truth[number - 1]]
+        if wnid not in rank:
+            raise ValueError(f"{base} is of class {wnid}, which the training archive does not have")
+        validation.append(SourceImage(str(paths["img_val.tar"]), at, size, base, rank[wnid]))
+        on_image()
+    return Catalogue({"train": train, "validation": validation}, wnids)
+
+
+def _read_devkit(path: Path) -> tuple[dict[int, str], list[int]]:
+    """(ILSVRC id -> wnid, the id of each validation image)"""
+    from scipy.io import loadmat
+
+    truth: list[int] | None = None
+    synsets = None
+    with tarfile.open(path, "r:gz") as tar:
+        for member in tar:
+            file = tar.extractfile(member)
+            if file is None:
+                continue
+            if member.name.endswith("validation_ground_truth.txt"):
+                truth = [int(line) for line in file.read().split()]
+            elif member.name.endswith("/meta.mat"):
+                synsets = loadmat(io.BytesIO(file.read()), squeeze_me=True)["synsets"]
+    if truth is None or synsets is None:
+        raise ValueError(f"{path} lacks data/meta.mat or data/ILSVRC2012_validation_ground_truth.txt; fetch it again")
+    # Classes are the synsets without children; the others are their hypernyms.
+    leaves = [synset for synset in synsets.reshape(-1) if int(synset["num_children"]) == 0]
+    return {int(synset["ILSVRC2012_ID"]): str(synset["WNID"]) for synset in leaves}, truth
+
+
+def from_image_folder(folder: Path, on_image: Callable[[], None] = lambda: None) -> Catalogue:
+    """<folder>/train/<class>/* and <folder>/val (or validation)/<class>/*; classes are numbered in sorted order."""
+    validation = next((name for name in _VALIDATION_FOLDERS if (folder / name).is_dir()), None)
+    if validation is None or not (folder / "train").is_dir():
+        raise ValueError(f"{folder} lacks train/ and val/ (or validation/) with a folder for each class")
+    classes = sorted(entry.name for entry in (folder / "train").iterdir() if entry.is_dir())
+    splits: dict[str, list[SourceImage]] = {}
+    for split, name in (("train", "train"), ("validation", validation)):
+        unknown = {entry.name for entry in (folder / name).iterdir() if entry.is_dir()} - set(classes)
+        if unknown:
+            raise ValueError(f"{folder / name} has class {min(unknown)!r}, which train/ does not have")
+        splits[split] = []
+        for label, wnid in enumerate(classes):
+            for path in sorted((folder / name / wnid).rglob("*")):
+                if _IMAGE.search(path.name) and path.is_file():
+                    splits[split].append(SourceImage(str(path), 0, path.stat().st_size, path.name, label))
+                    on_image()
+    return Catalogue(splits, classes)
+
+
+def from_shards(folder: Path, on_image: Callable[[], None] = lambda: None) -> Catalogue:
+    """WebDataset shards with jpg (or jpeg, png, webp) and cls: of ours, or as in timm/imagenet-1k-wds."""
+    from toolkit.data.index import INFO_NAME, load_split, read_info
+
+    info = read_info(folder)
+    splits: dict[str, list[SourceImage]] = {}
+    for wanted, names in (("train", ("train",)), ("validation", _VALIDATION_FOLDERS)):
+        name = next((name for name in names if name in info["splits"]), None)
+        if name is None:
+            raise ValueError(f"{folder / INFO_NAME} has no {wanted} split; it has {', '.join(info['splits'])}")
+        index = load_split(folder, name)
+        splits[wanted] = []
+        for number in range(len(index)):
+            path = str(index.folder / index.names[int(index.shard[number])])
+            where = int(index.offset[number]), int(index.size[number])
+            splits[wanted].append(SourceImage(path, *where, f"{wanted}{number:08d}.jpg", int(index.label[number])))
+            on_image()
+    count = max(max((image.label for image in images), default=-1) for images in splits.values()) + 1
+    file = folder / "classes.json"
+    classes = json.loads(file.read_text()) if file.is_file() else []
+    return Catalogue(splits, classes or [str(number) for number in range(info.get("num_classes") or count)])
