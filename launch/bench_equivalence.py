@@ -87,7 +87,7 @@ class _Path:
             # A weight that came to differ at an earlier update has moved on since.
             appeared.append(scores[pruned_here & ~self._pruned_here.get(index, torch.zeros_like(pruned_here))])
             self._pruned_here[index] = pruned_here
-        new = torch.cat(appeared)
+        new = torch.cat(appeared) if appeared else torch.zeros(0)
         if new.numel():
             self.furthest = max(self.furthest, float(((new - lowest) / lowest).max()))
         self.differing = 2 * sum(int(marks.sum()) for marks in self._pruned_here.values())

@@ -55,7 +55,7 @@ def _members(path: Path, start: int = 0) -> Iterator[tuple[str, int, int]]:
                 for member in tar:
                     if member.isfile():
                         yield member.name, member.offset_data, member.size
-                        tar.members = []  # tarfile keeps every header it has read: 1 GB for ImageNet
+                        tar.members = []  # type: ignore[attr-defined]  # else it keeps 1 GB of headers for ImageNet
         except tarfile.TarError as error:
             raise ValueError(f"{path} is not a whole tar ({error}); fetch it again") from None
 

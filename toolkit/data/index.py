@@ -86,7 +86,7 @@ class ShardIndex:
 
         arrays = {key: np.ascontiguousarray(getattr(self, key)) for key in _DTYPES}
         # One metadata entry only: safetensors writes several in random order.
-        facts = {"schema": "shard-index/1", "names": self.names, "bytes": self.shard_bytes}
+        facts: dict[str, Any] = {"schema": "shard-index/1", "names": self.names, "bytes": self.shard_bytes}
         if not self.has_checksums:
             facts |= {"has_checksums": False, "modified_ns": self.modified_ns}
         shards = json.dumps(facts)
