@@ -19,9 +19,9 @@ import numpy as np
 
 from shards.clean import Cleaning, clean_jpeg
 from shards.sources import Catalogue, SourceImage
-from shards.writer import Sample, write_info, write_shard
+from shards.writer import Sample, index_split, write_info, write_shard
 from toolkit.data.decode import BadImageError
-from toolkit.data.index import INFO_NAME, ShardIndex, index_path, scan_shards
+from toolkit.data.index import INFO_NAME, scan_shards
 from toolkit.progress import Progress
 
 __all__ = ["BuildSettings", "build"]
@@ -137,13 +137,11 @@ def _write_missing(shards: Sequence[_Shard], settings: BuildSettings, workers: i
     return bad
 
 
-def _index(out: Path, shards: Sequence[_Shard], split: str, workers: int) -> ShardIndex:
-    """Read what was written, with checksums; the index is of the files, not of the plan."""
+def _index(out: Path, shards: Sequence[_Shard], split: str, workers: int) -> dict[str, Any]:
+    """Read what was written, with checksums: the index is of the files, not of the plan. Returns the split's entry."""
     names = [shard.path.name for shard in shards if shard.split == split]
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork")) as pool:
-        index = scan_shards(out, names, checksums=True, run=pool.map)
-    index.save(index_path(out, split))
-    return index
+        return index_split(out, split, scan_shards(out, names, checksums=True, run=pool.map))
 
 
 def build(out: Path, catalogue: Catalogue, settings: BuildSettings, workers: int, **facts: Any) -> dict[str, Any]:
@@ -164,13 +162,7 @@ def build(out: Path, catalogue: Catalogue, settings: BuildSettings, workers: int
     out.mkdir(parents=True, exist_ok=True)
     (out / _PLAN_NAME).write_text(json.dumps({"build_fingerprint": fingerprint, **asdict(settings)}, indent=1) + "\n")
     left_out = _write_missing(shards, settings, workers)
-    splits = {}
-    for split in catalogue.splits:
-        index = _index(out, shards, split, workers)
-        splits[split] = {
-            "name": split, "num_samples": len(index), "filenames": list(index.names),
-            "shard_lengths": index.shard_lengths,
-        }  # fmt: skip
+    splits = {split: _index(out, shards, split, workers) for split in catalogue.splits}
     (out / "classes.json").write_text(json.dumps(catalogue.classes, indent=0) + "\n")
     write_info(
         out, settings.name, len(catalogue.classes), splits, synthetic=False, seed=settings.seed,

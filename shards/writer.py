@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from toolkit.data.index import INFO_NAME, index_path, scan_shards
+from toolkit.data.index import INFO_NAME, ShardIndex, index_path, scan_shards
 
-__all__ = ["Sample", "write_info", "write_shard", "write_split"]
+__all__ = ["Sample", "index_split", "write_info", "write_shard", "write_split"]
 
 
 @dataclass(frozen=True)
@@ -44,15 +44,21 @@ def write_split(
     if not 1 <= num_shards <= len(samples):
         raise ValueError(f"{num_shards} shards for {len(samples)} {split} images; use between 1 and {len(samples)}")
     folder.mkdir(parents=True, exist_ok=True)
-    names, lengths = [], []
+    names = []
     for number in range(num_shards):
         part = samples[number * len(samples) // num_shards : (number + 1) * len(samples) // num_shards]
         name = f"{prefix}-{split}-{number:04d}.tar"
         write_shard(folder / name, part, on_sample)
         names.append(name)
-        lengths.append(len(part))
-    scan_shards(folder, names, checksums=True).save(index_path(folder, split))
-    return {"name": split, "num_samples": len(samples), "filenames": names, "shard_lengths": lengths}
+    return index_split(folder, split, scan_shards(folder, names, checksums=True))
+
+
+def index_split(folder: Path, split: str, index: ShardIndex) -> dict[str, Any]:
+    """Save a split's index; returns the split's entry for `_info.json`."""
+    return {
+        "name": split, "num_samples": len(index), "filenames": list(index.names), "shard_lengths": index.shard_lengths,
+        "index_sha256": index.save(index_path(folder, split)),
+    }  # fmt: skip
 
 
 def write_shard(path: Path, samples: Iterable[Sample], on_sample: Callable[[], None] = lambda: None) -> None:

@@ -29,9 +29,12 @@ class Config:
     """Every setting of a run. `given` holds the names that a flag or a recipe set, as opposed to defaults."""
 
     # fmt: off
-    data_dir: str = _flag("", "folder of WebDataset shards with _info.json", group="Data")
+    data_dir: str = _flag("", "folder of WebDataset shards, or a URL prefix (http, s3, gs, pipe:)", group="Data")
     train_split: str = _flag("train", "split to train on")
     val_split: str = _flag("validation", "split to evaluate on")
+    shuffle_window: int | None = _flag(None, "shards shuffled together (0: all); default all, from a URL 16", kind=int)
+    shard_cache: str = _flag("", "folder for shards from a URL; in the user's cache by default")
+    shard_cache_gib: float = _flag(50.0, "size of that folder at most, in GiB")
 
     model: str = _flag("resnet50", "any timm model by name", group="Model")
     pretrained: bool = _flag(False, "start from timm's weights (fetched by timm)")
@@ -195,7 +198,7 @@ def flags() -> list[dataclasses.Field[Any]]:
 _FREE_ON_RESUME = {
     "output", "experiment", "resume", "data_dir", "workers", "pin_mem", "log_interval", "checkpoint_hist",
     "checkpoint_interval", "dist_timeout", "batch_size", "global_batch_size", "grad_accum_steps",
-    "validation_batch_size",
+    "validation_batch_size", "shard_cache", "shard_cache_gib",
 }  # fmt: skip
 
 

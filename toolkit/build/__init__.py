@@ -4,7 +4,7 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import ModelEmaV3
 
 import toolkit.optim  # noqa: F401  registers our optimizers
-from toolkit.build.data import augment, create_loaders, input_settings, to_inputs
+from toolkit.build.data import augment, create_loaders, input_settings, open_data, to_inputs
 from toolkit.build.facts import describe, run_facts, write_args
 from toolkit.build.launch import check_identity, create_accelerator, run_folder, seed_everything, seed_rank
 from toolkit.build.model import compile_model, create_model, place_model, prunable_names, train_loss
@@ -18,7 +18,6 @@ from toolkit.build.optimizer import (
     total_epochs,
 )
 from toolkit.config import Config
-from toolkit.data.index import read_info
 from toolkit.data.loader import TrainLoader
 from toolkit.dist import World
 from toolkit.engine.checkpoint import CheckpointStore, step_of
@@ -35,14 +34,14 @@ def build(config: Config) -> Run:
     """Make every component of a run. Raises ValueError, one line with value, rule and remedy, for what cannot be."""
     opt, method = resolve_optimizer(config)
     given, config = config, apply_recipe(config, opt)
-    info = read_info(config.data_dir)
+    data = open_data(config)
     accelerator = create_accelerator(config)
     world = World.detect(accelerator.device)
     seed_everything(config.seed)
 
-    model = create_model(config, info)
+    model = create_model(config, data.num_classes)
     inputs = input_settings(config, model)
-    train_loader, eval_loader = create_loaders(config, inputs, int(config.num_classes or info["num_classes"]), world)
+    train_loader, eval_loader = create_loaders(config, data, inputs, world)
     place_model(model, config, world)
     ema = ModelEmaV3(model, config.model_ema_decay, use_warmup=config.model_ema_warmup) if config.model_ema else None
     lr = base_learning_rate(config, opt, train_loader.global_batch_size)
@@ -53,7 +52,7 @@ def build(config: Config) -> Run:
     prepared_model, prepared_optimizer = accelerator.prepare(model, optimizer)
 
     folder, resume_from = run_folder(given, opt, world)
-    facts = run_facts(config, info, opt, method, schedule, plan, world, train_loader.index)
+    facts = run_facts(config, data, opt, method, schedule, plan, world)
     if resume_from is not None:
         check_identity(resume_from, facts, folder, world)
     prunable = prunable_names(model)

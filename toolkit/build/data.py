@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,14 @@ from torch import Tensor, nn
 
 from toolkit.config import Config, batch_size_per_rank
 from toolkit.data.decode import EvalTransform, TimmTransform, TrainTransform, Transform
-from toolkit.data.index import load_split
+from toolkit.data.index import ShardIndex, load_split, read_info
 from toolkit.data.loader import Batch, EvalLoader, TrainLoader
+from toolkit.data.remote import ShardCache, fetch_info, is_remote, load_remote_split, remote_folder
 from toolkit.dist import World
 
-__all__ = ["augment", "create_loaders", "input_settings", "to_inputs"]
+__all__ = ["DataSet", "augment", "create_loaders", "input_settings", "open_data", "shuffle_window", "to_inputs"]
+
+_REMOTE_WINDOW = 16  # shards; a window and the next should fit the cache, and a batch mixes 16 × 1,250 images
 
 Augment = Callable[[Tensor, Tensor, int, int], tuple[Tensor, Tensor]]
 
@@ -28,11 +32,42 @@ def input_settings(config: Config, model: nn.Module) -> dict[str, Any]:
     return resolve_data_config({key: value for key, value in given.items() if value}, model=model)
 
 
+@dataclass(frozen=True)
+class DataSet:
+    """What --data-dir holds: `_info.json`, and index and (behind a URL) cache of the training and evaluation split."""
+
+    info: dict[str, Any]
+    train: ShardIndex
+    evaluation: ShardIndex
+    train_cache: ShardCache | None = None
+    evaluation_cache: ShardCache | None = None
+
+    @property
+    def num_classes(self) -> int:
+        """Classes by `_info.json`, or as many as the labels need."""
+        highest = max(int(index.label.max(initial=-1)) for index in (self.train, self.evaluation))
+        return int(self.info.get("num_classes", highest + 1))
+
+
+def open_data(config: Config) -> DataSet:
+    """Find the two splits in a folder or behind a URL. Raises ValueError for what is missing, short or damaged."""
+    names = (config.train_split, config.val_split)
+    if not is_remote(config.data_dir):
+        info = read_info(config.data_dir)
+        train, evaluation = (load_split(Path(config.data_dir), name) for name in names)
+        return DataSet(info, train, evaluation)
+    folder = Path(config.shard_cache) if config.shard_cache else remote_folder(config.data_dir)
+    info, limit_bytes = fetch_info(config.data_dir, folder), int(config.shard_cache_gib * 2**30)
+    (train, train_cache), (evaluation, evaluation_cache) = (
+        load_remote_split(config.data_dir, info, name, folder, limit_bytes) for name in names
+    )
+    return DataSet(info, train, evaluation, train_cache, evaluation_cache)
+
+
 def create_loaders(
-    config: Config, inputs: dict[str, Any], num_classes: int, world: World
+    config: Config, data: DataSet, inputs: dict[str, Any], world: World
 ) -> tuple[TrainLoader, EvalLoader]:
     """This rank's loaders of the two splits."""
-    folder = Path(config.data_dir)
     batch_size = batch_size_per_rank(config, world.num_ranks)
     height, width = inputs["input_size"][-2:]
     options: dict[str, Any] = {
@@ -43,21 +78,32 @@ def create_loaders(
     }
     if config.mixes and batch_size % 2:
         raise ValueError(f"mixup and CutMix pair the images of a batch: {batch_size} per rank is odd; use an even -b")
-    splits = [load_split(folder, split) for split in (config.train_split, config.val_split)]
-    for split, index in zip((config.train_split, config.val_split), splits, strict=True):
+    num_classes = config.num_classes or data.num_classes
+    for split, index in ((config.train_split, data.train), (config.val_split, data.evaluation)):
         if int(index.label.max(initial=0)) >= num_classes:
             raise ValueError(
                 f"split {split} has label {index.label.max()}, the model {num_classes} classes; check --num-classes"
             )
     train_loader = TrainLoader(
-        splits[0], train_transform(config, inputs), (height, width),
-        seed=config.seed, batch_size=batch_size, accumulation=config.grad_accum_steps, **options,
+        data.train, train_transform(config, inputs), (height, width),
+        seed=config.seed, batch_size=batch_size, accumulation=config.grad_accum_steps,
+        window=shuffle_window(config), cache=data.train_cache, **options,
     )  # fmt: skip
     eval_loader = EvalLoader(
-        splits[1], eval_transform(inputs), (height, width),
-        batch_size=config.validation_batch_size or batch_size, **options,
+        data.evaluation, eval_transform(inputs), (height, width),
+        batch_size=config.validation_batch_size or batch_size, cache=data.evaluation_cache, **options,
     )  # fmt: skip
     return train_loader, eval_loader
+
+
+def shuffle_window(config: Config) -> int | None:
+    """Shards whose samples are shuffled together; None is all of them."""
+    window = config.shuffle_window
+    if window is None:
+        return _REMOTE_WINDOW if is_remote(config.data_dir) else None
+    if window < 0:
+        raise ValueError(f"--shuffle-window {window} must be a number of shards, or 0 for all")
+    return window or None
 
 
 def train_transform(config: Config, inputs: dict[str, Any]) -> Transform:

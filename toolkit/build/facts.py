@@ -9,8 +9,8 @@ import timm
 import torch
 from torch import nn
 
+from toolkit.build.data import DataSet, shuffle_window
 from toolkit.config import Config
-from toolkit.data.index import ShardIndex
 from toolkit.dist import World
 from toolkit.engine.run import Plan
 from toolkit.prune.schedule import Schedule
@@ -19,16 +19,17 @@ __all__ = ["cpu_name", "describe", "run_facts", "write_args"]
 
 
 def run_facts(
-    config: Config, info: dict[str, Any], opt: str, method: str, schedule: Schedule, plan: Plan, world: World,
-    index: ShardIndex,
+    config: Config, data: DataSet, opt: str, method: str, schedule: Schedule, plan: Plan, world: World
 ) -> dict[str, Any]:  # fmt: skip
     """Fixed entries of metrics.json, and what a checkpoint must agree on."""
+    info = data.info
     return {
         "world_size": world.num_ranks, "seed": config.seed, "opt": opt, "pruning": method, "model": config.model,
         "target_sparsity": schedule.sparsity, "dataset": info.get("name", Path(config.data_dir).name),
         "dataset_note": info.get("note", ""), "dataset_synthetic": bool(info.get("synthetic", False)),
-        "data_fingerprint": index.fingerprint, "global_batch_size": plan.global_batch_size,
-        "num_classes": config.num_classes or info["num_classes"],
+        "data_fingerprint": data.train.fingerprint, "global_batch_size": plan.global_batch_size,
+        "num_classes": config.num_classes or data.num_classes,
+        "shuffle_window": shuffle_window(config),
         "steps_per_epoch": plan.steps_per_epoch, "epochs": plan.epochs, "mixed_precision": config.mixed_precision,
         "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else cpu_name(),
         "device_type": world.device.type,

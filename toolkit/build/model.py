@@ -18,7 +18,7 @@ from toolkit.dist import World
 __all__ = ["compile_model", "create_model", "place_model", "prunable_names", "train_loss"]
 
 
-def create_model(config: Config, info: dict[str, Any]) -> nn.Module:
+def create_model(config: Config, num_classes: int) -> nn.Module:
     """timm's model for the data set's classes, its input size as flagged."""
     if not timm.is_model(config.model.partition(".")[0]):
         near = difflib.get_close_matches(config.model, timm.list_models(), n=3)
@@ -28,7 +28,7 @@ def create_model(config: Config, info: dict[str, Any]) -> nn.Module:
     options: dict[str, Any] = dict(config.model_kwargs)
     if config.drop_path is not None:
         options["drop_path_rate"] = config.drop_path
-    num_classes = config.num_classes or int(info.get("num_classes", 0))
+    num_classes = config.num_classes or num_classes
     if num_classes < 1:
         raise ValueError(f"{config.data_dir} does not say how many classes it has; add --num-classes")
     try:

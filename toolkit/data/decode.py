@@ -28,6 +28,9 @@ except ImportError:
 
 __all__ = ["BadImageError", "EvalTransform", "TimmTransform", "TrainTransform", "decode_rgb", "sample_generator"]
 
+# PIL's own warning limit; 266 MB once decoded.
+MAX_PIXELS = 89_478_485
+
 Transform = Callable[[np.ndarray, np.random.Generator], Tensor]
 
 
@@ -39,17 +42,26 @@ def decode_rgb(data: bytes) -> np.ndarray:
     """Image bytes -> uint8 [height, width, 3]. Raises BadImageError.
 
     simplejpeg is strict: it refuses truncated JPEGs. What it refuses PIL may still take (PNG, CMYK, extra bytes).
+    Images of more than MAX_PIXELS are refused before they are decoded.
     """
     if simplejpeg is not None:
         try:
+            height, width, *_ = simplejpeg.decode_jpeg_header(data)
+            _check_pixels(width, height)
             return simplejpeg.decode_jpeg(data, colorspace="RGB")
         except ValueError:
             pass  # PIL decides
     try:
         with Image.open(io.BytesIO(data)) as image:
+            _check_pixels(*image.size)
             return np.array(image.convert("RGB"))  # a copy: torch wants memory it may write to
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise BadImageError(str(error)) from error
+
+
+def _check_pixels(width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise BadImageError(f"{width} × {height} pixels are more than {MAX_PIXELS:,}")
 
 
 def sample_generator(seed: int, epoch: int, sample: int) -> np.random.Generator:

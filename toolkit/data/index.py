@@ -4,8 +4,6 @@ With the index a sample is one `pread`, the order is free to be any permutation,
 an error at start, not a silent loss (webdataset's reader drops the rest of a shard cut at a member border).
 """
 
-import contextlib
-import fcntl
 import functools
 import hashlib
 import json
@@ -21,10 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from toolkit.cache import cache_folder
+from toolkit.cache import cache_folder, locked
 from toolkit.log import get_logger
 
-__all__ = ["INFO_NAME", "ShardIndex", "index_path", "load_split", "read_info", "scan_shards"]
+__all__ = [
+    "INFO_NAME", "ShardIndex", "check_count", "index_path", "load_split", "read_index", "read_info", "scan_shards",
+    "split_entry",
+]  # fmt: skip
 
 INFO_NAME = "_info.json"
 _SCAN_ALONE = 16  # shards that one process scans; more are shared by several
@@ -67,6 +68,19 @@ class ShardIndex:
         digest.update(self.crc32.tobytes())
         return digest.hexdigest()
 
+    @staticmethod
+    def joined(parts: "Sequence[ShardIndex]") -> "ShardIndex":
+        """One index of several, whose shards follow each other."""
+        starts = np.cumsum([0, *(len(part.names) for part in parts)])
+        columns = {key: np.concatenate([getattr(part, key) for part in parts]) for key in _DTYPES if key != "shard"}
+        shard = [part.shard + start for part, start in zip(parts, starts, strict=False)]
+        return ShardIndex(
+            parts[0].folder, sum((part.names for part in parts), ()), sum((part.shard_bytes for part in parts), ()),
+            shard=np.concatenate(shard).astype(np.int32), **columns,
+            has_checksums=all(part.has_checksums for part in parts),
+            modified_ns=sum((part.modified_ns for part in parts), ()),
+        )  # fmt: skip
+
     def check_files(self) -> None:
         """Raise ValueError that names the first shard that is missing or has another size than the index says."""
         for name, expected in zip(self.names, self.shard_bytes, strict=True):
@@ -80,8 +94,8 @@ class ShardIndex:
                     "the *.index.safetensors beside it if the shard was replaced on purpose"
                 )
 
-    def save(self, path: Path) -> None:
-        """Write atomically; the same rows give the same bytes."""
+    def save(self, path: Path) -> str:
+        """Write atomically; the same rows give the same bytes. Returns their sha256."""
         from safetensors.numpy import save
 
         arrays = {key: np.ascontiguousarray(getattr(self, key)) for key in _DTYPES}
@@ -92,8 +106,10 @@ class ShardIndex:
         shards = json.dumps(facts)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # ranks may scan at once
-        temporary.write_bytes(save(arrays, metadata={"shards": shards}))
+        content = save(arrays, metadata={"shards": shards})
+        temporary.write_bytes(content)
         temporary.replace(path)
+        return hashlib.sha256(content).hexdigest()
 
 
 def index_path(folder: Path, split: str) -> Path:
@@ -142,29 +158,39 @@ def load_split(folder: Path, split: str) -> ShardIndex:
     A scanned index is kept beside the shards, or in a cache folder where that cannot be written to, and made again when
     a shard has changed. One that was built with the shards is never: a shard that differs from it is an error.
     """
-    info = read_info(folder)
-    if split not in info["splits"]:
-        raise ValueError(f"split {split!r} is not in {folder / INFO_NAME}; it has {', '.join(info['splits'])}")
-    names = info["splits"][split]["filenames"]
+    entry = split_entry(read_info(folder), split, str(folder))
+    names = entry["filenames"]
     path = index_path(folder, split)
     if not path.is_file():
         path = _own_path(folder, split)
     index = _current(folder, path, names)
     if index is None:
-        with _locked(path):  # the other ranks wait for the scan of the first
+        with locked(path):  # the other ranks wait for the scan of the first
             index = _current(folder, path, names)
             if index is None:
                 get_logger().info("reading the headers of %d shards in %s", len(names), folder)
                 index = scan_shards(folder, names, run=_in_processes if len(names) > _SCAN_ALONE else map)
                 index.save(path)
     index.check_files()
-    expected = info["splits"][split].get("num_samples", len(index))
+    check_count(index, entry, str(folder))
+    return index
+
+
+def split_entry(info: dict[str, Any], split: str, place: str) -> dict[str, Any]:
+    """A split's entry of `_info.json`. Raises ValueError that lists the splits where it has none."""
+    if split not in info["splits"]:
+        raise ValueError(f"split {split!r} is not in {INFO_NAME} of {place}; it has {', '.join(info['splits'])}")
+    return dict(info["splits"][split])
+
+
+def check_count(index: ShardIndex, entry: dict[str, Any], place: str) -> None:
+    """Raise ValueError where a split has another number of samples than its `_info.json` says."""
+    expected = entry.get("num_samples", len(index))
     if len(index) != expected:
         raise ValueError(
-            f"split {split!r} has {len(index)} samples, {folder / INFO_NAME} says {expected}; a shard was cut short, "
-            "build or copy it again"
+            f"split {entry['name']!r} has {len(index)} samples, {INFO_NAME} of {place} says {expected}; a shard was "
+            "cut short, build or copy it again"
         )
-    return index
 
 
 def _own_path(folder: Path, split: str) -> Path:
@@ -175,20 +201,11 @@ def _own_path(folder: Path, split: str) -> Path:
     return index_path(cache_folder() / "index" / key, split)
 
 
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """One process at a time; the lock dies with its process."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_name(path.name + ".lock"), "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def _current(folder: Path, path: Path, names: Sequence[str]) -> ShardIndex | None:
     """The index at `path`, unless there is none or it was scanned from shards that have changed since."""
     if not path.is_file():
         return None
-    index = _read(folder, path)
+    index = read_index(folder, path)
     if not index.modified_ns:
         return index
     if index.names != tuple(names):
@@ -200,7 +217,8 @@ def _current(folder: Path, path: Path, names: Sequence[str]) -> ShardIndex | Non
     return index
 
 
-def _read(folder: Path, path: Path) -> ShardIndex:
+def read_index(folder: Path, path: Path) -> ShardIndex:
+    """The index saved at `path`, of shards in `folder`."""
     from safetensors import safe_open
 
     with safe_open(str(path), framework="np") as file:

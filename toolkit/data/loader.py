@@ -16,9 +16,22 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from toolkit.data.decode import BadImageError, Transform, decode_rgb, sample_generator
 from toolkit.data.index import ShardIndex
-from toolkit.data.order import PADDING, epoch_order, evaluation_slices, micro_batch_slice, steps_per_epoch
+from toolkit.data.order import (
+    PADDING,
+    epoch_order,
+    epoch_windows,
+    evaluation_slices,
+    micro_batch_slice,
+    steps_per_epoch,
+)
+from toolkit.data.remote import ShardCache
+from toolkit.log import get_logger
 
 __all__ = ["Batch", "EvalLoader", "TrainLoader"]
+
+
+_OPEN_FILES = 64  # of a worker; 1,024 shards would use up what a process may open
+_COMPLAINTS = 5
 
 
 class Batch(NamedTuple):
@@ -38,19 +51,42 @@ class Batch(NamedTuple):
 class _Reader:
     """Reads and decodes single samples; files are opened on first use, so in the worker that uses them."""
 
-    def __init__(self, index: ShardIndex, transform: Transform, size: tuple[int, int], seed: int) -> None:
+    def __init__(
+        self, index: ShardIndex, transform: Transform, size: tuple[int, int], seed: int, cache: ShardCache | None
+    ) -> None:
         self.index = index
         self.transform = transform
         self.size = size
         self.seed = seed
-        self._files: dict[int, int] = {}
+        self.cache = cache
+        self._files: dict[int, int] = {}  # the last used comes last
+        self._complaints = 0
 
     def read(self, sample: int) -> bytes:
         """A sample's image bytes."""
         shard = int(self.index.shard[sample])
-        if shard not in self._files:
-            self._files[shard] = os.open(self.index.folder / self.index.names[shard], os.O_RDONLY)
-        return os.pread(self._files[shard], int(self.index.size[sample]), int(self.index.offset[sample]))
+        file = self._files.pop(shard, None)
+        if file is None:
+            if len(self._files) >= _OPEN_FILES:
+                os.close(self._files.pop(next(iter(self._files))))
+            file = (
+                os.open(self.index.folder / self.index.names[shard], os.O_RDONLY)
+                if self.cache is None
+                else (self.cache.open(shard))
+            )
+        self._files[shard] = file
+        return os.pread(file, int(self.index.size[sample]), int(self.index.offset[sample]))
+
+    def complain(self, sample: int, error: BadImageError) -> None:
+        """Say which image cannot be read, the first few times in this worker."""
+        self._complaints += 1
+        if self._complaints <= _COMPLAINTS:
+            shard = self.index.folder / self.index.names[int(self.index.shard[sample])]
+            more = "; further ones are only counted" if self._complaints == _COMPLAINTS else ""
+            get_logger().warning(
+                "unreadable image: number %d, in %s at byte %d (%s)%s", sample, shard, self.index.offset[sample],
+                error, more,
+            )  # fmt: skip
 
     def pixels(self, sample: int, epoch: int) -> Tensor:
         """uint8 [3, h, w]. Raises BadImageError for bytes that are not those indexed, or no image."""
@@ -69,18 +105,26 @@ class _Reader:
 class _TrainBatches(Dataset):
     """Item (epoch, step, micro) -> Batch; the order is rebuilt where the epoch changes, 40-85 ms for ImageNet."""
 
-    def __init__(self, reader: _Reader, batch_size: int, accumulation: int, rank: int, num_ranks: int) -> None:
+    def __init__(
+        self, reader: _Reader, window: int | None, batch_size: int, accumulation: int, rank: int, num_ranks: int
+    ) -> None:
         self.reader = reader
+        self.window = window
         self.layout = {"batch_size": batch_size, "accumulation": accumulation, "rank": rank, "num_ranks": num_ranks}
-        self._epoch = -1
+        self._epoch = self._ahead = -1
         self._order = np.zeros(0, dtype=np.int64)
+        self._windows: tuple[np.ndarray, list[list[int]]] = (self._order, [])
 
     def __getitem__(self, key: tuple[int, int, int]) -> Batch:
         epoch, step, micro = key
         if epoch != self._epoch:
-            self._order = epoch_order(self.reader.index.shard_lengths, self.reader.seed, epoch)
-            self._epoch = epoch
-        wanted = self._order[micro_batch_slice(step, micro, **self.layout)]
+            lengths = self.reader.index.shard_lengths
+            self._order = epoch_order(lengths, self.reader.seed, epoch, self.window)
+            self._windows = epoch_windows(lengths, self.reader.seed, epoch, self.window or len(lengths))
+            self._epoch, self._ahead = epoch, -1
+        place_in_order = micro_batch_slice(step, micro, **self.layout)
+        self._fetch_ahead(place_in_order.start)
+        wanted = self._order[place_in_order]
         images = self.reader.empty(len(wanted))
         taken = wanted.copy()
         num_bad = 0
@@ -90,8 +134,10 @@ class _TrainBatches(Dataset):
                 sample = int(wanted[(place + turn) % len(wanted)])
                 try:
                     images[place] = self.reader.pixels(sample, epoch)
-                except BadImageError:
-                    num_bad += turn == 0
+                except BadImageError as error:
+                    if turn == 0:
+                        num_bad += 1
+                        self.reader.complain(sample, error)
                     continue
                 taken[place] = sample
                 break
@@ -99,6 +145,16 @@ class _TrainBatches(Dataset):
                 raise ValueError(f"no sample of step {step} in epoch {epoch} can be decoded; check the shards")
         labels = torch.from_numpy(self.reader.index.label[taken].astype(np.int64))
         return Batch(images, labels, torch.ones(len(taken)), torch.from_numpy(taken), num_bad)
+
+    def _fetch_ahead(self, position: int) -> None:
+        """Where a window begins, have its shards and the next window's fetched."""
+        if self.reader.cache is None:
+            return
+        starts, groups = self._windows
+        window = int(np.searchsorted(starts, position, side="right")) - 1
+        if window > self._ahead:
+            self._ahead = window
+            self.reader.cache.prefetch([shard for group in groups[window : window + 2] for shard in group])
 
 
 class _EvalBatches(Dataset):
@@ -113,6 +169,9 @@ class _EvalBatches(Dataset):
 
     def __getitem__(self, step: int) -> Batch:
         wanted = self.slices[step]
+        if self.reader.cache is not None:
+            first = int(self.reader.index.shard[max(0, int(wanted[0]))])
+            self.reader.cache.prefetch(range(first, min(first + 3, len(self.reader.index.names))))
         images = self.reader.empty(len(wanted))
         weights = torch.zeros(len(wanted))
         num_bad = 0
@@ -122,8 +181,9 @@ class _EvalBatches(Dataset):
             try:
                 images[place] = self.reader.pixels(sample, 0)
                 weights[place] = 1.0
-            except BadImageError:
+            except BadImageError as error:
                 num_bad += 1
+                self.reader.complain(sample, error)
         labels = torch.from_numpy(np.where(wanted == PADDING, 0, self.reader.index.label[wanted]).astype(np.int64))
         return Batch(images, labels, weights, torch.from_numpy(wanted.copy()), num_bad)
 
@@ -178,10 +238,13 @@ class TrainLoader:
         accumulation: int,
         rank: int,
         num_ranks: int,
+        window: int | None = None,
+        cache: ShardCache | None = None,
         workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
         self.index = index
+        self.workers = workers
         self.accumulation = accumulation
         self.global_batch_size = batch_size * accumulation * num_ranks
         self.steps = steps_per_epoch(len(index), self.global_batch_size)
@@ -191,7 +254,8 @@ class TrainLoader:
                 f"lower -b or --global-batch-size to at most {len(index)}"
             )
         self._keys = _Keys(self.steps, accumulation)
-        batches = _TrainBatches(_Reader(index, transform, size, seed), batch_size, accumulation, rank, num_ranks)
+        reader = _Reader(index, transform, size, seed, cache)
+        batches = _TrainBatches(reader, window, batch_size, accumulation, rank, num_ranks)
         self._loader = DataLoader(batches, sampler=self._keys, **_worker_options(workers, pin_memory))  # type: ignore[arg-type]
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
@@ -212,12 +276,13 @@ class EvalLoader:
         batch_size: int,
         rank: int,
         num_ranks: int,
+        cache: ShardCache | None = None,
         workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
         self.num_samples = len(index)
         slices = evaluation_slices(len(index), batch_size, rank, num_ranks)
-        batches = _EvalBatches(_Reader(index, transform, size, seed=0), slices)
+        batches = _EvalBatches(_Reader(index, transform, size, 0, cache), slices)
         self._loader = DataLoader(batches, **_worker_options(workers, pin_memory))  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[Batch]:

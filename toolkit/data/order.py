@@ -8,7 +8,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-__all__ = ["PADDING", "epoch_order", "evaluation_slices", "generator", "micro_batch_slice", "steps_per_epoch"]
+__all__ = [
+    "PADDING",
+    "epoch_order",
+    "epoch_windows",
+    "evaluation_slices",
+    "generator",
+    "micro_batch_slice",
+    "steps_per_epoch",
+]
 
 PADDING = -1  # sample number of the padded tail in evaluation: weight 0
 
@@ -33,6 +41,15 @@ def epoch_order(shard_lengths: Sequence[int], seed: int, epoch: int, window: int
         generator(seed, epoch, 1, first).shuffle(samples)
         parts.append(samples)
     return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+
+
+def epoch_windows(
+    shard_lengths: Sequence[int], seed: int, epoch: int, window: int
+) -> tuple[np.ndarray, list[list[int]]]:
+    """(int64 [windows + 1] where each window begins in the epoch's order, the shards of each)."""
+    shards = generator(seed, epoch, 0).permutation(len(shard_lengths)).tolist()
+    groups = [shards[first : first + window] for first in range(0, len(shards), window)]
+    return np.cumsum([0, *(sum(shard_lengths[shard] for shard in group) for group in groups)]), groups
 
 
 def steps_per_epoch(num_samples: int, global_batch_size: int) -> int:

@@ -1,6 +1,7 @@
 """The training loop: epochs of steps, evaluation, records, checkpoints. The order of a step is in `_train_epoch`."""
 
 import math
+import os
 import signal
 import time
 from types import FrameType
@@ -21,9 +22,11 @@ from toolkit.memory.sources import read_device, read_host
 from toolkit.progress import Progress, duration
 from toolkit.prune.mask import flat, zero_pruned
 
-__all__ = ["InterruptedRunError", "SparsityError", "train"]
+__all__ = ["InterruptedRunError", "SparsityError", "TooManyBadImagesError", "train"]
 
 _log = get_logger()
+
+_SLOW_DATA = 0.2  # share of the time spent waiting for data above which the log says what to change
 
 
 class InterruptedRunError(Exception):
@@ -59,8 +62,8 @@ class _StopRequest:
 def train(run: Run) -> History:
     """Train to the end of the plan. Call on all ranks.
 
-    Raises InterruptedRunError after a requested stop (a checkpoint is written), NonFiniteLossError, and SparsityError
-    if the final number of zeros is not floor(sparsity × prunable weights).
+    Raises InterruptedRunError after a requested stop (a checkpoint is written), NonFiniteLossError,
+    TooManyBadImagesError, and SparsityError if the final number of zeros is not floor(sparsity × prunable weights).
     """
     history = load_snapshot(run)
     done = history.epoch * run.plan.steps_per_epoch + history.step
@@ -74,7 +77,7 @@ def train(run: Run) -> History:
         _check_sparsity(run)
         _write_memory(run)
         _write(run, history, completed=True)  # last: it says that everything else is there
-    except (InterruptedRunError, NonFiniteLossError, SparsityError):
+    except (InterruptedRunError, NonFiniteLossError, SparsityError, TooManyBadImagesError):
         _write_memory(run)  # all ranks raise these together; after any other error a gather could wait for ever
         raise
     finally:
@@ -150,6 +153,7 @@ class _Window:
 
     def __init__(self, run: Run) -> None:
         self._run = run
+        self._advised = False
         self._clear()
 
     def _clear(self) -> None:
@@ -165,7 +169,7 @@ class _Window:
         elapsed = time.perf_counter() - self._begin
         losses = torch.stack([result.loss for result in results]).double().mean()
         rest = torch.tensor(
-            [sum(r.wait_s for r in results) / elapsed, sum(r.num_bad for r in results)],
+            [sum(r.wait_s for r in results) / elapsed, history.bad_so_far],
             dtype=torch.float64, device=losses.device,
         )  # fmt: skip
         loss, wait, bad = run.world.sum(torch.cat([losses[None], rest])).tolist()
@@ -197,7 +201,28 @@ class _Window:
             history.epoch, history.step, plan.steps_per_epoch, 100 * history.step / plan.steps_per_epoch, loss,
             elapsed / len(results), rate, learning_rate, 100 * wait, pruned, duration(left),
         )  # fmt: skip
+        if wait > _SLOW_DATA and not self._advised:
+            self._advised = True
+            _log.info(
+                "training waits %.0f %% of its time for data: raise --workers (now %d a rank; this host has %d cores), "
+                "leave out --color-jitter and --aa, or make smaller images (python -m shards.imagenet --max-short)",
+                100 * wait, run.train_loader.workers, os.cpu_count() or 1,
+            )  # fmt: skip
+        _check_bad(int(bad), len(run.train_loader.index), "training")
         self._clear()
+
+
+class TooManyBadImagesError(RuntimeError):
+    """More images cannot be read than a data set may have. Raised on all ranks together."""
+
+
+def _check_bad(bad: int, total: int, what: str) -> None:
+    limit = max(10, int(1e-4 * total))
+    if bad > limit:
+        raise TooManyBadImagesError(
+            f"{bad} of {total} {what} images could not be read, more than {limit}; the log names the first ones, "
+            "python -m shards.verify finds all"
+        )
 
 
 def _finish_epoch(run: Run, history: History) -> None:
@@ -222,6 +247,7 @@ def _finish_epoch(run: Run, history: History) -> None:
             epoch, result.loss, result.top1, result.top5, result.num_samples, result.num_bad,
             duration(time.perf_counter() - begin),
         )  # fmt: skip
+        _check_bad(result.num_bad, result.num_samples + result.num_bad, "evaluation")
     zeros, weights = run.sparsity()
     images = plan.steps_per_epoch * plan.global_batch_size
     history.eval_loss.append(None if result is None else result.loss)

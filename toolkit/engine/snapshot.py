@@ -12,7 +12,9 @@ __all__ = ["IDENTITY", "load_snapshot", "save_snapshot"]
 _log = get_logger()
 
 # What must be the same for a resumed run to be the same run. The number of ranks may change.
-IDENTITY = ("model", "opt", "global_batch_size", "seed", "epochs", "steps_per_epoch", "data_fingerprint")
+IDENTITY = (
+    "model", "opt", "global_batch_size", "seed", "epochs", "steps_per_epoch", "data_fingerprint", "shuffle_window",
+)  # fmt: skip
 
 
 def save_snapshot(run: Run, history: History, update: int, metric: float | None = None, best: bool = False) -> None:

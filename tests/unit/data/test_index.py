@@ -1,11 +1,12 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import webdataset
 from timm.data import create_dataset
 
-from toolkit.data.index import index_path, load_split, read_info
+from toolkit.data.index import _in_processes, index_path, load_split, read_info, scan_shards
 
 
 @pytest.fixture
@@ -26,10 +27,49 @@ def test_index_points_at_the_images(few_digits):
         assert index.label[i] == int(sample["cls"])
 
 
+def same_rows(first, second):
+    return all(
+        np.array_equal(getattr(first, key), getattr(second, key)) for key in ("shard", "offset", "size", "label")
+    )
+
+
 def test_scan_of_foreign_shards_equals_the_written_index(copy):
     written = load_split(copy, "train")
     index_path(copy, "train").unlink()
-    assert load_split(copy, "train").fingerprint == written.fingerprint
+    scanned = load_split(copy, "train")
+    assert same_rows(written, scanned)
+    assert written.has_checksums
+    assert not scanned.has_checksums
+    assert same_rows(load_split(copy, "train"), written)  # as it was kept beside the shards
+    (copy / "_info.json").unlink()  # the splits are then seen from the names
+    index_path(copy, "train").unlink()
+    assert same_rows(load_split(copy, "train"), written)
+    assert read_info(copy)["splits"].keys() == {"train", "validation"}
+
+
+def test_a_scanned_index_follows_the_shards(copy):
+    index_path(copy, "train").unlink()
+    (copy / "_info.json").unlink()
+    before = load_split(copy, "train")
+    shutil.copy(copy / "few-train-0000.tar", copy / "few-train-0001.tar")
+    after = load_split(copy, "train")
+    assert not same_rows(before, after)
+    assert np.array_equal(after.label[after.shard == 0], after.label[after.shard == 1])
+
+
+def test_an_index_of_a_folder_that_cannot_be_written_goes_to_the_cache(copy, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # tests may run as root, who may write anywhere
+    index_path(copy, "train").unlink()
+    load_split(copy, "train")
+    assert not index_path(copy, "train").exists()
+    assert len(list((tmp_path / "cache").rglob("train.index.safetensors"))) == 1
+
+
+def test_many_shards_are_scanned_by_several_processes(few_digits, monkeypatch):
+    monkeypatch.setattr("toolkit.data.index._SCAN_ALONE", 1)
+    names = load_split(few_digits, "train").names
+    assert same_rows(scan_shards(few_digits, names, run=_in_processes), load_split(few_digits, "train"))
 
 
 def test_timms_reader_reads_our_shards(few_digits):
@@ -65,7 +105,7 @@ def test_a_shard_cut_at_a_member_border_is_found_without_an_index(copy):
 def test_what_is_not_there(tmp_path, few_digits):
     with pytest.raises(ValueError, match="--data-dir is missing"):
         read_info("")
-    with pytest.raises(ValueError, match="make shards first"):
+    with pytest.raises(ValueError, match="make some first"):
         read_info(tmp_path)
     with pytest.raises(ValueError, match="it has train, validation"):
         load_split(few_digits, "test")

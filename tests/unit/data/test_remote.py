@@ -1,0 +1,178 @@
+"""Shards from an HTTP server that stalls, drops, lies and answers with errors."""
+
+import http.server
+import json
+import os
+import shutil
+import threading
+import time
+from collections import Counter
+
+import pytest
+import torch
+
+from toolkit.data import remote
+from toolkit.data.decode import EvalTransform, TrainTransform
+from toolkit.data.index import index_path, load_split
+from toolkit.data.loader import EvalLoader, TrainLoader
+from toolkit.data.remote import ShardCache, fetch, fetch_info, load_remote_split
+
+SIZE = (16, 16)
+LIMIT = 2**30
+
+
+class Server:
+    """Serves a folder; `faults` maps a file's name to what goes wrong at its first requests, in order."""
+
+    def __init__(self, folder):
+        self.folder, self.faults, self.requests = folder, {}, Counter()
+        server = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                server.answer(self)
+
+            def log_message(self, *arguments):
+                pass
+
+        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}/data"
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+    def answer(self, handler):
+        name = handler.path.rsplit("/", 1)[1]
+        self.requests[name] += 1
+        path = self.folder / name
+        if not path.is_file():
+            handler.send_error(404)
+            return
+        data = path.read_bytes()
+        fault = self.faults[name].pop(0) if self.faults.get(name) else None
+        if fault == "error":
+            handler.send_error(404)
+            return
+        body = {
+            "drop": data[: len(data) // 2], "stall": data[: len(data) // 2], "short": data[:-1024],
+            "page": b"<html>busy</html>",
+            "lie": data[:2000] + bytes(byte ^ 255 for byte in data[2000:2100]) + data[2100:],
+        }.get(fault, data)  # fmt: skip
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(len(data) if fault in ("drop", "stall") else len(body)))
+        handler.end_headers()
+        handler.wfile.write(body)
+        if fault == "stall":
+            time.sleep(3)
+
+
+@pytest.fixture
+def server(few_digits, tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(remote, "STALL_S", 0.4)
+    made = Server(shutil.copytree(few_digits, tmp_path / "server"))
+    yield made
+    made.http.shutdown()
+
+
+def open_train(server, folder, limit=LIMIT):
+    return load_remote_split(server.url, fetch_info(server.url, folder), "train", folder, limit)
+
+
+def batches(index, cache, workers=0, window=2):
+    loader = TrainLoader(
+        index, TrainTransform(SIZE), SIZE, seed=3, batch_size=8, accumulation=1, rank=0, num_ranks=1, window=window,
+        cache=cache, workers=workers,
+    )  # fmt: skip
+    return [(batch.samples, batch.images, batch.num_bad) for batch in loader.epoch(1)]
+
+
+def same(first, second):
+    return len(first) == len(second) and all(
+        torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) and a[2] == b[2] == 0
+        for a, b in zip(first, second, strict=True)
+    )
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_are_those_of_a_local_folder(server, few_digits, tmp_path, workers):
+    index, cache = open_train(server, tmp_path / "cache")
+    assert same(batches(index, cache, workers), batches(load_split(few_digits, "train"), None))
+
+
+@pytest.mark.parametrize("fault", ["error", "drop", "stall", "short", "lie", "page"])
+def test_a_fault_costs_a_retry_and_no_sample(server, few_digits, tmp_path, fault):
+    names = load_split(few_digits, "train").names
+    server.faults = {name: [fault, fault] for name in (*names, "_info.json")}
+    server.faults["train.index.safetensors"] = [fault]
+    index, cache = open_train(server, tmp_path / "cache")
+    assert same(batches(index, cache), batches(load_split(few_digits, "train"), None))
+    assert all(server.requests[name] == 3 for name in names)
+
+
+def test_what_never_comes_right_is_an_error_that_names_it(server, tmp_path):
+    index, cache = open_train(server, tmp_path / "cache")
+    server.faults = {index.names[1]: ["lie"] * 20}
+    with pytest.raises(ValueError, match=rf"{index.names[1]} could not be fetched in 6 tries.*other bytes"):
+        cache.open(1)
+    assert not list((tmp_path / "cache").glob("*.tmp"))
+    with pytest.raises(ValueError, match=r"nothing\.tar could not be fetched in 2 tries"):
+        fetch(f"{server.url}/nothing.tar", tmp_path / "x", lambda path: None, attempts=2)
+
+
+def test_shards_without_an_index_are_fetched_to_make_one(server, few_digits, tmp_path):
+    index_path(server.folder, "train").unlink()
+    info = json.loads((server.folder / "_info.json").read_text())
+    del info["splits"]["train"]["index_sha256"]
+    (server.folder / "_info.json").write_text(json.dumps(info))
+    server.faults = {"few-train-0001.tar": ["page", "drop"]}
+    index, cache = open_train(server, tmp_path / "cache")
+    assert index.fingerprint == load_split(few_digits, "train").fingerprint
+    before = server.requests["few-train-0000.tar"]
+    open_train(server, tmp_path / "cache")
+    assert server.requests["few-train-0000.tar"] == before  # the index was kept
+    assert same(batches(index, cache), batches(load_split(few_digits, "train"), None))
+
+
+def test_the_cache_is_bounded_and_forgets_the_least_recently_used(server, few_digits, tmp_path):
+    sizes = load_split(few_digits, "train").shard_bytes
+    index, cache = open_train(server, tmp_path / "cache", limit=2 * max(sizes))
+    first = cache.open(0)
+    time.sleep(0.01)
+    cache.open(1)
+    time.sleep(0.01)
+    cache.open(0)
+    time.sleep(0.01)
+    cache.open(2)
+    assert {path.name for path in (tmp_path / "cache").glob("*.tar")} == {index.names[0], index.names[2]}
+    assert same(batches(index, cache, window=1), batches(load_split(few_digits, "train"), None, window=1))
+    assert sum(path.stat().st_size for path in (tmp_path / "cache").glob("*.tar")) <= 2 * max(sizes)
+    assert os.pread(first, 10, 0)  # a file that was forgotten stays readable where it is open
+    with pytest.raises(ValueError, match="does not hold two shards"):
+        ShardCache(server.url, index, max(sizes))
+
+
+def test_shards_are_fetched_ahead(server, tmp_path):
+    _, cache = open_train(server, tmp_path / "cache")
+    cache.prefetch(range(3))
+    for _ in range(200):
+        if len(list((tmp_path / "cache").glob("few-train-*.tar"))) == 3:
+            break
+        time.sleep(0.02)
+    before = dict(server.requests)
+    for shard in range(3):
+        cache.open(shard)
+    assert server.requests == before
+
+
+def test_evaluation_counts_each_sample_once(server, tmp_path):
+    info = fetch_info(server.url, tmp_path / "cache")
+    index, cache = load_remote_split(server.url, info, "validation", tmp_path / "cache", LIMIT)
+    loader = EvalLoader(index, EvalTransform(SIZE), SIZE, batch_size=7, rank=0, num_ranks=1, cache=cache)
+    seen = [int(s) for batch in loader for s, w in zip(batch.samples, batch.weights, strict=True) if w]
+    assert seen == list(range(40))
+
+
+def test_pipe_prefix(few_digits, tmp_path):
+    prefix = f"pipe:cat {few_digits}/{{}}"
+    info = fetch_info(prefix, tmp_path / "cache")
+    index, cache = load_remote_split(prefix, info, "train", tmp_path / "cache", LIMIT)
+    assert same(batches(index, cache), batches(load_split(few_digits, "train"), None))
