@@ -10,9 +10,9 @@ import os
 import threading
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -164,8 +164,8 @@ class ShardCache:
         with locked(path, wait) as mine:
             if not mine or (path.is_file() and path.stat().st_size == self.index.shard_bytes[shard]):
                 return
-            self._make_room(self.index.shard_bytes[shard])
-            fetch(_url(self.prefix, path.name), path, lambda got: self._check(got, shard))
+            with self._room_for(path, self.index.shard_bytes[shard]):
+                fetch(_url(self.prefix, path.name), path, lambda got: self._check(got, shard))
 
     def _check(self, path: Path, shard: int) -> None:
         """Raise ValueError unless the file has the size and every image the checksum of the index."""
@@ -180,19 +180,45 @@ class ShardCache:
                 if zlib.crc32(data) != int(index.crc32[row]):
                     raise ValueError(f"image {row} came with other bytes than the index was made from")
 
-    def _make_room(self, needed_bytes: int) -> None:
-        """Delete the least recently used shards until `needed_bytes` fit."""
-        found = []
-        for path in self.index.folder.glob("*.tar"):
-            with suppress(FileNotFoundError):
-                stat = path.stat()
-                found.append((stat.st_mtime_ns, stat.st_size, path))
-        total = sum(size for _, size, _ in found)
-        for _, size, path in sorted(found):
-            if total + needed_bytes <= self.limit_bytes:
-                return
-            path.unlink(missing_ok=True)
-            total -= size
+    @contextmanager
+    def _room_for(self, path: Path, needed_bytes: int) -> Iterator[None]:
+        """Delete the least recently used shards until `needed_bytes` fit, and keep that room until the shard is there.
+
+        An empty file of that length stands for what is on its way, so that two fetches do not take the same room.
+        """
+        reserved = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.room")
+        with locked(path.parent / "room"):
+            found = []
+            for other in [*path.parent.glob("*.tar"), *path.parent.glob("*.room")]:
+                with suppress(FileNotFoundError):
+                    stat = other.stat()
+                    if other.suffix == ".room" and not _alive(int(other.name.split(".")[-3])):
+                        other.unlink()
+                        continue
+                    found.append((stat.st_mtime_ns, stat.st_size, other))
+            total = sum(size for _, size, _ in found)
+            for _, size, other in sorted(found):
+                if total + needed_bytes <= self.limit_bytes:
+                    break
+                if other.suffix == ".tar":
+                    other.unlink(missing_ok=True)
+                    total -= size
+            with open(reserved, "wb") as file:
+                file.truncate(needed_bytes)
+        try:
+            yield
+        finally:
+            reserved.unlink(missing_ok=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # another user's
+    return True
 
 
 def remote_folder(prefix: str) -> Path:
