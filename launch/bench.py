@@ -1,4 +1,4 @@
-"""`python -m launch.bench optim|equivalence`: what the toolkit's speed and exactness claims rest on, measured here."""
+"""`python -m launch.bench`: what the toolkit's claims of speed and exactness rest on, measured here."""
 
 import argparse
 import json
@@ -20,6 +20,10 @@ def _measure(options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
         from launch import bench_optim
 
         return bench_optim.bench_optim(options.model, options.rounds, _log), bench_optim.to_markdown
+    if options.what == "data":
+        from launch import bench_data
+
+        return bench_data.bench_data(options.rounds, _log), bench_data.to_markdown
     from launch import bench_equivalence
 
     return bench_equivalence.bench_equivalence(options.model, options.steps, _log), bench_equivalence.to_markdown
@@ -28,9 +32,9 @@ def _measure(options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
 def main(argv: list[str] | None = None) -> int:
     """Parse the flags and measure."""
     parser = argparse.ArgumentParser(prog="python -m launch.bench", description=__doc__)
-    parser.add_argument("what", choices=("optim", "equivalence"), help="what to measure")
+    parser.add_argument("what", choices=("optim", "equivalence", "data"), help="what to measure")
     parser.add_argument("--model", default="resnet50", help="timm model whose shapes are used (default %(default)s)")
-    parser.add_argument("--rounds", type=int, default=15, help="of optim, default %(default)s")
+    parser.add_argument("--rounds", type=int, default=15, help="of optim and data, default %(default)s")
     parser.add_argument("--steps", type=int, default=200, help="of equivalence, default %(default)s")
     parser.add_argument("--json", action="store_true", help="one JSON object on one line on stdout")
     parser.add_argument("--out", type=Path, help="folder for the .json and .md files, for example results/bench")
@@ -39,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     text = to_markdown(result, shlex.join(["python", "-m", "launch.bench", *arguments]))
     if options.out:
-        name = options.what if options.what == "optim" else f"{options.what}-{options.model}"
+        name = f"{options.what}-{options.model}" if options.what == "equivalence" else options.what
         options.out.mkdir(parents=True, exist_ok=True)
         (options.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
         (options.out / f"{name}.md").write_text(text)

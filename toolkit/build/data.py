@@ -142,8 +142,9 @@ def to_inputs(
     layout = torch.channels_last if channels_last else torch.contiguous_format
 
     def normalise(batch: Batch) -> tuple[Tensor, Tensor]:
-        images = batch.images.to(device, non_blocking=True).to(dtype, memory_format=layout)
-        return images.sub_(mean).div_(std), batch.labels.to(device, non_blocking=True)
+        images = batch.images.to(device, non_blocking=True).contiguous(memory_format=layout)
+        # uint8 - mean is computed and stored in the mean's dtype: one pass less than converting first.
+        return torch.sub(images, mean).div_(std), batch.labels.to(device, non_blocking=True)
 
     return normalise
 

@@ -69,7 +69,7 @@ def sample_generator(seed: int, epoch: int, sample: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=np.array([(seed << 32) + epoch, sample], dtype=np.uint64)))
 
 
-def _resize(image: np.ndarray, size: tuple[int, int], mode: str) -> Tensor:
+def resize(image: np.ndarray, size: tuple[int, int], mode: str) -> Tensor:
     """uint8 [h, w, 3] -> uint8 [3, *size], antialiased."""
     pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1).unsqueeze(0)
     if tuple(pixels.shape[-2:]) == size:
@@ -77,10 +77,11 @@ def _resize(image: np.ndarray, size: tuple[int, int], mode: str) -> Tensor:
     return torch.nn.functional.interpolate(pixels, size=size, mode=mode, antialias=True, align_corners=False)[0]
 
 
-def _random_crop_box(
-    height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator
+def random_crop_box(
+    image: np.ndarray, scale: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator
 ) -> tuple[int, int, int, int]:
     """(top, left, height, width) by the rule of torchvision's RandomResizedCrop: ten tries, then a central crop."""
+    height, width = image.shape[:2]
     area = height * width
     low, high = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(10):
@@ -110,9 +111,9 @@ class TrainTransform:
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> Tensor:
         """uint8 [h, w, 3] -> uint8 [3, *size]."""
-        top, left, height, width = _random_crop_box(image.shape[0], image.shape[1], self.scale, self.ratio, rng)
+        top, left, height, width = random_crop_box(image, self.scale, self.ratio, rng)
         mode = ("bilinear", "bicubic")[int(rng.integers(2))] if self.interpolation == "random" else self.interpolation
-        pixels = _resize(image[top : top + height, left : left + width], self.size, mode)
+        pixels = resize(image[top : top + height, left : left + width], self.size, mode)
         flips = [axis for axis, chance in ((-1, self.hflip), (-2, self.vflip)) if rng.random() < chance]
         return pixels.flip(flips) if flips else pixels
 
@@ -130,7 +131,7 @@ class EvalTransform:
         height, width = image.shape[:2]
         short = math.floor(min(self.size) / self.crop_pct)
         resized = (short, int(short * width / height)) if height <= width else (int(short * height / width), short)
-        pixels = _resize(image, resized, self.interpolation)
+        pixels = resize(image, resized, self.interpolation)
         top, left = (round((have - want) / 2.0) for have, want in zip(pixels.shape[-2:], self.size, strict=True))
         return pixels[:, top : top + self.size[0], left : left + self.size[1]]
 

@@ -4,6 +4,7 @@ torch returns map-style items in the sampler's order, so the batches do not depe
 can be empty, and resuming at (epoch, step) reads nothing that is not trained on.
 """
 
+import math
 import os
 import zlib
 from collections.abc import Iterator
@@ -98,8 +99,12 @@ class _Reader:
         return self.transform(decode_rgb(data), sample_generator(self.seed, epoch, sample))
 
     def empty(self, count: int) -> Tensor:
-        """uint8 [count, 3, h, w] of zeros, channels last."""
-        return torch.zeros(count, 3, *self.size, dtype=torch.uint8).contiguous(memory_format=torch.channels_last)
+        """uint8 [count, 3, h, w] of zeros, channels last; shared memory in a worker, which saves a copy."""
+        shape = (count, *self.size, 3)
+        if torch.utils.data.get_worker_info() is None:
+            return torch.zeros(shape, dtype=torch.uint8).permute(0, 3, 1, 2)
+        storage = torch.UntypedStorage._new_shared(math.prod(shape))  # as torch's own default_collate does
+        return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape).permute(0, 3, 1, 2)
 
 
 class _TrainBatches(Dataset):

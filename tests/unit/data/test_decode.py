@@ -95,7 +95,9 @@ def test_flips():
 def test_crops_are_inside_and_of_the_asked_size():
     areas = []
     for sample in range(300):
-        box = decode._random_crop_box(90, 120, (0.08, 1.0), (3 / 4, 4 / 3), sample_generator(1, 2, sample))
+        box = decode.random_crop_box(
+            np.zeros((90, 120, 3)), (0.08, 1.0), (3 / 4, 4 / 3), sample_generator(1, 2, sample)
+        )
         top, left, height, width = box
         assert top >= 0
         assert left >= 0

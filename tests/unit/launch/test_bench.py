@@ -3,6 +3,8 @@ import json
 import torch
 
 from launch.bench import main
+from launch.bench_data import LIMITS, bench_data
+from launch.bench_data import to_markdown as data_markdown
 from launch.bench_optim import transient_bytes
 
 
@@ -42,3 +44,13 @@ def test_equivalence_of_the_implementations(capsys, tmp_path):
             if not row["own_masks"]:
                 assert row["same_masks"]
                 assert row["differing"] == 0
+
+
+def test_data_bench_measures_every_bar():
+    result = bench_data(3, lambda text: None, num_images=24)
+    assert result["bars"].keys() == LIMITS.keys()
+    assert all(bar["value"] > 0 for name, bar in result["bars"].items() if name != "first_batch_after_resume_s")
+    assert 100 < result["image_kb"] < 115
+    assert result["psnr_db"] >= 55  # these two do not depend on how busy the machine is
+    assert result["worker_mib"] <= 250
+    assert "first_batch_after_resume_s" in data_markdown(result, "x")
