@@ -144,10 +144,10 @@ def _index(out: Path, shards: Sequence[_Shard], split: str, workers: int) -> dic
         return index_split(out, split, scan_shards(out, names, checksums=True, run=pool.map))
 
 
-def build(out: Path, catalogue: Catalogue, settings: BuildSettings, workers: int, **facts: Any) -> dict[str, Any]:
+def build(out: Path, catalogue: Catalogue, settings: BuildSettings, workers: int) -> dict[str, Any]:
     """Write the data set, or what is missing of it, and `_info.json` last. Returns the latter's content.
 
-    `facts` go into `_info.json`. Raises ValueError where `out` holds a data set made with other settings or from other
+    Raises ValueError where `out` holds a data set made with other settings or from other
     images, and for images that cannot be decoded unless `settings.partial`.
     """
     fingerprint = _fingerprint(catalogue, settings)
@@ -165,8 +165,8 @@ def build(out: Path, catalogue: Catalogue, settings: BuildSettings, workers: int
     splits = {split: _index(out, shards, split, workers) for split in catalogue.splits}
     (out / "classes.json").write_text(json.dumps(catalogue.classes, indent=0) + "\n")
     write_info(
-        out, settings.name, len(catalogue.classes), splits, synthetic=False, seed=settings.seed,
-        build_fingerprint=fingerprint, partial=settings.partial, **asdict(settings.cleaning), **facts,
+        out, settings.name, len(catalogue.classes), splits, seed=settings.seed, build_fingerprint=fingerprint,
+        partial=settings.partial, **asdict(settings.cleaning), **({"synthetic": False} | catalogue.facts),
     )  # fmt: skip
     (out / _PLAN_NAME).unlink()
     for reason in left_out:

@@ -10,8 +10,9 @@ import os
 import re
 import tarfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 __all__ = ["Catalogue", "SourceImage", "from_archives", "from_image_folder", "from_shards"]
 
@@ -40,10 +41,14 @@ class SourceImage:
 
 @dataclass(frozen=True)
 class Catalogue:
-    """All images of a data set: split -> images in a fixed order, and the class names by number."""
+    """All images of a data set: split -> images in a fixed order, and the class names by number.
+
+    `facts` are what the source's `_info.json` says that stays true: whether the images are synthetic, and a note.
+    """
 
     splits: dict[str, list[SourceImage]]
     classes: list[str]
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 def _members(path: Path, start: int = 0) -> Iterator[tuple[str, int, int]]:
@@ -142,17 +147,24 @@ def from_shards(folder: Path, on_image: Callable[[], None] = lambda: None) -> Ca
     info = read_info(folder)
     splits: dict[str, list[SourceImage]] = {}
     for wanted, names in (("train", ("train",)), ("validation", _VALIDATION_FOLDERS)):
-        name = next((name for name in names if name in info["splits"]), None)
-        if name is None:
+        found = next((name for name in names if name in info["splits"]), None)
+        if found is None:
             raise ValueError(f"{folder / INFO_NAME} has no {wanted} split; it has {', '.join(info['splits'])}")
-        index = load_split(folder, name)
+        index = load_split(folder, found)
         splits[wanted] = []
+        file_names: dict[int, str] = {}
+        shard = -1
         for number in range(len(index)):
-            path = str(index.folder / index.names[int(index.shard[number])])
+            if shard != int(index.shard[number]):
+                shard = int(index.shard[number])
+                path = index.folder / index.names[shard]
+                file_names = {offset: Path(member).name for member, offset, _ in _members(path)}
             where = int(index.offset[number]), int(index.size[number])
-            splits[wanted].append(SourceImage(path, *where, f"{wanted}{number:08d}.jpg", int(index.label[number])))
+            name = file_names[where[0]]
+            splits[wanted].append(SourceImage(str(path), *where, name, int(index.label[number])))
             on_image()
     count = max(max((image.label for image in images), default=-1) for images in splits.values()) + 1
     file = folder / "classes.json"
     classes = json.loads(file.read_text()) if file.is_file() else []
-    return Catalogue(splits, classes or [str(number) for number in range(info.get("num_classes") or count)])
+    facts: dict[str, Any] = {key: info[key] for key in ("synthetic", "note") if key in info}
+    return Catalogue(splits, classes or [str(number) for number in range(info.get("num_classes") or count)], facts)

@@ -146,7 +146,21 @@ def to_inputs(
         # uint8 - mean is computed and stored in the mean's dtype: one pass less than converting first.
         return torch.sub(images, mean).div_(std), batch.labels.to(device, non_blocking=True)
 
-    return normalise
+    if device.type != "cuda":
+        return normalise
+    side = torch.cuda.Stream(device)
+
+    def normalise_beside(batch: Batch) -> tuple[Tensor, Tensor]:
+        """The copy and the normalisation run while the main stream is still at work on the step before."""
+        with torch.cuda.stream(side):
+            made = normalise(batch)
+        main = torch.cuda.current_stream(device)
+        main.wait_stream(side)
+        for tensor in made:
+            tensor.record_stream(main)
+        return made
+
+    return normalise_beside
 
 
 def augment(config: Config, world: World, num_classes: int) -> Augment:

@@ -1,6 +1,7 @@
 import io
 import math
 import random
+import zlib
 
 import numpy as np
 import pytest
@@ -59,6 +60,25 @@ def test_odd_but_whole_images_are_read(data):
 def test_broken_images_are_refused(data):
     with pytest.raises(BadImageError):
         decode_rgb(data)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(kind, monkeypatch):
+    buffer = io.BytesIO()
+    Image.fromarray(picture(30, 40)).save(buffer, kind)
+    monkeypatch.setattr(decode, "MAX_PIXELS", 1200)
+    assert decode_rgb(buffer.getvalue()).shape == (30, 40, 3)
+    monkeypatch.setattr(decode, "MAX_PIXELS", 1199)
+    with pytest.raises(BadImageError, match="40 × 30 pixels are more than 1,199"):
+        decode_rgb(buffer.getvalue())
+
+
+def test_a_decompression_bomb_is_refused():
+    """A PNG header that claims 100,000 × 100,000 pixels."""
+    chunk = b"IHDR" + (100_000).to_bytes(4, "big") * 2 + bytes([8, 2, 0, 0, 0])
+    png = b"\x89PNG\r\n\x1a\n" + (13).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big")
+    with pytest.raises(BadImageError):
+        decode_rgb(png)
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])

@@ -2,7 +2,14 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from toolkit.data.order import PADDING, epoch_order, evaluation_slices, micro_batch_slice, steps_per_epoch
+from toolkit.data.order import (
+    PADDING,
+    epoch_order,
+    epoch_windows,
+    evaluation_slices,
+    micro_batch_slice,
+    steps_per_epoch,
+)
 
 shards = st.lists(st.integers(0, 30), min_size=1, max_size=12).filter(lambda lengths: sum(lengths) > 0)
 
@@ -23,6 +30,16 @@ def test_a_window_mixes_only_its_shards():
     order = epoch_order([10] * 6, 0, 0, window=2)
     for start in range(0, 60, 20):
         assert len({sample // 10 for sample in order[start : start + 20].tolist()}) == 2
+
+
+@given(shards, st.integers(0, 99), st.integers(1, 15))
+def test_windows_say_which_shards_an_order_reads_next(lengths, seed, window):
+    order = epoch_order(lengths, seed, 1, window)
+    owner = np.repeat(np.arange(len(lengths)), lengths)
+    starts, groups = epoch_windows(lengths, seed, 1, window)
+    assert starts[-1] == len(order)
+    for start, end, group in zip(starts, starts[1:], groups, strict=False):
+        assert set(owner[order[start:end]].tolist()) == {shard for shard in group if lengths[shard]}
 
 
 @settings(max_examples=60)

@@ -337,3 +337,54 @@ def test_sparsity_0_equals_no_pruning_bit_for_bit(flags, tmp_path):
     for name, more in {"off": off, "plain": plain}.items():
         assert train.main([*flags, *more, "--experiment", name]) == 0
     assert_same(final_state(tmp_path / "off")["model"], final_state(tmp_path / "plain")["model"])
+
+
+def test_a_run_stops_when_too_many_images_cannot_be_read(flags, few_digits, tmp_path, capsys):
+    import shutil
+
+    from toolkit.data.index import load_split
+
+    folder = shutil.copytree(few_digits, tmp_path / "damaged")
+    index = load_split(folder, "train")
+    for sample in range(0, 96, 6):  # 16 of 96; 10 are allowed
+        path = folder / index.names[int(index.shard[sample])]
+        data = bytearray(path.read_bytes())
+        data[int(index.offset[sample]) + 30] ^= 255
+        path.write_bytes(bytes(data))
+    damaged = [*flags, "--data-dir", str(folder), "--experiment", "damaged"]
+    assert train.main(damaged) == 1
+    said = capsys.readouterr().err
+    assert "of 96 training images could not be read, more than 10" in said
+    assert "unreadable image: number" in said
+    reset_accelerate()
+    few = [*flags, "--data-dir", str(folder), "--epochs", "1", "--experiment", "few", "--global-batch-size", "8"]
+    for sample in range(48, 96, 6):  # mended: 8 are left
+        path = folder / index.names[int(index.shard[sample])]
+        data = bytearray(path.read_bytes())
+        data[int(index.offset[sample]) + 30] ^= 255
+        path.write_bytes(bytes(data))
+    assert train.main(few) == 0
+    rows = list(csv.DictReader((tmp_path / "few" / "summary.csv").open()))
+    assert int(rows[0]["bad_images"]) == 8
+    events = EventAccumulator(str(tmp_path / "few" / "tb")).Reload()
+    assert events.Scalars("train/bad_images")[-1].value == 8
+
+
+def test_data_from_a_url_trains_like_a_folder(flags, few_digits, tmp_path):
+    local = [*flags, "--epochs", "1", "--experiment", "local", "--shuffle-window", "2"]
+    assert train.main(local) == 0
+    reset_accelerate()
+    url = [
+        *local,
+        "--experiment",
+        "url",
+        "--data-dir",
+        f"pipe:cat {few_digits}/{{}}",
+        "--shard-cache",
+        str(tmp_path / "c"),
+    ]
+    assert train.main(url) == 0
+    assert_same(final_state(tmp_path / "local")["model"], final_state(tmp_path / "url")["model"])
+    reset_accelerate()
+    with pytest.raises(ValueError, match="--shuffle-window -1"):
+        make(flags, "--shuffle-window", "-1")

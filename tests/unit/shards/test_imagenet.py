@@ -187,6 +187,18 @@ def test_shards_of_others_are_a_source_too(archives, tmp_path):
     assert sorted(s[:2] for s in samples(again, "train").values()) == sorted(
         s[:2] for s in samples(first, "train").values()
     )
+    assert {Path(name).stem for name in samples(again, "train")} == {Path(n).stem for n in samples(first, "train")}
+
+
+def test_drawn_images_stay_called_synthetic(tmp_path):
+    from shards.synthetic import main as synthetic
+
+    synthetic(["--out", str(tmp_path / "drawn"), "--classes", "3", "--images", "12", "--size", "24", "--shards", "2"])
+    info = json.loads(
+        (build(tmp_path / "drawn", tmp_path / "out", "--validation-shards", "1") / "_info.json").read_text()
+    )
+    assert info["synthetic"] is True
+    assert info["note"].startswith("SYNTHETIC")
 
 
 def test_a_truncated_image_is_named_and_left_out_only_on_request(image_folder, tmp_path, capsys):
