@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from toolkit.build.model import prunable_names
 from toolkit.config import Config
 from toolkit.log import get_logger
-from toolkit.memory.predict import ParameterFacts, predict_optimizer_rows
+from toolkit.memory.arithmetic import ParameterFacts, predict_optimizer_rows
 from toolkit.optim.registry import check_optimizer_name, find_spec, resolve_name
 from toolkit.prune.mask import mask_of, unpack_bits
 from toolkit.prune.schedule import Schedule

@@ -51,6 +51,5 @@ def test_data_bench_measures_every_bar():
     assert result["bars"].keys() == LIMITS.keys()
     assert all(bar["value"] > 0 for name, bar in result["bars"].items() if name != "first_batch_after_resume_s")
     assert 100 < result["image_kb"] < 115
-    assert result["psnr_db"] >= 55  # these two do not depend on how busy the machine is
-    assert result["worker_mib"] <= 250
+    assert result["psnr_db"] >= 55  # does not depend on how busy the machine is, nor on this process's size
     assert "first_batch_after_resume_s" in data_markdown(result, "x")

@@ -1,0 +1,195 @@
+"""What one training step allocates, tracked on fake tensors at two small batch sizes and extended to any other.
+
+Every storage's size is linear in the batch, and the sequence of operations does not depend on it. So two small tracks
+tell for every moment of a step what is alive at any batch size; no memory is touched and no GPU is needed.
+"""
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+__all__ = ["Lifetime", "StepMemory", "StorageTracker", "track_step"]
+
+
+@dataclass
+class Lifetime:
+    """One storage: its size in bytes, and the numbers of the events at which it came and went (None: it stayed)."""
+
+    size_bytes: int
+    born: int
+    died: int | None = None
+    dtype: torch.dtype | None = None
+
+
+class StorageTracker(TorchDispatchMode):
+    """Records the lifetime of every storage made while it is active; an event is a birth or a death."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lifetimes: list[Lifetime] = []
+        self.events = 0
+        self._alive: dict[int, Lifetime] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operator and note the storages it made."""
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._note(leaf)
+        return result
+
+    def _note(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._alive or not storage.nbytes():
+            return
+        lifetime = Lifetime(storage.nbytes(), self.events, dtype=tensor.dtype)
+        self.events += 1
+        self.lifetimes.append(lifetime)
+        self._alive[key] = lifetime
+        weakref.finalize(storage, self._died, key, lifetime)
+
+    def _died(self, key: int, lifetime: Lifetime) -> None:
+        lifetime.died = self.events
+        self.events += 1
+        if self._alive.get(key) is lifetime:
+            del self._alive[key]
+
+    def of(self, tensor: Tensor) -> Lifetime | None:
+        """The lifetime of a tensor's storage, None if it was there before."""
+        return self._alive.get(tensor.untyped_storage()._cdata)
+
+    def forget(self, tensors: Iterator[Tensor]) -> None:
+        """Leave out tensors that were there before."""
+        for tensor in tensors:
+            self._alive[tensor.untyped_storage()._cdata] = Lifetime(0, 0)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A storage of the step: bytes at batch b are `fixed + slope * b`."""
+
+    row: str
+    fixed: float
+    slope: float
+    born: int
+    died: int
+
+    def size_bytes(self, batch_size: int) -> int:
+        return round(self.fixed + self.slope * batch_size)
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Forward and backward of one step: what lives when, at any batch size. `events` numbers their moments."""
+
+    pieces: tuple[_Piece, ...]
+    events: int
+
+    def peak(self, batch_size: int) -> dict[str, int]:
+        """Bytes by row when most is allocated: gradients, input, activations, weight_casts, workspace."""
+        change = [0] * (self.events + 1)
+        for piece in self.pieces:
+            size = piece.size_bytes(batch_size)
+            change[piece.born] += size
+            change[piece.died] -= size
+        total, highest, moment = 0, -1, 0
+        for event, difference in enumerate(change):
+            total += difference
+            if total > highest:
+                highest, moment = total, event
+        rows = dict.fromkeys(("gradients", "input", "activations", "weight_casts", "workspace"), 0)
+        for piece in self.pieces:
+            if piece.born <= moment < piece.died:
+                rows[piece.row] += piece.size_bytes(batch_size)
+        return rows
+
+
+def track_step(
+    make_model: Callable[[], nn.Module],
+    input_size: tuple[int, int, int],
+    num_classes: int,
+    *,
+    amp_dtype: torch.dtype | None = None,
+    channels_last: bool = False,
+    batch_sizes: tuple[int, int] = (2, 4),
+    on_progress: Callable[[str], None] = lambda text: None,
+) -> StepMemory:
+    """Track forward, loss and backward of a model at two batch sizes, on fake tensors.
+
+    Raises ValueError where the two tracks differ in their operations, so
+    that no line can be drawn through them.
+    """
+    tracks = []
+    for batch_size in batch_sizes:
+        on_progress(f"tracking forward and backward at batch size {batch_size}")
+        tracks.append(_track(make_model, (batch_size, *input_size), num_classes, amp_dtype, channels_last))
+    (first, events, rows), (second, other_events, _) = tracks
+    if len(first) != len(second) or events != other_events:
+        raise ValueError("the model's operations depend on the batch size; its memory cannot be predicted from two")
+    small, large = batch_sizes
+    pieces = []
+    for one, other, row in zip(first, second, rows, strict=True):
+        slope = (other.size_bytes - one.size_bytes) / (large - small)
+        died = events if one.died is None else one.died
+        fixed = one.size_bytes - slope * small
+        if row == "activations" and slope == 0 and amp_dtype is not None and one.dtype is amp_dtype:
+            row = "weight_casts"
+        pieces.append(_Piece(row, fixed, slope, one.born, died))
+    return StepMemory(tuple(pieces), events)
+
+
+def _track(
+    make_model: Callable[[], nn.Module],
+    shape: Sequence[int],
+    num_classes: int,
+    amp_dtype: torch.dtype | None,
+    channels_last: bool,
+) -> tuple[list[Lifetime], int, list[str]]:
+    """(lifetimes, events, row of each) of one step."""
+    model = make_model().train()  # a real one: many constructors read values, which fake tensors do not have
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        for module in model.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    made = fake.from_tensor(parameter.detach())
+                    module._parameters[name] = nn.Parameter(made, requires_grad=parameter.requires_grad)
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = fake.from_tensor(buffer)
+        if channels_last:
+            model = model.to(memory_format=torch.channels_last)
+        tracker = StorageTracker()
+        tracker.forget(tensor for tensor in (*model.parameters(), *model.buffers()))
+        with tracker:
+            images = torch.empty(tuple(shape))
+            if channels_last:
+                images = images.contiguous(memory_format=torch.channels_last)
+            labels = torch.zeros(shape[0], dtype=torch.int64)
+            inputs = [tracker.of(images), tracker.of(labels)]
+            autocast = torch.autocast("cpu", dtype=amp_dtype) if amp_dtype else contextlib.nullcontext()
+            with autocast:
+                loss = nn.functional.cross_entropy(model(images), labels)
+            forward_end = tracker.events
+            loss.backward()
+        gradients = [tracker.of(p.grad) for p in model.parameters() if p.grad is not None]
+    lifetimes, events = tracker.lifetimes, tracker.events
+    rows = []
+    for lifetime in lifetimes:
+        if any(lifetime is one for one in inputs):
+            rows.append("input")
+        elif any(lifetime is one for one in gradients):
+            rows.append("gradients")
+        elif lifetime.born < forward_end and (lifetime.died is None or lifetime.died >= forward_end):
+            rows.append("activations")
+        else:
+            rows.append("workspace")
+    return [Lifetime(one.size_bytes, one.born, one.died, one.dtype) for one in lifetimes], events, rows
