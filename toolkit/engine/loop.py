@@ -84,6 +84,7 @@ def train(run: Run) -> History:
         if bar is not None:
             bar.close()
         run.scalars.close()
+        run.memory.close()
     return history
 
 

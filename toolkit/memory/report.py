@@ -15,7 +15,9 @@ from typing import Any
 import torch
 
 from toolkit.dist import World
+from toolkit.memory.device import find_device_use
 from toolkit.memory.ledger import optimizer_bytes
+from toolkit.memory.sampler import DeviceSampler
 from toolkit.memory.sources import read_device, read_host, reset_peaks
 
 __all__ = ["SCHEMA", "TIMELINE_COLUMNS", "MemoryLog", "merge_ranks", "reduce_ranks"]
@@ -40,6 +42,7 @@ class MemoryLog:
         self.end: dict[str, int] = {}
         self.peak_step = 0
         reset_peaks(world.device)
+        self._sampler = DeviceSampler(find_device_use(world.device))
 
     def sample(self, step: int) -> dict[str, int]:
         """Record the present ledger and readings; returns the ledger. Call while gradients are there."""
@@ -86,11 +89,25 @@ class MemoryLog:
             "device_type": self._world.device.type,
             "num_ranks": self._world.num_ranks,
             "device": {key: value for key, value in device.items() if key != "device_used_bytes"},
-            "device_used_peak_bytes": _highest(self.timeline, "device_used_bytes"),
+            "device_uuid": _device_uuid(self._world.device),
+            **self._device_use(),
             "host": host,
             "ledger_peak": self.peak,
             "ledger_end": self.end,
         }
+
+    def _device_use(self) -> dict[str, Any]:
+        """Whole-device use over this process's life, and where the figures come from."""
+        use = self._sampler.use
+        return {
+            "device_used_source": use.name if use else "none",
+            "device_used_failed": use.failed if use else {},
+            **self._sampler.figures(),
+        }
+
+    def close(self) -> None:
+        """End the sampling."""
+        self._sampler.stop()
 
     def write(self, folder: Path, run_facts: Mapping[str, Any], predicted: Mapping[str, int]) -> None:
         """Gather all ranks' records and write memory.json and memory_timeline.csv on rank 0. All ranks must call it."""
@@ -111,9 +128,10 @@ class MemoryLog:
         temporary.replace(folder / "memory_timeline.csv")
 
 
-def _highest(timeline: Sequence[Mapping[str, Any]], key: str) -> int | None:
-    values = [row[key] for row in timeline if row[key] is not None]
-    return max(values) if values else None
+def _device_uuid(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return None
+    return str(getattr(torch.cuda.get_device_properties(device), "uuid", device))
 
 
 def merge_ranks(
@@ -124,7 +142,7 @@ def merge_ranks(
     device: torch.device,
 ) -> dict[str, Any]:
     """The report of all ranks. Raises ValueError where ranks differ in unit, device type or number of ranks."""
-    for key in ("unit", "device_type", "num_ranks"):
+    for key in ("unit", "device_type", "num_ranks", "device_used_source"):
         values = {record[key] for record in records}
         if len(values) > 1:
             raise ValueError(f"ranks disagree on {key} ({values}); one report cannot hold them, check the launch")
@@ -144,7 +162,8 @@ def merge_ranks(
         "sources": {
             "ledger": "unique tensor storages",
             "allocated": "torch.cuda.memory_stats" if on_gpu else "none",
-            "device_used": "torch.cuda.mem_get_info" if on_gpu else "none",
+            "device_used": records[0]["device_used_source"],
+            "device_used_failed": records[0]["device_used_failed"],
             "host": "/proc/self/status",
         },
         "ranks": list(records),
@@ -171,7 +190,10 @@ def merge_ranks(
 
 
 def reduce_ranks(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float | int | None]]:
-    """min, mean, max, sum and argmax_rank of every byte figure over the ranks; None where a rank has no reading."""
+    """min, mean, max, sum and argmax_rank of every byte figure over the ranks; None where a rank has no reading.
+
+    The sum of a whole device's use counts each device once, however many ranks share it.
+    """
     flat = [dict(_byte_figures(record)) for record in records]
     reduced: dict[str, dict[str, float | int | None]] = {}
     for key in flat[0]:
@@ -184,10 +206,19 @@ def reduce_ranks(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, fl
             "min": min(known),
             "mean": sum(known) / len(known),
             "max": max(known),
-            "sum": sum(known),
+            "sum": sum(_once_a_device(records, known) if key.startswith("device_used") else known),
             "argmax_rank": records[known.index(max(known))]["rank"],
         }
     return reduced
+
+
+def _once_a_device(records: Sequence[Mapping[str, Any]], values: Sequence[int]) -> list[int]:
+    """The highest reading of each device, by uuid and host."""
+    highest: dict[tuple[Any, Any], int] = {}
+    for record, value in zip(records, values, strict=True):
+        key = record.get("host_name"), record.get("device_uuid") or record["rank"]
+        highest[key] = max(value, highest.get(key, 0))
+    return list(highest.values())
 
 
 def _byte_figures(record: Mapping[str, Any], prefix: str = "") -> list[tuple[str, int | None]]:

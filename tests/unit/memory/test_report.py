@@ -18,7 +18,8 @@ def test_without_an_accelerator_device_figures_are_null_not_zero():
 
 def record(rank, weights, **changes):
     figures = {"rank": rank, "unit": "bytes", "device_type": "cpu", "num_ranks": 2, "ledger_end": {"weights": weights},
-               "ledger_peak": {"weights": weights}, "device": {"allocated_bytes": None}}  # fmt: skip
+               "ledger_peak": {"weights": weights}, "device": {"allocated_bytes": None},
+               "device_used_source": "sysfs", "host_name": "a", "device_uuid": f"gpu-{rank}"}  # fmt: skip
     return figures | changes
 
 
@@ -28,7 +29,22 @@ def test_reduction_over_ranks():
     assert set(reduced["device.allocated_bytes"].values()) == {None}
 
 
-@pytest.mark.parametrize("change", [{"unit": "MiB"}, {"device_type": "cuda"}, {"num_ranks": 3}])
+def test_a_device_that_two_ranks_share_is_counted_once():
+    ranks = [
+        record(0, 1, device_used_peak_bytes=100, device_uuid="gpu-0"),
+        record(1, 1, device_used_peak_bytes=110, device_uuid="gpu-0"),
+        record(2, 1, device_used_peak_bytes=50, device_uuid="gpu-1"),
+        record(3, 1, device_used_peak_bytes=7, device_uuid="gpu-0", host_name="b"),
+    ]
+    reduced = reduce_ranks(ranks)
+    assert reduced["device_used_peak_bytes"]["sum"] == 110 + 50 + 7
+    assert reduced["device_used_peak_bytes"]["max"] == 110
+    assert reduced["ledger_end.weights"]["sum"] == 4
+
+
+@pytest.mark.parametrize(
+    "change", [{"unit": "MiB"}, {"device_type": "cuda"}, {"num_ranks": 3}, {"device_used_source": "nvml"}]
+)
 def test_ranks_that_differ_are_not_merged(change):
     with pytest.raises(ValueError, match="ranks disagree"):
         merge_ranks([record(0, 1), record(1, 1, **change)], {}, {}, 0, torch.device("cpu"))

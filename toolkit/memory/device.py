@@ -1,0 +1,134 @@
+"""How much of a whole GPU is in use, by anybody: several sources, the best one present is used and named.
+
+Allocators know their own process only; the study's column is the whole device. Cards are matched by PCI address: their
+numbers differ between torch, amdsmi and sysfs. None of the libraries is needed, and one that fails is named in the
+report while the next one takes over.
+"""
+
+import json
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["DeviceUse", "find_device_use", "first_that_answers", "pci_address", "read_or_none"]
+
+MIB = 2**20
+_SYSFS = Path("/sys/class/drm")
+_ROCM_SMI = ("rocm-smi", "--showmeminfo", "vram", "--showbus", "--json")
+
+
+@dataclass
+class DeviceUse:
+    """A source in use: `read()` gives the bytes in use on the device. `failed` says why better sources are not."""
+
+    name: str
+    read: Callable[[], int]
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+def pci_address(device: torch.device) -> str:
+    """`0000:03:00.0` of a CUDA or HIP device."""
+    found: Any = torch.cuda.get_device_properties(device)
+    return f"{found.pci_domain_id:04x}:{found.pci_bus_id:02x}:{found.pci_device_id:02x}.0"
+
+
+def from_torch(device: torch.device) -> Callable[[], int]:
+    """torch's own query: NVML on CUDA, amdsmi on ROCm."""
+    torch.cuda.device_memory_used(device)
+    return lambda: int(torch.cuda.device_memory_used(device))
+
+
+def from_amdsmi(address: str) -> Callable[[], int]:
+    """The amdsmi package; it counts in MiB. Raises LookupError where the card is not among its own."""
+    import amdsmi
+
+    amdsmi.amdsmi_init()
+    for handle in amdsmi.amdsmi_get_processor_handles():
+        if str(amdsmi.amdsmi_get_gpu_device_bdf(handle)).lower() == address:
+            return lambda: int(amdsmi.amdsmi_get_gpu_vram_usage(handle)["vram_used"]) * MIB
+    raise LookupError(f"no card at {address}")
+
+
+def from_sysfs(address: str, folder: Path = _SYSFS) -> Callable[[], int]:
+    """amdgpu's counter in sysfs. Raises LookupError where no card has this address."""
+    for card in sorted(folder.glob("card[0-9]*")):
+        file = card / "device" / "mem_info_vram_used"
+        if (card / "device").resolve().name == address and file.is_file():
+            return lambda: int(file.read_text())
+    raise LookupError(f"no amdgpu card at {address}")
+
+
+def from_rocm_smi(address: str, command: Sequence[str] = _ROCM_SMI) -> Callable[[], int]:
+    """The study's own source, a process for each reading. Raises LookupError where the card is not listed."""
+
+    def read() -> int:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        cards = json.loads(done.stdout)
+        for facts in cards.values():
+            if str(facts.get("PCI Bus", "")).lower() == address:
+                return int(facts["VRAM Total Used Memory (B)"])
+        raise LookupError(f"no card at {address}")
+
+    read()
+    return read
+
+
+def from_nvml(address: str) -> Callable[[], int]:
+    """NVIDIA's library through nvidia-ml-py."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    handle = pynvml.nvmlDeviceGetHandleByPciBusId(address.encode())
+    pynvml.nvmlDeviceGetMemoryInfo(handle)
+    return lambda: int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)
+
+
+def find_device_use(device: torch.device, address: str | None = None) -> DeviceUse | None:
+    """The best source that answers for this device, None without a GPU."""
+    if device.type != "cuda":
+        return None
+    place = address or pci_address(device)
+    return first_that_answers(
+        {
+            "torch.cuda.device_memory_used": lambda: from_torch(device),
+            "amdsmi": lambda: from_amdsmi(place),
+            "sysfs": lambda: from_sysfs(place),
+            "nvml": lambda: from_nvml(place),
+            "rocm-smi": lambda: from_rocm_smi(place),
+            "torch.cuda.mem_get_info": lambda: lambda: _used_by_driver(device),
+        }
+    )
+
+
+def _used_by_driver(device: torch.device) -> int:
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free
+
+
+def first_that_answers(sources: dict[str, Callable[[], Callable[[], int]]]) -> DeviceUse | None:
+    """The first source that can be opened and read; the reasons of those before it are kept."""
+    failed: dict[str, str] = {}
+    for name, opened in sources.items():
+        try:
+            read = opened()
+            read()
+        except Exception as error:  # libraries of drivers fail in ways of their own; the report names them all
+            failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+            continue
+        return DeviceUse(name, read, failed)
+    return None
+
+
+def read_or_none(use: DeviceUse | None) -> int | None:
+    """A reading; None without a source, or where this one has failed (named in `failed` from then on)."""
+    if use is None or use.name in use.failed:
+        return None
+    try:
+        return use.read()
+    except Exception as error:  # as above
+        use.failed[use.name] = f"{type(error).__name__}: {error}".splitlines()[0]
+        return None
