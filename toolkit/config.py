@@ -50,6 +50,8 @@ class Config:
     validation_batch_size: int | None = _flag(None, "images per rank in evaluation; as -b", kind=int, short="-vb")
     global_batch_size: int | None = _flag(None, "fix ranks × batch × accumulation instead of -b", kind=int)
     channels_last: bool = _flag(False, "channels-last memory layout")
+    grad_checkpointing: bool = _flag(False, "recompute activations in backward: less memory, about a third more time")
+    auto_batch_size: str = _flag("", "the largest batch per rank that is predicted to fit, e.g. 46GiB; instead of -b")
     grad_accum_steps: int = _flag(1, "micro-batches per optimizer step")
     torchcompile: str | None = _flag(None, "compile the model, with this backend", nargs="?", const="inductor")
     amp: str | None = _flag(None, "mixed precision; bare: --amp-dtype, or fp16", nargs="?", const="default",
@@ -198,7 +200,7 @@ def flags() -> list[dataclasses.Field[Any]]:
 _FREE_ON_RESUME = {
     "output", "experiment", "resume", "data_dir", "workers", "pin_mem", "log_interval", "checkpoint_hist",
     "checkpoint_interval", "dist_timeout", "batch_size", "global_batch_size", "grad_accum_steps",
-    "validation_batch_size", "shard_cache", "shard_cache_gib",
+    "validation_batch_size", "auto_batch_size", "shard_cache", "shard_cache_gib",
 }  # fmt: skip
 
 

@@ -1,9 +1,12 @@
 """The one place where the configuration meets the components: Config -> Run."""
 
+import dataclasses
+
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import ModelEmaV3
 
 import toolkit.optim  # noqa: F401  registers our optimizers
+from toolkit.build.batch import confirm_batch_size, with_automatic_batch_size
 from toolkit.build.data import augment, create_loaders, input_settings, open_data, to_inputs
 from toolkit.build.facts import describe, run_facts, write_args
 from toolkit.build.launch import check_identity, create_accelerator, run_folder, seed_everything, seed_rank
@@ -37,12 +40,17 @@ def build(config: Config) -> Run:
     data = open_data(config)
     accelerator = create_accelerator(config)
     world = World.detect(accelerator.device)
+    automatic = bool(config.auto_batch_size)
+    config = with_automatic_batch_size(config, data.num_classes, len(data.train), world.num_ranks)
+    given = dataclasses.replace(given, batch_size=config.batch_size, auto_batch_size="") if automatic else given
     seed_everything(config.seed)
 
     model = create_model(config, data.num_classes)
     inputs = input_settings(config, model)
     train_loader, eval_loader = create_loaders(config, data, inputs, world)
     place_model(model, config, world)
+    if automatic:
+        confirm_batch_size(model, config, inputs["input_size"], world.device)
     ema = ModelEmaV3(model, config.model_ema_decay, use_warmup=config.model_ema_warmup) if config.model_ema else None
     lr = base_learning_rate(config, opt, train_loader.global_batch_size)
     plan = _plan(config, total_epochs(config, train_loader.steps), train_loader)

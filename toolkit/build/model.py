@@ -12,6 +12,7 @@ from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTarget
 from timm.models import load_checkpoint
 from torch import Tensor, nn
 
+from toolkit.build.recompute import checkpoint_activations
 from toolkit.config import Config
 from toolkit.dist import World
 
@@ -50,6 +51,8 @@ def create_model(config: Config, num_classes: int) -> nn.Module:
             raise ValueError(
                 f"--initial-checkpoint {config.initial_checkpoint} does not fit {config.model}: {reason}"
             ) from None
+    if config.grad_checkpointing:
+        checkpoint_activations(model, config.model)
     return model
 
 

@@ -66,11 +66,10 @@ class Prediction:
             raise ValueError(f"--model {question.model} is not a timm model")
 
         def make_model() -> torch.nn.Module:
-            options: dict[str, Any] = {"img_size": question.img_size} if question.img_size else {}
-            try:  # attention models want their input size, convolutional ones refuse the argument
-                model = timm.create_model(question.model, num_classes=question.num_classes, **options)
-            except TypeError:
-                model = timm.create_model(question.model, num_classes=question.num_classes)
+            model = timm.create_model(question.model, num_classes=question.num_classes)
+            if question.img_size and hasattr(model, "set_input_size"):
+                resize: Any = model.set_input_size
+                resize(img_size=question.img_size)
             if question.grad_checkpointing:
                 checkpointing: Any = model.set_grad_checkpointing
                 checkpointing(True)

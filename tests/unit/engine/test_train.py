@@ -388,3 +388,32 @@ def test_data_from_a_url_trains_like_a_folder(flags, few_digits, tmp_path):
     reset_accelerate()
     with pytest.raises(ValueError, match="--shuffle-window -1"):
         make(flags, "--shuffle-window", "-1")
+
+
+def test_the_batch_size_can_be_what_fits(flags, tmp_path, capsys):
+    automatic = [flag for flag in flags if flag not in ("--global-batch-size", "16")]
+    more = [
+        "--auto-batch-size",
+        "700MiB",
+        "--experiment",
+        "auto",
+        "--epochs",
+        "1",
+        "--grad-checkpointing",
+        "--model",
+        "resnet10t",
+    ]
+    run = make(automatic, *more)
+    assert 1 <= run.plan.global_batch_size <= 96
+    args = yaml.safe_load((tmp_path / "auto" / "args.yaml").read_text())
+    assert args["batch_size"] == run.plan.global_batch_size
+    assert args["auto_batch_size"] == ""
+    reset_accelerate()
+    larger = make(automatic, *more, "--auto-batch-size", "700MiB", "--experiment", "larger")
+    assert larger.plan.global_batch_size > run.plan.global_batch_size
+    reset_accelerate()
+    with pytest.raises(ValueError, match="one image needs"):
+        make(automatic, *more, "--auto-batch-size", "100MiB", "--experiment", "none")
+    reset_accelerate()
+    with pytest.raises(ValueError, match="leave one out"):
+        make(flags, "--auto-batch-size", "1GiB", "--experiment", "both")
