@@ -392,17 +392,8 @@ def test_data_from_a_url_trains_like_a_folder(flags, few_digits, tmp_path):
 
 def test_the_batch_size_can_be_what_fits(flags, tmp_path, capsys):
     automatic = [flag for flag in flags if flag not in ("--global-batch-size", "16")]
-    more = [
-        "--auto-batch-size",
-        "700MiB",
-        "--experiment",
-        "auto",
-        "--epochs",
-        "1",
-        "--grad-checkpointing",
-        "--model",
-        "resnet10t",
-    ]
+    more = ["--model", "resnet10t", "--epochs", "1", "--grad-checkpointing", "--experiment", "auto"]
+    more += ["--img-size", "64", "--auto-batch-size", "640MiB"]
     run = make(automatic, *more)
     assert 1 <= run.plan.global_batch_size <= 96
     args = yaml.safe_load((tmp_path / "auto" / "args.yaml").read_text())
