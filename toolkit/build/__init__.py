@@ -6,7 +6,7 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import ModelEmaV3
 
 import toolkit.optim  # noqa: F401  registers our optimizers
-from toolkit.build.batch import confirm_batch_size, with_automatic_batch_size
+from toolkit.build.batch import confirm_batch_size, predict_peaks, with_automatic_batch_size
 from toolkit.build.data import augment, create_loaders, input_settings, open_data, to_inputs
 from toolkit.build.facts import describe, run_facts, write_args
 from toolkit.build.launch import check_identity, create_accelerator, run_folder, seed_everything, seed_rank
@@ -20,7 +20,7 @@ from toolkit.build.optimizer import (
     resolve_optimizer,
     total_epochs,
 )
-from toolkit.config import Config
+from toolkit.config import Config, batch_size_per_rank
 from toolkit.data.loader import TrainLoader
 from toolkit.dist import World
 from toolkit.engine.checkpoint import CheckpointStore, step_of
@@ -87,6 +87,9 @@ def build(config: Config) -> Run:
         schedule=schedule,
         prunable=[(name, parameter) for name, parameter in model.named_parameters() if name in prunable],
         predict_memory=lambda: predict_memory(model, optimizer, opt, method, config.prune_score, ema),
+        predict_peaks=lambda: predict_peaks(
+            config, batch_size_per_rank(config, world.num_ranks), facts["num_classes"], world.num_ranks
+        ),
         checkpoints=CheckpointStore(folder / "checkpoints", world, config.checkpoint_hist),
         scalars=Scalars(folder / "tb", world, step_of(resume_from) if resume_from else 0),
         memory=MemoryLog(lambda: tensor_ledger(model, optimizer.state, ema=ema), world),

@@ -9,7 +9,7 @@ from toolkit.config import Config
 from toolkit.log import get_logger
 from toolkit.memory.predict import Prediction, Question, parse_bytes
 
-__all__ = ["confirm_batch_size", "with_automatic_batch_size"]
+__all__ = ["confirm_batch_size", "predict_peaks", "with_automatic_batch_size"]
 
 _AMP = {None: None, "float16": "fp16", "bfloat16": "bf16", "fp16": "fp16", "bf16": "bf16", "no": None}
 
@@ -20,14 +20,8 @@ def with_automatic_batch_size(config: Config, num_classes: int, num_samples: int
         return config
     if config.global_batch_size is not None:
         raise ValueError("--auto-batch-size and --global-batch-size both set the batch; leave one out")
-    question = Question(
-        model=config.model, opt=config.opt, pruning=config.pruning, score=config.prune_score,
-        sparsity=config.sparsity or 0.0, amp=_AMP[config.mixed_precision], img_size=config.img_size,
-        num_classes=num_classes, ranks=num_ranks, ema=config.model_ema, grad_checkpointing=config.grad_checkpointing,
-        channels_last=config.channels_last,
-    )  # fmt: skip
     limit_bytes = parse_bytes(config.auto_batch_size)
-    prediction = Prediction(question, lambda text: None)
+    prediction = Prediction(_question(config, num_classes, num_ranks), lambda text: None)
     most = num_samples // (num_ranks * config.grad_accum_steps)
     found = min(prediction.largest_batch(limit_bytes), most)
     if config.mixes:
@@ -42,6 +36,26 @@ def with_automatic_batch_size(config: Config, num_classes: int, num_samples: int
         prediction.needed_bytes(found) / 2**20, " (all the data there is)" if found == most else "",
     )  # fmt: skip
     return dataclasses.replace(config, batch_size=found, auto_batch_size="")
+
+
+def _question(config: Config, num_classes: int, num_ranks: int) -> Question:
+    return Question(
+        model=config.model, opt=config.opt, pruning=config.pruning, score=config.prune_score,
+        sparsity=config.sparsity or 0.0, amp=_AMP[config.mixed_precision], img_size=config.img_size,
+        num_classes=num_classes, ranks=num_ranks, ema=config.model_ema, grad_checkpointing=config.grad_checkpointing,
+        channels_last=config.channels_last,
+    )  # fmt: skip
+
+
+def predict_peaks(config: Config, batch_size: int, num_classes: int, num_ranks: int) -> dict[str, dict[str, int]]:
+    """Ledger at the peak of a step, dense and at final sparsity; empty, and logged, where it cannot be predicted."""
+    try:
+        prediction = Prediction(_question(config, num_classes, num_ranks), lambda text: None)
+        final = config.sparsity if prediction.method != "none" else None
+        return {"dense": prediction.ledger(batch_size, None), "final": prediction.ledger(batch_size, final)}
+    except (ValueError, RuntimeError, TypeError) as error:
+        get_logger().warning("the step's memory is not predicted: %s", str(error).splitlines()[0] or repr(error))
+        return {}
 
 
 def confirm_batch_size(model: nn.Module, config: Config, size: tuple[int, ...], device: torch.device) -> None:

@@ -1,9 +1,11 @@
 """The training loop: epochs of steps, evaluation, records, checkpoints. The order of a step is in `_train_epoch`."""
 
+import contextlib
 import math
 import os
 import signal
 import time
+from collections.abc import Iterator
 from types import FrameType
 from typing import NoReturn
 
@@ -18,6 +20,7 @@ from toolkit.engine.scalars import MIB
 from toolkit.engine.snapshot import load_snapshot, save_snapshot
 from toolkit.engine.step import NonFiniteLossError, StepResult, train_step
 from toolkit.log import get_logger
+from toolkit.memory.probe import StepProbe
 from toolkit.memory.sources import read_device, read_host
 from toolkit.progress import Progress, duration
 from toolkit.prune.mask import flat, zero_pruned
@@ -126,7 +129,8 @@ def _train_epoch(run: Run, history: History, stop: _StopRequest, bar: Progress |
     while history.step < plan.steps_per_epoch:
         update = history.epoch * plan.steps_per_epoch + history.step + 1
         logs = update % plan.log_interval == 0 or history.step + 1 == plan.steps_per_epoch
-        result = train_step(run, batches, update, history.epoch, stop=stop.asked, want_grad_norm=logs)
+        with _memory_probe(run, update) as probe:
+            result = train_step(run, batches, update, history.epoch, stop=stop.asked, want_grad_norm=logs, probe=probe)
         if run.scheduler is not None:
             run.scheduler.step_update(num_updates=update)
         if run.ema is not None:
@@ -147,6 +151,25 @@ def _train_epoch(run: Run, history: History, stop: _StopRequest, bar: Progress |
             account()
             save_snapshot(run, history, update)
     account()
+
+
+@contextlib.contextmanager
+def _memory_probe(run: Run, update: int) -> Iterator[StepProbe | None]:
+    """Watches the second step (the first makes the optimizer's state) and the second at final sparsity."""
+    pruned = run.schedule.on and run.schedule.end_step is not None and update == run.schedule.end_step + 2
+    dense = update == 2 and not (run.schedule.on and (run.schedule.due(1) or run.schedule.due(2)))
+    phase = "dense" if dense else "final" if pruned else None
+    if phase is None or hasattr(run.model, "_orig_mod"):  # a compiled model would be compiled anew under the tracker
+        yield None
+        return
+    # DDP's buckets hold the gradients from step to step; one rank's gradients come and go.
+    kept = [p.grad for p in run.bare_model.parameters() if p.grad is not None] if run.world.num_ranks > 1 else []
+    state = [
+        value for values in run.bare_optimizer.state.values() for value in values.values() if torch.is_tensor(value)
+    ]
+    average = [] if run.ema is None else [*run.ema.parameters(), *run.ema.buffers()]
+    with run.memory.phase(phase, update, StepProbe(run.bare_model, [*kept, *state, *average])) as probe:
+        yield probe
 
 
 class _Window:
@@ -323,7 +346,7 @@ def _check_sparsity(run: Run) -> None:
 
 
 def _write_memory(run: Run) -> None:
-    run.memory.write(run.folder, run.facts, run.predict_memory())
+    run.memory.write(run.folder, run.facts, run.predict_memory(), run.predict_peaks)
 
 
 def _write(run: Run, history: History, *, completed: bool) -> None:

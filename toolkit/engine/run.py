@@ -64,6 +64,7 @@ class Run:
     schedule: Schedule
     prunable: list[tuple[str, Tensor]]
     predict_memory: Callable[[], dict[str, int]]
+    predict_peaks: Callable[[], dict[str, dict[str, int]]]
     checkpoints: CheckpointStore
     scalars: Scalars
     memory: MemoryLog

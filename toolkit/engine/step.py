@@ -13,6 +13,7 @@ from torch import Tensor
 from toolkit.data.loader import Batch
 from toolkit.dist import World
 from toolkit.engine.run import Run
+from toolkit.memory.probe import StepProbe
 
 __all__ = ["NonFiniteLossError", "StepResult", "train_step"]
 
@@ -58,9 +59,19 @@ class _Signal:
 
 
 def train_step(
-    run: Run, batches: Iterator[Batch], update: int, epoch: int, *, stop: bool, want_grad_norm: bool
+    run: Run,
+    batches: Iterator[Batch],
+    update: int,
+    epoch: int,
+    *,
+    stop: bool,
+    want_grad_norm: bool,
+    probe: StepProbe | None = None,
 ) -> StepResult:
-    """Make update number `update` (from 1). Raises NonFiniteLossError on all ranks, before anything has changed."""
+    """Make update number `update` (from 1). Raises NonFiniteLossError on all ranks, before anything has changed.
+
+    A `probe` is told what the batch is and where backward begins.
+    """
     accumulation = run.plan.accumulation
     run.optimizer.zero_grad()  # here, not after the step: between steps the memory ledger reads the gradients
     total = torch.zeros((), device=run.world.device)
@@ -78,6 +89,9 @@ def train_step(
             total += loss.detach()
             if last:
                 signal = _Signal(total, stop, run.world)
+            if probe is not None:
+                probe.inputs(images, targets)
+                probe.forward_done()
             run.accelerator.backward(loss)
     assert signal is not None
     bad_rank, stop_now = signal.read(run.world)

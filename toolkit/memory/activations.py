@@ -181,15 +181,18 @@ def _track(
             forward_end = tracker.events
             loss.backward()
         gradients = [tracker.of(p.grad) for p in model.parameters() if p.grad is not None]
-    lifetimes, events = tracker.lifetimes, tracker.events
-    rows = []
-    for lifetime in lifetimes:
-        if any(lifetime is one for one in inputs):
-            rows.append("input")
-        elif any(lifetime is one for one in gradients):
-            rows.append("gradients")
-        elif lifetime.born < forward_end and (lifetime.died is None or lifetime.died >= forward_end):
-            rows.append("activations")
-        else:
-            rows.append("workspace")
-    return [Lifetime(one.size_bytes, one.born, one.died, one.dtype) for one in lifetimes], events, rows
+        rows = classify(tracker, gradients, inputs, forward_end)
+    lifetimes = [Lifetime(one.size_bytes, one.born, one.died, one.dtype) for one in tracker.lifetimes]
+    return lifetimes, tracker.events, rows
+
+
+def classify(
+    tracker: StorageTracker, gradients: Sequence[Lifetime | None], inputs: Sequence[Lifetime | None], forward_end: int
+) -> list[str]:
+    """Row of each lifetime: input, gradients, activations (alive when forward ends), or workspace."""
+    named = {id(one): "gradients" for one in gradients} | {id(one): "input" for one in inputs}
+    return [
+        named.get(id(one))
+        or ("activations" if one.born < forward_end and (one.died is None or one.died >= forward_end) else "workspace")
+        for one in tracker.lifetimes
+    ]

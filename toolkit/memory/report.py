@@ -4,11 +4,12 @@ On a machine without an accelerator the kind is `host-standin`: device fields ar
 the primary figure. It is exact on any device; host RSS is shown beside it and is not GPU memory.
 """
 
+import contextlib
 import csv
 import json
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ import torch
 from toolkit.dist import World
 from toolkit.memory.device import find_device_use
 from toolkit.memory.ledger import optimizer_bytes
+from toolkit.memory.probe import StepProbe
 from toolkit.memory.sampler import DeviceSampler
 from toolkit.memory.sources import read_device, read_host, reset_peaks
 
-__all__ = ["SCHEMA", "TIMELINE_COLUMNS", "MemoryLog", "merge_ranks", "reduce_ranks"]
+__all__ = ["SCHEMA", "TIMELINE_COLUMNS", "MemoryLog", "merge_ranks", "phase_ledgers", "reduce_ranks"]
 
 SCHEMA = "memory-report/1"
 STANDIN_NOTE = "NO GPU: tensor-byte ledger and host RSS; not comparable with GPU memory"
@@ -41,6 +43,8 @@ class MemoryLog:
         self.peak: dict[str, int] = {}
         self.end: dict[str, int] = {}
         self.peak_step = 0
+        self.phases: dict[str, dict[str, Any]] = {}
+        self._life_peak_bytes = 0  # of the allocator, over what a phase's own window has reset
         reset_peaks(world.device)
         self._sampler = DeviceSampler(find_device_use(world.device))
 
@@ -66,21 +70,39 @@ class MemoryLog:
         )
         return ledger
 
+    @contextlib.contextmanager
+    def phase(self, name: str, step: int, probe: StepProbe) -> Iterator[StepProbe]:
+        """Watch one step for the ledger of its peak. Call at the start of a step, with no gradients of one's own."""
+        before = read_device(self._world.device)["allocated_peak_bytes"] or 0
+        self._life_peak_bytes = max(self._life_peak_bytes, before)
+        reset_peaks(self._world.device)
+        with probe:
+            yield probe
+        ledger = self._take_ledger()
+        if self._world.num_ranks > 1:  # gradients are views of DDP's buckets, which stand from step to step
+            ledger["ddp_buckets"] = ledger.pop("gradients")
+        rows = {**ledger, **probe.rows}
+        peak = read_device(self._world.device)["allocated_peak_bytes"]
+        self.phases[name] = {"step": step, "rows": rows, "allocated_peak_bytes": peak}
+
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must carry so that a resumed run still knows its peak."""
         elapsed_s = time.monotonic() - self._begin
         return {"timeline": self.timeline, "peak": self.peak, "end": self.end, "peak_step": self.peak_step,
-                "elapsed_s": elapsed_s}  # fmt: skip
+                "elapsed_s": elapsed_s, "phases": self.phases, "life_peak_bytes": self._life_peak_bytes}  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
         self.timeline, self.peak, self.end = state["timeline"], state["peak"], state["end"]
         self.peak_step = state["peak_step"]
+        self.phases, self._life_peak_bytes = state["phases"], state["life_peak_bytes"]
         self._begin = time.monotonic() - state["elapsed_s"]
 
     def record(self) -> dict[str, Any]:
         """This rank's part of the report."""
         device, host = read_device(self._world.device), read_host()
+        if device["allocated_peak_bytes"] is not None:
+            device["allocated_peak_bytes"] = max(device["allocated_peak_bytes"], self._life_peak_bytes)
         return {
             "rank": self._world.rank,
             "local_rank": self._world.local_rank,
@@ -94,6 +116,7 @@ class MemoryLog:
             "host": host,
             "ledger_peak": self.peak,
             "ledger_end": self.end,
+            "phases": self.phases,
         }
 
     def _device_use(self) -> dict[str, Any]:
@@ -109,13 +132,24 @@ class MemoryLog:
         """End the sampling."""
         self._sampler.stop()
 
-    def write(self, folder: Path, run_facts: Mapping[str, Any], predicted: Mapping[str, int]) -> None:
-        """Gather all ranks' records and write memory.json and memory_timeline.csv on rank 0. All ranks must call it."""
+    def write(
+        self,
+        folder: Path,
+        run_facts: Mapping[str, Any],
+        predicted: Mapping[str, int],
+        predict_peaks: Callable[[], dict[str, dict[str, int]]] = dict,
+    ) -> None:
+        """Gather all ranks' records and write memory.json and memory_timeline.csv on rank 0. All ranks must call it.
+
+        `predicted` are rows at the end, `predict_peaks` gives those of each phase's peak and is asked on rank 0.
+        """
         records = self._world.gather(self.record())
         timelines = self._world.gather(self.timeline)
         if not self._world.is_main:
             return
         report = merge_ranks(records, run_facts, predicted, self.peak_step, self._world.device)
+        if self.phases:
+            report["phases"] = phase_ledgers(records[0], predict_peaks())
         temporary = folder / "memory.json.tmp"
         temporary.write_text(json.dumps(report, indent=1) + "\n")
         temporary.replace(folder / "memory.json")
@@ -187,6 +221,35 @@ def merge_ranks(
         },
         "timeline": "memory_timeline.csv",
     }
+
+
+def phase_ledgers(record: Mapping[str, Any], predicted: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, Any]]:
+    """The ledger at the peak of each phase's step: measured, predicted, the difference, and what has no owner.
+
+    `unexplained_bytes` is the allocator's peak less all rows; None where there is no allocator to ask.
+    """
+    phases = {}
+    for name, phase in record["phases"].items():
+        expected = predicted.get(name, {})
+        rows = []
+        for row in dict.fromkeys([*phase["rows"], *expected]):
+            measured, wanted = phase["rows"].get(row, 0), expected.get(row, 0) if expected else None
+            if measured or wanted:
+                difference = None if wanted is None else measured - wanted
+                rows.append(
+                    {"name": row, "measured_bytes": measured, "predicted_bytes": wanted, "difference_bytes": difference}
+                )
+        total, allocated = sum(phase["rows"].values()), phase["allocated_peak_bytes"]
+        phases[name] = {
+            "at": f"the peak within step {phase['step']}",
+            "rank": record["rank"],
+            "rows": rows,
+            "total_bytes": total,
+            "predicted_total_bytes": sum(expected.values()) if expected else None,
+            "allocated_peak_bytes": allocated,
+            "unexplained_bytes": None if allocated is None else allocated - total,
+        }
+    return phases
 
 
 def reduce_ranks(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float | int | None]]:
