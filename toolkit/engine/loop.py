@@ -155,9 +155,12 @@ def _train_epoch(run: Run, history: History, stop: _StopRequest, bar: Progress |
 
 @contextlib.contextmanager
 def _memory_probe(run: Run, update: int) -> Iterator[StepProbe | None]:
-    """Watches the second step (the first makes the optimizer's state) and the second at final sparsity."""
+    """Watches the third step, and the second at final sparsity.
+
+    The first step makes the optimizer's state, and in the second DDP makes its buckets anew.
+    """
     pruned = run.schedule.on and run.schedule.end_step is not None and update == run.schedule.end_step + 2
-    dense = update == 2 and not (run.schedule.on and (run.schedule.due(1) or run.schedule.due(2)))
+    dense = update == 3 and not (run.schedule.on and any(run.schedule.due(step) for step in (1, 2, 3)))
     phase = "dense" if dense else "final" if pruned else None
     if phase is None or hasattr(run.model, "_orig_mod"):  # a compiled model would be compiled anew under the tracker
         yield None

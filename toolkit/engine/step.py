@@ -82,6 +82,8 @@ def train_step(
         batch = next(batches)
         wait_s += time.perf_counter() - begin
         num_bad += batch.num_bad
+        if probe is not None:
+            probe.leave_out(batch.images, batch.weights, batch.samples)  # they stay with the host
         images, targets = run.augment(*run.to_inputs(batch), (update - 1) * accumulation + micro, epoch)
         last = micro == accumulation - 1
         with contextlib.nullcontext() if last else run.accelerator.no_sync(run.model):

@@ -63,6 +63,13 @@ class StepProbe:
                 rows["weight_casts" if cast else name] += one.size_bytes
         return rows
 
+    def leave_out(self, *tensors: Tensor) -> None:
+        """Do not count these tensors."""
+        for tensor in tensors:
+            made = self._tracker.of(tensor)
+            if made is not None:
+                made.size_bytes = 0
+
     def inputs(self, *tensors: Tensor) -> None:
         """Name the tensors of the batch."""
         self._inputs += tensors
