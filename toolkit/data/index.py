@@ -160,13 +160,11 @@ def load_split(folder: Path, split: str) -> ShardIndex:
     """
     entry = split_entry(read_info(folder), split, str(folder))
     names = entry["filenames"]
-    path = index_path(folder, split)
-    if not path.is_file():
-        path = _own_path(folder, split)
-    index = _current(folder, path, names)
+    index = _current(folder, split, names)
     if index is None:
+        path = _own_path(folder, split)
         with locked(path):  # the other ranks wait for the scan of the first
-            index = _current(folder, path, names)
+            index = _current(folder, split, names)
             if index is None:
                 get_logger().info("reading the headers of %d shards in %s", len(names), folder)
                 index = scan_shards(folder, names, run=_in_processes if len(names) > _SCAN_ALONE else map)
@@ -194,27 +192,33 @@ def check_count(index: ShardIndex, entry: dict[str, Any], place: str) -> None:
 
 
 def _own_path(folder: Path, split: str) -> Path:
-    """Where an index that was scanned is kept."""
-    if os.access(folder, os.W_OK):
-        return index_path(folder, split)
+    """Where an index that is scanned is kept."""
+    return index_path(folder, split) if os.access(folder, os.W_OK) else _cached_path(folder, split)
+
+
+def _cached_path(folder: Path, split: str) -> Path:
     key = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
     return index_path(cache_folder() / "index" / key, split)
 
 
-def _current(folder: Path, path: Path, names: Sequence[str]) -> ShardIndex | None:
-    """The index at `path`, unless there is none or it was scanned from shards that have changed since."""
-    if not path.is_file():
-        return None
-    index = read_index(folder, path)
-    if not index.modified_ns:
-        return index
+def _current(folder: Path, split: str, names: Sequence[str]) -> ShardIndex | None:
+    """The index beside the shards or in the cache, unless it was scanned from shards that have changed since."""
+    for path in (index_path(folder, split), _cached_path(folder, split)):
+        if path.is_file():
+            index = read_index(folder, path)
+            if not index.modified_ns or _unchanged(index, names):
+                return index
+    return None
+
+
+def _unchanged(index: ShardIndex, names: Sequence[str]) -> bool:
     if index.names != tuple(names):
-        return None
+        return False
     for name, known in zip(names, zip(index.shard_bytes, index.modified_ns, strict=True), strict=True):
-        shard = folder / name
+        shard = index.folder / name
         if shard.is_file() and (shard.stat().st_size, shard.stat().st_mtime_ns) != known:
-            return None
-    return index
+            return False
+    return True
 
 
 def read_index(folder: Path, path: Path) -> ShardIndex:

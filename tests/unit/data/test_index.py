@@ -66,6 +66,20 @@ def test_an_index_of_a_folder_that_cannot_be_written_goes_to_the_cache(copy, tmp
     assert len(list((tmp_path / "cache").rglob("train.index.safetensors"))) == 1
 
 
+def test_a_stale_index_in_a_folder_that_cannot_be_written_gives_way_to_the_cache(copy, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    index_path(copy, "train").unlink()
+    (copy / "_info.json").unlink()
+    before = load_split(copy, "train")
+    stale = index_path(copy, "train").read_bytes()
+    shutil.copy(copy / "few-train-0000.tar", copy / "few-train-0001.tar")
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    after = load_split(copy, "train")
+    assert not same_rows(before, after)
+    assert index_path(copy, "train").read_bytes() == stale
+    assert same_rows(load_split(copy, "train"), after)
+
+
 def test_many_shards_are_scanned_by_several_processes(few_digits, monkeypatch):
     monkeypatch.setattr("toolkit.data.index._SCAN_ALONE", 1)
     names = load_split(few_digits, "train").names
