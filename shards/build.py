@@ -163,6 +163,8 @@ def build(out: Path, catalogue: Catalogue, settings: BuildSettings, workers: int
     (out / _PLAN_NAME).write_text(json.dumps({"build_fingerprint": fingerprint, **asdict(settings)}, indent=1) + "\n")
     left_out = _write_missing(shards, settings, workers)
     splits = {split: _index(out, shards, split, workers) for split in catalogue.splits}
+    for split, images in catalogue.splits.items():
+        splits[split]["left_out"] = len(images) - splits[split]["num_samples"]  # also by a run that was stopped
     (out / "classes.json").write_text(json.dumps(catalogue.classes, indent=0) + "\n")
     write_info(
         out, settings.name, len(catalogue.classes), splits, seed=settings.seed, build_fingerprint=fingerprint,

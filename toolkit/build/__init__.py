@@ -1,6 +1,7 @@
 """The one place where the configuration meets the components: Config -> Run."""
 
 import dataclasses
+import functools
 
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import ModelEmaV3
@@ -87,8 +88,10 @@ def build(config: Config) -> Run:
         schedule=schedule,
         prunable=[(name, parameter) for name, parameter in model.named_parameters() if name in prunable],
         predict_memory=lambda: predict_memory(model, optimizer, opt, method, config.prune_score, ema),
-        predict_peaks=lambda: predict_peaks(
-            config, batch_size_per_rank(config, world.num_ranks), facts["num_classes"], world.num_ranks
+        predict_peaks=functools.cache(
+            lambda: predict_peaks(
+                config, batch_size_per_rank(config, world.num_ranks), facts["num_classes"], world.num_ranks
+            )
         ),
         checkpoints=CheckpointStore(folder / "checkpoints", world, config.checkpoint_hist),
         scalars=Scalars(folder / "tb", world, step_of(resume_from) if resume_from else 0),

@@ -50,7 +50,9 @@ def _question(config: Config, num_classes: int, num_ranks: int) -> Question:
 def predict_peaks(config: Config, batch_size: int, num_classes: int, num_ranks: int) -> dict[str, dict[str, int]]:
     """Ledger at the peak of a step, dense and at final sparsity; empty, and logged, where it cannot be predicted."""
     try:
-        prediction = Prediction(_question(config, num_classes, num_ranks), lambda text: None)
+        # Making a model draws its initial weights; a run's generator must not move for a report.
+        with torch.random.fork_rng(devices=[]):
+            prediction = Prediction(_question(config, num_classes, num_ranks), lambda text: None)
         final = config.sparsity if prediction.method != "none" else None
         return {"dense": prediction.ledger(batch_size, None), "final": prediction.ledger(batch_size, final)}
     except (ValueError, RuntimeError, TypeError) as error:

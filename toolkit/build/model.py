@@ -51,8 +51,6 @@ def create_model(config: Config, num_classes: int) -> nn.Module:
             raise ValueError(
                 f"--initial-checkpoint {config.initial_checkpoint} does not fit {config.model}: {reason}"
             ) from None
-    if config.grad_checkpointing:
-        checkpoint_activations(model, config.model)
     return model
 
 
@@ -60,6 +58,8 @@ def place_model(model: nn.Module, config: Config, world: World) -> None:
     """Onto the device, in the memory layout asked for, with synchronised BatchNorm where asked for; in place."""
     if config.sync_bn and world.num_ranks > 1:
         convert_sync_batchnorm(model)  # timm's: torch's drops the activation of BatchNormAct2d
+    if config.grad_checkpointing:  # on the modules that stay
+        checkpoint_activations(model, config.model)
     model.to(world.device)
     if config.channels_last:
         model.to(memory_format=torch.channels_last)

@@ -9,6 +9,8 @@ import io
 import logging
 import math
 import random
+import struct
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -49,19 +51,26 @@ def decode_rgb(data: bytes) -> np.ndarray:
             height, width, *_ = simplejpeg.decode_jpeg_header(data)
             _check_pixels(width, height)
             return simplejpeg.decode_jpeg(data, colorspace="RGB")
-        except ValueError:
+        except (ValueError, KeyError):  # KeyError: a header with a colour space it has no name for
             pass  # PIL decides
     try:
         with Image.open(io.BytesIO(data)) as image:
             _check_pixels(*image.size)
             return np.array(image.convert("RGB"))  # a copy: torch wants memory it may write to
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except _DAMAGE as error:
         raise BadImageError(str(error)) from error
 
 
 def _check_pixels(width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
         raise BadImageError(f"{width} × {height} pixels are more than {MAX_PIXELS:,}")
+
+
+# What PIL's readers raise on damaged files.
+_DAMAGE = (
+    OSError, ValueError, SyntaxError, KeyError, IndexError, TypeError, EOFError, OverflowError, struct.error,
+    zlib.error, Image.DecompressionBombError,
+)  # fmt: skip
 
 
 def sample_generator(seed: int, epoch: int, sample: int) -> np.random.Generator:

@@ -68,6 +68,8 @@ class _Reader:
         shard = int(self.index.shard[sample])
         file = self._files.pop(shard, None)
         if file is None:
+            if self.cache is not None:
+                self._close_forgotten()
             if len(self._files) >= _OPEN_FILES:
                 os.close(self._files.pop(next(iter(self._files))))
             file = (
@@ -77,6 +79,12 @@ class _Reader:
             )
         self._files[shard] = file
         return os.pread(file, int(self.index.size[sample]), int(self.index.offset[sample]))
+
+    def _close_forgotten(self) -> None:
+        """Close shards that were taken out of the cache: while open they still fill the disk."""
+        for shard, file in list(self._files.items()):
+            if not os.fstat(file).st_nlink:
+                os.close(self._files.pop(shard))
 
     def complain(self, sample: int, error: BadImageError) -> None:
         """Say which image cannot be read, the first few times in this worker."""

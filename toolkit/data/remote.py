@@ -7,11 +7,12 @@ something else costs another try with growing pauses; what cannot be had right i
 import hashlib
 import json
 import os
+import queue
+import shlex
 import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ __all__ = ["ShardCache", "fetch", "fetch_info", "is_remote", "load_remote_split"
 ATTEMPTS = 6
 FIRST_PAUSE_S = 0.5  # doubled after each failed try: 0.5 + 1 + 2 + 4 + 8 s in all
 STALL_S = 30.0  # without a byte for so long, a transfer is given up
-_PIECE_BYTES = 2**20
+_PIECE_BYTES = 2**16  # small, so that a slow link is not taken for a stalled one
 
 
 def is_remote(data_dir: str) -> bool:
@@ -46,7 +47,8 @@ def is_remote(data_dir: str) -> bool:
 
 def _url(prefix: str, name: str) -> str:
     """The URL of a file: `{}` in the prefix stands for its name, otherwise it comes behind a slash."""
-    return prefix.replace("{}", name) if "{}" in prefix else f"{prefix.rstrip('/')}/{name}"
+    url = prefix.replace("{}", name) if "{}" in prefix else f"{prefix.rstrip('/')}/{name}"
+    return f"pipe:aws s3 cp {shlex.quote(url)} -" if url.startswith("s3://") else url  # gopen knows no s3
 
 
 def _transfer(url: str, target: Path) -> None:
@@ -128,7 +130,7 @@ class ShardCache:
         self.prefix = prefix
         self.index = index
         self.limit_bytes = limit_bytes
-        self._ahead: ThreadPoolExecutor | None = None
+        self._ahead: queue.SimpleQueue[int] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_ahead": None}  # threads stay in their process
@@ -149,15 +151,19 @@ class ShardCache:
     def prefetch(self, shards: Sequence[int]) -> None:
         """Fetch shards in the background; one that another process is fetching is left to it."""
         if self._ahead is None:
-            self._ahead = ThreadPoolExecutor(2, thread_name_prefix="shards")
+            self._ahead = queue.SimpleQueue()
+            for _ in range(2):  # daemons: an exit does not wait for what nobody will read
+                threading.Thread(target=self._fetch_ahead, args=(self._ahead,), daemon=True).start()
         for shard in shards:
-            self._ahead.submit(self._fetch_ahead, shard)
+            self._ahead.put(shard)
 
-    def _fetch_ahead(self, shard: int) -> None:
-        try:
-            self._fetch(shard, wait=False)
-        except ValueError as error:  # whoever needs it will try again and report
-            get_logger().warning("fetching ahead failed: %s", error)
+    def _fetch_ahead(self, wanted: "queue.SimpleQueue[int]") -> None:
+        while True:
+            shard = wanted.get()
+            try:
+                self._fetch(shard, wait=False)
+            except (ValueError, OSError) as error:  # whoever needs it will try again and report
+                get_logger().warning("fetching ahead failed: %s", error)
 
     def _fetch(self, shard: int, wait: bool) -> None:
         path = self.index.folder / self.index.names[shard]
@@ -165,13 +171,16 @@ class ShardCache:
             if not mine or (path.is_file() and path.stat().st_size == self.index.shard_bytes[shard]):
                 return
             with self._room_for(path, self.index.shard_bytes[shard]):
-                fetch(_url(self.prefix, path.name), path, lambda got: self._check(got, shard))
+                fetch(_url(self.prefix, self.index.names[shard]), path, lambda got: self._check(got, shard))
 
     def _check(self, path: Path, shard: int) -> None:
         """Raise ValueError unless the file has the size and every image the checksum of the index."""
         index, size = self.index, path.stat().st_size
         if size != index.shard_bytes[shard]:
-            raise ValueError(f"{size} bytes came, the index says {index.shard_bytes[shard]}")
+            raise ValueError(
+                f"{size} bytes came, the index says {index.shard_bytes[shard]}; if the shards were made anew, delete "
+                f"{index.folder}"
+            )
         if not index.has_checksums:
             return
         with open(path, "rb") as file:
@@ -187,14 +196,19 @@ class ShardCache:
         An empty file of that length stands for what is on its way, so that two fetches do not take the same room.
         """
         reserved = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.room")
-        with locked(path.parent / "room"):
+        with locked(self.index.folder / "room"):
             found = []
-            for other in [*path.parent.glob("*.tar"), *path.parent.glob("*.room")]:
+            for other in self.index.folder.rglob("*"):
+                if other.suffix not in (".tar", ".room", ".tmp"):
+                    continue
                 with suppress(FileNotFoundError):
                     stat = other.stat()
-                    if other.suffix == ".room" and not _alive(int(other.name.split(".")[-3])):
-                        other.unlink()
+                    owner = other.name.split(".")[-3:][0]
+                    if other.suffix != ".tar" and owner.isdigit() and not _alive(int(owner)):
+                        other.unlink()  # left by a process that was killed
                         continue
+                    if other.suffix == ".tmp":
+                        continue  # its room is reserved
                     found.append((stat.st_mtime_ns, stat.st_size, other))
             total = sum(size for _, size, _ in found)
             for _, size, other in sorted(found):
@@ -227,7 +241,13 @@ def remote_folder(prefix: str) -> Path:
 
 
 def fetch_info(prefix: str, folder: Path) -> dict[str, Any]:
-    """The `_info.json` behind a URL prefix, fetched anew at each start."""
+    """The `_info.json` behind a URL prefix, fetched anew at each start. Raises ValueError for an unknown scheme."""
+    from webdataset.gopen import gopen_schemes
+
+    scheme = prefix.partition(":")[0]
+    if scheme not in (*gopen_schemes, "s3"):
+        known = ", ".join(sorted(name for name in gopen_schemes if name != "__default__"))
+        raise ValueError(f"--data-dir {prefix}: the scheme {scheme} is not known; use s3, {known}")
     with locked(folder / "start"):  # the ranks of a host, one after the other
         fetch(_url(prefix, INFO_NAME), folder / INFO_NAME, _check_info)
         return read_info(folder)
@@ -243,8 +263,19 @@ def load_remote_split(
     entry = split_entry(info, split, prefix)
     with locked(folder / "start"):
         index = _remote_index(prefix, entry, folder, limit_bytes)
+        _drop_other_shards(folder, split, index)
     check_count(index, entry, prefix)
     return index, ShardCache(prefix, index, limit_bytes)
+
+
+def _drop_other_shards(folder: Path, split: str, index: ShardIndex) -> None:
+    """Delete cached shards that were fetched under another index: they may have been made anew under the same names."""
+    mark = folder / f"{split}.fingerprint"
+    if mark.is_file() and mark.read_text() == index.fingerprint:
+        return
+    for name in index.names:
+        (folder / name).unlink(missing_ok=True)
+    mark.write_text(index.fingerprint)
 
 
 def _check_info(path: Path) -> None:

@@ -9,6 +9,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import platform
 import shutil
 import sys
 import tempfile
@@ -43,15 +44,14 @@ def _build(target: Path) -> None:
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled code, or None where it cannot be had (said once)."""
-    key = hashlib.sha256(b"".join(source.read_bytes() for source in _SOURCES) + " ".join(_FLAGS).encode()).hexdigest()[
-        :16
-    ]
+    facts = " ".join((*_FLAGS, platform.machine())).encode()  # a home folder may serve several kinds of machine
+    key = hashlib.sha256(b"".join(source.read_bytes() for source in _SOURCES) + facts).hexdigest()[:16]
     target = cache_folder() / f"packed-{key}.so"
     try:
         if not target.exists():
             _build(target)
         found = ctypes.CDLL(str(target))
-    except (OSError, RuntimeError, ImportError) as error:
+    except (OSError, RuntimeError, ImportError, StopIteration) as error:
         get_logger().warning(
             "no native update on CPU (%s): the reference path takes over, several times slower; a C++ compiler and "
             "ninja make it available", str(error).splitlines()[0] if str(error) else type(error).__name__,

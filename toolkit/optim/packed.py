@@ -52,6 +52,7 @@ class Part:
     packed: bool
     step: int = 0  # of the update at hand, from 1
     prunable: bool = False  # whether any of them is
+    sharded: bool = False  # whether any is a DTensor
     owners: list[Tensor] = field(default_factory=list)  # the optimizer's parameters, which have the gradients
     parameters: list[Tensor] = field(default_factory=list)  # this rank's part of each
     states: list[dict[str, Tensor]] = field(default_factory=list)
@@ -75,7 +76,7 @@ class Part:
     def count_step(self) -> None:
         """One step more, in every parameter's state."""
         self.counter.add_(1)
-        self.step += 1
+        self.step = self.step + 1 if self.how == "triton" else int(self.steps[0])
 
 
 @dataclass
@@ -87,8 +88,14 @@ class _Plan:
     parts: list[Part]
 
     def serves(self, ready: list[Tensor], state: Any) -> bool:
-        """Whether nothing has changed: the same parameters have a gradient, and no state was loaded."""
-        return state is self.state and len(ready) == len(self.ready) and all(map(operator.is_, ready, self.ready))
+        """Whether nothing has changed: the same parameters have a gradient, and their states are those known."""
+        if state is not self.state or len(ready) != len(self.ready) or not all(map(operator.is_, ready, self.ready)):
+            return False
+        return all(
+            state.get(owner) is known and known.get("step") is step
+            for part in self.parts
+            for owner, known, step in zip(part.owners, part.states, part.steps, strict=True)
+        )
 
 
 def rate_for(part: Part, group: dict[str, Any]) -> Any:
@@ -188,6 +195,8 @@ class PackedOptimizer(Optimizer):
                 plan = self._plans[number] = self._plan(number, ready)
             for part in plan.parts:
                 part.count_step()
+                if part.sharded:  # a move of the module gives a DTensor another local part
+                    part.parameters = [local(owner) for owner in part.owners]
                 if part.how == "reference":
                     self._update_reference(part, group)
                 elif part.packed:
@@ -213,6 +222,7 @@ class PackedOptimizer(Optimizer):
                 flat(local(parameter))  # refuses gaps: the kernels walk over memory
             part = parts.setdefault((how, packed, step), Part(how, packed, step))
             part.prunable |= id(parameter) in prunable
+            part.sharded |= hasattr(parameter, "to_local")
             part.owners.append(parameter)
             part.parameters.append(local(parameter))
             part.states.append(state)
@@ -330,8 +340,12 @@ class PackedOptimizer(Optimizer):
         """Load the form `state_dict` gives, or the plain optimizer's, and pack again."""
         super().load_state_dict(state_dict)
         for group in self.param_groups:
+            # What the plain optimizer does not know, and the pruning options in force here.
+            group.update({key: value for key, value in self.defaults.items() if key not in group})
             group.update({key: self.defaults[key] for key in PRUNING_OPTIONS})
         for parameter, state in self.state.items():
+            if state:
+                state.setdefault("step", torch.tensor(1.0))  # torch's SGD counts none; its buffers have begun
             part = local(parameter)
             numel, mask, survivors = part.numel(), None, 0
             if "mask" in state:

@@ -120,7 +120,7 @@ def find_threshold(
         *histogram, missing = _sum_over(group, torch.cat([own.sum(0), nans.sum(0, keepdim=True)])).tolist()
         if missing:
             bad = next(name for name, count in zip(names, _sum_over(group, nans).tolist(), strict=True) if count)
-            raise ValueError(f"the pruning score of {bad} is NaN; its weights or moments are not finite")
+            raise ValueError(f"the pruning score of {bad} is NaN; its weights, moments or gradients are not finite")
         assert number or k <= sum(histogram), f"asked for the {k} lowest of {sum(histogram)} scores"
         found = 0
         while histogram[found] < rest:

@@ -1,3 +1,4 @@
+import contextlib
 import io
 import math
 import random
@@ -155,3 +156,17 @@ def test_timms_transforms_are_seeded_by_sample_and_leave_the_generators_alone():
     assert not torch.equal(first, transform(image, sample_generator(0, 0, 8)))
     assert first.dtype == torch.uint8
     assert first.shape == (3, 32, 32)
+
+
+def test_damaged_files_are_bad_images_whatever_the_reader_raises(monkeypatch):
+    """simplejpeg's header reader has raised KeyError on an unknown colour space, PIL's readers much else."""
+    buffer = io.BytesIO()
+    Image.fromarray(picture(60, 80)).save(buffer, "JPEG")
+    data = buffer.getvalue()
+    rng = np.random.default_rng(0)
+    for _ in range(400):
+        damaged = bytearray(data)
+        for place in rng.integers(0, 200, 3):
+            damaged[place] = int(rng.integers(256))
+        with contextlib.suppress(BadImageError):
+            decode_rgb(bytes(damaged))

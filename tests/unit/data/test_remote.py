@@ -7,10 +7,12 @@ import shutil
 import threading
 import time
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
 
+from shards.writer import Sample, write_info, write_split
 from toolkit.data import remote
 from toolkit.data.decode import EvalTransform, TrainTransform
 from toolkit.data.index import index_path, load_split
@@ -176,3 +178,48 @@ def test_pipe_prefix(few_digits, tmp_path):
     info = fetch_info(prefix, tmp_path / "cache")
     index, cache = load_remote_split(prefix, info, "train", tmp_path / "cache", LIMIT)
     assert same(batches(index, cache), batches(load_split(few_digits, "train"), None))
+
+
+def test_shards_made_anew_behind_the_same_url_are_fetched_anew(server, tmp_path):
+    index, cache = open_train(server, tmp_path / "cache")
+    batches(index, cache)
+    first = (server.folder / index.names[0]).read_bytes()
+    places = list(zip(index.offset[:30].tolist(), index.size[:30].tolist(), strict=True))
+    data = [first[offset : offset + size] for offset, size in reversed(places)]
+    samples = [Sample(f"n{i}", i % 10, partial(bytes, image)) for i, image in enumerate(data)]
+    splits = json.loads((server.folder / "_info.json").read_text())["splits"]
+    splits["train"] = write_split(server.folder, "train", "few", samples, 3)
+    write_info(server.folder, "few", 10, splits)
+    index, cache = open_train(server, tmp_path / "cache")
+    assert all(num_bad == 0 for _, _, num_bad in batches(index, cache))
+
+
+def test_shards_in_folders(few_digits, tmp_path):
+    served = tmp_path / "served"
+    (served / "part").mkdir(parents=True)
+    info = json.loads((few_digits / "_info.json").read_text())
+    for name in info["splits"]["train"]["filenames"]:
+        shutil.copy(few_digits / name, served / "part" / name)
+    del info["splits"]["train"]["index_sha256"]
+    info["splits"]["train"]["filenames"] = [f"part/{name}" for name in info["splits"]["train"]["filenames"]]
+    (served / "_info.json").write_text(json.dumps(info))
+    prefix = f"pipe:cat {served}/{{}}"
+    index, cache = load_remote_split(prefix, fetch_info(prefix, tmp_path / "c"), "train", tmp_path / "c", LIMIT)
+    shutil.rmtree(tmp_path / "c" / "part")  # made room for others
+    assert len(batches(index, cache)) == 12
+
+
+def test_a_reader_lets_go_of_shards_that_were_forgotten(server, tmp_path):
+    from toolkit.data.loader import _Reader
+
+    index, cache = open_train(server, tmp_path / "cache", limit=2 * max(load_split(server.folder, "train").shard_bytes))
+    reader = _Reader(index, None, SIZE, 0, cache)
+    for sample in (0, 40, 90, 0, 40, 90):
+        reader.read(sample)
+    assert sum(os.fstat(file).st_nlink == 0 for file in reader._files.values()) <= 1
+
+
+def test_an_unknown_scheme_is_an_error_at_once(tmp_path):
+    with pytest.raises(ValueError, match="the scheme gopher is not known"):
+        fetch_info("gopher://host/data", tmp_path)
+    assert remote._url("s3://bucket/x y", "a.tar") == "pipe:aws s3 cp 's3://bucket/x y/a.tar' -"

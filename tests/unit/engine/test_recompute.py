@@ -36,3 +36,16 @@ def test_weights_and_running_statistics_are_the_same(name):
 def test_a_model_without_it_says_so():
     with pytest.raises(ValueError, match="linear does not offer it"):
         checkpoint_activations(torch.nn.Linear(2, 2), "linear")
+
+
+def test_synchronised_batch_norms_are_watched_too():
+    from types import SimpleNamespace
+
+    from toolkit.build.model import place_model
+
+    model = timm.create_model("resnet10t")
+    config = SimpleNamespace(sync_bn=True, grad_checkpointing=True, channels_last=False, model="resnet10t")
+    place_model(model, config, SimpleNamespace(num_ranks=2, device=torch.device("cpu")))
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
+    assert norms
+    assert all(norm._forward_pre_hooks for norm in norms)

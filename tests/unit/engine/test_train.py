@@ -434,3 +434,17 @@ def test_the_ledger_of_a_steps_peak_is_what_was_predicted(flags, tmp_path, opt):
                 assert rows[name]["difference_bytes"] == 0, rows[name]
         assert rows["activations"]["measured_bytes"] == pytest.approx(rows["activations"]["predicted_bytes"], rel=0.02)
         assert phase["total_bytes"] == pytest.approx(phase["predicted_total_bytes"], rel=0.03)
+
+
+def test_resume_at_an_epochs_end_with_dropout_equals_not_stopping(flags, tmp_path):
+    """What is done at an epoch's end, such as predicting memory, must not draw from the run's generator."""
+    more = ["--opt", "adamw", "--drop", "0.5", "--epochs", "2", "--checkpoint-hist", "5"]
+    assert train.main([*flags, *more, "--experiment", "whole"]) == 0
+    reset_accelerate()
+    assert train.main([*flags, *more, "--experiment", "again"]) == 0
+    reset_accelerate()
+    first, *_, last = sorted((tmp_path / "again" / "checkpoints").glob("step-*"))
+    assert first != last
+    (tmp_path / "again" / "metrics.json").unlink()
+    assert train.main([*flags, *more, "--experiment", "again", "--resume", str(first)]) == 0
+    assert_same(final_state(tmp_path / "whole")["model"], final_state(tmp_path / "again")["model"])

@@ -318,3 +318,43 @@ def test_trained_freely_implementations_differ_less_than_two_seeds(kind, options
     reference, other_seed, native = curve(0, "reference"), curve(1, "reference"), curve(0, "native")
     assert native[-20:].mean() < 0.5 * native[:5].mean()
     assert (native - reference).abs().mean() < 0.1 * (other_seed - reference).abs().mean()
+
+
+def test_sgdprune_loads_torchs_sgd():
+    theirs, mine = parameters(), parameters()
+    plain = torch.optim.SGD(theirs, lr=0.05, momentum=0.9, foreach=False)
+    run(plain, theirs, 5)
+    for a, b in zip(mine, theirs, strict=True):
+        a.data.copy_(b)
+    optimizer = SGDPrune(mine, lr=0.05, implementation="reference")
+    optimizer.load_state_dict(plain.state_dict())
+    run(optimizer, mine, 5, first=5)
+    run(plain, theirs, 5, first=5)
+    assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
+@pytest.mark.parametrize("implementation", ["auto", "reference"])
+def test_a_state_that_is_taken_away_or_changed_is_noticed(implementation):
+    def fresh():
+        weights = parameters()
+        return weights, AdamWPrune(weights, lr=1e-2, implementation=implementation)
+
+    weights, optimizer = fresh()
+    run(optimizer, weights, 3)
+    optimizer.state.clear()
+    run(optimizer, weights, 1, first=3)
+    assert all(int(optimizer.state[weight]["step"]) == 1 for weight in weights)
+    assert len(optimizer.state_dict()["state"]) == len(weights)
+    for weight in weights:
+        optimizer.state[weight]["step"].zero_()
+    run(optimizer, weights, 1, first=4)
+    twins, other = fresh()
+    run(other, twins, 3)
+    other.state.clear()
+    run(other, twins, 1, first=3)
+    saved = copy.deepcopy(other.state_dict())
+    for state in saved["state"].values():
+        state["step"] = torch.tensor(0.0)
+    other.load_state_dict(saved)
+    run(other, twins, 1, first=4)
+    assert all(torch.equal(a, b) for a, b in zip(weights, twins, strict=True))
