@@ -125,6 +125,19 @@ def _block(table, tensors, SEARCH: tl.constexpr):
 
 
 @triton.jit
+def _read(row, position, alive, rate, weight_decay, DECOUPLED: tl.constexpr):
+    """(address of the weights, survivors' gradients, their weights after decoupled decay)."""
+    weights = tl.load(row + 1).to(tl.pointer_type(tl.float32))
+    weight = tl.load(weights + position, mask=alive, other=0.0)
+    grad = tl.load(tl.load(row + 2).to(tl.pointer_type(tl.float32)) + position, mask=alive, other=0.0)
+    if DECOUPLED:
+        weight = weight * (1 - rate * weight_decay)
+    else:
+        grad = grad + weight_decay * weight
+    return weights, grad, weight
+
+
+@triton.jit
 def _adam_kernel(
     table, tensors, counter, lr_on_device, lr, log_beta1, log_beta2, one_minus_beta1, beta2, one_minus_beta2, eps,
     weight_decay, SEARCH: tl.constexpr, STATE: tl.constexpr, DECOUPLED: tl.constexpr, AMSGRAD: tl.constexpr,
@@ -133,17 +146,10 @@ def _adam_kernel(
     row, position, alive, at = _block(table, tensors, SEARCH)
     step = tl.load(counter)
     rate = tl.load(lr_on_device).to(tl.float32) if LR_ON_DEVICE else lr
-    weights = tl.load(row + 1).to(tl.pointer_type(tl.float32))
+    weights, grad, decayed = _read(row, position, alive, rate, weight_decay, DECOUPLED)
     exp_avg = tl.load(row + 5).to(tl.pointer_type(STATE))
     exp_avg_sq = tl.load(row + 6).to(tl.pointer_type(STATE))
     place = tl.load(row + 9)
-    weight = tl.load(weights + position, mask=alive, other=0.0)
-    grad = tl.load(tl.load(row + 2).to(tl.pointer_type(tl.float32)) + position, mask=alive, other=0.0)
-    if DECOUPLED:
-        decayed = weight * (1 - rate * weight_decay)
-    else:
-        grad = grad + weight_decay * weight
-        decayed = weight
     first = tl.load(exp_avg + at, mask=alive, other=0.0).to(tl.float32)
     second = tl.load(exp_avg_sq + at, mask=alive, other=0.0).to(tl.float32)
     first = first + (grad - first) * one_minus_beta1
@@ -167,15 +173,8 @@ def _sgd_kernel(
     row, position, alive, at = _block(table, tensors, SEARCH)
     step = tl.load(counter)
     rate = tl.load(lr_on_device).to(tl.float32) if LR_ON_DEVICE else lr
-    weights = tl.load(row + 1).to(tl.pointer_type(tl.float32))
+    weights, grad, decayed = _read(row, position, alive, rate, weight_decay, DECOUPLED)
     buffers = tl.load(row + 5).to(tl.pointer_type(STATE))
-    weight = tl.load(weights + position, mask=alive, other=0.0)
-    grad = tl.load(tl.load(row + 2).to(tl.pointer_type(tl.float32)) + position, mask=alive, other=0.0)
-    if DECOUPLED:
-        decayed = weight * (1 - rate * weight_decay)
-    else:
-        grad = grad + weight_decay * weight
-        decayed = weight
     buffer = tl.load(buffers + at, mask=alive, other=0.0).to(tl.float32)
     buffer = tl.where(step == 1, grad, buffer * momentum + grad * one_minus_dampening)
     _store_moment(buffers, at, buffer, alive, step, tl.load(row + 9), 0, STATE)

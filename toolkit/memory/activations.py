@@ -6,7 +6,7 @@ tell for every moment of a step what is alive at any batch size; no memory is to
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["Lifetime", "StepMemory", "StorageTracker", "track_step"]
+__all__ = ["Lifetime", "StepMemory", "StorageTracker", "classify", "fullest_moment", "track_step"]
 
 
 @dataclass
@@ -96,21 +96,26 @@ class StepMemory:
 
     def peak(self, batch_size: int) -> dict[str, int]:
         """Bytes by row when most is allocated: gradients, input, activations, weight_casts, workspace."""
-        change = [0] * (self.events + 1)
-        for piece in self.pieces:
-            size = piece.size_bytes(batch_size)
-            change[piece.born] += size
-            change[piece.died] -= size
-        total, highest, moment = 0, -1, 0
-        for event, difference in enumerate(change):
-            total += difference
-            if total > highest:
-                highest, moment = total, event
+        moment = fullest_moment([(p.born, p.died, p.size_bytes(batch_size)) for p in self.pieces], self.events)
         rows = dict.fromkeys(("gradients", "input", "activations", "weight_casts", "workspace"), 0)
         for piece in self.pieces:
             if piece.born <= moment < piece.died:
                 rows[piece.row] += piece.size_bytes(batch_size)
         return rows
+
+
+def fullest_moment(lives: Iterable[tuple[int, int, int]], events: int) -> int:
+    """The event at which most is alive; `lives` are (born, died, bytes)."""
+    change = [0] * (events + 1)
+    for born, died, size in lives:
+        change[born] += size
+        change[died] -= size
+    total, highest, moment = 0, -1, 0
+    for event, difference in enumerate(change):
+        total += difference
+        if total > highest:
+            highest, moment = total, event
+    return moment
 
 
 def track_step(

@@ -7,7 +7,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from toolkit.memory.activations import StorageTracker, classify
+from toolkit.memory.activations import StorageTracker, classify, fullest_moment
 
 __all__ = ["STEP_ROWS", "StepProbe"]
 
@@ -45,15 +45,9 @@ class StepProbe:
         tracker = self._tracker
         gradients = [tracker.of(p.grad) for p in self._model.parameters() if p.grad is not None]
         names = classify(tracker, gradients, [tracker.of(tensor) for tensor in self._inputs], self._forward_end)
-        change = [0] * (tracker.events + 1)
-        for one in tracker.lifetimes:
-            change[one.born] += one.size_bytes
-            change[tracker.events if one.died is None else one.died] -= one.size_bytes
-        total, highest, moment = 0, -1, 0
-        for event, difference in enumerate(change):
-            total += difference
-            if total > highest:
-                highest, moment = total, event
+        end = tracker.events
+        lives = [(one.born, end if one.died is None else one.died, one.size_bytes) for one in tracker.lifetimes]
+        moment = fullest_moment(lives, end)
         rows = dict.fromkeys(STEP_ROWS, 0)
         weights = {parameter.numel() for parameter in self._model.parameters()}
         for one, name in zip(tracker.lifetimes, names, strict=True):
