@@ -133,3 +133,23 @@ def test_what_is_not_there(tmp_path, few_digits):
 
 def test_fingerprint_follows_content(few_digits, digits):
     assert load_split(few_digits, "train").fingerprint != load_split(digits, "train").fingerprint
+
+
+def test_shards_written_by_webdataset_are_read(few_digits, tmp_path):
+    """As others write them: images of any suffix, labels as text, more members, folders in keys."""
+    jpegs = [
+        sample["jpg"] for sample in webdataset.WebDataset(str(few_digits / "few-train-0000.tar"), shardshuffle=False)
+    ]
+    for split, count in (("train", 2), ("val", 1)):
+        pattern = str(tmp_path / f"others-{split}-%06d.tar")
+        with webdataset.ShardWriter(pattern, maxcount=len(jpegs) // count + 1, verbose=0) as writer:
+            for number, jpeg in enumerate(jpegs):
+                suffix = "jpeg" if number % 2 else "JPG"
+                writer.write({"__key__": f"n{number % 3}/{number:06d}", suffix: jpeg, "cls": number % 7, "txt": "more"})
+    index = load_split(tmp_path, "train")
+    assert len(index.names) == 2
+    assert index.label.tolist() == [number % 7 for number in range(len(jpegs))]
+    for row, jpeg in enumerate(jpegs):
+        data = (tmp_path / index.names[index.shard[row]]).read_bytes()
+        assert data[index.offset[row] : index.offset[row] + index.size[row]] == jpeg
+    assert len(load_split(tmp_path, "validation")) == len(jpegs)

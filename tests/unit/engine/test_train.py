@@ -448,3 +448,10 @@ def test_resume_at_an_epochs_end_with_dropout_equals_not_stopping(flags, tmp_pat
     (tmp_path / "again" / "metrics.json").unlink()
     assert train.main([*flags, *more, "--experiment", "again", "--resume", str(first)]) == 0
     assert_same(final_state(tmp_path / "whole")["model"], final_state(tmp_path / "again")["model"])
+
+
+def test_slow_data_is_said_once_with_what_to_change(flags, monkeypatch, capsys):
+    monkeypatch.setattr("toolkit.engine.loop._SLOW_DATA", -1.0)
+    assert train.main([*flags, "--epochs", "1", "--experiment", "slow"]) == 0
+    said = capsys.readouterr().err
+    assert said.count("of its time for data: raise --workers (now 0 a rank") == 1
