@@ -134,6 +134,7 @@ class PackedOptimizer(Optimizer):
         if not 0.0 <= defaults["regrow"] < 1.0:
             raise ValueError(f"regrow={defaults['regrow']} is a share of the survivors; use 0 (off) to below 1")
         self._plans: dict[int, _Plan] = {}
+        self._layouts: dict[Tensor, tuple[int, ...]] = {}  # strides of the parameters when their masks were made
         super().__init__(params, defaults)
         _ = self.schedule  # refuses a bad schedule here, not at the first step
 
@@ -195,6 +196,8 @@ class PackedOptimizer(Optimizer):
                 plan = self._plans[number] = self._plan(number, ready)
             for part in plan.parts:
                 part.count_step()
+                if part.packed:
+                    self._check_layout(part)
                 if part.sharded:  # a move of the module gives a DTensor another local part
                     part.parameters = [local(owner) for owner in part.owners]
                 if part.how == "reference":
@@ -206,6 +209,16 @@ class PackedOptimizer(Optimizer):
         if self.schedule.on:
             self._prune_if_due()
         return loss
+
+    def _check_layout(self, part: Part) -> None:
+        """Masks and packed moments are in memory order: raise ValueError where that has changed since."""
+        for owner in part.owners:
+            stride = local(owner).stride()
+            if self._layouts.setdefault(owner, stride) != stride:
+                raise ValueError(
+                    f"a parameter of shape {tuple(owner.shape)} had stride {self._layouts[owner]} when its mask was "
+                    f"made, now {stride}; call model.to(memory_format=...) before training, or load a checkpoint after"
+                )
 
     def _plan(self, number: int, ready: list[Tensor]) -> _Plan:
         """Sort the parameters of a group that have a gradient by the code that updates them."""
@@ -233,7 +246,7 @@ class PackedOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._plans = {}
+        self._plans, self._layouts = {}, {}
 
     def _state_of(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """The parameter's state, made at its first step."""
@@ -308,6 +321,7 @@ class PackedOptimizer(Optimizer):
         group = self.shard_group or shard_group(parameter for _, parameter in named)
         MaskUpdate(named, self.state, self.MOMENTS, self.defaults, self.schedule, group).run(step)
         self._plans.clear()
+        self._layouts.update({parameter: local(parameter).stride() for _, parameter in named})
         if self.after_repack is not None:
             self.after_repack()
 
@@ -352,6 +366,7 @@ class PackedOptimizer(Optimizer):
                 mask = pack_bits(flat(torch.empty_like(part).copy_(local(state["mask"]))) != 0)
                 state["mask"] = mask
                 state["offsets"], survivors = block_offsets(mask, numel)
+                self._layouts[parameter] = part.stride()
             for key in [key for key in self.MOMENTS if key in state]:
                 # In the parameter's own memory order, whatever the order it was saved in; torch has cast it.
                 dense = torch.empty_like(part, dtype=self._moment_dtype(parameter)).copy_(local(state[key]))

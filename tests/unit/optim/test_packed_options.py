@@ -358,3 +358,18 @@ def test_a_state_that_is_taken_away_or_changed_is_noticed(implementation):
     other.load_state_dict(saved)
     run(other, twins, 1, first=4)
     assert all(torch.equal(a, b) for a, b in zip(weights, twins, strict=True))
+
+
+@pytest.mark.parametrize("implementation", ["auto", "reference"])
+def test_a_change_of_memory_layout_after_the_masks_is_refused(implementation):
+    weights = parameters()
+    optimizer = AdamWPrune(weights, lr=1e-2, **PRUNING, implementation=implementation)
+    run(optimizer, weights, 6)
+    saved = copy.deepcopy(optimizer.state_dict())
+    weights[0].data = weights[0].data.to(memory_format=torch.channels_last)
+    with pytest.raises(ValueError, match=r"had stride \(180, 9, 3, 1\) when its mask was made"):
+        run(optimizer, weights, 1, first=6)
+    optimizer.load_state_dict(saved)  # packs anew, in the new order
+    before = zeros(weights)
+    run(optimizer, weights, 1, first=6)
+    assert zeros(weights) == before
