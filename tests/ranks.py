@@ -4,6 +4,7 @@ import io
 import multiprocessing
 import os
 import socket
+import time
 import traceback
 
 import torch
@@ -24,7 +25,8 @@ def reset_accelerate():
     PartialState._reset_state()
 
 
-def _child(function, rank, num_ranks, port, arguments, join_group, results):
+def _become(rank, num_ranks, port):
+    """Make this forked process a rank."""
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo",
@@ -32,6 +34,10 @@ def _child(function, rank, num_ranks, port, arguments, join_group, results):
     }  # fmt: skip
     torch.set_num_threads(1)  # a forked process must not use its parent's thread pool
     reset_accelerate()
+
+
+def _child(function, rank, num_ranks, port, arguments, join_group, results):
+    _become(rank, num_ranks, port)
     try:
         if join_group:
             dist.init_process_group("gloo", rank=rank, world_size=num_ranks)
@@ -70,3 +76,30 @@ def run_ranks(function, num_ranks, *arguments, join_group=True, timeout_s=120):
             process.join(5 if len(found) == num_ranks else 0)
             process.kill()
     return [found[rank] for rank in range(num_ranks)]
+
+
+def _mortal(function, rank, num_ranks, port, arguments):
+    _become(rank, num_ranks, port)
+    status = 1
+    try:
+        function(rank, *arguments)
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
+def exit_codes(function, num_ranks, *arguments, timeout_s=90):
+    """`function(rank, *arguments)` on ranks that may die: each one's exit code, 0 where the function returned."""
+    context, port = multiprocessing.get_context("fork"), free_port()
+    processes = [
+        context.Process(target=_mortal, args=(function, rank, num_ranks, port, arguments)) for rank in range(num_ranks)
+    ]
+    for process in processes:
+        process.start()
+    deadline = time.monotonic() + timeout_s
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+        process.kill()
+    return [process.exitcode for process in processes]

@@ -51,6 +51,7 @@ class Config:
     global_batch_size: int | None = _flag(None, "fix ranks × batch × accumulation instead of -b", kind=int)
     channels_last: bool = _flag(False, "channels-last memory layout")
     grad_checkpointing: bool = _flag(False, "recompute activations in backward: less memory, about a third more time")
+    fused_backward: bool = _flag(False, "update each weight within backward, free its gradient: one rank, no clipping")
     auto_batch_size: str = _flag("", "the largest batch per rank that is predicted to fit, e.g. 46GiB; instead of -b")
     grad_accum_steps: int = _flag(1, "micro-batches per optimizer step")
     torchcompile: str | None = _flag(None, "compile the model, with this backend", nargs="?", const="inductor")

@@ -1,7 +1,7 @@
 """The one place where the configuration meets the components: Config -> Run."""
 
 import dataclasses
-import functools
+import shutil
 
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import ModelEmaV3
@@ -16,6 +16,7 @@ from toolkit.build.optimizer import (
     apply_recipe,
     base_learning_rate,
     create_optimizer,
+    fused_backward,
     predict_memory,
     pruning_schedule,
     resolve_optimizer,
@@ -28,8 +29,9 @@ from toolkit.engine.checkpoint import CheckpointStore, step_of
 from toolkit.engine.run import Plan, Run
 from toolkit.engine.scalars import Scalars
 from toolkit.log import get_logger
-from toolkit.memory.ledger import tensor_ledger
-from toolkit.memory.report import MemoryLog
+from toolkit.memory.ledger import find_owners
+from toolkit.memory.phases import plan_phases
+from toolkit.memory.record import RANKS_FOLDER, MemoryLog
 
 __all__ = ["build"]
 
@@ -41,6 +43,7 @@ def build(config: Config) -> Run:
     data = open_data(config)
     accelerator = create_accelerator(config)
     world = World.detect(accelerator.device)
+    memory = MemoryLog(world)
     automatic = bool(config.auto_batch_size)
     config = with_automatic_batch_size(config, data.num_classes, len(data.train), world.num_ranks)
     given = dataclasses.replace(given, batch_size=config.batch_size, auto_batch_size="") if automatic else given
@@ -67,8 +70,15 @@ def build(config: Config) -> Run:
     prunable = prunable_names(model)
     seed_rank(config.seed, world.rank)
     if world.is_main:
+        shutil.rmtree(folder / RANKS_FOLDER, ignore_errors=True)  # of a run that was killed here
         write_args(folder, given)
         get_logger().info("%s", describe(facts, lr, folder, model, prunable))
+    warmup_steps = 0 if config.sched == "none" else config.warmup_epochs * train_loader.steps
+    memory.begin(
+        lambda: find_owners(model, optimizer.state, ema=ema, in_buckets=world.num_ranks > 1),
+        plan_phases(plan.total_steps, warmup_steps, schedule),
+        folder,
+    )
     return Run(
         plan=plan,
         accelerator=accelerator,
@@ -78,6 +88,7 @@ def build(config: Config) -> Run:
         bare_model=model,
         optimizer=prepared_optimizer,
         bare_optimizer=optimizer,
+        fused=fused_backward(config, optimizer, opt, schedule, world),
         scheduler=scheduler,
         ema=ema,
         train_loader=train_loader,
@@ -87,15 +98,13 @@ def build(config: Config) -> Run:
         augment=augment(config, world, facts["num_classes"]),
         schedule=schedule,
         prunable=[(name, parameter) for name, parameter in model.named_parameters() if name in prunable],
-        predict_memory=lambda: predict_memory(model, optimizer, opt, method, config.prune_score, ema),
-        predict_peaks=functools.cache(
-            lambda: predict_peaks(
-                config, batch_size_per_rank(config, world.num_ranks), facts["num_classes"], world.num_ranks
-            )
+        predict_memory=lambda: (
+            predict_memory(model, optimizer, opt, method, config, ema, world.num_ranks),
+            predict_peaks(config, batch_size_per_rank(config, world.num_ranks), facts["num_classes"], world.num_ranks),
         ),
         checkpoints=CheckpointStore(folder / "checkpoints", world, config.checkpoint_hist),
         scalars=Scalars(folder / "tb", world, step_of(resume_from) if resume_from else 0),
-        memory=MemoryLog(lambda: tensor_ledger(model, optimizer.state, ema=ema), world),
+        memory=memory,
         facts=facts,
         resume_from=resume_from,
     )

@@ -43,7 +43,7 @@ def _question(config: Config, num_classes: int, num_ranks: int) -> Question:
         model=config.model, opt=config.opt, pruning=config.pruning, score=config.prune_score,
         sparsity=config.sparsity or 0.0, amp=_AMP[config.mixed_precision], img_size=config.img_size,
         num_classes=num_classes, ranks=num_ranks, ema=config.model_ema, grad_checkpointing=config.grad_checkpointing,
-        channels_last=config.channels_last,
+        channels_last=config.channels_last, fused_backward=config.fused_backward,
     )  # fmt: skip
 
 

@@ -5,7 +5,6 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator
 from types import FrameType
 from typing import NoReturn
 
@@ -16,11 +15,13 @@ from torch import Tensor
 from toolkit.engine.evaluate import EvalResult, evaluate
 from toolkit.engine.records import History, write_records
 from toolkit.engine.run import Run
-from toolkit.engine.scalars import MIB
+from toolkit.engine.scalars import MIB, memory_columns, memory_scalars
 from toolkit.engine.snapshot import load_snapshot, save_snapshot
 from toolkit.engine.step import NonFiniteLossError, StepResult, train_step
 from toolkit.log import get_logger
+from toolkit.memory.ledger import count_bytes, optimizer_bytes
 from toolkit.memory.probe import StepProbe
+from toolkit.memory.report import write_report, write_report_of_survivors
 from toolkit.memory.sources import read_device, read_host
 from toolkit.progress import Progress, duration
 from toolkit.prune.mask import flat, zero_pruned
@@ -71,23 +72,26 @@ def train(run: Run) -> History:
     history = load_snapshot(run)
     done = history.epoch * run.plan.steps_per_epoch + history.step
     bar = Progress(run.plan.total_steps, "steps", "train", done, lambda line: None) if run.world.is_main else None
-    try:
-        with _StopRequest() as stop:
+    with _StopRequest() as stop:  # around all: the launcher sends SIGTERM when a rank is lost
+        try:
             while history.epoch < run.plan.epochs:
                 _train_epoch(run, history, stop, bar)
                 _stop_if_asked(run, history, stop)
                 _finish_epoch(run, history)
-        _check_sparsity(run)
-        _write_memory(run)
-        _write(run, history, completed=True)  # last: it says that everything else is there
-    except (InterruptedRunError, NonFiniteLossError, SparsityError, TooManyBadImagesError):
-        _write_memory(run)  # all ranks raise these together; after any other error a gather could wait for ever
-        raise
-    finally:
-        if bar is not None:
-            bar.close()
-        run.scalars.close()
-        run.memory.close()
+            _check_sparsity(run)
+            _write_memory(run)
+            _write(run, history, completed=True)  # last: it says that everything else is there
+        except (InterruptedRunError, NonFiniteLossError, SparsityError, TooManyBadImagesError):
+            _write_memory(run)  # all ranks raise these together; after any other error a gather could wait for ever
+            raise
+        except Exception as error:
+            _write_memory_of_survivors(run, error)
+            raise
+        finally:
+            if bar is not None:
+                bar.close()
+            run.scalars.close()
+            run.memory.close()
     return history
 
 
@@ -129,6 +133,7 @@ def _train_epoch(run: Run, history: History, stop: _StopRequest, bar: Progress |
     while history.step < plan.steps_per_epoch:
         update = history.epoch * plan.steps_per_epoch + history.step + 1
         logs = update % plan.log_interval == 0 or history.step + 1 == plan.steps_per_epoch
+        run.memory.enter_step(update)
         with _memory_probe(run, update) as probe:
             result = train_step(run, batches, update, history.epoch, stop=stop.asked, want_grad_norm=logs, probe=probe)
         if run.scheduler is not None:
@@ -137,6 +142,8 @@ def _train_epoch(run: Run, history: History, stop: _StopRequest, bar: Progress |
             run.ema.update(run.bare_model, step=update)
             masks.apply()
         loss_sum += result.loss
+        if run.schedule.on and update == run.schedule.end_step:
+            _release_memory(run)
         history.step += 1
         history.bad_so_far += result.num_bad
         window.add(result)
@@ -153,26 +160,22 @@ def _train_epoch(run: Run, history: History, stop: _StopRequest, bar: Progress |
     account()
 
 
-@contextlib.contextmanager
-def _memory_probe(run: Run, update: int) -> Iterator[StepProbe | None]:
-    """Watches the third step, and the second at final sparsity.
+def _memory_probe(run: Run, update: int) -> contextlib.AbstractContextManager[StepProbe | None]:
+    """Watches one step a phase; of a compiled model none, for under the tracker it would be compiled anew."""
+    return contextlib.nullcontext() if hasattr(run.model, "_orig_mod") else run.memory.probe(update)
 
-    The first step makes the optimizer's state, and in the second DDP makes its buckets anew.
-    """
-    pruned = run.schedule.on and run.schedule.end_step is not None and update == run.schedule.end_step + 2
-    dense = update == 3 and not (run.schedule.on and any(run.schedule.due(step) for step in (1, 2, 3)))
-    phase = "dense" if dense else "final" if pruned else None
-    if phase is None or hasattr(run.model, "_orig_mod"):  # a compiled model would be compiled anew under the tracker
-        yield None
-        return
-    # DDP's buckets hold the gradients from step to step; one rank's gradients come and go.
-    kept = [p.grad for p in run.bare_model.parameters() if p.grad is not None] if run.world.num_ranks > 1 else []
-    state = [
-        value for values in run.bare_optimizer.state.values() for value in values.values() if torch.is_tensor(value)
-    ]
-    average = [] if run.ema is None else [*run.ema.parameters(), *run.ema.buffers()]
-    with run.memory.phase(phase, update, StepProbe(run.bare_model, [*kept, *state, *average])) as probe:
-        yield probe
+
+def _release_memory(run: Run) -> None:
+    """After the last mask update nothing is re-packed any more: give the blocks of the dense moments back, once."""
+    before = max((row["optimizer_bytes"] for row in run.memory.timeline), default=None)
+    now = optimizer_bytes(count_bytes(run.memory.owners()))
+    cache = run.memory.release_cache()
+    _log.info(
+        "The last mask update is done: optimizer and pruning keep %.1f MiB%s%s", now / MIB,
+        "" if before is None else f" (before up to {before / MIB:.1f})",
+        "" if cache is None else f"; the allocator gave back {(cache[0] - cache[1]) / MIB:.0f} of its "
+        f"{cache[0] / MIB:.0f} MiB",
+    )  # fmt: skip
 
 
 class _Window:
@@ -195,27 +198,27 @@ class _Window:
         run, plan, results = self._run, self._run.plan, self._results
         elapsed = time.perf_counter() - self._begin
         losses = torch.stack([result.loss for result in results]).double().mean()
+        ledger, device = run.memory.sample(update), read_device(run.world.device)
         rest = torch.tensor(
             [sum(r.wait_s for r in results) / elapsed, history.bad_so_far],
             dtype=torch.float64, device=losses.device,
         )  # fmt: skip
-        loss, wait, bad = run.world.sum(torch.cat([losses[None], rest])).tolist()
+        columns = memory_columns(run.world, {"ledger": sum(ledger.values()), **device}).to(losses.device)
+        sums = run.world.sum(torch.cat([losses[None], rest, columns.flatten()]))
+        loss, wait, bad = sums[:3].tolist()
         loss, wait = loss / run.world.num_ranks, wait / run.world.num_ranks
         zeros, weights = run.sparsity()
         rate = len(results) * plan.global_batch_size / elapsed
         grad_norm = results[-1].grad_norm
         learning_rate = _learning_rate(run)
-        ledger, device = run.memory.sample(update), read_device(run.world.device)
-        in_mib = {name: None if size is None else size / MIB for name, size in device.items()}
         run.scalars.write(
             {
                 "train/loss": loss, "train/lr": learning_rate, "train/images_per_sec": rate,
                 "train/grad_norm": None if grad_norm is None else float(grad_norm), "train/data_wait(%)": 100 * wait,
                 "train/epoch": update / plan.steps_per_epoch, "train/bad_images": bad,
                 "pruning/sparsity": zeros / max(weights, 1), "pruning/target_sparsity": run.schedule.target(update),
-                "memory/max_allocated(MiB)": in_mib["allocated_peak_bytes"],
-                "memory/max_reserved(MiB)": in_mib["reserved_peak_bytes"],
-                "memory/device_used(MiB)": in_mib["device_used_bytes"],
+                **memory_scalars(sums[3:].view_as(columns), on_gpu=run.world.device.type == "cuda"),
+                "memory/num_alloc_retries": device["alloc_retries"], "memory/num_ooms": device["ooms"],
                 "memory/rss(MiB)": read_host()["rss_bytes"] / MIB,
                 **{f"memory/ledger/{row}(MiB)": size / MIB for row, size in ledger.items()},
             },
@@ -265,7 +268,8 @@ def _finish_epoch(run: Run, history: History) -> None:
         if run.ema is not None and plan.dist_bn and run.world.num_ranks > 1:
             # Rank 0's statistics, which the checkpoint holds: a mean over ranks would differ after a resume.
             distribute_bn(run.ema, run.world.num_ranks, reduce=False)
-        result = evaluate(run, run.bare_model if run.ema is None else run.ema.module)
+        with run.memory.during("evaluation"):
+            result = evaluate(run, run.bare_model if run.ema is None else run.ema.module)
         run.scalars.write(
             {"eval/loss": result.loss, "eval/top1": result.top1, "eval/top5": result.top5}, update
         )  # fmt: skip
@@ -298,7 +302,6 @@ def _finish_epoch(run: Run, history: History) -> None:
     history.seconds_so_far = history.train_seconds_so_far = 0.0
     save_snapshot(run, history, update, metric, best)
     _write(run, history, completed=False)
-    _write_memory(run)
 
 
 def _better(metric: float, best: float, name: str) -> bool:
@@ -349,7 +352,16 @@ def _check_sparsity(run: Run) -> None:
 
 
 def _write_memory(run: Run) -> None:
-    run.memory.write(run.folder, run.facts, run.predict_memory(), run.predict_peaks)
+    write_report(run.memory, run.world, run.folder, run.facts, run.predict_memory)
+
+
+def _write_memory_of_survivors(run: Run, error: Exception) -> None:
+    """The report of the ranks that are left, without a collective; a failure here must not hide the error."""
+    reason = f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else ''}"
+    try:
+        write_report_of_survivors(run.memory, run.world, run.folder, run.facts, run.predict_memory, reason)
+    except Exception as second:
+        _log.error("memory.json could not be written: %s", second)
 
 
 def _write(run: Run, history: History, *, completed: bool) -> None:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from toolkit.data.loader import Batch, EvalLoader, TrainLoader
 from toolkit.dist import World
 from toolkit.engine.checkpoint import CheckpointStore
+from toolkit.engine.fused import FusedBackward
 from toolkit.engine.scalars import Scalars
-from toolkit.memory.report import MemoryLog
+from toolkit.memory.record import MemoryLog
 from toolkit.prune.mask import mask_of
 from toolkit.prune.schedule import Schedule
 
@@ -54,6 +55,7 @@ class Run:
     bare_model: nn.Module
     optimizer: Any
     bare_optimizer: torch.optim.Optimizer
+    fused: FusedBackward | None
     scheduler: Any
     ema: Any
     train_loader: TrainLoader
@@ -63,8 +65,7 @@ class Run:
     augment: Callable[[Tensor, Tensor, int, int], tuple[Tensor, Tensor]]
     schedule: Schedule
     prunable: list[tuple[str, Tensor]]
-    predict_memory: Callable[[], dict[str, int]]
-    predict_peaks: Callable[[], dict[str, dict[str, int]]]
+    predict_memory: Callable[[], tuple[dict[str, int], dict[str, dict[str, int]]]]
     checkpoints: CheckpointStore
     scalars: Scalars
     memory: MemoryLog

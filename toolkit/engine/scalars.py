@@ -3,19 +3,53 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from toolkit.dist import World
 
-__all__ = ["MIB", "SCALARS", "Scalars"]
+__all__ = ["MIB", "SCALARS", "Scalars", "memory_columns", "memory_scalars"]
 
 MIB = 2**20
+# Scalars over all ranks, and the reading each is made of. The tag without a suffix is the highest of the ranks.
+_MEMORY = {
+    "memory/ledger_total(MiB)": "ledger",
+    "memory/max_allocated(MiB)": "allocated_peak_bytes",
+    "memory/max_active(MiB)": "active_peak_bytes",
+    "memory/max_reserved(MiB)": "reserved_peak_bytes",
+    "memory/device_used(MiB)": "device_used_bytes",
+}
+_OVER_RANKS = ("_min(MiB)", "_mean(MiB)", "_argmax_rank")
 # The step of every scalar is the number of optimizer updates. memory/ledger/<row>(MiB) comes on top.
 SCALARS = frozenset(
     {
         "train/loss", "train/lr", "train/grad_norm", "train/images_per_sec", "train/data_wait(%)", "train/epoch",
         "train/bad_images", "eval/loss", "eval/top1", "eval/top5", "pruning/sparsity", "pruning/target_sparsity",
-        "memory/max_allocated(MiB)", "memory/max_reserved(MiB)", "memory/device_used(MiB)", "memory/rss(MiB)",
+        "memory/rss(MiB)", "memory/num_alloc_retries", "memory/num_ooms", *_MEMORY,
+        *(tag.removesuffix("(MiB)") + suffix for tag in _MEMORY for suffix in _OVER_RANKS),
     }
 )  # fmt: skip
+
+
+def memory_columns(world: World, reading: Mapping[str, int | None]) -> Tensor:
+    """float64 [ranks, figures] in bytes with this rank's row filled in: the sum over the ranks holds everyone's."""
+    columns = torch.zeros(world.num_ranks, len(_MEMORY), dtype=torch.float64)
+    columns[world.rank] = torch.tensor([float(reading[key] or 0) for key in _MEMORY.values()])
+    return columns
+
+
+def memory_scalars(columns: Tensor, *, on_gpu: bool) -> dict[str, float | None]:
+    """Scalars of the ranks' readings; without a GPU only the ledger's, and with one rank only the highest."""
+    scalars: dict[str, float | None] = {}
+    for tag, values in zip(_MEMORY, columns.t().tolist(), strict=True):
+        if on_gpu or _MEMORY[tag] == "ledger":
+            name = tag.removesuffix("(MiB)")
+            scalars[tag] = max(values) / MIB
+            if len(values) > 1:
+                scalars[f"{name}_min(MiB)"] = min(values) / MIB
+                scalars[f"{name}_mean(MiB)"] = sum(values) / len(values) / MIB
+                scalars[f"{name}_argmax_rank"] = values.index(max(values))
+    return scalars
 
 
 class Scalars:

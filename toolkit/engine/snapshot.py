@@ -19,6 +19,11 @@ IDENTITY = (
 
 def save_snapshot(run: Run, history: History, update: int, metric: float | None = None, best: bool = False) -> None:
     """Write a checkpoint of everything that makes the next step what it would have been. Call on all ranks."""
+    with run.memory.during("checkpoint"):
+        _save(run, history, update, metric, best)
+
+
+def _save(run: Run, history: History, update: int, metric: float | None, best: bool) -> None:
     random_states = run.world.gather(random_state(run.world.device))
     memory_states = run.world.gather(run.memory.state_dict())
     bad_so_far = sum(run.world.gather(history.bad_so_far))

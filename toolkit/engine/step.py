@@ -4,6 +4,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from timm.models import model_parameters
@@ -92,19 +93,34 @@ def train_step(
             if last:
                 signal = _Signal(total, stop, run.world)
             if probe is not None:
-                probe.inputs(images, targets)
+                probe.name("input", images, targets)
                 probe.forward_done()
-            run.accelerator.backward(loss)
+            if run.fused is None:
+                run.accelerator.backward(loss)
+            else:  # there is one micro-batch; the loss is looked at first, for after backward is too late
+                assert signal is not None
+                stop = _refuse_non_finite(signal, run.world, update)
+                if run.fused.backward(update, partial(run.accelerator.backward, loss), probe):
+                    return StepResult(total, None, num_bad, wait_s, stop)
+    if probe is not None:
+        probe.backward_done()
     assert signal is not None
-    bad_rank, stop_now = signal.read(run.world)
+    if run.fused is None:
+        stop = _refuse_non_finite(signal, run.world, update)
+    grad_norm = _clip(run, want_grad_norm)
+    run.optimizer.step()
+    return StepResult(total, grad_norm, num_bad, wait_s, stop)
+
+
+def _refuse_non_finite(signal: _Signal, world: World, update: int) -> bool:
+    """Raise NonFiniteLossError before anything has changed; returns whether any rank was asked to stop."""
+    bad_rank, stop = signal.read(world)
     if bad_rank is not None:
         raise NonFiniteLossError(
             f"loss is not finite at step {update} on rank {bad_rank}; no rank made the update. Lower --lr, or add "
             "--clip-grad, and start anew"
         )
-    grad_norm = _clip(run, want_grad_norm)
-    run.optimizer.step()
-    return StepResult(total, grad_norm, num_bad, wait_s, stop_now)
+    return stop
 
 
 def _clip(run: Run, want_norm: bool) -> Tensor | None:

@@ -6,7 +6,7 @@ tell for every moment of a step what is alive at any batch size; no memory is to
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,14 +48,14 @@ class StorageTracker(TorchDispatchMode):
 
     def _note(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._alive or not storage.nbytes():
-            return
-        lifetime = Lifetime(storage.nbytes(), self.events, dtype=tensor.dtype)
-        self.events += 1
+        if storage._cdata not in self._alive and storage.nbytes():
+            self._follow(storage, Lifetime(storage.nbytes(), self.events, dtype=tensor.dtype))
+            self.events += 1
+
+    def _follow(self, storage: torch.UntypedStorage, lifetime: Lifetime) -> None:
         self.lifetimes.append(lifetime)
-        self._alive[key] = lifetime
-        weakref.finalize(storage, self._died, key, lifetime)
+        self._alive[storage._cdata] = lifetime
+        weakref.finalize(storage, self._died, storage._cdata, lifetime)
 
     def _died(self, key: int, lifetime: Lifetime) -> None:
         lifetime.died = self.events
@@ -66,6 +66,15 @@ class StorageTracker(TorchDispatchMode):
     def of(self, tensor: Tensor) -> Lifetime | None:
         """The lifetime of a tensor's storage, None if it was there before."""
         return self._alive.get(tensor.untyped_storage()._cdata)
+
+    def stands(self, tensor: Tensor) -> Lifetime:
+        """Count a tensor's storage as one that is there from the start, unless it is known already."""
+        known = self.of(tensor)
+        if known is None:
+            storage = tensor.untyped_storage()
+            known = Lifetime(storage.nbytes(), 0, dtype=tensor.dtype)
+            self._follow(storage, known)
+        return known
 
     def forget(self, tensors: Iterator[Tensor]) -> None:
         """Leave out tensors that were there before."""
@@ -125,18 +134,20 @@ def track_step(
     *,
     amp_dtype: torch.dtype | None = None,
     channels_last: bool = False,
+    frees_gradients: bool = False,
     batch_sizes: tuple[int, int] = (2, 4),
     on_progress: Callable[[str], None] = lambda text: None,
 ) -> StepMemory:
     """Track forward, loss and backward of a model at two batch sizes, on fake tensors.
 
-    Raises ValueError where the two tracks differ in their operations, so
-    that no line can be drawn through them.
+    `frees_gradients`: each gradient is freed as soon as it is there, as the update fused into backward does. Raises
+    ValueError where the two tracks differ in their operations, so that no line can be drawn through them.
     """
     tracks = []
     for batch_size in batch_sizes:
         on_progress(f"tracking forward and backward at batch size {batch_size}")
-        tracks.append(_track(make_model, (batch_size, *input_size), num_classes, amp_dtype, channels_last))
+        shape = (batch_size, *input_size)
+        tracks.append(_track(make_model, shape, num_classes, amp_dtype, channels_last, frees_gradients))
     (first, events, rows), (second, other_events, _) = tracks
     if len(first) != len(second) or events != other_events:
         raise ValueError("the model's operations depend on the batch size; its memory cannot be predicted from two")
@@ -158,22 +169,25 @@ def _track(
     num_classes: int,
     amp_dtype: torch.dtype | None,
     channels_last: bool,
+    frees_gradients: bool,
 ) -> tuple[list[Lifetime], int, list[str]]:
     """(lifetimes, events, row of each) of one step."""
     model = make_model().train()  # a real one: many constructors read values, which fake tensors do not have
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-        for module in model.modules():
-            for name, parameter in module._parameters.items():
-                if parameter is not None:
-                    made = fake.from_tensor(parameter.detach())
-                    module._parameters[name] = nn.Parameter(made, requires_grad=parameter.requires_grad)
-            for name, buffer in module._buffers.items():
-                if buffer is not None:
-                    module._buffers[name] = fake.from_tensor(buffer)
+        _make_fake(model, fake)
         if channels_last:
             model = model.to(memory_format=torch.channels_last)
         tracker = StorageTracker()
         tracker.forget(tensor for tensor in (*model.parameters(), *model.buffers()))
+        gradients: list[Lifetime | None] = []
+
+        def free(parameter: Tensor) -> None:
+            gradients.append(tracker.of(parameter.grad) if parameter.grad is not None else None)
+            parameter.grad = None
+
+        for parameter in model.parameters() if frees_gradients else ():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(free)
         with tracker:
             images = torch.empty(tuple(shape))
             if channels_last:
@@ -185,19 +199,29 @@ def _track(
                 loss = nn.functional.cross_entropy(model(images), labels)
             forward_end = tracker.events
             loss.backward()
-        gradients = [tracker.of(p.grad) for p in model.parameters() if p.grad is not None]
-        rows = classify(tracker, gradients, inputs, forward_end)
+        gradients += [tracker.of(p.grad) for p in model.parameters() if p.grad is not None]
+        names = {id(one): "gradients" for one in gradients} | {id(one): "input" for one in inputs}
+        rows = classify(tracker, names, forward_end)
     lifetimes = [Lifetime(one.size_bytes, one.born, one.died, one.dtype) for one in tracker.lifetimes]
     return lifetimes, tracker.events, rows
 
 
-def classify(
-    tracker: StorageTracker, gradients: Sequence[Lifetime | None], inputs: Sequence[Lifetime | None], forward_end: int
-) -> list[str]:
-    """Row of each lifetime: input, gradients, activations (alive when forward ends), or workspace."""
-    named = {id(one): "gradients" for one in gradients} | {id(one): "input" for one in inputs}
+def _make_fake(model: nn.Module, fake: FakeTensorMode) -> None:
+    """Replace a model's parameters and buffers by fake ones."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                made = fake.from_tensor(parameter.detach())
+                module._parameters[name] = nn.Parameter(made, requires_grad=parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = fake.from_tensor(buffer)
+
+
+def classify(tracker: StorageTracker, names: Mapping[int, str], forward_end: int) -> list[str]:
+    """Row of each lifetime: its name by id, or else activations (alive when forward ends), or workspace."""
     return [
-        named.get(id(one))
+        names.get(id(one))
         or ("activations" if one.born < forward_end and (one.died is None or one.died >= forward_end) else "workspace")
         for one in tracker.lifetimes
     ]

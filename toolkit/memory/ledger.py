@@ -1,12 +1,14 @@
 """Who owns which bytes: tensors counted by unique storage, each storage under the first row that claims it."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["OPTIMIZER_ROWS", "optimizer_bytes", "row_of_state", "tensor_ledger"]
+__all__ = ["OPTIMIZER_ROWS", "Owners", "count_bytes", "find_owners", "optimizer_bytes", "row_of_state"]
+
+Owners = dict[str, list[Tensor]]
 
 # Rows that are not `optim.<state key>`: what pruning keeps in the optimizer's state.
 OPTIMIZER_ROWS = {
@@ -23,47 +25,45 @@ def row_of_state(key: str) -> str:
     return OPTIMIZER_ROWS.get(key, f"optim.{key}")
 
 
-class _Counter:
-    """Adds up storages that no earlier row has claimed."""
-
-    def __init__(self) -> None:
-        self._seen: set[int] = set()
-        self.rows: dict[str, int] = {}
-
-    def add(self, row: str, tensors: Iterable[Tensor]) -> None:
-        self.rows.setdefault(row, 0)
-        for tensor in tensors:
-            storage = tensor.untyped_storage()
-            if storage._cdata not in self._seen:
-                self._seen.add(storage._cdata)
-                self.rows[row] += storage.nbytes()
-
-
-def tensor_ledger(
+def find_owners(
     model: nn.Module,
     optimizer_state: Mapping[Tensor, Mapping[str, Any]],
     *,
     ema: nn.Module | None = None,
-    separate_buckets: bool = False,
-) -> dict[str, int]:
-    """Bytes by row: weights, buffers, gradients, optim.<key>, masks, offsets, scores, initial_weights, ddp_buckets,
-    ema.
+    in_buckets: bool = False,
+) -> Owners:
+    """The tensors of each row: weights, buffers, gradients, optim.<key>, masks, offsets, scores, initial_weights,
+    ddp_buckets, ema.
 
-    Take it after backward, while gradients are there. `separate_buckets` says that DDP keeps buckets beside the
-    gradients; with `gradient_as_bucket_view` the gradients are views of them and the row is 0.
+    Between backward and the next step the gradients are there. `in_buckets` says that they are views of DDP's buckets,
+    which stand from step to step: then they make up the row ddp_buckets.
     """
-    counter = _Counter()
-    counter.add("weights", model.parameters())
-    counter.add("buffers", model.buffers())
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    counter.add("gradients", gradients)
+    owners: Owners = {
+        "weights": list(model.parameters()),
+        "buffers": list(model.buffers()),
+        "gradients": [] if in_buckets else gradients,
+        "ddp_buckets": gradients if in_buckets else [],
+    }
     for state in optimizer_state.values():
         for key, value in state.items():
             if torch.is_tensor(value):
-                counter.add(row_of_state(key), [value])
-    counter.rows["ddp_buckets"] = sum(grad.nbytes for grad in gradients) if separate_buckets else 0
-    counter.add("ema", () if ema is None else [*ema.parameters(), *ema.buffers()])
-    return counter.rows
+                owners.setdefault(row_of_state(key), []).append(value)
+    owners["ema"] = [] if ema is None else [*ema.parameters(), *ema.buffers()]
+    return owners
+
+
+def count_bytes(owners: Owners) -> dict[str, int]:
+    """Bytes of each row."""
+    seen: set[int] = set()
+    rows = dict.fromkeys(owners, 0)
+    for row, tensors in owners.items():
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in seen:
+                seen.add(storage._cdata)
+                rows[row] += storage.nbytes()
+    return rows
 
 
 def optimizer_bytes(ledger: Mapping[str, int]) -> int:

@@ -40,6 +40,7 @@ class Question:
     ema: bool = False
     grad_checkpointing: bool = False
     channels_last: bool = False
+    fused_backward: bool = False
 
 
 class Prediction:
@@ -87,7 +88,7 @@ class Prediction:
         amp_dtype = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}[question.amp]
         self.step = track_step(
             make_model, size, question.num_classes, amp_dtype=amp_dtype, channels_last=question.channels_last,
-            on_progress=log,
+            frees_gradients=question.fused_backward, on_progress=log,
         )  # fmt: skip
 
     def _optimizer_rows(self, sparsity: float | None) -> dict[str, int]:
@@ -231,6 +232,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model-ema", action="store_true", help="a running average of the weights")
     parser.add_argument("--grad-checkpointing", action="store_true", help="timm's activation checkpointing")
     parser.add_argument("--channels-last", action="store_true")
+    parser.add_argument("--fused-backward", action="store_true", help="each gradient freed as it is used")
     parser.add_argument("--fits", metavar="SIZE", help="does it fit this much memory, for example 48GiB?")
     parser.add_argument("--max-batch-size", metavar="SIZE", help="the largest batch size in this much memory")
     parser.add_argument("--json", action="store_true", help="one JSON object on one line on stdout")
@@ -244,7 +246,7 @@ def main(argv: list[str] | None = None) -> int:
     question = Question(
         options.model, options.opt, options.pruning, options.prune_score, options.sparsity, options.amp,
         options.img_size, options.num_classes, options.ranks, options.zero, options.fsdp, options.model_ema,
-        options.grad_checkpointing, options.channels_last,
+        options.grad_checkpointing, options.channels_last, options.fused_backward,
     )  # fmt: skip
     try:
         if options.batch_size < 1 or options.ranks < 1:

@@ -1,15 +1,18 @@
-"""Whole-device use once a second, from one thread, for the life of a run."""
+"""Whole-device use and the host process's resident bytes once a second, from one thread, for the life of a run."""
 
 import threading
 import time
 
 from toolkit.memory.device import DeviceUse, read_or_none
+from toolkit.memory.sources import resident_bytes
 
-__all__ = ["DeviceSampler"]
+__all__ = ["MemorySampler"]
+
+_MIB = 2**20
 
 
-class DeviceSampler:
-    """Samples a device's use until `stop`; (seconds since the start, bytes) in `samples`.
+class MemorySampler:
+    """Samples until `stop` and keeps sums and peaks, not the samples: a run may take weeks.
 
     A reading takes tens of microseconds, but for rocm-smi, which is a process of its own: at one a second less than
     0.1 % of the time.
@@ -18,32 +21,57 @@ class DeviceSampler:
     def __init__(self, use: DeviceUse | None, interval_s: float = 1.0) -> None:
         self.use = use
         self.interval_s = interval_s
-        self.samples: list[tuple[float, int]] = []
-        self._begin = time.monotonic()
+        self.count = 0
+        self._sum_bytes = self._sum_floor_mib = 0
+        self._first: int | None = None
+        self._peak: int | None = None
+        self._recent: dict[str, int | None] = {"device_used_bytes": None, "rss_bytes": None}
+        self._lock = threading.Lock()
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, name="memory-sampler", daemon=True)
-        if use is not None:
-            self._thread.start()
+        self._thread.start()
 
     def _run(self) -> None:
         while True:
-            used = read_or_none(self.use)
-            if used is not None:
-                self.samples.append((time.monotonic() - self._begin, used))
-            if self._end.wait(self.interval_s):
+            begin = time.perf_counter()
+            self._take(read_or_none(self.use), resident_bytes())
+            if self._end.wait(max(0.0, self.interval_s - (time.perf_counter() - begin))):
                 return
 
-    def stop(self) -> None:
-        """End the thread; `samples` stay."""
-        self._end.set()
-        if self._thread.is_alive():
-            self._thread.join(self.interval_s + 1)
+    def _take(self, used: int | None, resident: int | None) -> None:
+        with self._lock:
+            for key, value in (("device_used_bytes", used), ("rss_bytes", resident)):
+                if value is not None:
+                    self._recent[key] = max(value, self._recent[key] or 0)
+            if used is not None:
+                self.count += 1
+                self._sum_bytes += used
+                self._sum_floor_mib += used // _MIB
+                self._first = used if self._first is None else self._first
+                self._peak = max(used, self._peak or 0)
 
-    def figures(self) -> dict[str, int | None]:
-        """Mean over the life (the study's column), peak and first reading, in bytes; None where nothing was read."""
-        values = [used for _, used in self.samples]
-        return {
-            "device_used_mean_bytes": sum(values) // len(values) if values else None,
-            "device_used_peak_bytes": max(values, default=None),
-            "device_used_first_bytes": values[0] if values else None,
-        }
+    def recent(self) -> dict[str, int | None]:
+        """The highest readings since the last call; None where there were none."""
+        with self._lock:
+            recent = dict(self._recent)
+            self._recent = dict.fromkeys(recent)
+        return recent
+
+    def stop(self) -> None:
+        """End the thread; the figures stay."""
+        self._end.set()
+        self._thread.join(self.interval_s + 1)
+
+    def figures(self) -> dict[str, int | float | None]:
+        """Whole-device use over the life: mean, peak, first reading; None where nothing was read.
+
+        `device_used_study_mib` is the study's column: the mean of readings each cut down to whole MiB.
+        """
+        with self._lock:
+            return {
+                "device_used_mean_bytes": self._sum_bytes // self.count if self.count else None,
+                "device_used_peak_bytes": self._peak,
+                "device_used_first_bytes": self._first,
+                "device_used_study_mib": self._sum_floor_mib / self.count if self.count else None,
+                "device_used_samples": self.count,
+            }

@@ -6,16 +6,23 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["DeviceReading", "read_device", "read_host", "reset_peaks"]
+__all__ = ["PEAKS", "DeviceReading", "read_device", "read_host", "reset_peaks", "resident_bytes"]
 
 DeviceReading = dict[str, int | None]
-_NO_DEVICE: DeviceReading = {
-    "allocated_bytes": None,
-    "allocated_peak_bytes": None,
-    "reserved_bytes": None,
-    "reserved_peak_bytes": None,
-    "device_used_bytes": None,
+# Our names for the allocator's statistics; CUDA and HIP have the same.
+_STATISTICS = {
+    "allocated_bytes": "allocated_bytes.all.current",
+    "allocated_peak_bytes": "allocated_bytes.all.peak",
+    "active_peak_bytes": "active_bytes.all.peak",
+    "requested_peak_bytes": "requested_bytes.all.peak",
+    "reserved_bytes": "reserved_bytes.all.current",
+    "reserved_peak_bytes": "reserved_bytes.all.peak",
+    "inactive_split_bytes": "inactive_split_bytes.all.current",
+    "alloc_retries": "num_alloc_retries",
+    "ooms": "num_ooms",
 }
+PEAKS = ("allocated_peak_bytes", "active_peak_bytes", "requested_peak_bytes", "reserved_peak_bytes")
+_PAGE_BYTES = resource.getpagesize()
 
 
 def read_device(device: torch.device) -> DeviceReading:
@@ -24,22 +31,25 @@ def read_device(device: torch.device) -> DeviceReading:
     torch's memory functions answer 0 without an accelerator, so the device is asked first.
     """
     if device.type != "cuda":
-        return dict(_NO_DEVICE)
+        return dict.fromkeys((*_STATISTICS, "device_used_bytes"))
     stats = torch.cuda.memory_stats(device)
     free, total = torch.cuda.mem_get_info(device)
-    return {
-        "allocated_bytes": stats["allocated_bytes.all.current"],
-        "allocated_peak_bytes": stats["allocated_bytes.all.peak"],
-        "reserved_bytes": stats["reserved_bytes.all.current"],
-        "reserved_peak_bytes": stats["reserved_bytes.all.peak"],
-        "device_used_bytes": total - free,
-    }
+    return {name: stats.get(key) for name, key in _STATISTICS.items()} | {"device_used_bytes": total - free}
 
 
 def reset_peaks(device: torch.device) -> None:
-    """Start the allocator's peaks anew. Called in one place, at the start of training."""
+    """Start the allocator's peaks anew. In a run only PeakWindows calls it: others' windows would be cut short."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+
+
+def resident_bytes() -> int | None:
+    """Resident bytes of this process now, None where the system does not tell; some 10 µs."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * _PAGE_BYTES
+    except OSError:
+        return None
 
 
 def read_host() -> dict[str, int]:

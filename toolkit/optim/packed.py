@@ -137,10 +137,16 @@ class PackedOptimizer(Optimizer):
                 raise ValueError(f"{name}={defaults[name]!r} is not known; choose one of {', '.join(choices)}")
         if not 0.0 <= defaults["regrow"] < 1.0:
             raise ValueError(f"regrow={defaults['regrow']} is a share of the survivors; use 0 (off) to below 1")
-        self._plans: dict[int, _Plan] = {}
+        self._plans: dict[Tensor, _Plan] = {}  # by the first parameter that has a gradient
         self._layouts: dict[Tensor, tuple[int, ...]] = {}  # strides of the parameters when their masks were made
         super().__init__(params, defaults)
+        self._number_parameters()
         _ = self.schedule  # refuses a bad schedule here, not at the first step
+
+    def _number_parameters(self) -> None:
+        """Positions that do not depend on which groups a caller shows: ZeRO and a fused backward show one at a time."""
+        every = (parameter for group in self.param_groups for parameter in group["params"])
+        self._places = {parameter: number for number, parameter in enumerate(every, start=1)}
 
     @property
     def schedule(self) -> Schedule:
@@ -193,11 +199,13 @@ class PackedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for number, group in enumerate(self.param_groups):
+        for group in self.param_groups:
             ready = [parameter for parameter in group["params"] if parameter.grad is not None]
-            plan = self._plans.get(number)
+            if not ready:
+                continue
+            plan = self._plans.get(ready[0])
             if plan is None or not plan.serves(ready, self.state):
-                plan = self._plans[number] = self._plan(number, ready)
+                plan = self._plans[ready[0]] = self._plan(group, ready)
             for part in plan.parts:
                 part.count_step()
                 if part.packed:
@@ -226,10 +234,8 @@ class PackedOptimizer(Optimizer):
                 "model.to(memory_format=...) before training, or load a checkpoint after it"
             )
 
-    def _plan(self, number: int, ready: list[Tensor]) -> _Plan:
+    def _plan(self, group: dict[str, Any], ready: list[Tensor]) -> _Plan:
         """Sort the parameters of a group that have a gradient by the code that updates them."""
-        group = self.param_groups[number]
-        places = {id(p): i for i, p in enumerate((p for g in self.param_groups for p in g["params"]), start=1)}
         prunable = {id(parameter) for _, parameter in prunable_parameters(self.param_groups)}
         parts: dict[tuple[str, bool, int], Part] = {}
         for parameter in ready:
@@ -245,7 +251,7 @@ class PackedOptimizer(Optimizer):
             part.owners.append(parameter)
             part.parameters.append(local(parameter))
             part.states.append(state)
-            part.places.append(places[id(parameter)])
+            part.places.append(self._places.setdefault(parameter, len(self._places) + 1))
         for part in parts.values():
             part.share_counter()
         return _Plan(ready, self.state, list(parts.values()), len(self.state))
@@ -253,6 +259,7 @@ class PackedOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._plans, self._layouts = {}, {}
+        self._number_parameters()
 
     def _state_of(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """The parameter's state, made at its first step."""

@@ -10,8 +10,9 @@ import torch
 
 from toolkit.memory import device
 from toolkit.memory.device import DeviceUse, find_device_use, first_that_answers, read_or_none
-from toolkit.memory.sampler import DeviceSampler
+from toolkit.memory.sampler import MemorySampler
 
+MIB = 2**20
 FIRST, SECOND = "0000:03:00.0", "0000:83:00.0"
 
 
@@ -112,21 +113,27 @@ def test_no_gpu_no_source():
 
 
 def test_sampler_samples_and_ends():
-    readings = iter([10, 30, 20])
-    sampler = DeviceSampler(DeviceUse("x", lambda: next(readings)), interval_s=0.01)
+    readings = iter([10 * MIB, 30 * MIB + 7, 20 * MIB + MIB // 2])
+    sampler = MemorySampler(DeviceUse("x", lambda: next(readings)), interval_s=0.01)
     for _ in range(200):
         if sampler.use.failed:
             break
         time.sleep(0.01)
     sampler.stop()
-    assert [used for _, used in sampler.samples] == [10, 30, 20]  # the fourth reading failed and the run went on
-    assert sampler.use.failed["x"].startswith("StopIteration")
+    assert sampler.use.failed["x"].startswith("StopIteration")  # the fourth reading failed and the run went on
     assert sampler.figures() == {
-        "device_used_mean_bytes": 20, "device_used_peak_bytes": 30, "device_used_first_bytes": 10,
+        "device_used_mean_bytes": (60 * MIB + 7 + MIB // 2) // 3, "device_used_peak_bytes": 30 * MIB + 7,
+        "device_used_first_bytes": 10 * MIB, "device_used_study_mib": 20.0, "device_used_samples": 3,
     }  # fmt: skip
+    recent = sampler.recent()
+    assert recent["device_used_bytes"] == 30 * MIB + 7
+    assert recent["rss_bytes"] > 10 * MIB  # of this process
+    assert sampler.recent() == {"device_used_bytes": None, "rss_bytes": None}
 
 
 def test_sampler_without_a_device():
-    sampler = DeviceSampler(None)
+    sampler = MemorySampler(None)
     sampler.stop()
-    assert set(sampler.figures().values()) == {None}
+    figures = sampler.figures()
+    assert figures.pop("device_used_samples") == 0
+    assert set(figures.values()) == {None}

@@ -6,7 +6,10 @@ import torch
 from ranks import run_ranks
 
 from toolkit.dist import World
-from toolkit.memory.report import TIMELINE_COLUMNS, MemoryLog, merge_ranks, reduce_ranks
+from toolkit.memory.phases import Phase
+from toolkit.memory.record import TIMELINE_COLUMNS, MemoryLog
+from toolkit.memory.reduce import reduce_ranks
+from toolkit.memory.report import merge_ranks, write_report, write_report_of_survivors
 from toolkit.memory.sources import read_device, read_host
 
 
@@ -17,9 +20,11 @@ def test_without_an_accelerator_device_figures_are_null_not_zero():
 
 
 def record(rank, weights, **changes):
-    figures = {"rank": rank, "unit": "bytes", "device_type": "cpu", "num_ranks": 2, "ledger_end": {"weights": weights},
-               "ledger_peak": {"weights": weights}, "device": {"allocated_bytes": None},
-               "device_used_source": "sysfs", "host_name": "a", "device_uuid": f"gpu-{rank}"}  # fmt: skip
+    figures = {
+        "rank": rank, "unit": "bytes", "device_type": "cpu", "num_ranks": 2, "ledger_end": {"weights": weights},
+        "ledger_peak": {"weights": weights}, "ledger_peak_step": 1, "phases": {}, "device": {"allocated_bytes": None},
+        "device_used_source": "sysfs", "host_name": "a", "device_uuid": f"gpu-{rank}",
+    }  # fmt: skip
     return figures | changes
 
 
@@ -47,15 +52,27 @@ def test_a_device_that_two_ranks_share_is_counted_once():
 )
 def test_ranks_that_differ_are_not_merged(change):
     with pytest.raises(ValueError, match="ranks disagree"):
-        merge_ranks([record(0, 1), record(1, 1, **change)], {}, {}, 0, torch.device("cpu"))
+        merge_ranks([record(0, 1), record(1, 1, **change)], {}, {}, {}, torch.device("cpu"))
+
+
+def _log(rank, folder):
+    """A log of three steps in which rank 1 holds more."""
+    held = [100, 500, 200] if rank == 1 else [10, 20, 20]
+    log = MemoryLog(World.detect(torch.device("cpu")))
+    log.begin(
+        lambda: {"weights": [torch.empty(held[len(log.timeline)], dtype=torch.uint8)],
+                 "optim.exp_avg": [torch.empty(7, dtype=torch.uint8)]},
+        [Phase("first_step", 1, 1, 1), Phase("dense", 2, 3, 3)], folder,
+    )  # fmt: skip
+    for step in (1, 2, 3):
+        log.enter_step(step)
+        log.sample(step)
+    return log
 
 
 def _write(rank, folder):
-    held = [100, 500, 200] if rank == 1 else [10, 20, 20]
-    log = MemoryLog(lambda: {"weights": held[len(log.timeline)], "optim.exp_avg": 7}, World.detect(torch.device("cpu")))
-    for step in (1, 2, 3):
-        log.sample(step)
-    log.write(folder, {"opt": "adamw"}, {"weights": 20})
+    log = _log(rank, folder)
+    write_report(log, World.detect(torch.device("cpu")), folder, {"opt": "adamw"}, lambda: ({"weights": 20}, {}))
     return log.peak_step
 
 
@@ -69,7 +86,7 @@ def test_two_ranks_make_one_report(tmp_path):
     assert [entry["rank"] for entry in report["ranks"]] == [0, 1]
     assert report["reduced"]["ledger_peak.weights"]["max"] == 500
     assert report["reduced"]["ledger_peak.weights"]["argmax_rank"] == 1
-    assert report["reduced"]["device.allocated_peak_bytes"]["max"] is None
+    assert report["reduced"]["peaks.life.allocated_peak_bytes"]["max"] is None
     assert report["ledger"]["rows"][0] == {"name": "weights", "measured_bytes": 20, "predicted_bytes": 20}
     assert report["ledger"]["total_bytes"] == 27
     assert report["ledger"]["optimizer_bytes"] == 7
@@ -78,3 +95,30 @@ def test_two_ranks_make_one_report(tmp_path):
     assert tuple(rows[0]) == TIMELINE_COLUMNS
     assert [(row["rank"], row["step"]) for row in rows] == [(r, s) for r in "01" for s in "123"]
     assert rows[0]["allocated_bytes"] == ""
+    assert rows[0]["phase"] == "first_step"
+    assert not (tmp_path / "memory_ranks").exists()  # all is in the report
+
+
+def _survive(rank, folder):
+    log = _log(rank, folder)
+    world = World.detect(torch.device("cpu"))
+    if rank != 1:  # rank 1 is killed here
+        write_report_of_survivors(log, world, folder, {}, lambda: ({}, {}), "RuntimeError: connection reset by peer")
+
+
+def test_the_survivors_report_names_the_rank_that_was_lost(tmp_path):
+    run_ranks(_survive, 3, tmp_path)
+    report = json.loads((tmp_path / "memory.json").read_text())
+    assert [entry["rank"] for entry in report["ranks"]] == [0, 2]
+    (lost,) = report["lost_ranks"]
+    assert (lost["rank"], lost["last_step"]) == (1, 3)
+    assert lost["last_record"]["ledger_peak"]["weights"] == 500  # kept, and in no figure
+    assert report["reduced"]["ledger_peak.weights"]["max"] == 20
+    assert "Rank 1 was lost" in (tmp_path / "memory.md").read_text()
+    with open(tmp_path / "memory_timeline.csv", newline="") as file:
+        assert {row["rank"] for row in csv.DictReader(file)} == {"0", "2"}
+
+
+def test_a_row_that_one_rank_lacks_is_0_there():
+    ranks = [record(0, 1), record(1, 1, ledger_end={"weights": 1, "ema": 9})]
+    assert reduce_ranks(ranks)["ledger_end.ema"] == {"min": 0, "mean": 4.5, "max": 9, "sum": 9, "argmax_rank": 1}

@@ -1,0 +1,69 @@
+"""A rank is killed, or holds more than the others: what the one memory report says."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+from ranks import exit_codes
+
+from toolkit.build import build
+from toolkit.config import parse
+from toolkit.engine.loop import train as train_loop
+
+
+@pytest.fixture
+def flags(few_digits, tmp_path):
+    return [
+        "--data-dir", str(few_digits), "--model", "test_vit", "--img-size", "32", "--global-batch-size", "12",
+        "--epochs", "3", "--lr", "3e-3", "--warmup-epochs", "0", "--color-jitter", "0", "-j", "0", "--log-interval",
+        "2", "--opt", "adamwprune", "--sparsity", "0.7", "--prune-frequency", "2", "--output", str(tmp_path),
+    ]  # fmt: skip
+
+
+def _killed(rank, flags):
+    run = build(parse([*flags, "--experiment", "r"]))
+    original, seen = run.augment, 0
+
+    def dying(*batch):
+        nonlocal seen
+        seen += 1
+        if seen == 10 and rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*batch)
+
+    run.augment = dying
+    with pytest.raises(RuntimeError):
+        train_loop(run)
+
+
+def test_killing_a_rank_leaves_a_report_of_the_rest(flags, tmp_path):
+    assert exit_codes(_killed, 3, flags) == [0, -signal.SIGKILL, 0]
+    report = json.loads((tmp_path / "r" / "memory.json").read_text())
+    assert [record["rank"] for record in report["ranks"]] == [0, 2]
+    assert all("ended" in record for record in report["ranks"])
+    (lost,) = report["lost_ranks"]
+    assert lost["rank"] == 1
+    assert lost["last_step"] == 8
+    assert report["phases"]["first_step"]["total_bytes"] > 0
+    assert "Rank 1 was lost" in (tmp_path / "r" / "memory.md").read_text()
+
+
+def _heavier(rank, flags):
+    run = build(parse([*flags, "--experiment", "r"]))
+    if rank == 1:  # say, a second average that only this rank keeps
+        owners, held = run.memory.owners, torch.zeros(1000)
+        run.memory.owners = lambda: owners() | {"ema": [held]}
+    train_loop(run)
+
+
+def test_the_rank_that_holds_more_is_named(flags, tmp_path):
+    assert exit_codes(_heavier, 2, flags) == [0, 0]
+    reduced = json.loads((tmp_path / "r" / "memory.json").read_text())["reduced"]
+    assert reduced["ledger_end.ema"] == {"min": 0, "mean": 2000.0, "max": 4000, "sum": 4000, "argmax_rank": 1}
+    for total in ("ledger_end.total", "phases.dense.rows.total", "phases.final.rows.total"):
+        if total in reduced:
+            assert reduced[total]["argmax_rank"] == 1
+            assert reduced[total]["max"] - reduced[total]["min"] == 4000
+    assert "ledger_end.total" in reduced
