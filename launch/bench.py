@@ -24,6 +24,10 @@ def _measure(options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
         from launch import bench_data
 
         return bench_data.bench_data(options.rounds, _log), bench_data.to_markdown
+    if options.what == "memory":
+        from launch import bench_memory
+
+        return bench_memory.bench_memory(options.model, options.batch_size, 224, _log), bench_memory.to_markdown
     from launch import bench_equivalence
 
     return bench_equivalence.bench_equivalence(options.model, options.steps, _log), bench_equivalence.to_markdown
@@ -32,10 +36,11 @@ def _measure(options: argparse.Namespace) -> tuple[dict[str, Any], Any]:
 def main(argv: list[str] | None = None) -> int:
     """Parse the flags and measure."""
     parser = argparse.ArgumentParser(prog="python -m launch.bench", description=__doc__)
-    parser.add_argument("what", choices=("optim", "equivalence", "data"), help="what to measure")
+    parser.add_argument("what", choices=("optim", "equivalence", "data", "memory"), help="what to measure")
     parser.add_argument("--model", default="resnet50", help="timm model whose shapes are used (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=15, help="of optim and data, default %(default)s")
     parser.add_argument("--steps", type=int, default=200, help="of equivalence, default %(default)s")
+    parser.add_argument("--batch-size", type=int, default=8, help="of memory, default %(default)s")
     parser.add_argument("--json", action="store_true", help="one JSON object on one line on stdout")
     parser.add_argument("--out", type=Path, help="folder for the .json and .md files, for example results/bench")
     options = parser.parse_args(argv)

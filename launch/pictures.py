@@ -41,6 +41,12 @@ def draw_all(runs: Sequence[CellRun], out: Path) -> list[tuple[str, str]]:
         (_timeline, "memory_timeline.png", (7.5, 6.5), f"Memory over training ({where})"),
         (_memory_accuracy, "memory_vs_accuracy.png", (7.5, 4.5), f"Memory against final top-1 ({where})"),
         (_ledger, "ledger.png", (8.5, 4.5), f"Who owns the memory at the end of training ({where})"),
+        (
+            _peak_ledger,
+            "ledger_peak.png",
+            (8.5, 6.5),
+            "A step's peak at final sparsity: predicted and measured, rank 0",
+        ),
     )
     made = []
     for draw, name, size, caption in pictures:
@@ -82,15 +88,28 @@ def _accuracy(figure: "Figure", runs: Sequence[CellRun]) -> None:
 
 
 def _timeline(figure: "Figure", runs: Sequence[CellRun]) -> None:
+    """All ranks, one line each; dotted where a phase begins, a cross where the allocator had to retry."""
     upper, lower = figure.subplots(2, 1, sharex=True)
     look = _look(runs)
+    begins: dict[str, int] = {}
     for run in runs:
-        rows = [row for row in run.timeline if row["rank"] == "0"]
-        steps = [int(row["step"]) for row in rows]
         colour, style = look[run.label]
-        for axes, key in ((upper, "ledger_bytes"), (lower, "optimizer_bytes")):
-            sizes = [int(row[key]) / MIB for row in rows]
-            axes.plot(steps, sizes, color=colour, linestyle=style, label=run.label)
+        for rank in dict.fromkeys(row["rank"] for row in run.timeline):
+            rows = [row for row in run.timeline if row["rank"] == rank]
+            steps = [int(row["step"]) for row in rows]
+            for axes, key in ((upper, "ledger_bytes"), (lower, "optimizer_bytes")):
+                sizes = [int(row[key]) / MIB for row in rows]
+                axes.plot(steps, sizes, color=colour, linestyle=style, label=run.label)
+            retried = [i for i in range(1, len(rows)) if rows[i]["alloc_retries"] != rows[i - 1]["alloc_retries"]]
+            heights = [int(rows[i]["ledger_bytes"]) / MIB for i in retried]
+            upper.plot([steps[i] for i in retried], heights, "x", color=colour)
+        for name, phase in run.phase_steps().items():
+            begins.setdefault(name, phase)
+    for name, step in begins.items():
+        for axes in (upper, lower):
+            axes.axvline(step, color="#666666", linewidth=0.8, linestyle=":")
+        upper.annotate(name.replace("_", " "), (step, 1.0), xycoords=("data", "axes fraction"), rotation=90, fontsize=8,
+                       va="top", ha="right", color="#444444")  # fmt: skip
     upper.set(ylabel="all tensors (MiB)", ylim=(0, None))
     lower.set(ylabel="optimizer and pruning (MiB)", xlabel="optimizer step", ylim=(0, None))
     _legend(figure, upper)
@@ -113,18 +132,40 @@ def _memory_accuracy(figure: "Figure", runs: Sequence[CellRun]) -> None:
 
 
 def _ledger(figure: "Figure", runs: Sequence[CellRun]) -> None:
+    first = {run.label: run for run in reversed(runs)}  # the last in the list is drawn on top
+    bars = {
+        label: {row["name"]: row["measured_bytes"] for row in run.memory["ledger"]["rows"]}
+        for label, run in first.items()
+    }
+    _stack(figure, bars)
+
+
+def _peak_ledger(figure: "Figure", runs: Sequence[CellRun]) -> None:
+    """Two bars a method: what was predicted and what the probed step held."""
+    bars: dict[str, dict[str, int]] = {}
+    for label, run in {run.label: run for run in reversed(runs)}.items():
+        phases = run.memory["phases"]
+        phase = phases.get("final") or phases.get("dense") or phases.get("warm_up")
+        if phase is None:
+            continue  # a compiled model is not probed
+        bars[f"{label}\nmeasured"] = {row["name"]: row["measured_bytes"] for row in phase["rows"]}
+        if phase["predicted_total_bytes"] is not None:
+            bars[f"{label}\npredicted"] = {row["name"]: row["predicted_bytes"] for row in phase["rows"]}
+    if bars:
+        _stack(figure, bars)
+
+
+def _stack(figure: "Figure", bars: dict[str, dict[str, int]]) -> None:
+    """Horizontal bars stacked of ledger rows, from the bottom up; rows too thin to see are left to the tables."""
     axes = figure.subplots()
-    first = list({run.label: run for run in reversed(runs)}.values())  # the last in the list is drawn on top
-    rows = list(dict.fromkeys(row["name"] for run in first for row in run.memory["ledger"]["rows"]))
-    totals = [run.memory["ledger"]["total_bytes"] / MIB for run in first]
-    colours = iter((*_COLOURS, "#882255", "#332288", "#44AA99", "#DDCC77"))
-    left = [0.0] * len(first)
-    labels = [run.label for run in first]
-    for row in rows:
-        sizes = [run.row(row) / MIB for run in first]
+    totals = [sum(rows.values()) / MIB for rows in bars.values()]
+    colours = iter((*_COLOURS, "#882255", "#332288", "#44AA99", "#DDCC77", "#AA4499", "#661100"))
+    left = [0.0] * len(bars)
+    for row in dict.fromkeys(name for rows in bars.values() for name in rows):
+        sizes = [rows.get(row, 0) / MIB for rows in bars.values()]
         if max(sizes) < 0.002 * max(totals):
-            continue  # too thin to see; the report's table has every row
-        axes.barh(labels, sizes, left=left, label=row, color=next(colours), edgecolor="white", linewidth=0.5)
+            continue
+        axes.barh(list(bars), sizes, left=left, label=row, color=next(colours), edgecolor="white", linewidth=0.5)
         left = [start + size for start, size in zip(left, sizes, strict=True)]
     for position, total in enumerate(totals):
         axes.text(total, position, f" {total:.1f}", va="center", fontsize=9)

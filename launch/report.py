@@ -25,6 +25,16 @@ _ON_CPU = """\
 _LEDGER_NOTE = """\
 Optimizer state: moments and step counters. Masks and scores: bit masks, offset tables, movement scores. The peak lies
 before the pruning ramp, where moments are still dense; the end is what stays from the last mask update on."""
+_PEAK_NOTE = """\
+Everything that was alive at the fullest moment of one probed step a phase, activations and workspace included, beside
+what was predicted before the run from fake tensors and arithmetic. With several CPU ranks a step may hold more than
+predicted: convolutions take another path on one thread. Every row, and every rank: memory.json of the cell."""
+_STUDY_NOTE = """\
+Whole-device use, read once a second over the process's life, each reading cut down to whole MiB; accuracy per 1,000 MiB
+of its mean. It counts the allocator's cache and everybody else on the card, so it says little about an optimizer; it
+is here because the study ranks by it. *As reported* are the study's figures for its own task (CIFAR-100 at 224 px by
+its public code, batch 128): its AdamWPrune row was not pruned, see results/reference. Never compare the two halves."""
+_REFERENCE = Path(__file__).parent.parent / "results" / "reference" / "original_study.json"
 _SYNTHETIC = "> **SYNTHETIC images**: accuracy says nothing about photographs."
 
 
@@ -97,7 +107,22 @@ def cell_summary(run: CellRun) -> dict[str, Any]:
         "ledger_peak_bytes": peak["total_bytes"],
         "optimizer_bytes_per_weight": ledger["optimizer_bytes"] / (run.row("weights") / 4),
         "ledger_rows_end_bytes": {row["name"]: row["measured_bytes"] for row in ledger["rows"]},
-        "allocated_peak_bytes": run.memory["reduced"]["device.allocated_peak_bytes"]["max"],
+        "peak_of_a_step_bytes": {name: phase["total_bytes"] for name, phase in run.memory["phases"].items()},
+        "allocated_peak_bytes": run.memory["reduced"]["peaks.life.allocated_peak_bytes"]["max"],
+        **study_column(run),
+    }
+
+
+def study_column(run: CellRun) -> dict[str, float | None]:
+    """The original study's figures: whole-device use over rank 0's life in MiB, each reading cut down to whole MiB,
+    its mean and peak; accuracy per 1,000 MiB of the mean. None without a GPU.
+    """
+    record = run.memory["ranks"][0]
+    mean, peak = record["device_used_study_mib"], record["device_used_peak_bytes"]
+    return {
+        "study_mean_mib": mean,
+        "study_peak_mib": None if peak is None else peak // MIB,
+        "study_top1_per_1000_mib": None if mean is None else run.metrics["final_top1"] / (mean / 1000),
     }
 
 
@@ -213,6 +238,18 @@ def _markdown(
         "",
         *_ledger_table(groups),
         "",
+        "### A step's peak (MiB, rank 0)",
+        "",
+        *_peak_table(groups),
+        "",
+        _PEAK_NOTE,
+        "",
+        "### The study's own column",
+        "",
+        *_study_table(groups),
+        "",
+        _STUDY_NOTE,
+        "",
         *[line for name, caption in pictures for line in (f"![{caption}]({name})", "", f"*{caption}*", "")],
         "## Settings",
         "",
@@ -234,6 +271,33 @@ def _ledger_table(groups: dict[str, list[CellRun]]) -> list[str]:
             if row["measured_bytes"]:
                 rows.setdefault(row["name"], ["–"] * len(names))[position] = _mib(row["measured_bytes"])
     return _table(["row", *names], [[row, *cells] for row, cells in rows.items()])
+
+
+def _peak_table(groups: dict[str, list[CellRun]]) -> list[str]:
+    rows = []
+    for name, (run, *_) in groups.items():
+        for phase, ledger in run.memory["phases"].items():
+            predicted = ledger["predicted_total_bytes"]
+            rows.append(
+                [name, phase.replace("_", " "), _mib(ledger["total_bytes"]), "–" if predicted is None else _mib(predicted),
+                 *("–" if ledger[key] is None else _mib(ledger[key]) for key in ("allocated_peak_bytes",
+                                                                                  "unexplained_bytes"))]
+            )  # fmt: skip
+    return _table(["method", "phase", "measured", "predicted", "allocator's peak", "unexplained"], rows)
+
+
+def _study_table(groups: dict[str, list[CellRun]]) -> list[str]:
+    reported = {row["optimizer"]: row for row in json.loads(_REFERENCE.read_text())["rows"]}
+    rows = []
+    for name, (run, *_) in groups.items():
+        mine = study_column(run)
+        base = str(run.metrics["opt"]).partition("-")[0]
+        theirs = reported.get({"momentum": "sgd"}.get(base, base), {})
+        cells = [mine["study_mean_mib"], mine["study_peak_mib"], mine["study_top1_per_1000_mib"]]
+        cells += [theirs.get(key) for key in ("memory_mean", "memory_peak", "acc_per_gb")]
+        rows.append([name, *("–" if cell is None else f"{cell:,.2f}" for cell in cells)])
+    header = ["method", "mean MiB", "peak MiB", "top-1 per 1,000 MiB", "as reported: mean", "peak", "acc/GB"]
+    return _table(header, rows)
 
 
 def _print_table(groups: dict[str, list[CellRun]]) -> None:

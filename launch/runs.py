@@ -47,6 +47,13 @@ class CellRun:
         pruning = f", mask updates from {a['prune_begin']:g} to {a['prune_end']:g} of all steps"
         return f"{a['sched']}, warm-up {a['warmup_epochs']}{pruning if self.metrics['target_sparsity'] else ''}"
 
+    def phase_steps(self) -> dict[str, int]:
+        """The first logged step of each phase after the first, as the timeline has them."""
+        begins: dict[str, int] = {}
+        for row in self.timeline:
+            begins.setdefault(row["phase"], int(row["step"]))
+        return dict(list(begins.items())[1:])
+
     def row(self, name: str) -> int:
         """Bytes of a ledger row at the end of training."""
         return next((row["measured_bytes"] for row in self.memory["ledger"]["rows"] if row["name"] == name), 0)
