@@ -59,6 +59,7 @@ def measure_memory(
     row: dict[str, Any] = {
         "model": model_name, "opt": opt, "batch_size": batch_size, "amp": amp,
         "predicted_bytes": prediction.peaks(batch_size), "measured_bytes": {}, "reserved_peak_bytes": None,
+        "cache_released_bytes": None,
     }  # fmt: skip
     model = timm.create_model(model_name, num_classes=1000).to(device).train()
     dtype = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
@@ -76,6 +77,9 @@ def measure_memory(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             reading = read_device(device)
+            if step == end and reading["reserved_bytes"] is not None:  # the last mask update is done
+                torch.cuda.empty_cache()
+                row["cache_released_bytes"] = reading["reserved_bytes"] - torch.cuda.memory_reserved(device)
             if step == dense_steps:
                 row["measured_bytes"]["dense"] = reading["allocated_peak_bytes"]
             if step == end + 3:
@@ -191,13 +195,15 @@ def to_markdown(result: dict[str, Any]) -> str:
     if result["memory"]:
         lines += [
             "", "## Memory of a step, MiB allocated at its peak (synthetic batches, 224 px)", "",
-            "| model | optimizer | batch | AMP | dense measured | predicted | 70 % measured | predicted | reserved |",
-            "| --- | --- | ---: | --- | ---: | ---: | ---: | ---: | ---: |",
+            "| model | optimizer | batch | AMP | dense measured | predicted | 70 % measured | predicted | released "
+            "| reserved |",
+            "| --- | --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
         ]  # fmt: skip
     for row in result["memory"]:
         cells = [row["model"], row["opt"], str(row["batch_size"]), row["amp"] or "float32"]
         for phase in ("dense", "final"):
             cells += [_mib(row["measured_bytes"].get(phase)), _mib(row["predicted_bytes"][phase])]
+        cells.append(_mib(row["cache_released_bytes"]))
         lines.append(f"| {' | '.join([*cells, row.get('error') or _mib(row['reserved_peak_bytes'])])} |")
     if result["training"]:
         lines += [

@@ -13,28 +13,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from launch.report_memory import memory_section, mib, study_column, table
 from launch.runs import CellRun, read_runs
 
 __all__ = ["main", "write_report"]
 
-MIB = 2**20
 _ON_CPU = """\
 > **Run on CPU. No figure below is GPU memory.** The memory columns are the tensor-byte ledger: the bytes of every
 > weight, gradient, optimizer state, mask and score tensor, counted by storage. They are the same on a GPU, but a GPU
 > also holds activations, workspaces and the allocator's cache, which are not here."""
-_LEDGER_NOTE = """\
-Optimizer state: moments and step counters. Masks and scores: bit masks, offset tables, movement scores. The peak lies
-before the pruning ramp, where moments are still dense; the end is what stays from the last mask update on."""
-_PEAK_NOTE = """\
-Everything that was alive at the fullest moment of one probed step a phase, activations and workspace included, beside
-what was predicted before the run from fake tensors and arithmetic. With several CPU ranks a step may hold more than
-predicted: convolutions take another path on one thread. Every row, and every rank: memory.json of the cell."""
-_STUDY_NOTE = """\
-Whole-device use, read once a second over the process's life, each reading cut down to whole MiB; accuracy per 1,000 MiB
-of its mean. It counts the allocator's cache and everybody else on the card, so it says little about an optimizer; it
-is here because the study ranks by it. *As reported* are the study's figures for its own task (CIFAR-100 at 224 px by
-its public code, batch 128): its AdamWPrune row was not pruned, see results/reference. Never compare the two halves."""
-_REFERENCE = Path(__file__).parent.parent / "results" / "reference" / "original_study.json"
 _SYNTHETIC = "> **SYNTHETIC images**: accuracy says nothing about photographs."
 
 
@@ -113,19 +100,6 @@ def cell_summary(run: CellRun) -> dict[str, Any]:
     }
 
 
-def study_column(run: CellRun) -> dict[str, float | None]:
-    """The original study's figures: whole-device use over rank 0's life in MiB, each reading cut down to whole MiB,
-    its mean and peak; accuracy per 1,000 MiB of the mean. None without a GPU.
-    """
-    record = run.memory["ranks"][0]
-    mean, peak = record["device_used_study_mib"], record["device_used_peak_bytes"]
-    return {
-        "study_mean_mib": mean,
-        "study_peak_mib": None if peak is None else peak // MIB,
-        "study_top1_per_1000_mib": None if mean is None else run.metrics["final_top1"] / (mean / 1000),
-    }
-
-
 def method_summary(name: str, members: Sequence[CellRun]) -> dict[str, Any]:
     """Mean and standard deviation (None for one seed) over a method's seeds."""
     finals = [run.metrics["final_top1"] for run in members]
@@ -156,19 +130,6 @@ def _sparsity(members: Sequence[CellRun], key: str) -> str:
     return ", ".join(shown) if any(values) else "–"
 
 
-def _pruning_bytes(run: CellRun) -> int:
-    return sum(run.row(name) for name in ("masks", "offsets", "scores", "initial_weights"))
-
-
-def _mib(size: float) -> str:
-    return f"{size / MIB:.2f}"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    align = ["---", *["---:"] * (len(header) - 1)]
-    return [f"| {' | '.join(row)} |" for row in (header, align, *rows)]
-
-
 def _markdown(
     runs: Sequence[CellRun],
     groups: dict[str, list[CellRun]],
@@ -197,7 +158,7 @@ def _markdown(
         "",
         "## Accuracy and sparsity",
         "",
-        *_table(
+        *table(
             ["method", "top-1 % (final epoch)", "top-1 % (best epoch)", "sparsity asked", "sparsity reached",
              "images/s", "training s"],
             [
@@ -213,47 +174,11 @@ def _markdown(
         "",
         "Sparsity is zeros / prunable weights (convolution and linear weights), counted in the model.",
         "",
-        "## Memory of the tensors that training keeps (MiB, one rank)",
-        "",
-        *_table(
-            ["method", "optimizer state, end", "masks and scores, end", "sum, end", "bytes per weight, end",
-             "sum, peak", "all tensors, end", "all tensors, peak"],
-            [
-                [
-                    name,
-                    _mib(run.memory["ledger"]["optimizer_bytes"] - _pruning_bytes(run)),
-                    _mib(_pruning_bytes(run)),
-                    _mib(run.memory["ledger"]["optimizer_bytes"]),
-                    f"{cell_summary(run)['optimizer_bytes_per_weight']:.3f}",
-                    _mib(run.memory["ledger_peak"]["optimizer_bytes"]), _mib(run.memory["ledger"]["total_bytes"]),
-                    _mib(run.memory["ledger_peak"]["total_bytes"]),
-                ]
-                for name, (run, *_) in groups.items()
-            ],
-        ),
-        "",
-        _LEDGER_NOTE,
-        "",
-        "### Who owns it, at the end (MiB)",
-        "",
-        *_ledger_table(groups),
-        "",
-        "### A step's peak (MiB, rank 0)",
-        "",
-        *_peak_table(groups),
-        "",
-        _PEAK_NOTE,
-        "",
-        "### The study's own column",
-        "",
-        *_study_table(groups),
-        "",
-        _STUDY_NOTE,
-        "",
+        *memory_section(groups),
         *[line for name, caption in pictures for line in (f"![{caption}]({name})", "", f"*{caption}*", "")],
         "## Settings",
         "",
-        *_table(
+        *table(
             ["method", "lr", "weight decay", "schedule", "all settings"],
             [[name, f"{run.arguments['lr']:g}", f"{run.arguments['weight_decay']:g}", run.schedule_note,
               f"[args.yaml](cells/{run.folder.name}/args.yaml)"] for name, (run, *_) in groups.items()],
@@ -263,48 +188,11 @@ def _markdown(
     ]  # fmt: skip
 
 
-def _ledger_table(groups: dict[str, list[CellRun]]) -> list[str]:
-    rows: dict[str, list[str]] = {}
-    names = list(groups)
-    for position, (run, *_) in enumerate(groups.values()):
-        for row in run.memory["ledger"]["rows"]:
-            if row["measured_bytes"]:
-                rows.setdefault(row["name"], ["–"] * len(names))[position] = _mib(row["measured_bytes"])
-    return _table(["row", *names], [[row, *cells] for row, cells in rows.items()])
-
-
-def _peak_table(groups: dict[str, list[CellRun]]) -> list[str]:
-    rows = []
-    for name, (run, *_) in groups.items():
-        for phase, ledger in run.memory["phases"].items():
-            predicted = ledger["predicted_total_bytes"]
-            rows.append(
-                [name, phase.replace("_", " "), _mib(ledger["total_bytes"]), "–" if predicted is None else _mib(predicted),
-                 *("–" if ledger[key] is None else _mib(ledger[key]) for key in ("allocated_peak_bytes",
-                                                                                  "unexplained_bytes"))]
-            )  # fmt: skip
-    return _table(["method", "phase", "measured", "predicted", "allocator's peak", "unexplained"], rows)
-
-
-def _study_table(groups: dict[str, list[CellRun]]) -> list[str]:
-    reported = {row["optimizer"]: row for row in json.loads(_REFERENCE.read_text())["rows"]}
-    rows = []
-    for name, (run, *_) in groups.items():
-        mine = study_column(run)
-        base = str(run.metrics["opt"]).partition("-")[0]
-        theirs = reported.get({"momentum": "sgd"}.get(base, base), {})
-        cells = [mine["study_mean_mib"], mine["study_peak_mib"], mine["study_top1_per_1000_mib"]]
-        cells += [theirs.get(key) for key in ("memory_mean", "memory_peak", "acc_per_gb")]
-        rows.append([name, *("–" if cell is None else f"{cell:,.2f}" for cell in cells)])
-    header = ["method", "mean MiB", "peak MiB", "top-1 per 1,000 MiB", "as reported: mean", "peak", "acc/GB"]
-    return _table(header, rows)
-
-
 def _print_table(groups: dict[str, list[CellRun]]) -> None:
     width = max(len(name) for name in groups)
     lines = [f"{'method':<{width}}  {'top-1 %':>14}  {'sparsity':>9}  {'optimizer+pruning MiB (end)':>28}"]
     for name, members in groups.items():
-        size = _mib(members[0].memory["ledger"]["optimizer_bytes"])
+        size = mib(members[0].memory["ledger"]["optimizer_bytes"])
         sparsity = _sparsity(members, "final_sparsity")
         lines.append(f"{name:<{width}}  {_accuracy(members):>14}  {sparsity:>9}  {size:>28}")
     print("\n".join(lines))  # noqa: T201

@@ -1,7 +1,9 @@
 """`python -m toolkit.memory.predict`: what training a model will take of a GPU, row by row, before one is touched.
 
 Forward and backward are tracked on fake tensors, optimizer state, masks, averages and buckets follow by arithmetic. The
-figure is what torch's allocator has given out at its peak; cache and context come on top (see `fits`). The rows under
+figure is what torch's allocator has given out at its peak in forward and backward; the copies that torch's own
+optimizers make in their update are left out (they decide only where the batch is very small), cache and context come on
+top (see `fits`). The rows under
 --zero and --fsdp are arithmetic that was not compared with a measurement.
 """
 
