@@ -16,7 +16,7 @@ _PEAK_NOTE = """\
 Everything that was alive at the fullest moment of one probed step a phase, activations and workspace included, beside
 what was predicted before the run from fake tensors and arithmetic. With several CPU ranks a step may hold more than
 predicted: convolutions take another path on one thread. Where the batch is small the fullest moment lies in the update,
-whose copies (torch's own optimizers make some) are not predicted. Every row, and every rank: memory.json of the cell."""
+whose copies (torch's own optimizers make some) are not predicted. Every row of every rank: memory.json of the cell."""
 _STUDY_NOTE = """\
 Whole-device use, read once a second over the process's life, each reading cut down to whole MiB; accuracy per 1,000 MiB
 of its mean. It counts the allocator's cache and everybody else on the card, so it says little about an optimizer; it
