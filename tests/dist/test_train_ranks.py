@@ -174,6 +174,6 @@ def test_non_finite_loss_on_one_rank_stops_all_before_the_update(flags, tmp_path
 def test_processes_that_do_not_know_each_other_are_noticed(flags, monkeypatch):
     """Two copies of one rank each, both taking themselves for the main one, is what some launches silently make."""
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr("toolkit.build.launch.Accelerator", lambda **_: SimpleNamespace(num_processes=1))
+    monkeypatch.setattr("toolkit.build.engines.Accelerator", lambda **_: SimpleNamespace(num_processes=1))
     with pytest.raises(ValueError, match="the launcher started 2 processes but Accelerate sees 1"):
         build(parse([*flags, "--opt", "adamw"]))

@@ -9,6 +9,7 @@ from timm.utils import ModelEmaV3
 import toolkit.optim  # noqa: F401  registers our optimizers
 from toolkit.build.batch import confirm_batch_size, predict_peaks, with_automatic_batch_size
 from toolkit.build.data import augment, create_loaders, input_settings, open_data, to_inputs
+from toolkit.build.engines import autocast, create_sharding
 from toolkit.build.facts import describe, run_facts, write_args
 from toolkit.build.launch import check_identity, create_accelerator, run_folder, seed_everything, seed_rank
 from toolkit.build.model import compile_model, create_model, place_model, prunable_names, train_loss
@@ -62,6 +63,7 @@ def build(config: Config) -> Run:
     optimizer = create_optimizer(config, model, opt, lr, schedule)
     scheduler, _ = create_scheduler_v2(optimizer, **scheduler_kwargs(config), updates_per_epoch=train_loader.steps)
     prepared_model, prepared_optimizer = accelerator.prepare(model, optimizer)
+    sharding = create_sharding(accelerator, prepared_model, model, prepared_optimizer, optimizer, world)
 
     folder, resume_from = run_folder(given, opt, world)
     facts = run_facts(config, data, opt, method, schedule, plan, world)
@@ -82,6 +84,8 @@ def build(config: Config) -> Run:
     return Run(
         plan=plan,
         accelerator=accelerator,
+        sharding=sharding,
+        autocast=lambda: autocast(accelerator, config, world.device),
         world=world,
         folder=folder,
         model=compile_model(prepared_model, config),

@@ -1,7 +1,6 @@
 """How a process joins its run: Accelerate, the seeds, the run folder."""
 
 import ctypes
-import datetime
 import os
 import random
 import signal
@@ -13,11 +12,18 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
+from toolkit.build.engines import check_engine, new_accelerator
 from toolkit.config import Config, check_same_settings
 from toolkit.dist import World
-from toolkit.engine.checkpoint import discard_after, newest_checkpoint, read_identity, step_of
+from toolkit.engine.checkpoint import (
+    complete_checkpoints,
+    damage_of,
+    discard_after,
+    newest_checkpoint,
+    read_identity,
+    step_of,
+)
 from toolkit.engine.records import is_complete
 from toolkit.engine.snapshot import IDENTITY
 from toolkit.log import get_logger, start_logging
@@ -48,19 +54,10 @@ def die_with_launcher() -> None:
 
 def create_accelerator(config: Config) -> Accelerator:
     """Join the process group. Raises ValueError where Accelerate did not take all processes the launcher started."""
-    sharded = any(os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true" for name in ("DEEPSPEED", "FSDP"))
-    on_cpu = not torch.cuda.is_available() and not sharded
-    if config.mixed_precision == "fp16" and on_cpu:
+    check_engine(config)
+    if config.mixed_precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("--amp fp16 needs a GPU (there is no fp16 autocast on CPU); use --amp bf16")
-    accelerator = Accelerator(
-        cpu=on_cpu,
-        mixed_precision=config.mixed_precision,
-        kwargs_handlers=[
-            InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=config.dist_timeout)),
-            # Without the view DDP keeps a second copy of all gradients.
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-        ],
-    )
+    accelerator = new_accelerator(config)
     if "MASTER_ADDR" in os.environ and "LOCAL_RANK" not in os.environ:
         # accelerate launch --cpu --num_processes 2, or distributed_type MULTI_CPU
         raise ValueError(
@@ -104,7 +101,7 @@ def run_folder(config: Config, opt: str, world: World) -> tuple[Path, Path | Non
         raise ValueError("--resume auto needs --experiment, the name of the run folder to go on with")
     name = config.experiment or f"{time.strftime('%Y%m%d-%H%M%S')}-{config.model.replace('/', '-')}-{opt}"
     folder = Path(config.output) / world.gather(name)[0]  # rank 0's clock
-    checkpoint = newest_checkpoint(folder / "checkpoints") if config.resume else None
+    checkpoint = _newest_sound_checkpoint(folder / "checkpoints", world) if config.resume else None
     if config.resume not in ("", "auto"):
         checkpoint = Path(config.resume)
     seen = world.gather(str(checkpoint))
@@ -124,6 +121,20 @@ def run_folder(config: Config, opt: str, world: World) -> tuple[Path, Path | Non
     if config.resume == "auto" and checkpoint is None:
         _log.info("--resume auto: no complete checkpoint in %s, starting afresh", folder)
     return folder, checkpoint
+
+
+def _newest_sound_checkpoint(folder: Path, world: World) -> Path | None:
+    """The newest complete checkpoint whose files are as they were written; damaged ones are named and left out."""
+    damaged: dict[str, str] = {}
+    if world.is_main:  # one rank reads them; the others look by name
+        for path in complete_checkpoints(folder)[::-1]:
+            reason = damage_of(path)
+            if reason is None:
+                break
+            damaged[path.name] = reason
+            _log.warning("%s is damaged (%s); trying the one before", path, reason)
+    damaged = world.gather(damaged)[0]
+    return next((path for path in complete_checkpoints(folder)[::-1] if path.name not in damaged), None)
 
 
 def check_identity(checkpoint: Path, facts: dict[str, Any], folder: Path, world: World) -> None:

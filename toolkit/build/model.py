@@ -9,12 +9,13 @@ import timm
 import torch
 from timm.layers import convert_sync_batchnorm
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.models import load_checkpoint
 from torch import Tensor, nn
 
 from toolkit.build.recompute import checkpoint_activations
 from toolkit.config import Config
 from toolkit.dist import World
+from toolkit.engine.checkpoint import load_checkpoint as read_checkpoint
+from toolkit.log import get_logger
 
 __all__ = ["compile_model", "create_model", "place_model", "prunable_names", "train_loss"]
 
@@ -24,7 +25,7 @@ def create_model(config: Config, num_classes: int) -> nn.Module:
     if not timm.is_model(config.model.partition(".")[0]):
         near = difflib.get_close_matches(config.model, timm.list_models(), n=3)
         raise ValueError(f"--model {config.model} is not a timm model; did you mean {', '.join(near) or 'resnet50'}?")
-    if config.initial_checkpoint and not Path(config.initial_checkpoint).is_file():
+    if config.initial_checkpoint and not Path(config.initial_checkpoint).exists():
         raise ValueError(f"--initial-checkpoint {config.initial_checkpoint} does not exist; check the path")
     options: dict[str, Any] = dict(config.model_kwargs)
     if config.drop_path is not None:
@@ -45,13 +46,38 @@ def create_model(config: Config, num_classes: int) -> nn.Module:
         model.set_input_size(img_size=config.img_size)  # type: ignore[operator]
     if config.initial_checkpoint:  # after the input size, on which position embeddings depend
         try:
-            load_checkpoint(model, config.initial_checkpoint)
+            _load_weights(model, Path(config.initial_checkpoint))
         except (RuntimeError, KeyError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(
                 f"--initial-checkpoint {config.initial_checkpoint} does not fit {config.model}: {reason}"
             ) from None
     return model
+
+
+def _load_weights(model: nn.Module, source: Path) -> None:
+    """Weights of a checkpoint folder of ours (the average, where it has one), or of a file that timm reads.
+
+    A classifier of another number of classes stays as it was made.
+    """
+    if source.is_dir():
+        saved = read_checkpoint(source)
+        weights = saved["ema"] or saved["model"]
+    else:
+        weights = timm.models.load_state_dict(str(source), device="cpu")
+    own, head = model.state_dict(), _classifier_names(model)
+    classifier = [key for key in weights if key in head and weights[key].shape != own[key].shape]
+    if classifier:
+        get_logger().info("%s: the classifier (%s) is of other classes and starts anew", source, ", ".join(classifier))
+    kept = {key: value for key, value in weights.items() if key not in classifier}
+    model.load_state_dict({**{key: own[key] for key in classifier}, **kept})
+
+
+def _classifier_names(model: nn.Module) -> set[str]:
+    get: Any = getattr(model, "get_classifier", None)
+    head = get() if get is not None else None
+    members = {id(parameter) for parameter in head.parameters()} if isinstance(head, nn.Module) else set()
+    return {name for name, parameter in model.named_parameters() if id(parameter) in members}
 
 
 def place_model(model: nn.Module, config: Config, world: World) -> None:

@@ -1,23 +1,34 @@
 """Checkpoints that are whole or not there: written to a temporary folder, synced, marked complete, renamed.
 
-Only then are older ones removed. The newest complete one is what `--resume auto` takes. Files are read with
-`weights_only=True`: a checkpoint cannot run code.
+Only then are older ones removed. The newest complete one is what `--resume auto` takes. One format for all engines:
+`tensors/` holds whole, parameter-shaped tensors by name (torch.distributed.checkpoint with safetensors files), state.pt
+the rest, read with `weights_only=True`: a checkpoint cannot run code. (torch.distributed.checkpoint's own file format
+keeps its index as a pickle, which can.)
 """
 
+import contextlib
 import json
 import os
 import re
 import shutil
+import warnings
+import zlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from toolkit.dist import World
 from toolkit.log import get_logger
 
 __all__ = [
     "CheckpointStore",
+    "complete_checkpoints",
+    "damage_of",
     "discard_after",
     "load_checkpoint",
     "newest_checkpoint",
@@ -27,7 +38,7 @@ __all__ = [
     "step_of",
 ]
 
-_STATE, _COMPLETE, _BEST = "state.pt", "COMPLETE", "best.json"
+_STATE, _TENSORS, _COMPLETE, _BEST = "state.pt", "tensors", "COMPLETE", "best.json"
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
@@ -53,14 +64,14 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def _complete(folder: Path) -> list[Path]:
+def complete_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     return sorted((path.parent for path in folder.glob(f"step-*/{_COMPLETE}")), key=step_of)
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """The complete checkpoint with the highest step, or None."""
-    complete = _complete(folder)
+    complete = complete_checkpoints(folder)
     return complete[-1] if complete else None
 
 
@@ -73,16 +84,77 @@ def read_identity(path: Path) -> dict[str, Any]:
 
 def discard_after(folder: Path, step: int) -> list[str]:
     """Remove checkpoints later than `step`, from which a run that resumes there departs. Returns their names."""
-    later = [path for path in _complete(folder) if step_of(path) > step]
+    later = [path for path in complete_checkpoints(folder) if step_of(path) > step]
     for path in later:
         shutil.rmtree(path)
     return [path.name for path in later]
 
 
+def damage_of(path: Path) -> str | None:
+    """What is wrong with a complete checkpoint's files, None where they are as they were written."""
+    try:
+        files = json.loads((path / _COMPLETE).read_text())["files"]
+        for name, checksum in files.items():
+            if _checksum(path / name) != checksum:
+                return f"{name} is not as it was written"
+    except (OSError, ValueError, KeyError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _checksum(path: Path) -> int:
+    checksum = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
+
+
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint folder. Raises ValueError where it is not a complete one."""
+    """Read a checkpoint folder: state.pt, with the tensors under `model`, `ema` and `optimizer.state` by name.
+
+    Raises ValueError where it is not a complete one.
+    """
     read_identity(path)
-    return torch.load(path / _STATE, map_location="cpu", weights_only=True)
+    state = torch.load(path / _STATE, map_location="cpu", weights_only=True)
+    for key, tensor in _read_tensors(path / _TENSORS).items():
+        kind, _, name = key.partition(".")
+        if kind == "optimizer":
+            state_key, _, name = name.partition(".")
+            state["optimizer"]["state"].setdefault(name, {})[state_key] = tensor
+        else:
+            state[kind][name] = tensor
+    return state
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    if not folder.is_dir():
+        return {}
+    metadata: dict[str, Any] = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    tensors = {key: torch.empty(facts.size, dtype=facts.properties.dtype) for key, facts in metadata.items()}
+    with _quiet():
+        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+    return tensors
+
+
+def _write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    seen: set[int] = set()
+    apart = {}
+    for key, tensor in tensors.items():  # safetensors takes contiguous tensors that share no memory
+        tensor = tensor.contiguous()
+        storage = tensor.untyped_storage()
+        apart[key] = tensor.clone() if storage._cdata in seen or storage.nbytes() != tensor.nbytes else tensor
+        seen.add(storage._cdata)
+    with _quiet():
+        dcp.save(apart, storage_writer=HuggingFaceStorageWriter(str(folder)), no_dist=True)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """One process reads and writes, on purpose; torch warns of it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 class CheckpointStore:
@@ -98,29 +170,51 @@ class CheckpointStore:
         state: dict[str, Any],
         step: int,
         *,
+        tensors: Mapping[str, Tensor] | None = None,
         identity: dict[str, Any] | None = None,
         metric: float | None = None,
         best: bool = False,
-    ) -> None:
-        """Write `step-<step>/`; keep the newest `history` and the best. Call on all ranks; rank 0's `state` counts."""
+    ) -> bool:
+        """Write `step-<step>/`; keep the newest `history` and the best. Call on all ranks; rank 0's `state` counts.
+
+        Where the disk refuses, the earlier checkpoints stay, the log says so, and False is returned on all ranks.
+        """
+        written = True
         if self._world.is_main:
-            final = self._folder / f"step-{step:08d}"
-            temporary = self._folder / f"tmp-{step:08d}"
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            torch.save(state, temporary / _STATE)
             facts = {"step": step, "metric": metric, "identity": identity}
-            (temporary / _COMPLETE).write_text(json.dumps(facts) + "\n")
-            for path in (temporary / _STATE, temporary / _COMPLETE, temporary):
-                _sync(path)
-            if final.exists():  # out of the way whole: a half-removed folder must not look complete
-                final.rename(self._folder / f"tmp-old-{step:08d}")
-            temporary.rename(final)
-            if best:
-                self._write_best(final.name, metric)
-            _sync(self._folder)
-            self._prune()
-        self._world.barrier()
+            try:
+                final = self._write(state, tensors or {}, step, facts)
+                if best:
+                    self._write_best(final.name, metric)
+                _sync(self._folder)
+                self._prune()
+            except (OSError, dcp.api.CheckpointException) as error:
+                refusal, written = _refusal_of_the_disk(error), False
+                shutil.rmtree(self._folder / f"tmp-{step:08d}", ignore_errors=True)
+                kept = newest_checkpoint(self._folder)
+                get_logger().error(
+                    "the checkpoint of step %d could not be written (%s); %s", step, refusal,
+                    f"{kept.name} stays the newest" if kept else "there is none yet",
+                )  # fmt: skip
+        return all(self._world.gather(written))
+
+    def _write(self, state: dict[str, Any], tensors: Mapping[str, Tensor], step: int, facts: dict[str, Any]) -> Path:
+        final = self._folder / f"step-{step:08d}"
+        temporary = self._folder / f"tmp-{step:08d}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        torch.save(state, temporary / _STATE)
+        if tensors:
+            _write_tensors(temporary / _TENSORS, tensors)
+        files = sorted(path for path in temporary.rglob("*") if path.is_file())
+        sums = {str(path.relative_to(temporary)): _checksum(path) for path in files}
+        (temporary / _COMPLETE).write_text(json.dumps({**facts, "files": sums}) + "\n")
+        for path in (*files, temporary / _COMPLETE, *(p for p in (temporary / _TENSORS,) if p.is_dir()), temporary):
+            _sync(path)
+        if final.exists():  # out of the way whole: a half-removed folder must not look complete
+            final.rename(self._folder / f"tmp-old-{step:08d}")
+        temporary.rename(final)
+        return final
 
     def _write_best(self, name: str, metric: float | None) -> None:
         temporary = self._folder / (_BEST + ".tmp")
@@ -130,11 +224,20 @@ class CheckpointStore:
     def _prune(self) -> None:
         best = self._folder / _BEST
         keep = {json.loads(best.read_text())["checkpoint"]} if best.exists() else set()
-        for path in _complete(self._folder)[: -self._history]:
+        for path in complete_checkpoints(self._folder)[: -self._history]:
             if path.name not in keep:
                 shutil.rmtree(path)
         for path in self._folder.glob("tmp-*"):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _refusal_of_the_disk(error: BaseException) -> OSError:
+    """The OSError in it; torch.distributed.checkpoint wraps what each rank raised. Anything else is raised."""
+    failures = getattr(error, "failures", None)
+    inner = next(iter(failures.values()))[0] if failures else error
+    if isinstance(inner, OSError):
+        return inner
+    raise inner
 
 
 def _sync(path: Path) -> None:

@@ -29,7 +29,7 @@ def evaluate(run: Run, model: nn.Module) -> EvalResult:
     for batch in run.eval_loader:
         images, labels = run.to_inputs(batch)
         weights = batch.weights.to(run.world.device, torch.float64)
-        with run.accelerator.autocast():
+        with run.autocast():
             logits = model(images)
         logits = logits.float()
         losses = nn.functional.cross_entropy(logits, labels, reduction="none").double()

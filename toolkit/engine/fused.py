@@ -24,14 +24,14 @@ class FusedBackward:
         self._active = False
         self._probe: StepProbe | None = None
         # Each parameter as a group of its own, with its group's settings of the step at hand.
-        self._alone: dict[Tensor, tuple[dict[str, Any], dict[str, Any]]] = {}
-        for group in optimizer.param_groups:
+        self._alone: dict[Tensor, tuple[int, dict[str, Any]]] = {}  # (its group's number, which outlives a load)
+        for position, group in enumerate(optimizer.param_groups):
             names = group.get("param_names")
             for number, parameter in enumerate(group["params"]):
                 alone = {**group, "params": [parameter]}
                 if names is not None:
                     alone["param_names"] = [names[number]]
-                self._alone[parameter] = (group, alone)
+                self._alone[parameter] = (position, alone)
                 parameter.register_post_accumulate_grad_hook(self._update)
 
     def backward(self, step: int, backward: Callable[[], None], probe: StepProbe | None = None) -> bool:
@@ -39,8 +39,8 @@ class FusedBackward:
         if self._due(step):
             backward()
             return False
-        for group, alone in self._alone.values():
-            alone.update(_settings(group))
+        for position, alone in self._alone.values():
+            alone.update(_settings(self._optimizer.param_groups[position]))
         self._active, self._probe = True, probe
         try:
             backward()
@@ -55,7 +55,7 @@ class FusedBackward:
             return
         if self._probe is not None and parameter.grad is not None:
             self._probe.name("gradients", parameter.grad)
-        group, alone = self._alone[parameter]
+        position, alone = self._alone[parameter]
         every = self._optimizer.param_groups
         self._optimizer.param_groups = [alone]
         try:
@@ -63,7 +63,7 @@ class FusedBackward:
         finally:
             self._optimizer.param_groups = every
         parameter.grad = None
-        group.update(_settings(alone))  # what a step counts in its group
+        every[position].update(_settings(alone))  # what a step counts in its group
 
 
 def _settings(group: dict[str, Any]) -> dict[str, Any]:

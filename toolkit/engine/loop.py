@@ -104,11 +104,12 @@ def _stop_if_asked(run: Run, history: History, stop: _StopRequest) -> None:
 
 def _interrupt(run: Run, history: History) -> NoReturn:
     update = history.epoch * run.plan.steps_per_epoch + history.step
-    save_snapshot(run, history, update)
+    saved = save_snapshot(run, history, update)
     _write(run, history, completed=False)
+    where = f"checkpoint saved in {run.folder}" if saved else "NO checkpoint could be written of it (see above)"
     raise InterruptedRunError(
-        f"stopped at step {update} of {run.plan.total_steps}, checkpoint saved in {run.folder}; the same command "
-        f"with --experiment {run.folder.name} --resume auto goes on from here"
+        f"stopped at step {update} of {run.plan.total_steps}, {where}; the same command with --experiment "
+        f"{run.folder.name} --resume auto goes on from {'here' if saved else 'the one before, if any'}"
     )
 
 

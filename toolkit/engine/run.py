@@ -1,6 +1,7 @@
 """What `build` hands to the loop: the components of one run, built and placed, and nothing of the configuration."""
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from toolkit.dist import World
 from toolkit.engine.checkpoint import CheckpointStore
 from toolkit.engine.fused import FusedBackward
 from toolkit.engine.scalars import Scalars
+from toolkit.engine.sharding import Sharding
 from toolkit.memory.record import MemoryLog
 from toolkit.prune.mask import mask_of
 from toolkit.prune.schedule import Schedule
@@ -49,6 +51,8 @@ class Run:
 
     plan: Plan
     accelerator: Accelerator
+    sharding: Sharding
+    autocast: Callable[[], AbstractContextManager[Any]]
     world: World
     folder: Path
     model: nn.Module
@@ -80,6 +84,5 @@ class Run:
                 yield parameter, mask
 
     def sparsity(self) -> tuple[int, int]:
-        """(zeros, weights) over the prunable weights the model really has."""
-        zeros = sum(int((parameter == 0).sum()) for _, parameter in self.prunable)
-        return zeros, sum(parameter.numel() for _, parameter in self.prunable)
+        """(zeros, weights) over the prunable weights the model really has. Call on all ranks."""
+        return self.sharding.count_zeros(self.prunable)

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from torch import Tensor
+
 from toolkit.engine.checkpoint import load_checkpoint, random_state, restore_random_state
 from toolkit.engine.records import History
 from toolkit.engine.run import Run
@@ -17,31 +19,48 @@ IDENTITY = (
 )  # fmt: skip
 
 
-def save_snapshot(run: Run, history: History, update: int, metric: float | None = None, best: bool = False) -> None:
-    """Write a checkpoint of everything that makes the next step what it would have been. Call on all ranks."""
+def save_snapshot(run: Run, history: History, update: int, metric: float | None = None, best: bool = False) -> bool:
+    """Write a checkpoint of everything that makes the next step what it would have been. Call on all ranks.
+
+    Returns whether it was written; a full disk is logged and no reason to stop.
+    """
     with run.memory.during("checkpoint"):
-        _save(run, history, update, metric, best)
+        return _save(run, history, update, metric, best)
 
 
-def _save(run: Run, history: History, update: int, metric: float | None, best: bool) -> None:
+def _save(run: Run, history: History, update: int, metric: float | None, best: bool) -> bool:
     random_states = run.world.gather(random_state(run.world.device))
     memory_states = run.world.gather(run.memory.state_dict())
     bad_so_far = sum(run.world.gather(history.bad_so_far))
     identity = {key: run.facts[key] for key in IDENTITY}
-    state: dict[str, Any] = {}
-    if run.world.is_main:  # the dense form of packed state costs memory, and one rank writes
-        scaler = run.accelerator.scaler
-        state = {
-            "history": {**history.to_dict(), "bad_so_far": bad_so_far},
-            "model": run.bare_model.state_dict(),
-            "ema": run.ema.module.state_dict() if run.ema is not None else None,
-            "optimizer": run.bare_optimizer.state_dict(),
-            "scheduler": _scheduler_state(run.scheduler),
-            "scaler": scaler.state_dict() if scaler is not None else None,
-            "random": random_states,
-            "memory": memory_states,
-        }
-    run.checkpoints.save(state, update, identity=identity, metric=metric, best=best)
+    # Whole tensors one at a time, through all ranks; only rank 0, which writes, keeps them.
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in run.sharding.weights():
+        if run.world.is_main:
+            tensors[f"model.{name}"] = tensor
+    for name, key, tensor in run.sharding.optimizer_states():
+        if run.world.is_main:
+            tensors[f"optimizer.{key}.{name}"] = tensor
+    if run.ema is not None and run.world.is_main:
+        tensors |= {f"ema.{name}": tensor.cpu() for name, tensor in run.ema.module.state_dict().items()}
+    groups = [
+        {key: value for key, value in group.items() if key not in ("params", "param_names")}
+        for group in run.bare_optimizer.param_groups
+    ]
+    scaler = run.accelerator.scaler
+    state = {
+        "history": {**history.to_dict(), "bad_so_far": bad_so_far},
+        "model": {},
+        "ema": None if run.ema is None else {},
+        "optimizer": {"state": {}, "param_groups": groups},
+        "scheduler": _scheduler_state(run.scheduler),
+        "scaler": scaler.state_dict() if scaler is not None else None,
+        "random": random_states,
+        "memory": memory_states,
+        "engine": run.sharding.name,
+        "versions": {name: str(version) for name, version in run.facts["versions"].items()},
+    }
+    return run.checkpoints.save(state, update, tensors=tensors, identity=identity, metric=metric, best=best)
 
 
 def _scheduler_state(scheduler: Any) -> dict[str, Any] | None:
@@ -57,8 +76,8 @@ def load_snapshot(run: Run) -> History:
     if run.resume_from is None:
         return History()
     state = load_checkpoint(run.resume_from)
-    run.bare_model.load_state_dict(state["model"])
-    run.bare_optimizer.load_state_dict(state["optimizer"])
+    run.sharding.load_weights(state["model"])
+    run.sharding.load_optimizer_states(state["optimizer"]["state"], state["optimizer"]["param_groups"])
     if run.scheduler is not None:
         run.scheduler.load_state_dict(state["scheduler"]["outer"])
         if state["scheduler"]["inner"] is not None:

@@ -74,6 +74,7 @@ def train_step(
     A `probe` is told what the batch is and where backward begins.
     """
     accumulation = run.plan.accumulation
+    updates_inside = run.fused is not None or run.sharding.updates_in_backward
     run.optimizer.zero_grad()  # here, not after the step: between steps the memory ledger reads the gradients
     total = torch.zeros((), device=run.world.device)
     num_bad, wait_s = 0, 0.0
@@ -88,24 +89,26 @@ def train_step(
         images, targets = run.augment(*run.to_inputs(batch), (update - 1) * accumulation + micro, epoch)
         last = micro == accumulation - 1
         with contextlib.nullcontext() if last else run.accelerator.no_sync(run.model):
-            loss = run.train_loss(run.model(images), targets) / accumulation
+            with run.autocast():
+                loss = run.train_loss(run.model(images), targets) / accumulation
             total += loss.detach()
             if last:
                 signal = _Signal(total, stop, run.world)
+                if updates_inside:  # after backward is too late to look at the loss
+                    stop = _refuse_non_finite(signal, run.world, update)
             if probe is not None:
                 probe.name("input", images, targets)
                 probe.forward_done()
             if run.fused is None:
-                run.accelerator.backward(loss)
-            else:  # there is one micro-batch; the loss is looked at first, for after backward is too late
-                assert signal is not None
-                stop = _refuse_non_finite(signal, run.world, update)
-                if run.fused.backward(update, partial(run.accelerator.backward, loss), probe):
-                    return StepResult(total, None, num_bad, wait_s, stop)
+                run.sharding.backward(loss, last=last)
+            elif run.fused.backward(update, partial(run.accelerator.backward, loss), probe):
+                return StepResult(total, None, num_bad, wait_s, stop)
     if probe is not None:
         probe.backward_done()
+    if run.sharding.updates_in_backward:
+        return StepResult(total, run.sharding.grad_norm() if want_grad_norm else None, num_bad, wait_s, stop)
     assert signal is not None
-    if run.fused is None:
+    if not updates_inside:
         stop = _refuse_non_finite(signal, run.world, update)
     grad_norm = _clip(run, want_grad_norm)
     run.optimizer.step()
@@ -131,6 +134,7 @@ def _clip(run: Run, want_norm: bool) -> Tensor | None:
     if want_norm or run.plan.clip_grad is not None:
         run.accelerator.unscale_gradients()
         norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])  # type: ignore[misc]
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of shards, of which each rank has some
     if run.plan.clip_grad is not None:
         if run.plan.clip_mode == "agc":  # timm leaves the classifier out
             parameters = list(model_parameters(run.bare_model, exclude_head=True))

@@ -4,9 +4,12 @@ Scores are made in chunks from packed moments and never held for all weights; re
 transient is one layer.
 """
 
+import itertools
 import math
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,7 +22,7 @@ from toolkit.prune.schedule import Schedule
 from toolkit.prune.scope import zero_quotas
 from toolkit.prune.scores import STATE_SCORES
 from toolkit.prune.select import CHUNK, choose_lowest, find_threshold
-from toolkit.prune.shards import local, sum_over
+from toolkit.prune.shards import Spans, local, sum_over
 
 __all__ = ["MaskUpdate", "survivors_of"]
 
@@ -33,6 +36,17 @@ def survivors_of(parameter: Tensor, state: Mapping[str, Tensor], moments: Sequen
     return next(state[key] for key in moments if key in state).numel()
 
 
+@dataclass(frozen=True)
+class _Piece:
+    """What competes under one name: values `first` to `last` of the tensor at `position`, `values()` in chunks."""
+
+    position: int
+    name: str
+    first: int
+    last: int
+    values: Callable[[], Iterator[Tensor]]
+
+
 class MaskUpdate:
     """The change of all masks at one step. `states` is the optimizer's, `options` its pruning options."""
 
@@ -44,6 +58,7 @@ class MaskUpdate:
         options: Mapping[str, Any],
         schedule: Schedule,
         group: ProcessGroup | None = None,
+        spans: Mapping[Tensor, Spans] = MappingProxyType({}),
     ) -> None:
         self.names = [name for name, _ in named]
         self.owners = [parameter for _, parameter in named]
@@ -53,12 +68,14 @@ class MaskUpdate:
         self.moments = moments
         self.options = options
         self.schedule = schedule
+        self.spans = [spans.get(parameter) for parameter in self.owners]
         self.alive = [survivors_of(p, s, moments) for p, s in zip(self.parameters, self.states, strict=True)]
 
     def run(self, step: int) -> None:
         """Prune to the schedule's zeros at `step`, regrow the share that is due, pack again."""
-        counts = self._over_ranks([parameter.numel() for parameter in self.parameters])
-        alive = self._over_ranks(self.alive)
+        positions = range(len(self.parameters))
+        counts = self._over_ranks([self._count(i, self.parameters[i].numel()) for i in positions])
+        alive = self._over_ranks([self._count(i, self.alive[i]) for i in positions])
         zeros_now = [count - left for count, left in zip(counts, alive, strict=True)]
         zeros = max(self.schedule.zeros(step, sum(counts)), sum(zeros_now))
         regrown = self._regrown_count(step, sum(counts) - zeros, sum(zeros_now))
@@ -75,11 +92,54 @@ class MaskUpdate:
         for members, missing, back in groups:
             back = min(back, sum(self._movable(i) for i in members)) if back else 0
             grows = self._choose_regrown(members, back) if back else {}
-            sources = [partial(self._scores, i) for i in members]
-            names, sizes = [self.names[i] for i in members], [self.alive[i] for i in members]
-            drops = choose_lowest(sources, names, sizes, missing + back, self.group)
-            for position, drop in zip(members, drops, strict=True):
+            pieces = [piece for i in members for piece in self._pieces(i)]
+            sources, names = [piece.values for piece in pieces], [piece.name for piece in pieces]
+            sizes = [piece.last - piece.first for piece in pieces]
+            marks = choose_lowest(sources, names, sizes, missing + back, self.group)
+            for position, drop in self._assembled(pieces, marks, self.alive, True):
                 self._repack(position, drop, grows.get(position))
+
+    def _count(self, position: int, all_of_it: int) -> int:
+        """Weights of a tensor (all, or those alive) without padding, which the first packing leaves behind."""
+        spans = self.spans[position]
+        if spans is None or ("offsets" in self.states[position] and all_of_it == self.alive[position]):
+            return all_of_it
+        return sum(stop - start for _, start, stop in spans)
+
+    def _pieces(self, position: int, of_pruned: bool = False) -> list["_Piece"]:
+        """The sources that compete: a tensor as it is, or the parameters in a flat slice (whose scores are held)."""
+        values = self._pruned_gradients if of_pruned else self._scores
+        spans, state, parameter = self.spans[position], self.states[position], self.parameters[position]
+        if spans is None:
+            size = parameter.numel() - self.alive[position] if of_pruned else self.alive[position]
+            return [_Piece(position, self.names[position], 0, size, partial(values, position))]
+        held = torch.cat([*values(position), parameter.new_zeros(0, dtype=torch.float32)])
+        before = torch.arange(parameter.numel() + 1, device=parameter.device)
+        if "offsets" in state:
+            alive = unpack_bits(state["mask"], parameter.numel()).cumsum(0)
+            alive = torch.cat([alive.new_zeros(1), alive])
+            before = before - alive if of_pruned else alive
+        elif of_pruned:
+            before = torch.zeros_like(before)
+        cuts = [(name, int(before[start]), int(before[stop])) for name, start, stop in spans]
+        return [_Piece(position, name, first, last, partial(iter, [held[first:last]])) for name, first, last in cuts]
+
+    @staticmethod
+    def _assembled(
+        pieces: Sequence["_Piece"], marks: Iterator[Tensor], sizes: Sequence[int], padding: bool
+    ) -> Iterator[tuple[int, Tensor]]:
+        """(position, marks of the whole tensor) from the marks of its pieces; padding is marked as told."""
+        for position, members in itertools.groupby(zip(pieces, marks, strict=True), lambda pair: pair[0].position):
+            whole: Tensor | None = None
+            for piece, mark in members:
+                if piece.last - piece.first == sizes[position]:
+                    whole = mark
+                    continue
+                if whole is None:
+                    whole = torch.full((sizes[position],), padding, dtype=torch.bool, device=mark.device)
+                whole[piece.first : piece.last] = mark
+            assert whole is not None
+            yield position, whole
 
     def _over_ranks(self, counts: list[int]) -> list[int]:
         return sum_over(self.group, counts, self.parameters[0].device)
@@ -99,15 +159,16 @@ class MaskUpdate:
 
     def _choose_regrown(self, members: Sequence[int], count: int) -> dict[int, Tensor]:
         """The `count` pruned weights with the largest gradients: position -> bool [pruned]."""
-        sources = [partial(self._pruned_gradients, i) for i in members]
-        threshold = find_threshold(sources, [self.names[i] for i in members], count, self.group)
-        return {
-            i: torch.cat(
-                [self.parameters[i].new_zeros(0, dtype=torch.bool), *(threshold.take(p, number) for p in source())]
-            )
-            for number, (i, source) in enumerate(zip(members, sources, strict=True))
-            if "offsets" in self.states[i]
-        }
+        pieces = [piece for i in members for piece in self._pieces(i, of_pruned=True)]
+        sources, names = [piece.values for piece in pieces], [piece.name for piece in pieces]
+        threshold = find_threshold(sources, names, count, self.group)
+        pruned = [parameter.numel() - alive for parameter, alive in zip(self.parameters, self.alive, strict=True)]
+        none = self.parameters[0].new_zeros(0, dtype=torch.bool)
+        marks = (
+            torch.cat([none, *(threshold.take(values, number) for values in piece.values())])
+            for number, piece in enumerate(pieces)
+        )
+        return {i: mark for i, mark in self._assembled(pieces, marks, pruned, False) if "offsets" in self.states[i]}
 
     def _pruned_gradients(self, position: int) -> Iterator[Tensor]:
         """-|gradient| of a tensor's pruned weights, in memory order."""

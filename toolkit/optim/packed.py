@@ -6,8 +6,9 @@ packed moments [survivors], a bit mask and a block-offset table, and nothing els
 """
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,13 +19,14 @@ from torch.optim import Optimizer
 from toolkit.kernels.choice import IMPLEMENTATIONS, choose_implementation
 from toolkit.kernels.rounding import round_to_bfloat16
 from toolkit.optim.mask_update import MaskUpdate, survivors_of
+from toolkit.prune.dense import dense_state
 from toolkit.prune.groups import prunable_parameters
 from toolkit.prune.mask import flat, pack_bits, unpack_bits
-from toolkit.prune.packing import block_offsets, pack, spread
+from toolkit.prune.packing import block_offsets, pack
 from toolkit.prune.schedule import Schedule
 from toolkit.prune.scope import SCOPES
 from toolkit.prune.scores import check_score
-from toolkit.prune.shards import local, shard_group, whole
+from toolkit.prune.shards import Spans, local, shard_group, whole
 
 __all__ = ["PRUNING_OPTIONS", "PackedOptimizer", "Part", "check_adam_options", "rate_for"]
 
@@ -121,8 +123,10 @@ class PackedOptimizer(Optimizer):
     SCORES: tuple[str, ...] = ()  # the scores its moments allow
     FAST: tuple[str, ...] = ()  # implementations beside the reference
 
-    # The ranks that hold the rest of plain tensors which are slices (ZeRO's); DTensors say it themselves.
+    # The ranks that hold the rest of plain tensors which are slices (ZeRO's), and what each slice is made of; DTensors
+    # say it themselves.
     shard_group: ProcessGroup | None = None
+    spans: Mapping[Tensor, Spans] = MappingProxyType({})
     after_repack: Callable[[], None] | None = None  # told that dense moments were replaced by packed ones
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
@@ -332,7 +336,7 @@ class PackedOptimizer(Optimizer):
                     "(requires_grad=False, out of the optimizer) or mark its group prunable=False"
                 )
         group = self.shard_group or shard_group(parameter for _, parameter in named)
-        MaskUpdate(named, self.state, self.MOMENTS, self.defaults, self.schedule, group).run(step)
+        MaskUpdate(named, self.state, self.MOMENTS, self.defaults, self.schedule, group, self.spans).run(step)
         self._plans.clear()
         self._layouts.update({parameter: local(parameter).stride() for _, parameter in named})
         if self.after_repack is not None:
@@ -349,19 +353,8 @@ class PackedOptimizer(Optimizer):
 
     @staticmethod
     def _dense_state(parameter: Tensor, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        part = local(parameter)
-        dense = {}
-        for key, value in state.items():
-            if key == "step":
-                dense[key] = value
-            elif key != "offsets":
-                if "offsets" in state:
-                    numel, mask = part.numel(), state["mask"]
-                    values = unpack_bits(mask, numel) if key == "mask" else spread(value, mask, numel)
-                    value = torch.empty_like(part, dtype=values.dtype)
-                    flat(value).copy_(values)
-                dense[key] = whole(value, parameter)
-        return dense
+        dense = dense_state(local(parameter), state)
+        return {key: value if key == "step" else whole(value, parameter) for key, value in dense.items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the form `state_dict` gives, or the plain optimizer's, and pack again."""

@@ -6,20 +6,24 @@ for displacement the initial weights. Memory beside the optimizer's own: 0.125 b
 the other two. In `state_dict()` the mask is a parameter-shaped bool.
 """
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
+from toolkit.prune.dense import dense_state
 from toolkit.prune.groups import prunable_parameters
 from toolkit.prune.mask import flat, pack_bits, unpack_bits, zero_pruned
 from toolkit.prune.schedule import Schedule
 from toolkit.prune.scope import SCOPES, zero_quotas
 from toolkit.prune.scores import MAGNITUDE, MOVEMENT_SCORES, check_score, displacement, movement_increment
 from toolkit.prune.select import CHUNK, choose_lowest
+from toolkit.prune.shards import Spans, local, shard_group, sum_over, whole
 
 __all__ = ["Pruner"]
 
@@ -43,6 +47,10 @@ class Pruner:
         self.schedule = schedule
         self.score = score
         self.scope = scope
+        # What ZeRO does not tell: who holds the rest of a slice, and what a slice is made of.
+        self.shard_group: ProcessGroup | None = None
+        self.spans: Mapping[Tensor, Spans] = {}
+        optimizer.pruner = self  # type: ignore[attr-defined]  # where a caller finds these
         self._first: dict[Tensor, dict[str, Tensor]] = {}  # what the first step's pre-hook made, until it has passed
         for group in optimizer.param_groups:
             group.setdefault(_STEP, 0)
@@ -70,9 +78,10 @@ class Pruner:
             own = optimizer.state.get(parameter, {})
             if self.score == "displacement":
                 if "initial_weights" not in own:
-                    self._first[parameter] = {"initial_weights": parameter.detach().clone()}
+                    self._first[parameter] = {"initial_weights": local(parameter).detach().clone()}
             elif parameter.grad is not None:
-                added = movement_increment(parameter, parameter.grad, float(learning_rate[id(parameter)]))
+                rate = float(learning_rate[id(parameter)])
+                added = movement_increment(local(parameter), local(parameter.grad), rate)
                 if "scores" in own:
                     own["scores"].add_(added)
                 else:
@@ -96,10 +105,14 @@ class Pruner:
         for _, parameter in named:
             mask = optimizer.state.get(parameter, {}).get("keep")
             if mask is not None:
-                zero_pruned(flat(parameter), mask)
+                zero_pruned(flat(local(parameter)), mask)
 
     def _update_masks(self, named: list[tuple[str, Tensor]], step: int) -> None:
-        total = sum(parameter.numel() for _, parameter in named)
+        group = self.shard_group or shard_group(parameter for _, parameter in named)
+        parts = [local(parameter) for _, parameter in named]
+        spans = [self.spans.get(parameter, [(name, 0, local(parameter).numel())]) for name, parameter in named]
+        sizes = [sum(stop - start for _, start, stop in one) for one in spans]
+        (total,) = sum_over(group, [sum(sizes)], parts[0].device)
         zeros = self.schedule.zeros(step, total)
         if zeros == 0:
             return
@@ -113,60 +126,68 @@ class Pruner:
         groups = [(list(every), zeros)]
         if self.scope != "global":
             gone = [self._pruned(parameter) if self.score != "movement" else 0 for _, parameter in named]
+            gone = sum_over(group, gone, parts[0].device)
             quotas = zero_quotas(self.scope, [parameter.shape for _, parameter in named], gone, zeros)
             groups = [([number], quota) for number, quota in enumerate(quotas)]
         for members, count in groups:
-            parameters = [named[number][1] for number in members]
-            sources = [partial(self._scores, parameter) for parameter in parameters]
-            names, sizes = [named[number][0] for number in members], [p.numel() for p in parameters]
-            for parameter, drop in zip(parameters, choose_lowest(sources, names, sizes, count), strict=True):
-                self.optimizer.state[parameter]["keep"] = pack_bits(~drop)
+            pieces = [(number, *span) for number in members for span in spans[number]]
+            sources = [partial(self._scores, named[number][1], start, stop) for number, _, start, stop in pieces]
+            names, counts = [name for _, name, _, _ in pieces], [stop - start for _, _, start, stop in pieces]
+            drops = zip(pieces, choose_lowest(sources, names, counts, count, group), strict=True)
+            for number, members_of in itertools.groupby(drops, lambda pair: pair[0][0]):
+                keep = torch.zeros(parts[number].numel(), dtype=torch.bool, device=parts[number].device)
+                for (_, _, start, stop), drop in members_of:
+                    keep[start:stop] = ~drop  # padding lies in no piece and stays 0
+                self.optimizer.state[named[number][1]]["keep"] = pack_bits(keep)
 
     def _pruned(self, parameter: Tensor) -> int:
         mask = self.optimizer.state.get(parameter, {}).get("keep")
-        return 0 if mask is None else int((~unpack_bits(mask, parameter.numel())).sum())
+        return 0 if mask is None else int((~unpack_bits(mask, local(parameter).numel())).sum())
 
-    def _scores(self, parameter: Tensor) -> Iterator[Tensor]:
-        """Scores of all weights in memory order, CHUNK at a time.
+    def _scores(self, parameter: Tensor, first: int, last: int) -> Iterator[Tensor]:
+        """Scores of the weights `first` to `last` in memory order, CHUNK at a time.
 
         -inf, so pruned first, are the pruned weights of a score that does not rest, and any weight that is exactly 0:
         a survivor at 0 would be a zero beyond the target. (The base optimizer has just moved the pruned weights; for
         movement, one that it left at 0 has no way back.)
         """
         state = self.optimizer.state[parameter]
-        weight = flat(parameter)
-        for start in range(0, parameter.numel(), CHUNK):
-            part = slice(start, start + CHUNK)
-            piece = weight[part]
+        weight = flat(local(parameter))
+        for start in range(first, last, CHUNK):
+            stop = min(start + CHUNK, last)
+            piece = weight[start:stop]
             gone = piece == 0
             if self.score == "movement":
-                scores = flat(state["scores"])[part].float()
+                scores = flat(state["scores"])[start:stop].float()
             else:
                 if self.score == "displacement":
-                    scores = displacement(piece, flat(state["initial_weights"])[part])
+                    scores = displacement(piece, flat(state["initial_weights"])[start:stop])
                 else:
                     scores = MAGNITUDE["magnitude"](piece, {})
                 if "keep" in state:
-                    gone |= ~unpack_bits(state["keep"][start // 8 : (start + CHUNK) // 8], piece.numel())
+                    spare = start % 8  # a piece of a flat slice may begin within a byte
+                    bits = state["keep"][start // 8 : (stop + 7) // 8]
+                    gone |= ~unpack_bits(bits, spare + piece.numel())[spare:]
             yield scores.masked_fill(gone, -torch.inf)
 
     def _masks_to_bool(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Checkpoint form: the mask as a parameter-shaped bool (torch casts a 1-D uint8 to float on loading)."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for index, state in state_dict["state"].items():
-            if "keep" in state:
-                dense = torch.empty_like(parameters[index], dtype=torch.bool)
-                flat(dense).copy_(unpack_bits(state["keep"], dense.numel()))
-                state_dict["state"][index] = {**state, "keep": dense}
+            own = {key: local(state[key]) for key in ("keep", "scores", "initial_weights") if key in state}
+            dense = dense_state(local(parameters[index]), own)
+            wholes = {key: whole(value, parameters[index]) for key, value in dense.items()}
+            state_dict["state"][index] = {**state, **wholes}
         return state_dict
 
     def _masks_to_bits(self, optimizer: Optimizer) -> None:
         for parameter, state in optimizer.state.items():
+            part = local(parameter)
             if "keep" in state:
-                state["keep"] = pack_bits(flat(torch.empty_like(parameter).copy_(state["keep"])) != 0)
+                state["keep"] = pack_bits(flat(torch.empty_like(part).copy_(local(state["keep"]))) != 0)
             for key in ("scores", "initial_weights"):
                 if key in state:
-                    state[key] = torch.empty_like(parameter).copy_(state[key])
+                    state[key] = torch.empty_like(part).copy_(local(state[key]))
 
 
 def _restore(kind: type[Optimizer], state: dict[str, Any], schedule: Schedule, score: str, scope: str) -> Optimizer:

@@ -4,14 +4,20 @@ FSDP2's parameters are DTensors of the whole shape; everything of ours works on 
 lower indices, and only the choice of what to prune looks over all of them.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 import torch.distributed
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-__all__ = ["gather_over", "local", "shard_group", "sum_over", "whole"]
+__all__ = ["Spans", "gather_over", "local", "shard_group", "sum_over", "whole"]
+
+
+# The weights within a flat slice that holds several parameters: (name, start, stop) of each parameter of the group, in
+# order, also of those of which the slice holds nothing. What no span covers is padding, no weights.
+Spans = Sequence[tuple[str, int, int]]
 
 
 def local(tensor: Tensor) -> Tensor:

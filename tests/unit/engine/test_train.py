@@ -318,7 +318,7 @@ def test_schedules_without_state_of_their_own(flags):
 
 def test_weights_come_from_a_file_at_another_input_size(flags, tmp_path):
     assert train.main([*flags, "--opt", "adamw", "--model", "test_vit", "--epochs", "1", "--experiment", "a"]) == 0
-    source = newest_checkpoint(tmp_path / "a" / "checkpoints") / "state.pt"
+    source = newest_checkpoint(tmp_path / "a" / "checkpoints")
     more = ["--opt", "adamw", "--model", "test_vit", "--initial-checkpoint", str(source)]
     run = make(flags, *more, "--experiment", "b")
     saved = final_state(tmp_path / "a")["model"]
