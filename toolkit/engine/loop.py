@@ -42,9 +42,12 @@ class SparsityError(Exception):
 
 
 class _StopRequest:
-    """Turns Ctrl-C and SIGTERM into a flag that all ranks agree on at the next step; a second Ctrl-C breaks off."""
+    """Turns Ctrl-C, SIGTERM and SIGUSR1 (Slurm's warning) into a flag that all ranks agree on at the next step.
 
-    _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    A second Ctrl-C breaks off.
+    """
+
+    _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
     def __init__(self) -> None:
         self.asked = False
