@@ -19,7 +19,7 @@ def _train(config: Config) -> int:
     from toolkit.build import build
     from toolkit.build.launch import RunCompleteError, die_with_launcher
     from toolkit.dist import leave_group
-    from toolkit.engine.loop import InterruptedRunError, SparsityError, TooManyBadImagesError, train
+    from toolkit.engine.loop import InterruptedRunError, MasksDifferError, SparsityError, TooManyBadImagesError, train
     from toolkit.engine.step import NonFiniteLossError
     from toolkit.log import get_logger, start_logging
 
@@ -36,7 +36,7 @@ def _train(config: Config) -> int:
         status = 130
     except KeyboardInterrupt:  # before the first step, or twice: nothing to save
         return 130
-    except (NonFiniteLossError, SparsityError, TooManyBadImagesError) as error:  # on all ranks alike
+    except (MasksDifferError, NonFiniteLossError, SparsityError, TooManyBadImagesError) as error:  # on all ranks alike
         if rank == 0:
             get_logger().error("train.py: error: %s", error)
         status = 1

@@ -51,6 +51,7 @@ def train(rank, engine, flags):
         "states": {(name, key): value for name, key, value in run.sharding.optimizer_states()},
         "sparsity": run.sparsity(),
         "kind": type(run.bare_optimizer).__name__,
+        "ledger": run.memory.end,
     }
 
 
@@ -107,3 +108,17 @@ def test_clipping_is_the_same_on_every_engine(flags):
     for engine, one in found.items():
         for name, weight in found["ddp"]["weights"].items():
             torch.testing.assert_close(one["weights"][name], weight, rtol=1e-3, atol=1e-4, msg=f"{engine} {name}")
+
+
+def test_the_ledger_counts_what_each_rank_holds(flags):
+    """Sharded engines keep half of the moments a rank at two ranks, and ZeRO-1 and 2 a float32 copy of the slice."""
+    more = ["--opt", "adamw", "--epochs", "1", "--val-interval", "1"]
+    found = {engine: one["ledger"] for engine, one in on_every_engine(flags, more).items()}
+    whole = found["ddp"]["weights"]
+    assert found["ddp"]["optim.exp_avg"] == whole
+    for engine in ("fsdp2", "zero1", "zero2", "zero3"):
+        assert found[engine]["optim.exp_avg"] == pytest.approx(whole / 2, rel=0.02), engine
+    assert found["fsdp2"]["weights"] == pytest.approx(whole / 2, rel=0.02)
+    assert found["zero1"]["weights"] == pytest.approx(whole, rel=0.02)
+    for engine in ("zero1", "zero2", "zero3"):
+        assert found[engine]["flat_copies"] == pytest.approx(whole / 2, rel=0.02), engine

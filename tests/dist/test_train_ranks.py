@@ -12,7 +12,7 @@ from ranks import run_ranks
 from toolkit.build import build
 from toolkit.config import parse
 from toolkit.engine.checkpoint import load_checkpoint, newest_checkpoint
-from toolkit.engine.loop import InterruptedRunError
+from toolkit.engine.loop import InterruptedRunError, MasksDifferError
 from toolkit.engine.loop import train as train_loop
 from toolkit.engine.step import NonFiniteLossError
 from toolkit.prune.mask import mask_of
@@ -177,3 +177,23 @@ def test_processes_that_do_not_know_each_other_are_noticed(flags, monkeypatch):
     monkeypatch.setattr("toolkit.build.engines.Accelerator", lambda **_: SimpleNamespace(num_processes=1))
     with pytest.raises(ValueError, match="the launcher started 2 processes but Accelerate sees 1"):
         build(parse([*flags, "--opt", "adamw"]))
+
+
+def _with_another_mask(rank, flags):
+    run = build(parse([*flags, "--opt", "adamwprune", "--sparsity", "0.7", "--experiment", "r"]))
+    original = run.optimizer.step
+
+    def step(*arguments):
+        original(*arguments)
+        for parameter, mask in list(run.masked_parameters())[2:3]:
+            if rank == 1:
+                mask[0] ^= 1
+
+    run.optimizer.step = step
+    with pytest.raises(MasksDifferError, match=r"rank 1 has another mask of blocks\.\d\.attn"):
+        train_loop(run)
+    return True
+
+
+def test_a_rank_that_prunes_other_weights_is_named(flags):
+    assert run_ranks(_with_another_mask, 3, flags, join_group=False) == [True] * 3

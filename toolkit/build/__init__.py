@@ -18,6 +18,7 @@ from toolkit.build.optimizer import (
     base_learning_rate,
     create_optimizer,
     fused_backward,
+    keep_zeros,
     predict_memory,
     pruning_schedule,
     resolve_optimizer,
@@ -61,6 +62,7 @@ def build(config: Config) -> Run:
     plan = _plan(config, total_epochs(config, train_loader.steps), train_loader)
     schedule = pruning_schedule(config, method, plan.total_steps)
     optimizer = create_optimizer(config, model, opt, lr, schedule)
+    keep_zeros(optimizer, model, config, schedule)
     scheduler, _ = create_scheduler_v2(optimizer, **scheduler_kwargs(config), updates_per_epoch=train_loader.steps)
     prepared_model, prepared_optimizer = accelerator.prepare(model, optimizer)
     sharding = create_sharding(accelerator, prepared_model, model, prepared_optimizer, optimizer, world)
@@ -102,9 +104,16 @@ def build(config: Config) -> Run:
         augment=augment(config, world, facts["num_classes"]),
         schedule=schedule,
         prunable=[(name, parameter) for name, parameter in model.named_parameters() if name in prunable],
+        # Of shards and slices nothing is predicted row by row.
         predict_memory=lambda: (
-            predict_memory(model, optimizer, opt, method, config, ema, world.num_ranks),
-            predict_peaks(config, batch_size_per_rank(config, world.num_ranks), facts["num_classes"], world.num_ranks),
+            (
+                predict_memory(model, optimizer, opt, method, config, ema, world.num_ranks),
+                predict_peaks(
+                    config, batch_size_per_rank(config, world.num_ranks), facts["num_classes"], world.num_ranks
+                ),
+            )
+            if sharding.name == "ddp"
+            else ({}, {})
         ),
         checkpoints=CheckpointStore(folder / "checkpoints", world, config.checkpoint_hist),
         scalars=Scalars(folder / "tb", world, step_of(resume_from) if resume_from else 0),

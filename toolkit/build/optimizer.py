@@ -15,13 +15,14 @@ from toolkit.dist import World
 from toolkit.engine.fused import FusedBackward
 from toolkit.log import get_logger
 from toolkit.memory.arithmetic import ParameterFacts, predict_optimizer_rows
+from toolkit.optim.packed import PackedOptimizer
 from toolkit.optim.registry import check_optimizer_name, find_spec, resolve_name
 from toolkit.prune.mask import mask_of, unpack_bits
 from toolkit.prune.schedule import Schedule
 
 __all__ = [
-    "apply_recipe", "base_learning_rate", "create_optimizer", "fused_backward", "predict_memory", "pruning_schedule",
-    "resolve_optimizer", "total_epochs",
+    "apply_recipe", "base_learning_rate", "create_optimizer", "fused_backward", "keep_zeros", "predict_memory",
+    "pruning_schedule", "resolve_optimizer", "total_epochs",
 ]  # fmt: skip
 
 _log = get_logger()
@@ -118,6 +119,23 @@ def create_optimizer(
         )
     except TypeError as error:
         raise ValueError(f"--opt {opt} does not take one of its arguments ({error}); see --opt-kwargs") from None
+
+
+def keep_zeros(optimizer: torch.optim.Optimizer, model: nn.Module, config: Config, schedule: Schedule) -> None:
+    """Have a pruned --initial-checkpoint stay pruned, from the first step on."""
+    names = prunable_names(model)
+    weights = [parameter for name, parameter in model.named_parameters() if name in names]
+    zeros = sum(int((weight == 0).sum()) for weight in weights)
+    if not (config.initial_checkpoint and schedule.on and zeros):
+        return
+    if isinstance(optimizer, PackedOptimizer) and not hasattr(optimizer, "pruner"):
+        optimizer.keeps_zeros = True
+    else:
+        optimizer.pruner.keep_zeros()  # type: ignore[attr-defined]
+    _log.info(
+        "%s: its %d zeros among %d prunable weights stay zeros", config.initial_checkpoint, zeros,
+        sum(weight.numel() for weight in weights),
+    )  # fmt: skip
 
 
 def fused_backward(

@@ -7,6 +7,7 @@ keeps its index as a pickle, which can.)
 """
 
 import contextlib
+import io
 import json
 import os
 import re
@@ -203,7 +204,9 @@ class CheckpointStore:
         temporary = self._folder / f"tmp-{step:08d}"
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        torch.save(state, temporary / _STATE)
+        content = io.BytesIO()  # written in one go: torch's own writer does not say that a disk is full
+        torch.save(state, content)
+        (temporary / _STATE).write_bytes(content.getbuffer())
         if tensors:
             _write_tensors(temporary / _TENSORS, tensors)
         files = sorted(path for path in temporary.rglob("*") if path.is_file())

@@ -13,6 +13,7 @@ from timm.utils import distribute_bn
 from torch import Tensor
 
 from toolkit.engine.evaluate import EvalResult, evaluate
+from toolkit.engine.masks import MasksDifferError, check_masks
 from toolkit.engine.records import History, write_records
 from toolkit.engine.run import Run
 from toolkit.engine.scalars import MIB, memory_columns, memory_scalars
@@ -26,7 +27,7 @@ from toolkit.memory.sources import read_device, read_host
 from toolkit.progress import Progress, duration
 from toolkit.prune.mask import flat, zero_pruned
 
-__all__ = ["InterruptedRunError", "SparsityError", "TooManyBadImagesError", "train"]
+__all__ = ["InterruptedRunError", "MasksDifferError", "SparsityError", "TooManyBadImagesError", "train"]
 
 _log = get_logger()
 
@@ -69,7 +70,7 @@ class _StopRequest:
 def train(run: Run) -> History:
     """Train to the end of the plan. Call on all ranks.
 
-    Raises InterruptedRunError after a requested stop (a checkpoint is written), NonFiniteLossError,
+    Raises InterruptedRunError after a requested stop (a checkpoint is written), MasksDifferError, NonFiniteLossError,
     TooManyBadImagesError, and SparsityError if the final number of zeros is not floor(sparsity × prunable weights).
     """
     history = load_snapshot(run)
@@ -84,7 +85,7 @@ def train(run: Run) -> History:
             _check_sparsity(run)
             _write_memory(run)
             _write(run, history, completed=True)  # last: it says that everything else is there
-        except (InterruptedRunError, NonFiniteLossError, SparsityError, TooManyBadImagesError):
+        except (InterruptedRunError, MasksDifferError, NonFiniteLossError, SparsityError, TooManyBadImagesError):
             _write_memory(run)  # all ranks raise these together; after any other error a gather could wait for ever
             raise
         except Exception as error:
@@ -146,8 +147,10 @@ def _train_epoch(run: Run, history: History, stop: _StopRequest, bar: Progress |
             run.ema.update(run.bare_model, step=update)
             masks.apply()
         loss_sum += result.loss
-        if run.schedule.on and update == run.schedule.end_step:
-            _release_memory(run)
+        if run.schedule.due(update):
+            check_masks(run)
+            if update == run.schedule.end_step:
+                _release_memory(run)
         history.step += 1
         history.bad_so_far += result.num_bad
         window.add(result)

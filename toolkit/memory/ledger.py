@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from toolkit.prune.shards import local
+
 __all__ = ["OPTIMIZER_ROWS", "Owners", "count_bytes", "find_owners", "optimizer_bytes", "row_of_state"]
 
 Owners = dict[str, list[Tensor]]
@@ -49,17 +51,22 @@ def find_owners(
         for key, value in state.items():
             if torch.is_tensor(value):
                 owners.setdefault(row_of_state(key), []).append(value)
+    # ZeRO's optimizer owns flat slices instead of parameters: float32 copies under ZeRO-1 and 2, the weights under 3.
+    parameters = {id(parameter) for parameter in model.parameters()}
+    flat = [owned for owned in optimizer_state if id(owned) not in parameters]
+    if flat:
+        owners["flat_copies"] = flat
     owners["ema"] = [] if ema is None else [*ema.parameters(), *ema.buffers()]
     return owners
 
 
 def count_bytes(owners: Owners) -> dict[str, int]:
-    """Bytes of each row."""
+    """Bytes of each row; of DTensors those of this rank."""
     seen: set[int] = set()
     rows = dict.fromkeys(owners, 0)
     for row, tensors in owners.items():
         for tensor in tensors:
-            storage = tensor.untyped_storage()
+            storage = local(tensor).untyped_storage()
             if storage._cdata not in seen:
                 seen.add(storage._cdata)
                 rows[row] += storage.nbytes()

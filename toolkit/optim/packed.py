@@ -127,6 +127,7 @@ class PackedOptimizer(Optimizer):
     # say it themselves.
     shard_group: ProcessGroup | None = None
     spans: Mapping[Tensor, Spans] = MappingProxyType({})
+    keeps_zeros = False  # weights that are 0 at the first step are pruned from then on: a pruned model goes on
     after_repack: Callable[[], None] | None = None  # told that dense moments were replaced by packed ones
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
@@ -243,7 +244,7 @@ class PackedOptimizer(Optimizer):
         prunable = {id(parameter) for _, parameter in prunable_parameters(self.param_groups)}
         parts: dict[tuple[str, bool, int], Part] = {}
         for parameter in ready:
-            state = self._state_of(parameter, group)
+            state = self._state_of(parameter, group, id(parameter) in prunable)
             how, packed, step = self._implementation(parameter), "offsets" in state, int(state["step"])
             if not packed and self._moment_dtype(parameter) is not torch.float32:
                 how = "reference"  # torch's fused update takes no bfloat16 moments of float32 weights
@@ -265,7 +266,7 @@ class PackedOptimizer(Optimizer):
         self._plans, self._layouts = {}, {}
         self._number_parameters()
 
-    def _state_of(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+    def _state_of(self, parameter: Tensor, group: dict[str, Any], prunable: bool) -> dict[str, Tensor]:
         """The parameter's state, made at its first step."""
         assert parameter.grad is not None
         if parameter.grad.is_sparse or parameter.is_complex():
@@ -276,8 +277,13 @@ class PackedOptimizer(Optimizer):
         state = self.state[parameter]
         if not state:
             state["step"] = torch.tensor(0.0)
+            like = local(parameter)
+            if prunable and self.keeps_zeros:
+                state["mask"] = pack_bits(flat(like) != 0)
+                state["offsets"], survivors = block_offsets(state["mask"], like.numel())
+                like = like.new_empty(survivors)
             for key in self.moment_keys(group):
-                state[key] = torch.zeros_like(local(parameter), dtype=self._moment_dtype(parameter))
+                state[key] = torch.zeros_like(like, dtype=self._moment_dtype(parameter))
         return state
 
     def _moment_dtype(self, parameter: Tensor) -> torch.dtype:

@@ -69,6 +69,18 @@ class Pruner:
         optimizer = self.optimizer
         return _restore, (type(optimizer), optimizer.__getstate__(), self.schedule, self.score, self.scope)
 
+    def keep_zeros(self) -> None:
+        """Weights that are 0 at the first step are pruned from then on: a pruned model goes on."""
+
+        @torch.no_grad()
+        def once(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+            handle.remove()
+            for _, parameter in prunable_parameters(optimizer.param_groups):
+                keep = pack_bits(flat(local(parameter)) != 0)
+                self._first.setdefault(parameter, {})["keep"] = keep
+
+        handle = self.optimizer.register_step_pre_hook(once)
+
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Movement: add this step's -lr g w. Displacement: keep w0 before the first step changes it."""
@@ -78,14 +90,14 @@ class Pruner:
             own = optimizer.state.get(parameter, {})
             if self.score == "displacement":
                 if "initial_weights" not in own:
-                    self._first[parameter] = {"initial_weights": local(parameter).detach().clone()}
+                    self._first.setdefault(parameter, {})["initial_weights"] = local(parameter).detach().clone()
             elif parameter.grad is not None:
                 rate = float(learning_rate[id(parameter)])
                 added = movement_increment(local(parameter), local(parameter.grad), rate)
                 if "scores" in own:
                     own["scores"].add_(added)
                 else:
-                    self._first[parameter] = {"scores": added}
+                    self._first.setdefault(parameter, {})["scores"] = added
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -112,8 +124,11 @@ class Pruner:
         parts = [local(parameter) for _, parameter in named]
         spans = [self.spans.get(parameter, [(name, 0, local(parameter).numel())]) for name, parameter in named]
         sizes = [sum(stop - start for _, start, stop in one) for one in spans]
-        (total,) = sum_over(group, [sum(sizes)], parts[0].device)
-        zeros = self.schedule.zeros(step, total)
+        gone_now = [self._pruned(parameter) for _, parameter in named]
+        padding = sum(part.numel() for part in parts) - sum(sizes)
+        pruned = max(0, sum(gone_now) - padding)  # padding has no mask, or is pruned
+        total, pruned = sum_over(group, [sum(sizes), pruned], parts[0].device)
+        zeros = max(self.schedule.zeros(step, total), pruned)  # more only in a model that came pruned
         if zeros == 0:
             return
         for name, parameter in named:
@@ -125,8 +140,7 @@ class Pruner:
         every = range(len(named))
         groups = [(list(every), zeros)]
         if self.scope != "global":
-            gone = [self._pruned(parameter) if self.score != "movement" else 0 for _, parameter in named]
-            gone = sum_over(group, gone, parts[0].device)
+            gone = sum_over(group, gone_now if self.score != "movement" else [0] * len(named), parts[0].device)
             quotas = zero_quotas(self.scope, [parameter.shape for _, parameter in named], gone, zeros)
             groups = [([number], quota) for number, quota in enumerate(quotas)]
         for members, count in groups:

@@ -2,7 +2,14 @@ import pytest
 import torch
 
 from toolkit.dist import World
-from toolkit.engine.checkpoint import CheckpointStore, discard_after, load_checkpoint, newest_checkpoint, step_of
+from toolkit.engine.checkpoint import (
+    CheckpointStore,
+    damage_of,
+    discard_after,
+    load_checkpoint,
+    newest_checkpoint,
+    step_of,
+)
 
 
 @pytest.fixture
@@ -70,3 +77,56 @@ def test_saving_a_step_again_replaces_it_whole(store, tmp_path):
     store.save({"version": 2}, 10)
     assert load_checkpoint(tmp_path / "step-00000010") == {"version": 2}
     assert not list(tmp_path.glob("tmp-*"))
+
+
+def test_a_damaged_file_is_noticed(store, tmp_path):
+    store.save({"step": 1}, 10, tensors={"model.w": torch.arange(1000.0)})
+    folder = newest_checkpoint(tmp_path)
+    assert damage_of(folder) is None
+    assert torch.equal(load_checkpoint_with(folder)["w"], torch.arange(1000.0))
+    (file,) = (folder / "tensors").glob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-100] ^= 1
+    file.write_bytes(content)
+    assert file.name in damage_of(folder)
+    file.unlink()
+    assert "FileNotFoundError" in damage_of(folder)
+
+
+def load_checkpoint_with(folder):
+    state = torch.load(folder / "state.pt", weights_only=True)
+    assert state == {"step": 1}
+    from toolkit.engine.checkpoint import _read_tensors
+
+    return {key.removeprefix("model."): value for key, value in _read_tensors(folder / "tensors").items()}
+
+
+def _on_a_full_disk(folder):
+    """Files beyond 1 MiB are refused by the system, as on a full disk."""
+    import resource
+
+    store = CheckpointStore(folder, World(), history=2)
+    assert store.save({"good": 1}, 10, tensors={"model.w": torch.zeros(10)})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+    assert not store.save({"bad": 1}, 20, tensors={"model.w": torch.zeros(1 << 20)})
+    assert not store.save({"bad": torch.zeros(1 << 20)}, 30)
+    return store.save({"good": 2}, 40, tensors={"model.w": torch.ones(10)})
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint_and_the_run_goes_on(tmp_path):
+    from ranks import run_ranks
+
+    assert run_ranks(lambda rank: _on_a_full_disk(tmp_path), 1, join_group=False) == [True]
+    assert steps(tmp_path) == [10, 40]
+    assert not list(tmp_path.glob("tmp-*"))
+    assert damage_of(tmp_path / "step-00000010") is None
+
+
+def test_tensors_that_share_memory_or_have_gaps_are_saved_apart(store, tmp_path):
+    shared = torch.arange(12.0)
+    tensors = {"model.a": shared[:6], "model.b": shared[3:9], "model.c": shared.view(3, 4).t(), "model.d": shared}
+    store.save({}, 10, tensors=tensors)
+    from toolkit.engine.checkpoint import _read_tensors
+
+    found = _read_tensors(tmp_path / "step-00000010" / "tensors")
+    assert all(torch.equal(found[key], value) for key, value in tensors.items())

@@ -466,3 +466,19 @@ def test_slow_data_is_said_once_with_what_to_change(flags, monkeypatch, capsys):
     assert train.main([*flags, "--epochs", "1", "--experiment", "slow"]) == 0
     said = capsys.readouterr().err
     assert said.count("of its time for data: raise --workers (now 0 a rank") == 1
+
+
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(flags, tmp_path, capsys):
+    more = ["--opt", "adamw", "--checkpoint-hist", "5"]
+    assert train.main([*flags, *more, "--experiment", "whole"]) == 0
+    reset_accelerate()
+    assert train.main([*flags, *more, "--experiment", "r"]) == 0
+    reset_accelerate()
+    folder = tmp_path / "r"
+    (folder / "metrics.json").unlink()  # as if it had been killed before the end
+    newest = newest_checkpoint(folder / "checkpoints")
+    (file,) = (newest / "tensors").glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-10])
+    assert train.main([*flags, *more, "--experiment", "r", "--resume", "auto"]) == 0
+    assert f"{newest} is damaged" in capsys.readouterr().err
+    assert_same(final_state(tmp_path / "whole")["model"], final_state(folder)["model"])

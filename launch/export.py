@@ -1,0 +1,120 @@
+"""`python -m launch.export RUN --out model.safetensors`: a run's weights for timm, dense or packed.
+
+Dense: what `timm.create_model(..., checkpoint_path=FILE)` loads, pruned weights as zeros. Packed (`--packed`): of each
+tensor that has enough zeros a bit mask and the other values, nothing else; `load_packed` gives every bit back.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from toolkit.engine.checkpoint import complete_checkpoints, load_checkpoint, newest_checkpoint
+from toolkit.prune.mask import flat, mask_bytes, pack_bits, unpack_bits
+
+__all__ = ["load_packed", "main", "pack_weights"]
+
+_FORMAT = "packed-weights/1"
+
+
+def pack_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """name -> tensor, or name.mask (bits), name.values (what is not +0) and name.shape where that is smaller."""
+    packed: dict[str, Tensor] = {}
+    for name, weight in weights.items():
+        values = flat(weight.contiguous())
+        # By bits: -0.0 is a value of its own, or the way back would not be exact.
+        keep = values.view(torch.int32) != 0 if values.dtype is torch.float32 else torch.ones(0, dtype=torch.bool)
+        left = int(keep.sum())
+        if values.dtype is torch.float32 and 4 * left + mask_bytes(values.numel()) < weight.nbytes:
+            packed[f"{name}.mask"] = pack_bits(keep)
+            packed[f"{name}.values"] = values[keep]
+            packed[f"{name}.shape"] = torch.tensor(weight.shape, dtype=torch.int64)
+        else:
+            packed[name] = weight.contiguous()
+    return packed
+
+
+def load_packed(path: Path) -> dict[str, Tensor]:
+    """The weights of a packed file, bit for bit. Raises ValueError for a file that is none."""
+    with safe_open(path, framework="pt") as file:
+        if json.loads((file.metadata() or {}).get("adamwprune", "{}")).get("format") != _FORMAT:
+            raise ValueError(f"{path} is not a packed export; load it with timm or safetensors")
+        stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  it is no dictionary
+    weights = {}
+    for key, tensor in stored.items():
+        name, _, part = key.rpartition(".")
+        if part == "mask" and f"{name}.values" in stored:
+            shape = stored[f"{name}.shape"].tolist()
+            dense = torch.zeros(shape)
+            dense.view(-1)[unpack_bits(tensor, dense.numel())] = stored[f"{name}.values"]
+            weights[name] = dense
+        elif not (part in ("values", "shape") and f"{name}.mask" in stored):
+            weights[key] = tensor
+    return weights
+
+
+def _checkpoint_of(run: Path, which: str) -> Path:
+    """The checkpoint folder that is meant. Raises ValueError where there is none."""
+    if (run / "COMPLETE").is_file():
+        return run
+    folder = run / "checkpoints"
+    if which == "best" and (folder / "best.json").is_file():
+        return folder / json.loads((folder / "best.json").read_text())["checkpoint"]
+    found = newest_checkpoint(folder)
+    if found is None or which == "best":
+        names = ", ".join(path.name for path in complete_checkpoints(folder)) or "none"
+        raise ValueError(f"{run} has no {which} checkpoint (complete ones: {names}); give a run folder")
+    return found
+
+
+def export(run: Path, out: Path, *, packed: bool, which: str, ema: bool | None) -> dict[str, Any]:
+    """Write the file; returns what was done."""
+    source = _checkpoint_of(run, which)
+    state = load_checkpoint(source)
+    if ema and state["ema"] is None:
+        raise ValueError(f"{run} kept no average of its weights; leave out --model-ema")
+    average = state["ema"] is not None and ema is not False
+    weights: dict[str, Tensor] = {
+        key: value.contiguous() for key, value in state["ema" if average else "model"].items()
+    }
+    dense_bytes = sum(weight.nbytes for weight in weights.values())
+    content = pack_weights(weights) if packed else weights
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(out.name + ".tmp")
+    # One key: with several, the order in the file would change from time to time.
+    save_file(
+        content, temporary, {"adamwprune": json.dumps({"format": _FORMAT if packed else "dense", "of": source.name})}
+    )
+    temporary.replace(out)
+    stored = sum(tensor.nbytes for tensor in content.values())
+    return {"file": str(out), "checkpoint": str(source), "average": average, "dense_bytes": dense_bytes,
+            "stored_bytes": stored, "share": stored / dense_bytes}  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse the flags and export."""
+    parser = argparse.ArgumentParser(prog="python -m launch.export", description=__doc__)
+    parser.add_argument("run", type=Path, help="run folder, or one of its checkpoints")
+    parser.add_argument("--out", type=Path, required=True, help="file to write, for example model.safetensors")
+    parser.add_argument("--packed", action="store_true", help="bit masks and survivors instead of zeros")
+    parser.add_argument("--which", choices=("last", "best"), default="last", help="default %(default)s")
+    parser.add_argument("--model-ema", action=argparse.BooleanOptionalAction, help="the average; the default if kept")
+    parser.add_argument("--json", action="store_true", help="one JSON object on one line on stdout")
+    options = parser.parse_args(argv)
+    try:
+        done = export(options.run, options.out, packed=options.packed, which=options.which, ema=options.model_ema)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"launch.export: error: {error}\n")
+    size = f"{done['stored_bytes'] / 2**20:.2f} MiB, {done['share']:.3f} of dense"
+    print(json.dumps(done) if options.json else f"{done['file']}: {size}, from {done['checkpoint']}")  # noqa: T201
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
