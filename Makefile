@@ -4,7 +4,7 @@ BIN := .venv/bin
 DIGITS := shards/data/digits/_info.json
 MODEL ?=
 
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo test chaos lint clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -33,6 +33,9 @@ demo: setup  ## the demo matrix on two CPU ranks -> results/demo/ (MODEL=resnet5
 
 test: setup .venv/.installed-dev  ## all tests (GPU tests are skipped where there is none)
 	$(BIN)/python -m pytest
+
+chaos: setup  ## kill ranks of real runs 20 times -> results/chaos.md (10 minutes)
+	$(BIN)/python -m launch.chaos --trials 20 --out results
 
 lint: .venv/.installed-dev  ## ruff and mypy
 	$(BIN)/ruff check .

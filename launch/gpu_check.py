@@ -25,7 +25,8 @@ MIB = 2**20
 # The study's six optimizers without pruning, then with the pruning it gave them and with ours.
 MEMORY_ROWS = (
     "sgd", "adam", "adamw", "adamwadv", "adamwspam", "adamwprune", "sgdprune", "adamw-magnitude", "adamw-movement",
-    "sgd-movement", "adamwadv-movement", "adamwspam-movement",
+    "sgd-movement", "adam-movement", "adamwadv-movement", "adamwspam-movement", "sgd-magnitude", "adam-magnitude",
+    "adamwadv-magnitude", "adamwspam-magnitude", "adam-state", "adamwadv-state", "adamwspam-state",
 )  # fmt: skip
 TRAINED = ("sgd", "adamw", "adamw-magnitude", "sgd-magnitude", "adamwprune", "sgdprune")
 _OPTIONAL = ("pytest", "hypothesis", "webdataset", "sklearn", "matplotlib", "torchao", "deepspeed")

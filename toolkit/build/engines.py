@@ -68,10 +68,28 @@ def check_engine(config: Config) -> None:
             )
 
 
+def _join_after_restart(backend: str, timeout: datetime.timedelta) -> None:
+    """Join the group under a name of its own where --max_restarts has started this rank again.
+
+    Accelerate's launcher keeps one store over all restarts, and torch puts the ranks' addresses into it under the same
+    names each time: a rank that reads before the other has written connects to a dead one. (In a first trial a killed
+    rank took three restarts, and with them the run.)
+    """
+    count = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if count and not torch.distributed.is_initialized():
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = torch.distributed.TCPStore(address, port, is_master=False, timeout=timeout)
+        torch.distributed.init_process_group(
+            backend, store=torch.distributed.PrefixStore(f"restart_{count}", store), timeout=timeout,
+            rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]),
+        )  # fmt: skip
+
+
 def new_accelerator(config: Config) -> Accelerator:
     """Join the process group by the engine's way."""
     on_cpu, engine = not torch.cuda.is_available(), launched_engine()
     timeout = datetime.timedelta(seconds=config.dist_timeout)
+    _join_after_restart("gloo" if on_cpu else "nccl", timeout)
     if engine == "ddp":
         return Accelerator(
             cpu=on_cpu,

@@ -118,6 +118,8 @@ VARIANTS = {
     "movement with ema": ["--opt", "adamw-movement", "--sparsity", "0.7", "--model-ema", "--checkpoint-interval", "4"],
     "plateau": ["--opt", "adamw", "--sched", "plateau", "--no-sched-on-updates", "--patience-epochs", "0"],
     "timm's transforms, channels last": [*PRUNED, "--color-jitter", "0.4", "--channels-last", "-j", "2"],
+    "update fused into backward": [*PRUNED, "--fused-backward"],
+    "magnitude, fused": ["--opt", "momentum", "--pruning", "magnitude", "--sparsity", "0.5", "--fused-backward"],
     "accumulation, epoch schedule": ["--opt", "adamwadv", "--grad-accum-steps", "2", "--no-sched-on-updates"],
 }  # fmt: skip
 

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from toolkit.dist import World
 from toolkit.engine.sharding import States
-from toolkit.engine.sharding.plain import indexed_state, parameter_names
+from toolkit.engine.sharding.plain import PlainSharding, indexed_state, parameter_names
 from toolkit.prune.dense import dense_state
 from toolkit.prune.shards import local, whole
 
@@ -30,20 +30,14 @@ def _share(full: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(full.to(like.device), sharded.device_mesh, sharded.placements, src_data_rank=None)
 
 
-class Fsdp2Sharding:
-    """See Sharding."""
+class Fsdp2Sharding(PlainSharding):
+    """See Sharding; backward and update go together as they do with DDP."""
 
     name = "fsdp2"
-    updates_in_backward = False
 
     def __init__(self, accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, world: World) -> None:
-        self._accelerator, self._model, self._optimizer, self._world = accelerator, model, optimizer, world
-
-    def backward(self, loss: Tensor, *, last: bool) -> None:
-        self._accelerator.backward(loss)
-
-    def grad_norm(self) -> Tensor | None:
-        return None
+        super().__init__(accelerator, model, optimizer)
+        self._world = world
 
     def count_zeros(self, prunable: Iterable[tuple[str, Tensor]]) -> tuple[int, int]:
         weights = [parameter for _, parameter in prunable]
