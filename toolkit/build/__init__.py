@@ -2,9 +2,13 @@
 
 import dataclasses
 import shutil
+from functools import partial
+from typing import Any
 
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import ModelEmaV3
+from torch import nn
+from torch.optim import Optimizer
 
 import toolkit.optim  # noqa: F401  registers our optimizers
 from toolkit.build.batch import confirm_batch_size, predict_peaks, with_automatic_batch_size
@@ -69,18 +73,19 @@ def build(config: Config) -> Run:
 
     folder, resume_from = run_folder(given, opt, world)
     facts = run_facts(config, data, opt, method, schedule, plan, world)
+    prunable = prunable_names(model)
     if resume_from is not None:
         check_identity(resume_from, facts, folder, world)
-    prunable = prunable_names(model)
     seed_rank(config.seed, world.rank)
     if world.is_main:
         shutil.rmtree(folder / RANKS_FOLDER, ignore_errors=True)  # of a run that was killed here
         write_args(folder, given)
         get_logger().info("%s", describe(facts, lr, folder, model, prunable))
-    warmup_steps = 0 if config.sched == "none" else config.warmup_epochs * train_loader.steps
     memory.begin(
-        lambda: find_owners(model, optimizer.state, ema=ema, in_buckets=world.num_ranks > 1),
-        plan_phases(plan.total_steps, warmup_steps, schedule),
+        lambda: find_owners(
+            model, optimizer.state, ema=ema, in_buckets=world.num_ranks > 1
+        ),  # state: a load replaces it
+        plan_phases(plan.total_steps, _warmup_steps(config, train_loader), schedule),
         folder,
     )
     return Run(
@@ -104,22 +109,30 @@ def build(config: Config) -> Run:
         augment=augment(config, world, facts["num_classes"]),
         schedule=schedule,
         prunable=[(name, parameter) for name, parameter in model.named_parameters() if name in prunable],
-        # Of shards and slices nothing is predicted row by row.
-        predict_memory=lambda: (
-            (
-                predict_memory(model, optimizer, opt, method, config, ema, world.num_ranks),
-                predict_peaks(
-                    config, batch_size_per_rank(config, world.num_ranks), facts["num_classes"], world.num_ranks
-                ),
-            )
-            if sharding.name == "ddp"
-            else ({}, {})
-        ),
+        predict_memory=partial(_predict, config, model, optimizer, opt, method, ema, facts, sharding.name),
         checkpoints=CheckpointStore(folder / "checkpoints", world, config.checkpoint_hist),
         scalars=Scalars(folder / "tb", world, step_of(resume_from) if resume_from else 0),
         memory=memory,
         facts=facts,
         resume_from=resume_from,
+    )
+
+
+def _warmup_steps(config: Config, loader: TrainLoader) -> int:
+    return 0 if config.sched == "none" else config.warmup_epochs * loader.steps
+
+
+def _predict(
+    config: Config, model: nn.Module, optimizer: Optimizer, opt: str, method: str, ema: Any, facts: dict[str, Any],
+    engine: str,
+) -> tuple[dict[str, int], dict[str, dict[str, int]]]:  # fmt: skip
+    """Ledger rows at the end, and those of the peaks; empty for FSDP2 and ZeRO, whose shares are not predicted."""
+    if engine != "ddp":
+        return {}, {}
+    ranks = facts["world_size"]
+    return (
+        predict_memory(model, optimizer, opt, method, config, ema, ranks),
+        predict_peaks(config, batch_size_per_rank(config, ranks), facts["num_classes"], ranks),
     )
 
 

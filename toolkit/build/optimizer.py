@@ -123,10 +123,12 @@ def create_optimizer(
 
 def keep_zeros(optimizer: torch.optim.Optimizer, model: nn.Module, config: Config, schedule: Schedule) -> None:
     """Have a pruned --initial-checkpoint stay pruned, from the first step on."""
+    if not (config.initial_checkpoint and schedule.on):
+        return
     names = prunable_names(model)
     weights = [parameter for name, parameter in model.named_parameters() if name in names]
     zeros = sum(int((weight == 0).sum()) for weight in weights)
-    if not (config.initial_checkpoint and schedule.on and zeros):
+    if not zeros:
         return
     if isinstance(optimizer, PackedOptimizer) and not hasattr(optimizer, "pruner"):
         optimizer.keeps_zeros = True

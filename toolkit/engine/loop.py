@@ -205,7 +205,8 @@ class _Window:
         run, plan, results = self._run, self._run.plan, self._results
         elapsed = time.perf_counter() - self._begin
         losses = torch.stack([result.loss for result in results]).double().mean()
-        ledger, device = run.memory.sample(update), read_device(run.world.device)
+        device = read_device(run.world.device)  # before the sample, whose record begins new peaks
+        ledger = run.memory.sample(update)
         rest = torch.tensor(
             [sum(r.wait_s for r in results) / elapsed, history.bad_so_far],
             dtype=torch.float64, device=losses.device,

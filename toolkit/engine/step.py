@@ -90,7 +90,10 @@ def train_step(
         last = micro == accumulation - 1
         with contextlib.nullcontext() if last else run.accelerator.no_sync(run.model):
             with run.autocast():
-                loss = run.train_loss(run.model(images), targets) / accumulation
+                output = run.model(images)
+            if output.dtype.itemsize < 4:  # with DDP Accelerate has done so; the loss is in float32 on every engine
+                output = output.float()
+            loss = run.train_loss(output, targets) / accumulation
             total += loss.detach()
             if last:
                 signal = _Signal(total, stop, run.world)

@@ -76,8 +76,8 @@ class Pruner:
         def once(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             handle.remove()
             for _, parameter in prunable_parameters(optimizer.param_groups):
-                keep = pack_bits(flat(local(parameter)) != 0)
-                self._first.setdefault(parameter, {})["keep"] = keep
+                if "keep" not in optimizer.state.get(parameter, {}):  # a resumed run has its masks
+                    self._first.setdefault(parameter, {})["keep"] = pack_bits(flat(local(parameter)) != 0)
 
         handle = self.optimizer.register_step_pre_hook(once)
 

@@ -23,6 +23,7 @@ from toolkit.engine.loop import InterruptedRunError, SparsityError
 from toolkit.engine.loop import train as train_loop
 from toolkit.engine.scalars import SCALARS
 from toolkit.engine.step import NonFiniteLossError
+from toolkit.memory.sources import read_device
 
 SCHEMA_FILE = Path(toolkit.memory.__file__).parent / "report_schema.json"
 
@@ -484,3 +485,13 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(flags, tmp_path
     assert train.main([*flags, *more, "--experiment", "r", "--resume", "auto"]) == 0
     assert f"{newest} is damaged" in capsys.readouterr().err
     assert_same(final_state(tmp_path / "whole")["model"], final_state(folder)["model"])
+
+
+def test_peaks_are_read_before_a_record_begins_new_ones(flags, monkeypatch):
+    order = []
+    monkeypatch.setattr("toolkit.engine.loop.read_device", lambda device: order.append("read") or read_device(device))
+    run = make(flags, "--epochs", "1", "--experiment", "r")
+    sample = run.memory.sample
+    run.memory.sample = lambda step: order.append("sample") or sample(step)
+    train_loop(run)
+    assert order == ["read", "sample"] * 3

@@ -192,3 +192,31 @@ def test_a_copy_is_pruned_like_the_original(score, how):
     twice = how(twin)
     train(twice, twice.param_groups[0]["params"][0], every[:2])
     assert zeros(twice.param_groups[0]["params"][0]) == int(0.7 * 128)
+
+
+def test_kept_zeros_do_not_replace_the_masks_of_a_resumed_run():
+    """A survivor may be exactly 0 when a run is saved; it is one after the load too."""
+    torch.manual_seed(0)
+
+    def make(weight):
+        parameter = nn.Parameter(weight.clone())
+        optimizer = torch.optim.SGD([{"params": [parameter], "prunable": True}], lr=0.1, momentum=0.9)
+        Pruner(optimizer, Schedule(0.5, 90, 99), "magnitude").keep_zeros()
+        return parameter, optimizer
+
+    start = torch.randn(4, 8)
+    start[0] = 0.0
+    parameter, optimizer = make(start)
+    for _ in range(2):
+        parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+    assert torch.equal(parameter == 0, start == 0)
+    mask = optimizer.state[parameter]["keep"].clone()
+    again, resumed = make(parameter.detach())
+    resumed.load_state_dict(optimizer.state_dict())
+    with torch.no_grad():
+        again[1, 0] = 0.0
+    again.grad = torch.ones_like(again)
+    resumed.step()
+    assert torch.equal(resumed.state[again]["keep"], mask)
+    assert again[1, 0] != 0
