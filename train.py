@@ -19,8 +19,10 @@ def _train(config: Config) -> int:
     from toolkit.build import build
     from toolkit.build.launch import RunCompleteError, die_with_launcher
     from toolkit.dist import leave_group
-    from toolkit.engine.loop import InterruptedRunError, MasksDifferError, SparsityError, TooManyBadImagesError, train
+    from toolkit.engine.loop import train
+    from toolkit.engine.masks import MasksDifferError
     from toolkit.engine.step import NonFiniteLossError
+    from toolkit.engine.stops import InterruptedRunError, LostRankError, SparsityError, TooManyBadImagesError
     from toolkit.log import get_logger, start_logging
 
     rank = int(os.environ.get("RANK", "0"))
@@ -40,6 +42,10 @@ def _train(config: Config) -> int:
         if rank == 0:
             get_logger().error("train.py: error: %s", error)
         status = 1
+    except LostRankError as error:  # nothing more is asked of the group
+        get_logger().error("train.py: error: %s", error)
+        get_logger().debug("traceback", exc_info=True)
+        return 1
     except (ValueError, OSError) as error:
         if rank:
             time.sleep(3)  # a mistake all ranks share: rank 0 says it once, and the launcher then ends this process

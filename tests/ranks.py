@@ -102,4 +102,5 @@ def exit_codes(function, num_ranks, *arguments, timeout_s=90):
     for process in processes:
         process.join(max(0.0, deadline - time.monotonic()))
         process.kill()
+        process.join()
     return [process.exitcode for process in processes]

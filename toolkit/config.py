@@ -137,6 +137,7 @@ class Config:
     experiment: str = _flag("", "name of the run folder; <time>-<model>-<opt> by default")
     eval_metric: str = _flag("top1", "metric of the best checkpoint", choices=("top1", "top5", "loss"))
     resume: str = _flag("", "'auto' (newest checkpoint of the run folder) or a checkpoint folder")
+    max_bad_images: float = _flag(1e-4, "share of unreadable images above which a run stops (ten are always let by)")
     dist_timeout: int = _flag(1800, "seconds before a rank that waits for a lost one gives up")
     # fmt: on
     given: frozenset[str] = frozenset()
@@ -200,7 +201,7 @@ def flags() -> list[dataclasses.Field[Any]]:
 # the global one, the data by fingerprint.
 _FREE_ON_RESUME = {
     "output", "experiment", "resume", "data_dir", "workers", "pin_mem", "log_interval", "checkpoint_hist",
-    "checkpoint_interval", "dist_timeout", "batch_size", "global_batch_size", "grad_accum_steps",
+    "checkpoint_interval", "dist_timeout", "max_bad_images", "batch_size", "global_batch_size", "grad_accum_steps",
     "validation_batch_size", "auto_batch_size", "shard_cache", "shard_cache_gib",
 }  # fmt: skip
 

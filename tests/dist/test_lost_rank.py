@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from ranks import exit_codes
 from toolkit.build import build
 from toolkit.config import parse
 from toolkit.engine.loop import train as train_loop
+from toolkit.engine.stops import LostRankError
 
 
 @pytest.fixture
@@ -34,7 +36,7 @@ def _killed(rank, flags):
         return original(*batch)
 
     run.augment = dying
-    with pytest.raises(RuntimeError):
+    with pytest.raises(LostRankError, match=r"rank 1 \(last heard of at step 8\)"):
         train_loop(run)
 
 
@@ -48,6 +50,28 @@ def test_killing_a_rank_leaves_a_report_of_the_rest(flags, tmp_path):
     assert lost["last_step"] == 8
     assert report["phases"]["first_step"]["total_bytes"] > 0
     assert "Rank 1 was lost" in (tmp_path / "r" / "memory.md").read_text()
+
+
+def _hanging(rank, flags):
+    run = build(parse([*flags, "--experiment", "r", "--dist-timeout", "4"]))
+    original, seen = run.augment, 0
+
+    def stuck(*batch):
+        nonlocal seen
+        seen += 1
+        if seen == 10 and rank == 2:
+            time.sleep(60)
+        return original(*batch)
+
+    run.augment = stuck
+    with pytest.raises(LostRankError, match=r"rank 2 \(last heard of at step 8\)"):
+        train_loop(run)
+
+
+def test_a_rank_that_hangs_is_named_when_the_time_is_up(flags):
+    begin = time.monotonic()
+    assert exit_codes(_hanging, 3, flags, timeout_s=25) == [0, 0, -signal.SIGKILL]  # of the test's own, at its end
+    assert time.monotonic() - begin < 30
 
 
 def _heavier(rank, flags):

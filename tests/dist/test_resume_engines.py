@@ -11,8 +11,8 @@ from test_engines import ENGINES, far
 from toolkit.build import build
 from toolkit.config import parse
 from toolkit.engine.checkpoint import load_checkpoint, newest_checkpoint
-from toolkit.engine.loop import InterruptedRunError
 from toolkit.engine.loop import train as train_loop
+from toolkit.engine.stops import InterruptedRunError
 from toolkit.engine.snapshot import load_snapshot
 
 

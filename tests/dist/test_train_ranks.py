@@ -12,8 +12,9 @@ from ranks import run_ranks
 from toolkit.build import build
 from toolkit.config import parse
 from toolkit.engine.checkpoint import load_checkpoint, newest_checkpoint
-from toolkit.engine.loop import InterruptedRunError, MasksDifferError
 from toolkit.engine.loop import train as train_loop
+from toolkit.engine.masks import MasksDifferError
+from toolkit.engine.stops import InterruptedRunError
 from toolkit.engine.step import NonFiniteLossError
 from toolkit.prune.mask import mask_of
 

@@ -71,7 +71,7 @@ def build(config: Config) -> Run:
     prepared_model, prepared_optimizer = accelerator.prepare(model, optimizer)
     sharding = create_sharding(accelerator, prepared_model, model, prepared_optimizer, optimizer, world)
 
-    folder, resume_from = run_folder(given, opt, world)
+    folder, resume_from, lock = run_folder(given, opt, world)
     facts = run_facts(config, data, opt, method, schedule, plan, world)
     prunable = prunable_names(model)
     if resume_from is not None:
@@ -95,6 +95,7 @@ def build(config: Config) -> Run:
         autocast=lambda: autocast(accelerator, config, world.device),
         world=world,
         folder=folder,
+        lock=lock,
         model=compile_model(prepared_model, config),
         bare_model=model,
         optimizer=prepared_optimizer,
@@ -149,4 +150,5 @@ def _plan(config: Config, epochs: int, loader: TrainLoader) -> Plan:
         checkpoint_interval=config.checkpoint_interval,
         eval_metric=config.eval_metric,
         dist_bn=config.dist_bn,
+        max_bad_images=config.max_bad_images,
     )

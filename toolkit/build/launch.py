@@ -24,6 +24,7 @@ from toolkit.engine.checkpoint import (
     read_identity,
     step_of,
 )
+from toolkit.engine.lock import FolderLock
 from toolkit.engine.records import is_complete
 from toolkit.engine.snapshot import IDENTITY
 from toolkit.log import get_logger, start_logging
@@ -92,10 +93,11 @@ class RunCompleteError(Exception):
     """The run to resume is finished."""
 
 
-def run_folder(config: Config, opt: str, world: World) -> tuple[Path, Path | None]:
-    """The run's folder, made, with logging started; and the checkpoint to resume from, if any.
+def run_folder(config: Config, opt: str, world: World) -> tuple[Path, Path | None, FolderLock | None]:
+    """The run's folder, made, with logging started; the checkpoint to resume from, if any; the lock, on rank 0.
 
-    Raises ValueError where the folder holds another run, RunCompleteError where it holds this one, finished.
+    Raises ValueError where the folder holds another run or one is going on in it, RunCompleteError where it holds this
+    one, finished, OSError where it cannot be made.
     """
     if config.resume == "auto" and not config.experiment:
         raise ValueError("--resume auto needs --experiment, the name of the run folder to go on with")
@@ -114,13 +116,26 @@ def run_folder(config: Config, opt: str, world: World) -> tuple[Path, Path | Non
     elif is_complete(folder) or newest_checkpoint(folder / "checkpoints") is not None:
         raise ValueError(f"{folder} holds a run already; continue it with --resume auto or choose another --experiment")
     world.barrier()  # all ranks have looked before rank 0 writes
-    if world.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-    world.barrier()
+    lock = _take(folder, world)
     start_logging(world.rank, folder / "train.log")
     if config.resume == "auto" and checkpoint is None:
         _log.info("--resume auto: no complete checkpoint in %s, starting afresh", folder)
-    return folder, checkpoint
+    return folder, checkpoint, lock
+
+
+def _take(folder: Path, world: World) -> FolderLock | None:
+    """Make and lock the folder on rank 0; all ranks raise what rank 0 meets."""
+    lock, problem = None, None
+    if world.is_main:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = FolderLock(folder)
+        except (ValueError, OSError) as error:
+            problem = error
+    problem = world.gather(problem)[0]
+    if problem is not None:
+        raise problem
+    return lock
 
 
 def _newest_sound_checkpoint(folder: Path, world: World) -> Path | None:

@@ -3,10 +3,8 @@
 import contextlib
 import math
 import os
-import signal
 import time
-from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from timm.utils import distribute_bn
@@ -19,6 +17,14 @@ from toolkit.engine.run import Run
 from toolkit.engine.scalars import MIB, memory_columns, memory_scalars
 from toolkit.engine.snapshot import load_snapshot, save_snapshot
 from toolkit.engine.step import NonFiniteLossError, StepResult, train_step
+from toolkit.engine.stops import (
+    InterruptedRunError,
+    LostRankError,
+    SparsityError,
+    StopRequest,
+    TooManyBadImagesError,
+    check_bad,
+)
 from toolkit.log import get_logger
 from toolkit.memory.ledger import count_bytes, optimizer_bytes
 from toolkit.memory.probe import StepProbe
@@ -27,56 +33,24 @@ from toolkit.memory.sources import read_device, read_host
 from toolkit.progress import Progress, duration
 from toolkit.prune.mask import flat, zero_pruned
 
-__all__ = ["InterruptedRunError", "MasksDifferError", "SparsityError", "TooManyBadImagesError", "train"]
+__all__ = ["train"]
 
 _log = get_logger()
 
 _SLOW_DATA = 0.2  # share of the time spent waiting for data above which the log says what to change
 
 
-class InterruptedRunError(Exception):
-    """The run was asked to stop and has saved where it stands."""
-
-
-class SparsityError(Exception):
-    """The model does not have the zeros that were asked for."""
-
-
-class _StopRequest:
-    """Turns Ctrl-C, SIGTERM and SIGUSR1 (Slurm's warning) into a flag that all ranks agree on at the next step.
-
-    A second Ctrl-C breaks off.
-    """
-
-    _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    def __enter__(self) -> "_StopRequest":
-        self._before = [signal.signal(number, self._handle) for number in self._SIGNALS]
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in zip(self._SIGNALS, self._before, strict=True):
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.asked = True
-
-
 def train(run: Run) -> History:
     """Train to the end of the plan. Call on all ranks.
 
-    Raises InterruptedRunError after a requested stop (a checkpoint is written), MasksDifferError, NonFiniteLossError,
-    TooManyBadImagesError, and SparsityError if the final number of zeros is not floor(sparsity × prunable weights).
+    Raises InterruptedRunError after a requested stop (a checkpoint is written), LostRankError, MasksDifferError,
+    NonFiniteLossError, TooManyBadImagesError, and SparsityError if the final number of zeros is not
+    floor(sparsity × prunable weights).
     """
     history = load_snapshot(run)
     done = history.epoch * run.plan.steps_per_epoch + history.step
     bar = Progress(run.plan.total_steps, "steps", "train", done, lambda line: None) if run.world.is_main else None
-    with _StopRequest() as stop:  # around all: the launcher sends SIGTERM when a rank is lost
+    with StopRequest() as stop:  # around all: the launcher sends SIGTERM when a rank is lost
         try:
             while history.epoch < run.plan.epochs:
                 _train_epoch(run, history, stop, bar)
@@ -89,17 +63,21 @@ def train(run: Run) -> History:
             _write_memory(run)  # all ranks raise these together; after any other error a gather could wait for ever
             raise
         except Exception as error:
-            _write_memory_of_survivors(run, error)
+            lost = _write_memory_of_survivors(run, error)
+            if lost:
+                raise LostRankError(lost) from error
             raise
         finally:
             if bar is not None:
                 bar.close()
             run.scalars.close()
             run.memory.close()
+            if run.lock is not None:
+                run.lock.release()
     return history
 
 
-def _stop_if_asked(run: Run, history: History, stop: _StopRequest) -> None:
+def _stop_if_asked(run: Run, history: History, stop: StopRequest) -> None:
     """Save and leave before a long evaluation if any rank was asked to stop. Call on all ranks."""
     asked = torch.tensor(float(stop.asked), device=run.world.device)
     if run.world.max(asked).item():
@@ -117,7 +95,7 @@ def _interrupt(run: Run, history: History) -> NoReturn:
     )
 
 
-def _train_epoch(run: Run, history: History, stop: _StopRequest, bar: Progress | None) -> None:
+def _train_epoch(run: Run, history: History, stop: StopRequest, bar: Progress | None) -> None:
     plan, begin = run.plan, time.perf_counter()
     run.model.train()
     sums, ranks = history.loss_sums_so_far, run.world.num_ranks
@@ -246,21 +224,8 @@ class _Window:
                 "leave out --color-jitter and --aa, or make smaller images (python -m shards.imagenet --max-short)",
                 100 * wait, run.train_loader.workers, os.cpu_count() or 1,
             )  # fmt: skip
-        _check_bad(int(bad), len(run.train_loader.index), "training")
+        check_bad(int(bad), len(run.train_loader.index), plan.max_bad_images, "training")
         self._clear()
-
-
-class TooManyBadImagesError(RuntimeError):
-    """More images cannot be read than a data set may have. Raised on all ranks together."""
-
-
-def _check_bad(bad: int, total: int, what: str) -> None:
-    limit = max(10, int(1e-4 * total))
-    if bad > limit:
-        raise TooManyBadImagesError(
-            f"{bad} of {total} {what} images could not be read, more than {limit}; the log names the first ones, "
-            "python -m shards.verify finds all"
-        )
 
 
 def _finish_epoch(run: Run, history: History) -> None:
@@ -286,7 +251,7 @@ def _finish_epoch(run: Run, history: History) -> None:
             epoch, result.loss, result.top1, result.top5, result.num_samples, result.num_bad,
             duration(time.perf_counter() - begin),
         )  # fmt: skip
-        _check_bad(result.num_bad, result.num_samples + result.num_bad, "evaluation")
+        check_bad(result.num_bad, result.num_samples + result.num_bad, plan.max_bad_images, "evaluation")
     zeros, weights = run.sparsity()
     images = plan.steps_per_epoch * plan.global_batch_size
     history.eval_loss.append(None if result is None else result.loss)
@@ -363,13 +328,17 @@ def _write_memory(run: Run) -> None:
     write_report(run.memory, run.world, run.folder, run.facts, run.predict_memory)
 
 
-def _write_memory_of_survivors(run: Run, error: Exception) -> None:
-    """The report of the ranks that are left, without a collective; a failure here must not hide the error."""
+def _write_memory_of_survivors(run: Run, error: Exception) -> list[dict[str, Any]]:
+    """The report of the ranks that are left, without a collective; returns those that left no last word.
+
+    A failure here must not hide the error.
+    """
     reason = f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else ''}"
     try:
-        write_report_of_survivors(run.memory, run.world, run.folder, run.facts, run.predict_memory, reason)
+        return write_report_of_survivors(run.memory, run.world, run.folder, run.facts, run.predict_memory, reason)
     except Exception as second:
         _log.error("memory.json could not be written: %s", second)
+        return []
 
 
 def _write(run: Run, history: History, *, completed: bool) -> None:

@@ -14,6 +14,7 @@ from toolkit.data.loader import Batch, EvalLoader, TrainLoader
 from toolkit.dist import World
 from toolkit.engine.checkpoint import CheckpointStore
 from toolkit.engine.fused import FusedBackward
+from toolkit.engine.lock import FolderLock
 from toolkit.engine.scalars import Scalars
 from toolkit.engine.sharding import Sharding
 from toolkit.memory.record import MemoryLog
@@ -25,7 +26,7 @@ __all__ = ["Plan", "Run"]
 
 @dataclass(frozen=True)
 class Plan:
-    """Numbers of a run. Steps are optimizer updates; `clip_grad` None = off."""
+    """Numbers of a run. Steps are optimizer updates; `clip_grad` None = off; `max_bad_images` is a share of a split."""
 
     epochs: int
     steps_per_epoch: int
@@ -38,6 +39,7 @@ class Plan:
     checkpoint_interval: int
     eval_metric: str
     dist_bn: str
+    max_bad_images: float
 
     @property
     def total_steps(self) -> int:
@@ -55,6 +57,7 @@ class Run:
     autocast: Callable[[], AbstractContextManager[Any]]
     world: World
     folder: Path
+    lock: FolderLock | None
     model: nn.Module
     bare_model: nn.Module
     optimizer: Any

@@ -45,11 +45,11 @@ def write_report(log: MemoryLog, world: World, folder: Path, run_facts: Mapping[
 
 def write_report_of_survivors(
     log: MemoryLog, world: World, folder: Path, run_facts: Mapping[str, Any], predict: Predict, reason: str
-) -> None:
+) -> list[dict[str, Any]]:
     """Write the report without a collective, after a rank was lost. Every rank that is left may call it.
 
     Each leaves its record on disk and, when the others have had time for theirs, writes the same report of all of them,
-    which names the ranks that left no last word.
+    which names the ranks that left no last word; these are returned.
     """
     log.close_record(reason)
     if world.num_ranks > 1:
@@ -67,6 +67,7 @@ def write_report_of_survivors(
                 rows += list(csv.DictReader(table))
     report = merge_ranks(records, run_facts, *predict(), world.device, lost=lost)
     _write(report, folder, rows)
+    return lost
 
 
 def _write(report: dict[str, Any], folder: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -5,6 +5,8 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import jsonschema
@@ -19,10 +21,10 @@ import train
 from toolkit.build import build
 from toolkit.config import parse
 from toolkit.engine.checkpoint import load_checkpoint, newest_checkpoint
-from toolkit.engine.loop import InterruptedRunError, SparsityError
 from toolkit.engine.loop import train as train_loop
 from toolkit.engine.scalars import SCALARS
 from toolkit.engine.step import NonFiniteLossError
+from toolkit.engine.stops import InterruptedRunError, SparsityError
 from toolkit.memory.sources import read_device
 
 SCHEMA_FILE = Path(toolkit.memory.__file__).parent / "report_schema.json"
@@ -259,6 +261,26 @@ def test_a_folder_with_a_run_is_not_overwritten(flags, capsys):
         train.main([*flags, "--opt", "adamw", "--experiment", "r", "--lr", "1", "--seed", "3", "--resume", "auto"]) == 2
     )
     assert "was made with epochs=1, now 3" in capsys.readouterr().err
+
+
+def test_two_runs_in_one_folder_are_refused_and_a_leftover_lock_is_no_obstacle(flags, tmp_path):
+    folder = tmp_path / "r"
+    folder.mkdir()
+    (folder / ".lock").touch()  # left over
+    holder = subprocess.Popen(
+        [sys.executable, "-c", "import sys, time; from pathlib import Path; from toolkit.engine.lock import FolderLock;"
+         "lock = FolderLock(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)", str(folder)],
+        stdout=subprocess.PIPE, text=True, cwd=Path(train.__file__).parent,
+    )  # fmt: skip
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match="is being written by another run"):
+            make(flags, "--experiment", "r")
+    finally:
+        holder.kill()
+        holder.wait()
+    train_loop(make(flags, "--experiment", "r", "--epochs", "1"))
+    assert json.loads((folder / "metrics.json").read_text())["completed"] is True
 
 
 def test_resuming_a_finished_run_changes_nothing(flags, tmp_path):
