@@ -1,14 +1,20 @@
-"""Two kills of `make chaos`'s twenty."""
+"""A bounded part of `make chaos`: two kills and three of the other faults."""
 
 import pytest
 
-from launch.chaos import run_trials, to_markdown
+from launch.chaos import all_well, to_markdown
+from launch.faults import run_faults
+from launch.kills import run_kills, run_undisturbed
 
 
-@pytest.mark.timeout(400)
-def test_a_killed_rank_costs_nothing_but_time(digits, tmp_path):
-    result = run_trials(digits, tmp_path / "runs", trials=2, seed=3)
-    killed = [trial for trial in result["trials"] if trial["killed_after_s"] is not None]
-    assert killed
-    assert all(trial["equal"] and trial["status"] == 0 for trial in killed), killed
-    assert f"{len(killed)} of {len(killed)} killed runs ended equal bit for bit" in to_markdown(result, "x")
+@pytest.mark.timeout(500)
+def test_nothing_is_lost(digits, tmp_path):
+    wanted, whole_s = run_undisturbed(digits, tmp_path)
+    faults = ("two runs into one folder", "disk full while saving", "no permission to write")
+    result = {
+        "kills": run_kills(digits, tmp_path, trials=2, seed=3, wanted=wanted),
+        "faults": run_faults(digits, tmp_path, wanted, faults),
+        "whole_s": whole_s,
+    }
+    assert all_well(result), result
+    assert "2 of 2 killed runs ended equal bit for bit" in to_markdown(result, "x")

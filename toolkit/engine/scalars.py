@@ -8,7 +8,7 @@ from torch import Tensor
 
 from toolkit.dist import World
 
-__all__ = ["MIB", "SCALARS", "Scalars", "memory_columns", "memory_scalars"]
+__all__ = ["MIB", "NUM_MEMORY_COLUMNS", "SCALARS", "Scalars", "memory_columns", "memory_scalars"]
 
 MIB = 2**20
 # Scalars over all ranks, and the reading each is made of. The tag without a suffix is the highest of the ranks.
@@ -19,6 +19,7 @@ _MEMORY = {
     "memory/max_reserved(MiB)": "reserved_peak_bytes",
     "memory/device_used(MiB)": "device_used_bytes",
 }
+NUM_MEMORY_COLUMNS = len(_MEMORY)  # figures of every rank in the all-reduce of a log line
 _OVER_RANKS = ("_min(MiB)", "_mean(MiB)", "_argmax_rank")
 # The step of every scalar is the number of optimizer updates. memory/ledger/<row>(MiB) comes on top.
 SCALARS = frozenset(

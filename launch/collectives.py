@@ -1,0 +1,177 @@
+"""What goes between the ranks: counted as torch's profiler sees it, and as formulas of the number of ranks.
+
+A payload is the bytes of the tensor one rank hands in. The formulas hold for float32 weights and the settings of the
+files in accelerate_configs/; tests/dist/test_collectives.py holds them against counted ones, byte for byte.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from toolkit.engine.masks import check_masks
+from toolkit.engine.run import Run
+from toolkit.engine.scalars import NUM_MEMORY_COLUMNS
+from toolkit.engine.step import train_step
+
+__all__ = ["ENGINES", "WHAT", "Traffic", "count_of_run", "formulas", "traffic_of", "wire_bytes"]
+
+ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
+WHAT = ("gradients", "weights", "buffers", "control", "mask update")
+_ITEMSIZE = {"float": 4, "double": 8, "long int": 8, "int": 4, "unsigned char": 1}
+_BACKENDS = ("gloo:", "nccl:")
+_FLOAT_BYTES, _COUNT_BYTES, _HISTOGRAMS_BYTES = 4, 8, 8 * (2049 + 2049 + 1025)
+_CONTROL_BYTES = 64  # gradients and weights of a real model are larger
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What the formulas need of a model: parameter shapes, elements of each optimizer group, prunable tensors, bytes
+    of floating and counting buffers, and the shapes of weights that FSDP2 does not free after forward.
+    """
+
+    shapes: Sequence[tuple[int, ...]]
+    groups: Sequence[int]
+    prunable: int
+    float_buffer_bytes: int
+    int_buffer_bytes: int
+    kept: Sequence[tuple[int, ...]] = ()
+
+    @property
+    def weights_bytes(self) -> int:
+        """Bytes of all parameters."""
+        return sum(_FLOAT_BYTES * math.prod(shape) for shape in self.shapes)
+
+
+def traffic_of(run: Run) -> Traffic:
+    """The facts of a model that is not sharded, or of one under FSDP2. Call on all ranks, before the first step."""
+    buffers = list(run.bare_model.buffers())
+    return Traffic(
+        [tuple(parameter.shape) for parameter in run.bare_model.parameters()],
+        [sum(p.numel() for p in group["params"]) for group in run.bare_optimizer.param_groups],
+        len(run.prunable),
+        sum(b.nbytes for b in buffers if b.is_floating_point()),
+        sum(b.nbytes for b in buffers if not b.is_floating_point()),
+        _kept_by_fsdp2(run.model) if run.sharding.name == "fsdp2" else (),
+    )
+
+
+def _kept_by_fsdp2(model: nn.Module) -> list[tuple[int, ...]]:
+    """Shapes gathered once a step: those of the outermost unit, and of units that do not free them after forward."""
+    from torch.distributed.fsdp import FSDPModule
+
+    kept = []
+    for module in model.modules():
+        group: Any = module._get_fsdp_state()._fsdp_param_group if isinstance(module, FSDPModule) else None
+        if group is not None and (module is model or not group._reshard_after_forward):
+            kept += [tuple(parameter._orig_size) for parameter in group.fsdp_params]
+    return kept
+
+
+def _rows_padded(shapes: Sequence[tuple[int, ...]], ranks: int) -> int:
+    """Bytes of weights whose first dimension is split over the ranks, each share as large as the largest."""
+    return sum(
+        _FLOAT_BYTES * ranks * math.ceil((shape[0] if shape else 1) / ranks) * math.prod(shape[1:]) for shape in shapes
+    )
+
+
+def formulas(engine: str, facts: Traffic, ranks: int) -> dict[str, int]:
+    """Payload bytes of one rank: of a step (gradients, weights, buffers, control) and of a mask update.
+
+    Control is the 8 bytes that stop all ranks together where a loss is not finite, and what the engine adds. Gloo has
+    no reduce-scatter: there, as counted here, FSDP2's gradients go by an all-reduce of the same payload.
+    """
+    scores = _COUNT_BYTES * facts.prunable
+    selection = _HISTOGRAMS_BYTES + 2 * scores  # three histograms; tie counts and highest scores are gathered
+    if engine == "ddp":
+        found = {"gradients": facts.weights_bytes, "weights": 0, "control": 8, "mask update": 16}
+        return found | {"buffers": facts.float_buffer_bytes + facts.int_buffer_bytes}
+    if engine == "fsdp2":
+        all_rows, kept = _rows_padded(facts.shapes, ranks), _rows_padded(facts.kept, ranks)
+        found = {"gradients": all_rows, "weights": (2 * all_rows - kept) // ranks, "control": 8}
+        return found | {"mask update": selection + 3 * scores, "buffers": 0}
+    if engine in ("zero1", "zero2"):
+        slices = sum(_FLOAT_BYTES * math.ceil(size / (2 * ranks)) * 2 for size in facts.groups)
+        found = {"gradients": facts.weights_bytes, "weights": slices, "control": 8 + 8}
+    else:
+        share = sum(_FLOAT_BYTES * math.ceil(math.prod(shape) / ranks) for shape in facts.shapes)
+        found = {"gradients": share * ranks, "weights": share, "control": 8 + 16}
+    return found | {"mask update": selection + scores + 16, "buffers": 0}
+
+
+def log_line_bytes(ranks: int) -> int:
+    """Payload of the one all-reduce of a log line: loss, data wait and bad images, and every rank's memory figures."""
+    return 8 * (3 + NUM_MEMORY_COLUMNS * ranks)
+
+
+def wire_bytes(operation: str, payload_bytes: float, ranks: int) -> float:
+    """Bytes a rank sends with the ring algorithm (Patarasuk and Yuan 2009): all-reduce, reduce-scatter, all-gather.
+
+    A reduce-scatter's payload is the whole tensor, an all-gather's this rank's share.
+    """
+    share = (ranks - 1) / ranks
+    return payload_bytes * {"all_reduce": 2 * share, "reduce_scatter": share, "all_gather": ranks - 1.0}[operation]
+
+
+def count_collectives(work: Callable[[], Any]) -> list[tuple[str, int]]:
+    """(operation, payload bytes) of every collective that `work` makes on this rank, in order."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        work()
+    found = []
+    results: Any = profile.profiler
+    for event in results.kineto_results.events():
+        if event.name().startswith(_BACKENDS):
+            sizes = [
+                math.prod(shape) * _ITEMSIZE[dtype]
+                for shape, dtype in zip(event.shapes(), event.dtypes(), strict=True)
+                if dtype in _ITEMSIZE
+            ]
+            found.append((event.name().split(":")[1], sum(sizes)))
+    return found
+
+
+def count_of_run(run: Run) -> dict[str, dict[str, int]]:
+    """{what: {"bytes", "collectives"}} as counted. Call on all ranks of a fresh run that prunes.
+
+    The first two steps pass uncounted: DDP puts its buckets together anew after the first.
+    """
+    due = next(update for update in range(4, run.plan.total_steps) if run.schedule.due(update))
+    batches = _endless(run)
+
+    def step(update: int) -> None:
+        train_step(run, batches, update, 0, stop=False, want_grad_norm=False)
+        if update == due:
+            check_masks(run)
+
+    ordinary: list[tuple[str, int]] = []
+    for update in range(1, due):
+        if update == 3:
+            ordinary = count_collectives(lambda: step(3))
+        else:
+            step(update)
+    both = count_collectives(lambda: step(due))
+    rest = list((Counter(both) - Counter(ordinary)).elements())
+    found = {what: {"bytes": 0, "collectives": 0} for what in WHAT}
+    for operation, size in ordinary:
+        row = found[_what(operation, size)]
+        row["bytes"] += size
+        row["collectives"] += 1
+    found["mask update"] = {"bytes": sum(size for _, size in rest), "collectives": len(rest)}
+    return found
+
+
+def _what(operation: str, size: int) -> str:
+    if operation == "broadcast":
+        return "buffers"
+    if operation == "all_reduce":
+        return "gradients" if size > _CONTROL_BYTES else "control"
+    return "weights"
+
+
+def _endless(run: Run) -> Iterator[Any]:
+    while True:
+        yield from run.train_loader.epoch(0)
