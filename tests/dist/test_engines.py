@@ -122,3 +122,19 @@ def test_the_ledger_counts_what_each_rank_holds(flags):
     assert found["zero1"]["weights"] == pytest.approx(whole, rel=0.02)
     for engine in ("zero1", "zero2", "zero3"):
         assert found[engine]["flat_copies"] == pytest.approx(whole / 2, rel=0.02), engine
+
+
+def train_offloaded(rank, stage, flags):
+    os.environ["ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE"] = "cpu"
+    ENGINES[stage].pop("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE")
+    return train(rank, stage, flags)
+
+
+@pytest.mark.parametrize("stage", ["zero1", "zero2", "zero3"])
+def test_offloading_keeps_our_optimizer(flags, stage):
+    flags = [*flags, *METHODS["adamwprune"], "--epochs", "2"]
+    plain = run_ranks(train, 2, stage, [*flags, "--experiment", "plain"], join_group=False)[0]
+    offloaded = run_ranks(train_offloaded, 2, stage, [*flags, "--experiment", "offloaded"], join_group=False)[0]
+    assert offloaded["kind"] == "AdamWPrune"
+    assert offloaded["sparsity"] == plain["sparsity"]
+    assert all(torch.equal(value, plain["weights"][name]) for name, value in offloaded["weights"].items())

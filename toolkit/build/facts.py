@@ -62,7 +62,8 @@ def write_args(folder: Path, config: Config) -> None:
 
 def describe(facts: dict[str, Any], lr: float, folder: Path, model: nn.Module, prunable: set[str]) -> str:
     """The run in one line."""
-    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    # ZeRO-3 leaves empty parameters and their size beside them.
+    sizes = {name: getattr(parameter, "ds_numel", parameter.numel()) for name, parameter in model.named_parameters()}
     return (
         f"{facts['model']} ({sum(sizes.values()):,} parameters, {sum(sizes[name] for name in prunable):,} prunable) "
         f"on {facts['dataset']}{' (SYNTHETIC)' if facts['dataset_synthetic'] else ''}; {facts['opt']}, lr {lr:g}, "

@@ -1,4 +1,4 @@
-"""The training loop: epochs of steps, evaluation, records, checkpoints. The order of a step is in `_train_epoch`."""
+"""The training loop: epochs of steps, evaluation, records, checkpoints. The order of a step is in `train_epoch`."""
 
 import contextlib
 import math
@@ -33,7 +33,7 @@ from toolkit.memory.sources import read_device, read_host
 from toolkit.progress import Progress, duration
 from toolkit.prune.mask import flat, zero_pruned
 
-__all__ = ["train"]
+__all__ = ["train", "train_epoch"]
 
 _log = get_logger()
 
@@ -53,7 +53,7 @@ def train(run: Run) -> History:
     with StopRequest() as stop:  # around all: the launcher sends SIGTERM when a rank is lost
         try:
             while history.epoch < run.plan.epochs:
-                _train_epoch(run, history, stop, bar)
+                train_epoch(run, history, stop, bar)
                 _stop_if_asked(run, history, stop)
                 _finish_epoch(run, history)
             _check_sparsity(run)
@@ -95,7 +95,8 @@ def _interrupt(run: Run, history: History) -> NoReturn:
     )
 
 
-def _train_epoch(run: Run, history: History, stop: StopRequest, bar: Progress | None) -> None:
+def train_epoch(run: Run, history: History, stop: StopRequest, bar: Progress | None) -> None:
+    """Train from `history.step` to the end of the epoch, without its evaluation. Call on all ranks."""
     plan, begin = run.plan, time.perf_counter()
     run.model.train()
     sums, ranks = history.loss_sums_so_far, run.world.num_ranks
