@@ -1,102 +1,33 @@
-"""`python -m launch.matrix FILE`: run every cell of a test matrix, one `accelerate launch train.py` after the other.
+"""`python -m launch.matrix FILE`: run every cell of a test matrix (`launch.cells` says what one is).
 
-A matrix is YAML: `name`, `accelerate_config`, `recipe`, `seeds` and `cells`, each cell a mapping of train.py settings.
 Cell by cell the folder is runs/<name>/<model>_<opt>_<pruning>[_<sparsity %>]_seed<N>/. A finished cell is not run
 again, an unfinished one goes on from its checkpoint, a failed one is recorded with its log and the matrix goes on.
 """
 
 import argparse
 import csv
+import ctypes
 import fnmatch
+import json
+import os
 import shlex
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from toolkit.config import Config, check_same_settings, parse
+from launch.cells import Cell, Matrix, load_matrix
+from toolkit.config import check_same_settings
 from toolkit.engine.records import is_complete
 from toolkit.progress import Progress
 
-__all__ = ["Cell", "Matrix", "load_matrix", "main"]
+__all__ = ["failed_cells", "main", "run_matrix"]
 
-_KEYS = ("name", "accelerate_config", "recipe", "seeds", "cells")
 _POLL_S = 2.0
 _STOP_S = 60.0
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One training run of a matrix: its name, train.py's arguments, and the settings these amount to."""
-
-    name: str
-    arguments: tuple[str, ...]
-    config: Config
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """A matrix as read from its file, with the cells of all seeds."""
-
-    name: str
-    accelerate_config: str
-    cells: tuple[Cell, ...]
-
-    def command(self, cell: Cell, runs: Path) -> list[str]:
-        """The cell as one command that can be pasted."""
-        place = ["--output", str(runs), "--experiment", cell.name, "--resume", "auto"]
-        return ["accelerate", "launch", "--config_file", self.accelerate_config, "train.py", *cell.arguments, *place]
-
-
-def load_matrix(path: Path, seeds: Sequence[int] | None = None, overrides: Sequence[str] = ()) -> Matrix:
-    """Read a matrix file. `overrides` are train.py arguments for every cell. Raises ValueError on an unknown key."""
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"matrix {path} cannot be read ({' '.join(str(error).split())}); check the path") from None
-    unknown = sorted(set(content) - set(_KEYS))
-    missing = sorted(set(_KEYS) - set(content))
-    if unknown or missing:
-        raise ValueError(f"matrix {path}: unknown keys {unknown}, missing keys {missing}; valid: {', '.join(_KEYS)}")
-    cells: list[Cell] = []
-    for seed in seeds if seeds is not None else content["seeds"]:
-        for settings in content["cells"]:
-            arguments = ["-c", content["recipe"], *_arguments(settings), *overrides, "--seed", str(seed)]
-            config = parse(arguments, prog=f"{path} cell {settings}")
-            if _cell_name(config) in {cell.name for cell in cells}:
-                raise ValueError(
-                    f"matrix {path}: two cells are named {_cell_name(config)}; their difference does not show in "
-                    "the name, put one of them into a matrix of its own"
-                )
-            cells.append(Cell(_cell_name(config), tuple(arguments), config))
-    return Matrix(content["name"], content["accelerate_config"], tuple(cells))
-
-
-def _arguments(settings: dict[str, Any]) -> list[str]:
-    arguments = []
-    for key, value in settings.items():
-        flag = "--" + key.replace("_", "-")
-        if value is True:
-            arguments.append(flag)
-        elif isinstance(value, list):
-            arguments += [flag, *map(str, value)]
-        elif isinstance(value, dict):
-            arguments += [flag, *(f"{name}={entry}" for name, entry in value.items())]
-        else:
-            arguments += [flag, str(value)]
-    return arguments
-
-
-def _cell_name(config: Config) -> str:
-    method = config.pruning or ("state" if config.opt in ("adamwprune", "sgdprune") else "none")
-    share = f"_{100 * config.sparsity:g}" if config.sparsity else ""
-    return f"{config.model}_{config.opt}_{method}{share}_seed{config.seed}"
 
 
 def _progress_of(folder: Path) -> tuple[int, str]:
@@ -109,54 +40,118 @@ def _progress_of(folder: Path) -> tuple[int, str]:
     return len(rows), f"top-1 {float(rows[-1]['eval_top1']):.2f} %" if rows and rows[-1]["eval_top1"] else ""
 
 
-def run_matrix(matrix: Matrix, cells: Sequence[Cell], runs: Path) -> list[str]:
-    """Run the cells that are not complete. Returns the names of those that failed."""
+class _Job:
+    """One cell's process."""
+
+    def __init__(self, matrix: Matrix, cell: Cell, runs: Path, label: str, jobs: int) -> None:
+        self.cell, self.folder, self.label = cell, runs / cell.name, label
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.seen, self._begin = _progress_of(self.folder)[0], time.monotonic()
+        command = matrix.command(cell, runs)
+        _say(f"{label}\n  {shlex.join(command)}")
+        environment = dict(os.environ)
+        if jobs > 1:  # side by side each has its share of the cores
+            environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
+        self._log = open(self.folder / "console.log", "a")  # noqa: SIM115  closed when the process ends
+        # In a session of its own: Ctrl-C reaches it once, from here, and the launcher passes it on to the ranks.
+        self.process = subprocess.Popen(
+            [str(Path(sys.executable).with_name(command[0])), *command[1:]], stdout=self._log,
+            stderr=subprocess.STDOUT, start_new_session=True, env=environment, preexec_fn=_die_with_parent,
+        )  # fmt: skip
+
+    def report(self, progress: Progress) -> None:
+        """Tell of the epochs finished since the last call."""
+        epochs, note = _progress_of(self.folder)
+        if self.process.poll() is not None:
+            note += f", {time.monotonic() - self._begin:.0f} s"
+        if epochs > self.seen or self.process.poll() is not None:
+            progress.advance(epochs - self.seen, f"{self.label}: {note}")
+            self.seen = epochs
+
+    def ended(self) -> bool:
+        """Whether the process is gone; then its log is closed."""
+        if self.process.poll() is None:
+            return False
+        self._log.close()
+        return True
+
+    def stop(self, deadline: float) -> None:
+        """Wait for the end after SIGINT, then put an end to it."""
+        try:
+            self.process.wait(max(0.0, deadline - time.monotonic()))
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):
+            self.process.kill()  # the ranks die with it
+        self._log.close()
+
+
+def _die_with_parent() -> None:
+    """Have the kernel end this process with the matrix (Linux): what goes on unseen would keep its folder locked."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+def run_matrix(matrix: Matrix, cells: Sequence[Cell], runs: Path, jobs: int = 1) -> list[str]:
+    """Run the cells that are not complete, `jobs` at a time. Returns the names of those that failed.
+
+    They are also in runs/failed.json, each with its exit status and log.
+    """
     runs.mkdir(parents=True, exist_ok=True)
     progress = Progress(sum(cell.config.epochs for cell in cells), "epochs", matrix.name)
-    failed = []
-    for number, cell in enumerate(cells, 1):
-        folder = runs / cell.name
-        if is_complete(folder):
-            progress.skip(cell.config.epochs, f"cell {number}/{len(cells)} {cell.name} was complete")
-            continue
-        status = _run_cell(matrix, cell, folder, progress, f"cell {number}/{len(cells)} {cell.name}")
-        if status != 0 or not is_complete(folder):
-            failed.append(cell.name)
-            _say(f"FAILED {cell.name} (exit status {status}), see {folder / 'console.log'}; the matrix goes on")
+    waiting = []
+    for cell in cells:
+        if is_complete(runs / cell.name):
+            progress.skip(cell.config.epochs, f"{cell.name} was complete")
+        else:
+            waiting.append(cell)
+    done, failed, running = len(cells) - len(waiting), [], list[_Job]()
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                cell = waiting.pop(0)
+                label = f"cell {done + len(running) + 1}/{len(cells)} {cell.name}"
+                running.append(_Job(matrix, cell, runs, label, jobs))
+                progress.skip(running[-1].seen)
+            time.sleep(_POLL_S)
+            for job in running:
+                job.report(progress)
+            for job in [job for job in running if job.ended()]:
+                running.remove(job)
+                done += 1
+                fine = job.process.returncode == 0 and is_complete(job.folder)
+                _record(runs, job, None if fine else job.process.returncode)
+                if not fine:
+                    failed.append(job.cell.name)
+    except KeyboardInterrupt:
+        _say(f"stopping {', '.join(job.cell.name for job in running)}: checkpoints are saved, the same command goes on")
+        for job in running:
+            job.process.send_signal(signal.SIGINT)
+        deadline = time.monotonic() + _STOP_S
+        for job in running:
+            job.stop(deadline)
+        raise
     progress.close()
     return failed
 
 
-def _run_cell(matrix: Matrix, cell: Cell, folder: Path, progress: Progress, label: str) -> int:
-    folder.mkdir(parents=True, exist_ok=True)
-    command = matrix.command(cell, folder.parent)
-    _say(f"{label}\n  {shlex.join(command)}")
-    launcher = Path(sys.executable).with_name("accelerate")
-    begin, seen = time.monotonic(), _progress_of(folder)[0]
-    progress.skip(seen)
-    with open(folder / "console.log", "a") as log:
-        # In a session of its own: Ctrl-C reaches it once, from here, and the launcher passes it on to the ranks.
-        process = subprocess.Popen(
-            [str(launcher), *command[1:]], stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            while process.poll() is None:
-                time.sleep(_POLL_S)
-                epochs, note = _progress_of(folder)
-                if epochs > seen:
-                    progress.advance(epochs - seen, f"{label}: {note}")
-                    seen = epochs
-        except KeyboardInterrupt:
-            _say(f"stopping {cell.name}: it saves a checkpoint; the same command goes on from there")
-            process.send_signal(signal.SIGINT)
-            try:
-                process.wait(_STOP_S)
-            except (subprocess.TimeoutExpired, KeyboardInterrupt):
-                process.kill()  # the ranks die with it
-            raise
-    epochs, note = _progress_of(folder)
-    progress.advance(epochs - seen, f"{label}: {note}, {time.monotonic() - begin:.0f} s")
-    return process.returncode
+def failed_cells(runs: Path) -> dict[str, Any]:
+    """What failed.json says: name -> exit status and log."""
+    try:
+        return json.loads((runs / "failed.json").read_text())
+    except FileNotFoundError:
+        return {}
+
+
+def _record(runs: Path, job: _Job, status: int | None) -> None:
+    """Note a failure in failed.json, or that there is none any more."""
+    known = failed_cells(runs)
+    if status is None:
+        known.pop(job.cell.name, None)
+    else:
+        known[job.cell.name] = {"status": status, "log": str(job.folder / "console.log")}
+        _say(f"FAILED {job.cell.name} (exit status {status}), see {job.folder / 'console.log'}; the matrix goes on")
+    temporary = runs / "failed.json.tmp"
+    temporary.write_text(json.dumps(known, indent=1) + "\n")
+    temporary.replace(runs / "failed.json")
 
 
 def _say(text: str) -> None:
@@ -172,6 +167,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", help="instead of the file's")
     parser.add_argument("--model", help="instead of the recipe's")
     parser.add_argument("--epochs", type=int, help="instead of the recipe's")
+    parser.add_argument("--jobs", type=int, default=1, help="cells at a time, each with its share of the cores")
+    parser.add_argument("--failed", action="store_true", help="only cells that failed before")
     parser.add_argument("--dry-run", action="store_true", help="print each cell's command and stop")
     options = parser.parse_args(argv)
     overrides = []
@@ -184,6 +181,11 @@ def main(argv: list[str] | None = None) -> int:
         parser.exit(2, f"launch.matrix: error: {error}\n")
     runs = options.out or Path("runs") / matrix.name
     cells = [cell for cell in matrix.cells if fnmatch.fnmatch(cell.name, options.only)]
+    if options.failed:
+        cells = [cell for cell in cells if cell.name in failed_cells(runs)]
+        if not cells:
+            _say(f"no failed cell in {runs}")
+            return 0
     if not cells:
         names = ", ".join(cell.name for cell in matrix.cells)
         parser.exit(2, f"launch.matrix: error: --only {options.only} matches no cell; there are {names}\n")
@@ -194,13 +196,13 @@ def main(argv: list[str] | None = None) -> int:
     try:
         for cell in cells:
             check_same_settings(runs / cell.name, cell.config)
-        failed = run_matrix(matrix, cells, runs)
+        failed = run_matrix(matrix, cells, runs, options.jobs)
     except ValueError as error:
         parser.exit(2, f"launch.matrix: error: {error}\n")
     except KeyboardInterrupt:
         return 130
     if failed:
-        _say(f"{len(failed)} of {len(cells)} cells failed: {', '.join(failed)}; call again to retry them")
+        _say(f"{len(failed)} of {len(cells)} cells failed: {', '.join(failed)}; call again or with --failed to retry")
     return 1 if failed else 0
 
 

@@ -2,10 +2,14 @@
 
 Real images that need no download. The 8×8 scans are enlarged to 32×32 (Pillow, bicubic) and stored as JPEG of quality
 95; 80 % of each class train, 20 % validate, by a seeded shuffle. The same Pillow gives the same bytes.
+
+`--hard` makes a task that tells methods apart: 30 images of each class train, 50 are a split `tuning` on which settings
+are chosen, and all others validate; every image of all three is shifted by up to 3 pixels and gets Gaussian noise.
 """
 
 import argparse
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,16 +19,23 @@ if TYPE_CHECKING:
 SIZE = 32
 QUALITY = 95
 VALIDATION_SHARE = 0.2
+TRAIN_PER_CLASS, TUNING_PER_CLASS, SHIFT, NOISE = 30, 50, 3, 48.0  # of --hard; the noise in grey levels of 255
 
 
-def _jpeg(scan: "np.ndarray") -> bytes:
-    """8×8 scan with values 0..16 -> JPEG bytes."""
+def _jpeg(scan: "np.ndarray", disturb: Sequence[int] | None = None) -> bytes:
+    """8×8 scan with values 0..16 -> JPEG bytes; `disturb` seeds a shift and noise."""
     import numpy as np
     from PIL import Image
 
     grey = Image.fromarray(np.round(scan * (255 / 16)).astype(np.uint8))
+    large = grey.resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+    if disturb is not None:
+        rng = np.random.default_rng(disturb)
+        pixels = np.roll(np.asarray(large, np.float64), rng.integers(-SHIFT, SHIFT + 1, 2), (0, 1))
+        pixels += rng.normal(0.0, NOISE, pixels.shape)
+        large = Image.fromarray(np.clip(np.round(pixels), 0, 255).astype(np.uint8))
     buffer = io.BytesIO()
-    grey.resize((SIZE, SIZE), Image.Resampling.BICUBIC).convert("RGB").save(buffer, "JPEG", quality=QUALITY)
+    large.convert("RGB").save(buffer, "JPEG", quality=QUALITY)
     return buffer.getvalue()
 
 
@@ -42,7 +53,21 @@ def stratified_split(labels: "np.ndarray", seed: int) -> tuple["np.ndarray", "np
     return rng.permutation(np.concatenate(train)), rng.permutation(np.concatenate(validation))
 
 
-def build(out: Path, seed: int, train_shards: int, validation_shards: int) -> None:
+def hard_splits(labels: "np.ndarray", train: "np.ndarray", validation: "np.ndarray") -> dict[str, "np.ndarray"]:
+    """Few of the training positions train, some tune; the others join the validation positions."""
+    import numpy as np
+
+    parts: dict[str, list[np.ndarray]] = {"train": [], "tuning": [], "validation": [validation]}
+    for label in np.unique(labels):
+        members = train[labels[train] == label]
+        cuts = np.split(members, [TRAIN_PER_CLASS, TRAIN_PER_CLASS + TUNING_PER_CLASS])
+        for split, positions in zip(parts, cuts, strict=True):
+            parts[split].append(positions)
+    # By position and not by class, so that shards are alike; the train order is shuffled anyway.
+    return {split: np.sort(np.concatenate(positions)) for split, positions in parts.items()}
+
+
+def build(out: Path, seed: int, train_shards: int, validation_shards: int, *, hard: bool = False) -> None:
     """Write the data set to `out`."""
     from functools import partial
 
@@ -52,35 +77,43 @@ def build(out: Path, seed: int, train_shards: int, validation_shards: int) -> No
     from toolkit.progress import Progress
 
     digits = load_digits()
-    progress = Progress(len(digits.images), "images", "digits")
+    train, validation = stratified_split(digits.target, seed)
+    parts = hard_splits(digits.target, train, validation) if hard else {"train": train, "validation": validation}
+    progress = Progress(sum(map(len, parts.values())), "images", "digits")
     splits = {}
-    parts = stratified_split(digits.target, seed)
-    for split, positions, shards in zip(("train", "validation"), parts, (train_shards, validation_shards), strict=True):
+    for split, positions in parts.items():
         samples = [
-            Sample(f"digit{position:04d}", int(digits.target[position]), partial(_jpeg, digits.images[position]))
+            Sample(
+                f"digit{position:04d}", int(digits.target[position]),
+                partial(_jpeg, digits.images[position], (seed, position) if hard else None),
+            )
             for position in positions.tolist()
-        ]
+        ]  # fmt: skip
+        shards = train_shards if split == "train" else validation_shards
         splits[split] = write_split(out, split, "digits", samples, shards, progress.advance)
     progress.close()
-    write_info(
-        out, "digits", 10, splits, synthetic=False, seed=seed,
-        note="1,797 handwritten digit scans (scikit-learn, UCI Optical Recognition of Handwritten Digits), 8×8 pixels "
-        "enlarged to 32×32, JPEG quality 95, stratified 80/20",
-    )  # fmt: skip
+    note = (
+        "1,797 handwritten digit scans (scikit-learn, UCI Optical Recognition of Handwritten Digits), 8×8 pixels "
+        f"enlarged to 32×32, JPEG quality 95, {'disturbed' if hard else 'stratified 80/20'}"
+    )
+    if hard:
+        sizes = ", ".join(f"{len(positions)} {split}" for split, positions in parts.items())
+        note += f": shifted by up to {SHIFT} pixels, Gaussian noise of {NOISE:g} grey levels; {sizes} images"
+    write_info(out, "digits-hard" if hard else "digits", 10, splits, synthetic=False, seed=seed, note=note)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Parse the flags and build."""
     parser = argparse.ArgumentParser(prog="python -m shards.digits", description=__doc__)
-    parser.add_argument(
-        "--out", type=Path, default=Path("shards/data/digits"), help="folder to write (default %(default)s)"
-    )
+    parser.add_argument("--out", type=Path, help="folder to write (default shards/data/digits, or digits-hard)")
+    parser.add_argument("--hard", action="store_true", help="few, shifted and noisy images, and a tuning split")
     parser.add_argument("--seed", type=int, default=0, help="of the split and the order (default %(default)s)")
     parser.add_argument("--train-shards", type=int, default=8, help="default %(default)s")
     parser.add_argument("--validation-shards", type=int, default=2, help="default %(default)s")
     options = parser.parse_args(argv)
     try:
-        build(options.out, options.seed, options.train_shards, options.validation_shards)
+        out = options.out or Path("shards/data") / ("digits-hard" if options.hard else "digits")
+        build(out, options.seed, options.train_shards, options.validation_shards, hard=options.hard)
     except (ValueError, OSError) as error:
         parser.exit(2, f"shards.digits: error: {error}\n")
 

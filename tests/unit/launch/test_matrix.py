@@ -5,7 +5,8 @@ import pytest
 import yaml
 
 from launch import matrix as matrix_module
-from launch.matrix import load_matrix, main
+from launch.cells import Matrix, load_matrix
+from launch.matrix import main
 from launch.runs import read_runs
 from toolkit.config import check_same_settings, parse
 from toolkit.engine.records import is_complete
@@ -60,8 +61,8 @@ def test_mistakes(tmp_path, capsys):
     with pytest.raises(SystemExit):
         load_matrix(write(tmp_path / "m.yaml", cells=[{"optt": "adamw"}]))
     assert "Did you mean --opt" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="two cells are named"):
-        load_matrix(write(tmp_path / "m.yaml", cells=[{"opt": "adamw", "lr": 1e-3}, {"opt": "adamw", "lr": 2e-3}]))
+    with pytest.raises(ValueError, match="two cells are the same"):
+        load_matrix(write(tmp_path / "m.yaml", cells=[{"opt": "adamw"}, {"opt": "adamw", "lr": 2e-3}]))
     with pytest.raises(SystemExit):
         main([str(DEMO), "--only", "nothing"])
     assert "matches no cell" in capsys.readouterr().err
@@ -75,24 +76,56 @@ def test_a_folder_made_with_other_settings_is_not_taken_for_the_cell(tmp_path):
         check_same_settings(tmp_path, cell.config)
 
 
-def test_a_failed_cell_is_recorded_and_the_matrix_goes_on(tmp_path, monkeypatch, capsys):
-    path = write(tmp_path / "m.yaml", cells=[{"opt": "adamw"}, {"opt": "adam"}])
-    run = []
+FAKE = """
+import json, sys, pathlib
+folder = pathlib.Path(sys.argv[1])
+if "adamw_" in folder.name and not (folder / "tried").exists():
+    (folder / "tried").touch()
+    sys.exit(3)
+(folder / "metrics.json").write_text(json.dumps({"completed": True}))
+"""
 
-    def fake(matrix, cell, folder, progress, label):
-        run.append(cell.name)
-        folder.mkdir(parents=True)
-        if "adamw" in cell.name:
-            return 1
-        (folder / "metrics.json").write_text(json.dumps({"completed": True}))
-        return 0
 
-    monkeypatch.setattr(matrix_module, "_run_cell", fake)
-    assert main([str(path), "--out", str(tmp_path / "runs")]) == 1
-    assert run == ["resnet18_adamw_none_seed0", "resnet18_adam_none_seed0"]
+@pytest.mark.parametrize("jobs", ["1", "3"])
+def test_a_failed_cell_is_recorded_and_the_matrix_goes_on(tmp_path, monkeypatch, capsys, jobs):
+    path = write(tmp_path / "m.yaml", cells=[{"product": {"opt": ["adamw", "adam"]}}])
+    monkeypatch.setattr(Matrix, "command", lambda self, cell, runs: ["python", "-c", FAKE, str(runs / cell.name)])
+    monkeypatch.setattr(matrix_module, "_POLL_S", 0.05)
+    command = [str(path), "--out", str(tmp_path / "runs"), "--jobs", jobs]
+    assert main(command) == 1
     message = capsys.readouterr().err
-    assert "FAILED resnet18_adamw_none_seed0" in message
+    assert "FAILED resnet18_adamw_none_seed0 (exit status 3)" in message
     assert "1 of 2 cells failed" in message
+    assert is_complete(tmp_path / "runs" / "resnet18_adam_none_seed0")
+    record = json.loads((tmp_path / "runs" / "failed.json").read_text())
+    assert record["resnet18_adamw_none_seed0"]["status"] == 3
+    assert Path(record["resnet18_adamw_none_seed0"]["log"]).exists()
+    assert main([*command, "--failed"]) == 0
+    assert json.loads((tmp_path / "runs" / "failed.json").read_text()) == {}
+    assert main([*command, "--failed"]) == 0
+    assert "no failed cell" in capsys.readouterr().err
+
+
+def test_products_settings_by_optimizer_and_names(tmp_path):
+    cells = [
+        {"opt": "adamw"},
+        {"product": {"opt": ["adamw", "sgdprune"], "pruning": ["state"], "sparsity": [0.7, 0.9]}, "epochs": 2},
+        {"product": {"lr": [0.1, 0.2]}, "opt": "momentum"},
+    ]
+    path = write(tmp_path / "m.yaml", cells=cells, per_opt={"sgdprune": {"lr": 0.5}}, accelerate_config=None)
+    matrix = load_matrix(path)
+    assert [cell.name for cell in matrix.cells] == [
+        "resnet18_adamw_none_seed0", "resnet18_adamw_state_70_seed0", "resnet18_adamw_state_90_seed0",
+        "resnet18_sgdprune_state_70_seed0", "resnet18_sgdprune_state_90_seed0",
+        "resnet18_momentum_none_lr=0.1_seed0", "resnet18_momentum_none_lr=0.2_seed0",
+    ]  # fmt: skip
+    assert [cell.config.lr for cell in matrix.cells] == [2e-3, 2e-3, 2e-3, 0.5, 0.5, 0.1, 0.2]
+    assert [cell.config.epochs for cell in matrix.cells] == [15, 2, 2, 2, 2, 15, 15]
+    assert matrix.command(matrix.cells[0], tmp_path)[:2] == ["python", "train.py"]
+    ranks = load_matrix(write(tmp_path / "m.yaml", ranks=1))
+    assert ranks.launcher[-2:] == ("--num_processes", "1")
+    with pytest.raises(ValueError, match="per_opt names adam, which no cell"):
+        load_matrix(write(tmp_path / "m.yaml", per_opt={"adam": {}}))
 
 
 def test_unfinished_runs_are_not_reported(tmp_path):
