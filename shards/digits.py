@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 SIZE = 32
 QUALITY = 95
 VALIDATION_SHARE = 0.2
-TRAIN_PER_CLASS, TUNING_PER_CLASS, SHIFT, NOISE = 30, 50, 3, 48.0  # of --hard; the noise in grey levels of 255
+TRAIN_PER_CLASS, TUNING_PER_CLASS, SHIFT, NOISE = 30, 50, 3, 96.0  # of --hard; the noise in grey levels of 255
 
 
 def _jpeg(scan: "np.ndarray", disturb: Sequence[int] | None = None) -> bytes:
