@@ -130,6 +130,8 @@ def _refuse_non_finite(signal: _Signal, world: World, update: int) -> bool:
 
 
 def _clip(run: Run, want_norm: bool) -> Tensor | None:
+    if not want_norm and run.plan.clip_grad is None:
+        return None
     parameters = [parameter for parameter in run.bare_model.parameters() if parameter.grad is not None]
     if run.plan.clip_grad is not None and run.plan.clip_mode == "norm":
         return run.accelerator.clip_grad_norm_(parameters, run.plan.clip_grad)
