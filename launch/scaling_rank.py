@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m launch.scaling_rank", description=__doc__)
     parser.add_argument("what", choices=("loop", "collectives", "facts"))
     parser.add_argument("result", type=Path)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=9)
     options, flags = parser.parse_known_args(argv)
     if options.what == "loop":
         flags += ["--epochs", str(options.rounds + 1)]
