@@ -1,24 +1,31 @@
 """The pictures of a report. Axes start at 0 where lengths are compared, and name their source and unit."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launch.pictures_study import (
+    COLOURS,
+    STYLES,
+    accuracy_over_epochs,
+    accuracy_over_sparsity,
+    legend,
+    look,
+    pareto,
+    sparsity_over_steps,
+)
 from launch.runs import CellRun
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 __all__ = ["draw_all"]
 
 MIB = 2**20
-# Okabe & Ito's palette: eight colours that stay apart in the common forms of colour blindness.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999", "#F0E442")
-_STYLES = ("-", "--", "-.", ":")
+_MANY = 8  # methods; beyond, the memory pictures show ours and the best of the others at one sparsity
 
 
-def draw_all(runs: Sequence[CellRun], out: Path) -> list[tuple[str, str]]:
+def draw_all(groups: Mapping[str, Sequence[CellRun]], out: Path) -> list[tuple[str, str]]:
     """Draw every picture into `out`; returns (file name, caption) in the report's order."""
     import matplotlib
 
@@ -26,32 +33,33 @@ def draw_all(runs: Sequence[CellRun], out: Path) -> list[tuple[str, str]]:
     import matplotlib.pyplot as plt
 
     plt.rcParams.update(
-        {
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.grid": True,
-            "grid.alpha": 0.3,
-            "axes.axisbelow": True,
-        }
-    )
-    on_gpu = runs[0].metrics["device_type"] != "cpu"
+        {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3,
+         "axes.axisbelow": True}
+    )  # fmt: skip
+    every = [run for members in groups.values() for run in members]
+    on_gpu = every[0].metrics["device_type"] != "cpu"
     where = "tensor-byte ledger, one rank" if on_gpu else "NO GPU: tensor-byte ledger of one CPU rank"
-    pictures = (
-        (_accuracy, "accuracy.png", (7.5, 4.5), "Validation top-1 over epochs"),
-        (_timeline, "memory_timeline.png", (7.5, 6.5), f"Memory over training ({where})"),
-        (_memory_accuracy, "memory_vs_accuracy.png", (7.5, 4.5), f"Memory against final top-1 ({where})"),
-        (_ledger, "ledger.png", (8.5, 4.5), f"Who owns the memory at the end of training ({where})"),
-        (
-            _peak_ledger,
-            "ledger_peak.png",
-            (8.5, 6.5),
-            "A step's peak at final sparsity: predicted and measured, rank 0",
-        ),
-    )
+    levels = len({run.sparsity for run in every})
+    few = _few(groups)
+    pictures: list[tuple[Callable[..., None], object, str, tuple[float, float], str]] = [
+        (accuracy_over_epochs, groups, "accuracy.png", (max(7.5, 3.2 * levels), 4.8),
+         "Validation top-1 over epochs, mean and spread over seeds"),
+        (pareto, groups, "pareto.png", (7.5, 5), "Accuracy against state bytes; the line is the Pareto front"),
+        (_memory_accuracy, few, "memory_vs_accuracy.png", (7.5, 4.5), f"Memory against final top-1 ({where})"),
+        (_timeline, few, "memory_timeline.png", (7.5, 6.5), f"Memory over training ({where})"),
+        (_ledger, few, "ledger.png", (8.5, 4.5), f"Who owns the memory at the end of training ({where})"),
+        (_peak_ledger, few, "ledger_peak.png", (8.5, 6.5),
+         "A step's peak at final sparsity: predicted and measured, rank 0"),
+    ]  # fmt: skip
+    if levels > 1:
+        pictures.insert(1, (accuracy_over_sparsity, groups, "accuracy_vs_sparsity.png", (7.5, 5),
+                            "Final top-1 against sparsity, spread over seeds"))  # fmt: skip
+    if any(run.method != "none" for run in every):
+        pictures.append((sparsity_over_steps, groups, "sparsity.png", (7.5, 4.5), "Sparsity over steps"))
     made = []
-    for draw, name, size, caption in pictures:
+    for draw, data, name, size, caption in pictures:
         figure = plt.figure(figsize=size, layout="constrained")
-        draw(figure, runs)
+        draw(figure, data)
         figure.suptitle(caption, fontsize=11)
         figure.savefig(out / name, dpi=130, metadata={"Software": None})
         plt.close(figure)
@@ -59,32 +67,22 @@ def draw_all(runs: Sequence[CellRun], out: Path) -> list[tuple[str, str]]:
     return made
 
 
+def _few(groups: Mapping[str, Sequence[CellRun]]) -> list[CellRun]:
+    """The runs that the memory pictures show: all, or of many methods one seed each at the middle sparsity."""
+    if len(groups) <= _MANY:
+        return [run for members in groups.values() for run in members]
+    levels = sorted({members[0].sparsity for members in groups.values()} - {0.0})
+    level = levels[len(levels) // 2] if levels else 0.0
+    looks = look(groups)
+    at_level = [m[0] for m in groups.values() if m[0].sparsity == level and looks[m[0].name][0] in COLOURS]
+    dense = [m[0] for m in groups.values() if m[0].method == "none" and m[0].optimizer in ("adamw", "momentum")]
+    return [*dense, *at_level][:_MANY]
+
+
 def _look(runs: Sequence[CellRun]) -> dict[str, tuple[str, str]]:
     """(colour, line style) of each label."""
     labels = list(dict.fromkeys(run.label for run in runs))
-    return {label: (_COLOURS[i % 8], _STYLES[i // 2 % 4]) for i, label in enumerate(labels)}
-
-
-def _legend(figure: "Figure", axes: "Axes") -> None:
-    """One entry a label, below the picture, where it hides nothing."""
-    handles, labels = axes.get_legend_handles_labels()
-    unique = dict(zip(labels, handles, strict=True))
-    figure.legend(list(unique.values()), list(unique), loc="outside lower center", ncols=4, fontsize=8)
-
-
-def _accuracy(figure: "Figure", runs: Sequence[CellRun]) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axes = figure.subplots()
-    look = _look(runs)
-    for run in runs:
-        rows = [(int(row["epoch"]) + 1, float(row["eval_top1"])) for row in run.epochs if row["eval_top1"]]
-        colour, style = look[run.label]
-        axes.plot(*zip(*rows, strict=True), color=colour, linestyle=style, marker="o", markersize=3, label=run.label)
-    axes.set(xlabel="epoch", ylabel="top-1 on validation images (%)")
-    axes.set_ylim(top=101)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _legend(figure, axes)
+    return {label: (COLOURS[i % 8], STYLES[i // 2 % 4]) for i, label in enumerate(labels)}
 
 
 def _timeline(figure: "Figure", runs: Sequence[CellRun]) -> None:
@@ -112,7 +110,7 @@ def _timeline(figure: "Figure", runs: Sequence[CellRun]) -> None:
                        va="top", ha="right", color="#444444")  # fmt: skip
     upper.set(ylabel="all tensors (MiB)", ylim=(0, None))
     lower.set(ylabel="optimizer and pruning (MiB)", xlabel="optimizer step", ylim=(0, None))
-    _legend(figure, upper)
+    legend(figure, [upper])
 
 
 def _memory_accuracy(figure: "Figure", runs: Sequence[CellRun]) -> None:
@@ -128,7 +126,7 @@ def _memory_accuracy(figure: "Figure", runs: Sequence[CellRun]) -> None:
     axes.set(xlabel="all tensors (MiB): filled = end, hollow = peak", ylabel="final top-1 (%)", xlim=(0, None))
     lowest = min(run.metrics["final_top1"] for run in runs)
     axes.set_ylim(max(0.0, lowest - 1.0), 100.2)
-    _legend(figure, axes)
+    legend(figure, [axes])
 
 
 def _ledger(figure: "Figure", runs: Sequence[CellRun]) -> None:
@@ -159,7 +157,7 @@ def _stack(figure: "Figure", bars: dict[str, dict[str, int]]) -> None:
     """Horizontal bars stacked of ledger rows, from the bottom up; rows too thin to see are left to the tables."""
     axes = figure.subplots()
     totals = [sum(rows.values()) / MIB for rows in bars.values()]
-    colours = iter((*_COLOURS, "#882255", "#332288", "#44AA99", "#DDCC77", "#AA4499", "#661100"))
+    colours = iter((*COLOURS, "#882255", "#332288", "#44AA99", "#DDCC77", "#AA4499", "#661100"))
     left = [0.0] * len(bars)
     for row in dict.fromkeys(name for rows in bars.values() for name in rows):
         sizes = [rows.get(row, 0) / MIB for rows in bars.values()]
@@ -171,4 +169,4 @@ def _stack(figure: "Figure", bars: dict[str, dict[str, int]]) -> None:
         axes.text(total, position, f" {total:.1f}", va="center", fontsize=9)
     axes.set(xlabel="MiB", xlim=(0, 1.1 * max(totals)))
     axes.grid(axis="y", visible=False)
-    _legend(figure, axes)
+    legend(figure, [axes])

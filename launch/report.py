@@ -6,13 +6,15 @@ typed in. Final-epoch accuracy is the headline, the best epoch stands beside it.
 
 import argparse
 import json
-import shutil
 import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from launch.report_accuracy import accuracy, by_seed, ranking_section, verdict_section, versus_section
+from launch.report_files import copy_cells, write_all_results, write_summary_csv
+from launch.report_html import to_html
 from launch.report_memory import memory_section, mib, study_column, table
 from launch.runs import CellRun, read_runs
 
@@ -30,8 +32,8 @@ def write_report(runs: Sequence[CellRun], out: Path, source: Path) -> None:
     from launch.pictures import draw_all
 
     out.mkdir(parents=True, exist_ok=True)
-    pictures = draw_all(runs, out)
     groups = group_by_method(runs)
+    pictures = draw_all(groups, out)
     summary = {
         "schema": "study-summary/1",
         "environment": environment(runs),
@@ -39,12 +41,18 @@ def write_report(runs: Sequence[CellRun], out: Path, source: Path) -> None:
         "methods": [method_summary(name, members) for name, members in groups.items()],
     }
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    for run in runs:
-        cell = out / "cells" / run.folder.name
-        cell.mkdir(parents=True, exist_ok=True)
-        for name in ("args.yaml", "metrics.json", "memory.json", "summary.csv"):
-            shutil.copyfile(run.folder / name, cell / name)
-    (out / "report.md").write_text("\n".join(_markdown(runs, groups, pictures, source, out)) + "\n")
+    write_summary_csv(groups, out / "summary.csv")
+    write_all_results(runs, out / "all_results.json")
+    copy_cells(runs, out / "cells")
+    text = "\n".join(_markdown(runs, groups, pictures, source, out)) + "\n"
+    (out / "report.md").write_text(text)
+    (out / "report.html").write_text(to_html(text, out, alternative_texts(groups, pictures)))
+
+
+def alternative_texts(groups: dict[str, list[CellRun]], pictures: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """What each picture shows, for those who do not see it; the figures themselves are in the tables."""
+    names = f"{len(groups)} methods" if len(groups) > 8 else ", ".join(groups)
+    return {name: f"Chart: {caption}. Shown: {names}. The figures are in the tables." for name, caption in pictures}
 
 
 def group_by_method(runs: Sequence[CellRun]) -> dict[str, list[CellRun]]:
@@ -111,19 +119,6 @@ def method_summary(name: str, members: Sequence[CellRun]) -> dict[str, Any]:
     }
 
 
-def _accuracy(members: Sequence[CellRun]) -> str:
-    finals = [run.metrics["final_top1"] for run in members]
-    if len(finals) == 1:
-        return f"{finals[0]:.2f}"
-    return f"{statistics.mean(finals):.2f} ± {statistics.stdev(finals):.2f}"
-
-
-def _best(members: Sequence[CellRun]) -> str:
-    if len(members) == 1:
-        return f"{members[0].metrics['best_top1']:.2f} (epoch {members[0].metrics['best_epoch']})"
-    return f"{statistics.mean(run.metrics['best_top1'] for run in members):.2f}"
-
-
 def _sparsity(members: Sequence[CellRun], key: str) -> str:
     values = [run.metrics[key] for run in members]
     shown = sorted({f"{100 * value:.2f} %" for value in values})
@@ -156,24 +151,10 @@ def _markdown(
         f"{shared['device']}. Versions: {versions}. Seeds: {', '.join(map(str, seeds))}.{one_seed} Global batch "
         f"{shared['global_batch_size']}, {shared['epochs']} epochs, precision {shared['mixed_precision']}.",
         "",
-        "## Accuracy and sparsity",
-        "",
-        *table(
-            ["method", "top-1 % (final epoch)", "top-1 % (best epoch)", "sparsity asked", "sparsity reached",
-             "images/s", "training s"],
-            [
-                [
-                    name, _accuracy(members), _best(members), _sparsity(members, "target_sparsity"),
-                    _sparsity(members, "final_sparsity"),
-                    f"{statistics.mean(run.metrics['images_per_sec'] for run in members):.0f}",
-                    f"{statistics.mean(sum(run.metrics['epoch_s']) for run in members):.0f}",
-                ]
-                for name, members in groups.items()
-            ],
-        ),
-        "",
-        "Sparsity is zeros / prunable weights (convolution and linear weights), counted in the model.",
-        "",
+        *verdict_section(groups),
+        *ranking_section(groups),
+        *versus_section(groups),
+        *_speed_section(groups),
         *memory_section(groups),
         *[line for name, caption in pictures for line in (f"![{caption}]({name})", "", f"*{caption}*", "")],
         "## Settings",
@@ -188,13 +169,25 @@ def _markdown(
     ]  # fmt: skip
 
 
+def _speed_section(groups: dict[str, list[CellRun]]) -> list[str]:
+    return [
+        "## Speed", "",
+        *table(
+            ["method", "images/s", "training s"],
+            [[name, f"{statistics.mean(run.metrics['images_per_sec'] for run in members):.0f}",
+              f"{statistics.mean(sum(run.metrics['epoch_s']) for run in members):.0f}"]
+             for name, members in groups.items()],
+        ), "",
+    ]  # fmt: skip
+
+
 def _print_table(groups: dict[str, list[CellRun]]) -> None:
     width = max(len(name) for name in groups)
     lines = [f"{'method':<{width}}  {'top-1 %':>14}  {'sparsity':>9}  {'optimizer+pruning MiB (end)':>28}"]
     for name, members in groups.items():
         size = mib(members[0].memory["ledger"]["optimizer_bytes"])
         sparsity = _sparsity(members, "final_sparsity")
-        lines.append(f"{name:<{width}}  {_accuracy(members):>14}  {sparsity:>9}  {size:>28}")
+        lines.append(f"{name:<{width}}  {accuracy(list(by_seed(members).values())):>14}  {sparsity:>9}  {size:>28}")
     print("\n".join(lines))  # noqa: T201
 
 

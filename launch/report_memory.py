@@ -60,10 +60,10 @@ def memory_section(groups: dict[str, list[CellRun]]) -> list[str]:
             [
                 [
                     name,
-                    mib(run.memory["ledger"]["optimizer_bytes"] - _pruning_bytes(run)),
-                    mib(_pruning_bytes(run)),
+                    mib(run.memory["ledger"]["optimizer_bytes"] - run.pruning_bytes),
+                    mib(run.pruning_bytes),
                     mib(run.memory["ledger"]["optimizer_bytes"]),
-                    f"{run.memory['ledger']['optimizer_bytes'] / (run.row('weights') / 4):.3f}",
+                    f"{run.bytes_per_weight:.3f}",
                     mib(run.memory["ledger_peak"]["optimizer_bytes"]), mib(run.memory["ledger"]["total_bytes"]),
                     mib(run.memory["ledger_peak"]["total_bytes"]),
                 ]
@@ -90,10 +90,6 @@ def memory_section(groups: dict[str, list[CellRun]]) -> list[str]:
         _STUDY_NOTE,
         "",
     ]  # fmt: skip
-
-
-def _pruning_bytes(run: CellRun) -> int:
-    return sum(run.row(name) for name in ("masks", "offsets", "scores", "initial_weights"))
 
 
 def _ledger_table(groups: dict[str, list[CellRun]]) -> list[str]:

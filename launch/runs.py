@@ -25,15 +25,42 @@ class CellRun:
     timeline: list[dict[str, str]]
 
     @property
+    def optimizer(self) -> str:
+        """The optimizer without the pruning in its name: adamw for adamw-movement."""
+        return str(self.metrics["opt"]).removesuffix(f"-{self.metrics['pruning']}")
+
+    @property
+    def method(self) -> str:
+        """The pruning method, by its score where one was chosen; none where nothing is pruned."""
+        if self.metrics["pruning"] == "none" or not self.sparsity:
+            return "none"
+        return str(self.arguments.get("prune_score") or self.metrics["pruning"])
+
+    @property
+    def sparsity(self) -> float:
+        """Asked for, 0..1."""
+        return float(self.metrics["target_sparsity"])
+
+    @property
     def label(self) -> str:
         """Optimizer, pruning method and sparsity: what a reader compares."""
-        method, sparsity = self.metrics["pruning"], self.metrics["target_sparsity"]
-        name = str(self.metrics["opt"]).removesuffix(f"-{method}")
-        method = self.arguments.get("prune_score") or method
-        if self.metrics["pruning"] == "none" or not sparsity:
-            return name
-        how = "" if name in ("adamwprune", "sgdprune") and method == "state" else f" + {method}"
-        return f"{name}{how} {100 * sparsity:g} %"
+        return self.name + (f" {100 * self.sparsity:g} %" if self.method != "none" else "")
+
+    @property
+    def name(self) -> str:
+        """The label without the sparsity."""
+        plain = self.method == "none" or (self.optimizer in ("adamwprune", "sgdprune") and self.method == "state")
+        return self.optimizer if plain else f"{self.optimizer} + {self.method}"
+
+    @property
+    def pruning_bytes(self) -> int:
+        """What pruning itself keeps at the end: masks, offset tables, scores, first weights."""
+        return sum(self.row(name) for name in ("masks", "offsets", "scores", "initial_weights"))
+
+    @property
+    def bytes_per_weight(self) -> float:
+        """Optimizer state and pruning at the end, per weight of the model."""
+        return self.memory["ledger"]["optimizer_bytes"] / (self.row("weights") / 4)
 
     @property
     def settings(self) -> dict[str, Any]:

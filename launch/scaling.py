@@ -79,7 +79,7 @@ def _row(kind: str, ranks: int, folder: Path) -> dict[str, Any]:
 def _train(file: Path, ranks: int, flags: list[str], batch: int, runs: Path, kind: str) -> dict[str, Any]:
     name = f"{kind}-{ranks}"
     if not is_complete(runs / name):
-        mine = ["--log-interval", _LOG_EVERY, *flags, "--global-batch-size", str(batch), "--output", str(runs)]
+        mine = [*flags, "--log-interval", _LOG_EVERY, "--global-batch-size", str(batch), "--output", str(runs)]
         _launch(file, ranks, ["train.py", *mine, "--experiment", name, "--resume", "auto"], runs / f"{name}.log", {})
     return _row(kind, ranks, runs / name)
 

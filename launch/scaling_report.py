@@ -185,14 +185,20 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     for kind, style, colour in (("strong", "o-", "#0072B2"), ("weak", "s--", "#D55E00")):
         mine = [row for row in rows if row["kind"] == kind]
         left.plot([r["ranks"] for r in mine], [r["images_per_sec"] for r in mine], style, color=colour, label=kind)
-    left.set(xlabel="ranks", ylabel="images/s", ylim=(0, None), xticks=sorted({row["ranks"] for row in rows}))
-    left.legend(title="scaling", frameon=False)
+    left.set(
+        xlabel="ranks",
+        ylabel="images/s",
+        ylim=(0, 1.15 * max(row["images_per_sec"] for row in rows)),
+        xticks=sorted({row["ranks"] for row in rows}),
+    )
+    left.legend(title="scaling", frameon=False, loc="lower center")
     strong = [row for row in rows if row["kind"] == "strong"]
     for row, style, width, colour in zip(strong, ("-", "--", ":", "-."), (3.5, 1.5, 1.5, 1.5),
                                          ("#56B4E9", "#000000", "#D55E00", "#009E73"), strict=False):  # fmt: skip
         right.plot(*zip(*row["loss"], strict=True), style, linewidth=width, color=colour,
                    label=f"{row['ranks']} rank{'s' if row['ranks'] > 1 else ''}")  # fmt: skip
-    right.set(xlabel="optimizer step", ylabel="training loss", ylim=(0, None))
+    highest = max(loss for row in strong for _, loss in row["loss"])
+    right.set(xlabel="optimizer step", ylabel="training loss", ylim=(0, 1.1 * highest))
     right.legend(title=f"global batch {strong[0]['global_batch_size']}", frameon=False)
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
