@@ -4,7 +4,11 @@ BIN := .venv/bin
 DIGITS := shards/data/digits/_info.json
 MODEL ?=
 
-.PHONY: help setup demo test chaos lint clean
+STUDY = $(shell $(BIN)/python -m launch.kconfig name)
+MATRIX = $(BIN)/python -m launch.matrix .config --jobs $(shell $(BIN)/python -m launch.kconfig jobs) $(if $(EPOCHS),--epochs $(EPOCHS)) $(if $(ONLY),--only '$(ONLY)')
+
+.PHONY: help setup demo menuconfig list-defconfigs savedefconfig test-matrix test-matrix-dry-run continue estimate \
+  test-rerun summary test chaos lint clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -28,8 +32,38 @@ $(DIGITS): shards/digits.py shards/writer.py toolkit/data/index.py | .venv/.inst
 	@touch $@
 
 demo: setup  ## the demo matrix on two CPU ranks -> results/demo/ (MODEL=resnet50 for the study's model)
-	$(BIN)/python -m launch.matrix launch/matrices/demo.yaml $(if $(MODEL),--model $(MODEL) --out runs/demo-$(MODEL))
+	$(BIN)/python -m launch.matrix launch/defconfigs/demo $(if $(MODEL),--model $(MODEL) --out runs/demo-$(MODEL))
 	$(BIN)/python -m launch.report runs/demo$(if $(MODEL),-$(MODEL)) --out results/demo$(if $(MODEL),-$(MODEL))
+
+menuconfig: setup  ## choose models, optimizers, pruning, sparsities, seeds -> .config
+	$(BIN)/python -m launch.kconfig menuconfig
+
+defconfig-%: setup
+	$(BIN)/python -m launch.kconfig defconfig $*
+
+list-defconfigs: setup  ## ready choices; make defconfig-<name> takes one
+	@$(BIN)/python -m launch.kconfig list-defconfigs
+
+savedefconfig: setup  ## .config -> ./defconfig, only what differs from the menu's defaults
+	$(BIN)/python -m launch.kconfig savedefconfig
+
+.config:
+	@echo "make: there is no .config yet; make menuconfig, or make defconfig-<name> (make list-defconfigs)"; exit 1
+
+test-matrix continue: .config setup  ## run what .config says; continue: the same, after a stop (EPOCHS=n ONLY='*adamw*')
+	$(MATRIX)
+
+test-matrix-dry-run: .config setup  ## print each run as one command
+	@$(MATRIX) --dry-run
+
+estimate: .config setup  ## time and memory of each run ahead
+	$(BIN)/python -m launch.estimate .config
+
+test-rerun: .config setup  ## run again what failed
+	$(MATRIX) --failed
+
+summary: .config setup  ## runs/<name>/ -> results/<name>/report.html, report.md, tables and pictures
+	$(BIN)/python -m launch.report runs/$(STUDY) --out results/$(STUDY)
 
 test: setup .venv/.installed-dev  ## all tests (GPU tests are skipped where there is none)
 	$(BIN)/python -m pytest

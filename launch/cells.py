@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from launch import kconfig
 from toolkit.config import Config, parse
 
 __all__ = ["Cell", "Matrix", "load_matrix"]
@@ -48,11 +49,19 @@ class Matrix:
 
 
 def load_matrix(path: Path, seeds: Sequence[int] | None = None, overrides: Sequence[str] = ()) -> Matrix:
-    """Read a matrix file. `overrides` are train.py arguments for every cell. Raises ValueError on an unknown key."""
+    """Read a matrix file or a menu's .config. `overrides` are train.py arguments for every cell.
+
+    Raises ValueError on an unknown key.
+    """
+    if kconfig.is_kconfig(path):
+        symbols = kconfig.load(path)
+        return make_matrix(kconfig.to_matrix(symbols), str(path), seeds, [*kconfig.arguments(symbols), *overrides])
     try:
         content = yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError) as error:
         raise ValueError(f"matrix {path} cannot be read ({' '.join(str(error).split())}); check the path") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"matrix {path} is no mapping of {', '.join(_KEYS)}")
     unknown = sorted(set(content) - set(_KEYS))
     missing = sorted(set(_NEEDED) - set(content))
     if unknown or missing:

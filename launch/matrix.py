@@ -161,7 +161,7 @@ def _say(text: str) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Parse the flags and run; returns 1 where a cell failed, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(prog="python -m launch.matrix", description=__doc__)
-    parser.add_argument("file", type=Path, help="matrix, for example launch/matrices/demo.yaml")
+    parser.add_argument("file", type=Path, help="matrix: a YAML of launch/matrices, a defconfig, or .config")
     parser.add_argument("--out", type=Path, help="folder of the cells' run folders (default runs/<name>)")
     parser.add_argument("--only", default="*", metavar="GLOB", help="cells whose name matches")
     parser.add_argument("--seeds", type=int, nargs="+", help="instead of the file's")

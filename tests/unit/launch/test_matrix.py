@@ -12,7 +12,7 @@ from toolkit.config import check_same_settings, parse
 from toolkit.engine.records import is_complete
 
 ROOT = Path(__file__).parents[3]
-DEMO = ROOT / "launch" / "matrices" / "demo.yaml"
+DEMO = ROOT / "launch" / "defconfigs" / "demo"
 
 
 @pytest.fixture(autouse=True)
@@ -29,11 +29,11 @@ def write(path, **changes):
 
 def test_demo_cells_and_names():
     names = [cell.name for cell in load_matrix(DEMO, seeds=[0, 1]).cells]
-    assert names[:4] == [
-        "resnet18_momentum_movement_70_seed0", "resnet18_adamw_none_seed0", "resnet18_adamw_movement_70_seed0",
-        "resnet18_adamwprune_state_70_seed0",
+    assert names[:5] == [
+        "resnet18_momentum_none_seed0", "resnet18_momentum_movement_70_seed0", "resnet18_adamw_none_seed0",
+        "resnet18_adamw_movement_70_seed0", "resnet18_adamwprune_state_70_seed0",
     ]  # fmt: skip
-    assert names[4] == "resnet18_momentum_movement_70_seed1"
+    assert names[5] == "resnet18_momentum_none_seed1"
 
 
 def test_dry_run_prints_commands_that_parse(capsys):
@@ -47,8 +47,9 @@ def test_dry_run_prints_commands_that_parse(capsys):
 
 
 def test_every_shipped_matrix_and_recipe_is_read():
-    for path in (ROOT / "launch" / "matrices").glob("*.yaml"):
-        assert load_matrix(path).cells
+    for folder in ("matrices", "defconfigs"):
+        for path in (ROOT / "launch" / folder).iterdir():
+            assert load_matrix(path).cells
     for path in (ROOT / "launch" / "recipes").glob("*.yaml"):
         parse(["-c", str(path)])
 

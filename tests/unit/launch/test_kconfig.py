@@ -1,0 +1,105 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from launch import kconfig
+from launch.cells import load_matrix
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(autouse=True)
+def _in_the_repository(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def config(tmp_path, *lines):
+    path = tmp_path / ".config"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_the_study_as_reported():
+    cells = load_matrix(kconfig.DEFCONFIGS / "resnet50-imagenet", seeds=[0]).cells
+    assert [cell.name for cell in cells] == [
+        "resnet50_momentum_movement_70_seed0", "resnet50_adam_movement_70_seed0", "resnet50_adamw_movement_70_seed0",
+        "resnet50_adamwadv_movement_70_seed0", "resnet50_adamwspam_movement_70_seed0",
+        "resnet50_adamwprune_state_70_seed0",
+    ]  # fmt: skip
+    assert all(cell.config.epochs == 90 and cell.config.mixed_precision == "bf16" for cell in cells)
+
+
+def test_methods_and_sparsities(tmp_path):
+    path = config(
+        tmp_path, "CONFIG_PRUNING_ENABLE_NONE=y", "CONFIG_PRUNING_ENABLE_DISPLACEMENT=y", "CONFIG_PRUNING_STATE_ALL=y",
+        "# CONFIG_PRUNING_ENABLE_MOVEMENT is not set", "CONFIG_SPARSITY_ENABLE_95=y", 'CONFIG_SEEDS="7"',
+        "# CONFIG_OPTIMIZER_ENABLE_ADAMW is not set", "# CONFIG_OPTIMIZER_ENABLE_ADAMWSPAM is not set",
+        "# CONFIG_OPTIMIZER_ENABLE_ADAM is not set", "CONFIG_SGD_NESTEROV=y", 'CONFIG_LR_ADAM="5e-4"',
+        'CONFIG_EXTRA_ARGS="--smoothing 0.2"', "CONFIG_RANKS=1", "CONFIG_NUM_EPOCHS=3",
+    )  # fmt: skip
+    matrix = load_matrix(path)
+    assert [cell.name.removeprefix("resnet18_") for cell in matrix.cells] == [
+        "sgd_none_seed7", "sgd_movement-displacement_70_seed7", "sgd_movement-displacement_95_seed7",
+        "adamwadv_none_seed7", "adamwadv_movement-displacement_70_seed7", "adamwadv_movement-displacement_95_seed7",
+        "adamwadv_state_70_seed7", "adamwadv_state_95_seed7", "adamwprune_state_70_seed7", "adamwprune_state_95_seed7",
+    ]  # fmt: skip
+    assert {cell.config.lr for cell in matrix.cells if "adam" in cell.name} == {5e-4}
+    assert all(cell.config.epochs == 3 and cell.config.smoothing == 0.2 for cell in matrix.cells)
+    assert matrix.launcher[-2:] == ("--num_processes", "1")
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        (["CONFIG_OPTIMIZER_ENABLE_SDG=y"], "OPTIMIZER_ENABLE_SDG"),
+        (["CONFIG_NUM_EPOCHS=-3"], "NUM_EPOCHS"),
+        (['CONFIG_LR_ADAM="fast"'], "is not a number"),
+        (['CONFIG_SEEDS="0,1"'], "are not whole numbers"),
+        (["# CONFIG_SPARSITY_ENABLE_70 is not set"], "these choices make no run"),
+    ],
+)
+def test_mistakes_are_errors(tmp_path, lines, words):
+    with pytest.raises(ValueError, match=words):
+        load_matrix(config(tmp_path, *lines))
+
+
+def test_defconfig_and_back(tmp_path, capsys):
+    target = tmp_path / ".config"
+    assert kconfig.main(["defconfig", "demo", "--config", str(target)]) == 0
+    assert kconfig.main(["name", "--config", str(target)]) == 0
+    assert capsys.readouterr().out.strip() == "demo"
+    assert [cell.arguments for cell in load_matrix(target).cells] == [
+        cell.arguments for cell in load_matrix(kconfig.DEFCONFIGS / "demo").cells
+    ]
+    with pytest.raises(SystemExit):
+        kconfig.main(["defconfig", "none", "--config", str(target)])
+    assert "no defconfig none; there are" in capsys.readouterr().err
+    assert kconfig.main(["list-defconfigs"]) == 0
+    assert "resnet50-strong" in capsys.readouterr().out
+
+
+def test_every_defconfig_is_what_savedefconfig_would_write(tmp_path, monkeypatch):
+    import kconfiglib
+
+    for path in kconfig.DEFCONFIGS.iterdir():
+        menu = kconfiglib.Kconfig(str(ROOT / "launch" / "Kconfig"), warn_to_stderr=False)
+        menu.load_config(str(path))
+        menu.write_min_config(str(tmp_path / path.name), header="")
+        written = set((tmp_path / path.name).read_text().splitlines())
+        assert written <= set(path.read_text().splitlines()), path.name
+
+
+def test_a_menu_without_a_terminal_says_what_to_do():
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.kconfig", "menuconfig"], stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "make menuconfig needs a terminal" in done.stderr
+
+
+def test_recipes_of_the_defconfigs_exist():
+    for path in kconfig.DEFCONFIGS.iterdir():
+        assert yaml.safe_load(Path(kconfig.load(path)["RECIPE"]).read_text())
