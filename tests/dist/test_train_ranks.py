@@ -10,6 +10,7 @@ import torch
 from ranks import run_ranks
 
 from toolkit.build import build
+from toolkit.build.engines import stay_on_this_host
 from toolkit.config import parse
 from toolkit.engine.checkpoint import load_checkpoint, newest_checkpoint
 from toolkit.engine.loop import train as train_loop
@@ -170,6 +171,15 @@ def _poisoned(rank, flags):
 def test_non_finite_loss_on_one_rank_stops_all_before_the_update(flags, tmp_path):
     assert run_ranks(_poisoned, 2, [*flags, *METHODS["adamwprune"], "--experiment", "r"], join_group=False) == [True, True]
     assert (tmp_path / "r" / "memory.json").exists()
+
+
+@pytest.mark.parametrize(("address", "name"), [("127.0.0.1", "lo"), ("10.0.0.7", None)])
+def test_ranks_of_one_host_do_not_listen_on_the_network(monkeypatch, address, name):
+    monkeypatch.setenv("MASTER_ADDR", address)
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    stay_on_this_host()
+    assert os.environ.get("GLOO_SOCKET_IFNAME") == name
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
 
 
 def test_processes_that_do_not_know_each_other_are_noticed(flags, monkeypatch):

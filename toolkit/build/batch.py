@@ -5,6 +5,7 @@ import dataclasses
 import torch
 from torch import nn
 
+from toolkit.build.model import model_options
 from toolkit.config import Config
 from toolkit.log import get_logger
 from toolkit.memory.predict import Prediction, Question, parse_bytes
@@ -42,8 +43,9 @@ def _question(config: Config, num_classes: int, num_ranks: int) -> Question:
     return Question(
         model=config.model, opt=config.opt, pruning=config.pruning, score=config.prune_score,
         sparsity=config.sparsity or 0.0, amp=_AMP[config.mixed_precision], img_size=config.img_size,
-        num_classes=num_classes, ranks=num_ranks, ema=config.model_ema, grad_checkpointing=config.grad_checkpointing,
-        channels_last=config.channels_last, fused_backward=config.fused_backward,
+        num_classes=num_classes, model_options=model_options(config), ranks=num_ranks, ema=config.model_ema,
+        grad_checkpointing=config.grad_checkpointing, channels_last=config.channels_last,
+        fused_backward=config.fused_backward,
     )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ that both decide are a trap.
 
 import datetime
 import os
+import sys
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -24,7 +25,7 @@ from toolkit.engine.sharding.zero import ZeroSharding
 from toolkit.optim.packed import PackedOptimizer
 from toolkit.optim.zero import attach_to_zero
 
-__all__ = ["autocast", "check_engine", "create_sharding", "launched_engine", "new_accelerator"]
+__all__ = ["autocast", "check_engine", "create_sharding", "launched_engine", "new_accelerator", "stay_on_this_host"]
 
 
 def launched_engine() -> str:
@@ -68,6 +69,12 @@ def check_engine(config: Config) -> None:
             )
 
 
+def stay_on_this_host() -> None:
+    """Keep gloo's connections off the network where all ranks are on this host; otherwise it asks the host's name."""
+    if os.environ.get("MASTER_ADDR") in ("127.0.0.1", "localhost") and sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+
+
 def _join_after_restart(backend: str, timeout: datetime.timedelta) -> None:
     """Join the group under a name of its own where --max_restarts has started this rank again.
 
@@ -89,6 +96,7 @@ def new_accelerator(config: Config) -> Accelerator:
     """Join the process group by the engine's way."""
     on_cpu, engine = not torch.cuda.is_available(), launched_engine()
     timeout = datetime.timedelta(seconds=config.dist_timeout)
+    stay_on_this_host()
     _join_after_restart("gloo" if on_cpu else "nccl", timeout)
     if engine == "ddp":
         return Accelerator(

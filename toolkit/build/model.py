@@ -17,7 +17,15 @@ from toolkit.dist import World
 from toolkit.engine.checkpoint import load_checkpoint as read_checkpoint
 from toolkit.log import get_logger
 
-__all__ = ["compile_model", "create_model", "place_model", "prunable_names", "train_loss"]
+__all__ = ["compile_model", "create_model", "model_options", "place_model", "prunable_names", "train_loss"]
+
+
+def model_options(config: Config) -> dict[str, Any]:
+    """Arguments of the model beside its name and number of classes."""
+    options: dict[str, Any] = {"drop_rate": config.drop, **config.model_kwargs}
+    if config.drop_path is not None:
+        options["drop_path_rate"] = config.drop_path
+    return options
 
 
 def create_model(config: Config, num_classes: int) -> nn.Module:
@@ -27,15 +35,12 @@ def create_model(config: Config, num_classes: int) -> nn.Module:
         raise ValueError(f"--model {config.model} is not a timm model; did you mean {', '.join(near) or 'resnet50'}?")
     if config.initial_checkpoint and not Path(config.initial_checkpoint).exists():
         raise ValueError(f"--initial-checkpoint {config.initial_checkpoint} does not exist; check the path")
-    options: dict[str, Any] = dict(config.model_kwargs)
-    if config.drop_path is not None:
-        options["drop_path_rate"] = config.drop_path
     num_classes = config.num_classes or num_classes
     if num_classes < 1:
         raise ValueError(f"{config.data_dir} does not say how many classes it has; add --num-classes")
     try:
         model = timm.create_model(
-            config.model, pretrained=config.pretrained, num_classes=num_classes, drop_rate=config.drop, **options
+            config.model, pretrained=config.pretrained, num_classes=num_classes, **model_options(config)
         )
     except TypeError as error:
         raise ValueError(

@@ -12,8 +12,8 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 __all__ = ["main", "predict"]
@@ -36,6 +36,7 @@ class Question:
     amp: str | None = None
     img_size: int | None = None
     num_classes: int = 1000
+    model_options: Mapping[str, Any] = field(default_factory=dict)
     ranks: int = 1
     zero: int = 0
     fsdp: bool = False
@@ -69,7 +70,7 @@ class Prediction:
             raise ValueError(f"--model {question.model} is not a timm model")
 
         def make_model() -> torch.nn.Module:
-            model = timm.create_model(question.model, num_classes=question.num_classes)
+            model = timm.create_model(question.model, num_classes=question.num_classes, **question.model_options)
             if question.img_size and hasattr(model, "set_input_size"):
                 resize: Any = model.set_input_size
                 resize(img_size=question.img_size)

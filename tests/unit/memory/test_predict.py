@@ -161,3 +161,12 @@ def test_sizes():
     assert parse_bytes("48GiB") == 48 * 2**30
     assert parse_bytes("1.5 gb") == 1_500_000_000
     assert parse_bytes("1024") == 1024
+
+
+def test_the_models_arguments_count():
+    whole = Prediction(Question("resnet10t", img_size=32, num_classes=10), lambda text: None)
+    narrow = Prediction(
+        Question("resnet10t", img_size=32, num_classes=10, model_options={"channels": [16, 32, 64, 128]}),
+        lambda text: None,
+    )
+    assert narrow.ledger(4, None)["weights"] < whole.ledger(4, None)["weights"] / 10

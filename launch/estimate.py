@@ -1,0 +1,107 @@
+"""`python -m launch.estimate FILE`: time and memory of a matrix ahead of it.
+
+Of every kind of cell (all but the seed alike) a few steps of the real run are timed in this process, on one rank, and
+its memory is predicted. Nothing is written but a temporary folder. Steps are timed one after the other with all cores;
+with --jobs each cell has its share of them, which on CPU comes out much the same in all.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from launch.cells import Cell, load_matrix
+from toolkit.progress import Progress, duration
+
+__all__ = ["estimate", "main"]
+
+_WARM_UP, _TIMED = 2, 5
+
+
+def _kind(cell: Cell) -> str:
+    return cell.name.rpartition("_seed")[0]
+
+
+def _probe(cell: Cell) -> dict[str, Any]:
+    """Seconds of a step (median) and of evaluating an image, step and image counts, predicted bytes at the peak."""
+    import torch
+
+    from toolkit.build import build
+    from toolkit.config import parse
+    from toolkit.engine.evaluate import evaluate
+    from toolkit.engine.step import train_step
+
+    with tempfile.TemporaryDirectory() as folder:
+        run = build(parse([*cell.arguments, "--output", folder, "--experiment", "estimate"]))
+        batches, taken = run.train_loader.epoch(0), []
+        begin = run.schedule.begin_step if run.schedule.on else 0
+        for number in range(1, min(_WARM_UP + _TIMED, run.plan.steps_per_epoch) + 1):
+            start = time.perf_counter()
+            train_step(run, batches, min(number, max(begin, 1)), 0, stop=False, want_grad_norm=False)
+            if run.world.device.type == "cuda":
+                torch.cuda.synchronize()
+            taken.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        images = evaluate(run, run.bare_model).num_samples
+        evaluation_s = time.perf_counter() - start
+        plan = run.plan
+        evaluations = len({*range(plan.val_interval, plan.epochs + 1, plan.val_interval), plan.epochs})
+        step_s = statistics.median(taken[min(_WARM_UP, len(taken) - 1) :])
+        _, peaks = run.predict_memory()
+        run.scalars.close()
+        run.memory.close()
+    return {
+        "step_s": step_s, "steps": plan.total_steps, "evaluation_s": evaluation_s, "evaluations": evaluations,
+        "evaluated_images": images, "run_s": step_s * plan.total_steps + evaluation_s * evaluations,
+        "predicted_peak_bytes": {name: sum(rows.values()) for name, rows in peaks.items()},
+    }  # fmt: skip
+
+
+def estimate(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """One entry a kind of cell: its runs, and what one of them takes."""
+    kinds: dict[str, list[Cell]] = {}
+    for cell in cells:
+        kinds.setdefault(_kind(cell), []).append(cell)
+    bar, found = Progress(len(kinds), "kinds", "estimate"), []
+    for name, members in kinds.items():
+        found.append({"kind": name, "runs": len(members), **_probe(members[0])})
+        bar.advance(1, name)
+    bar.close()
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse the flags, probe, print a table."""
+    parser = argparse.ArgumentParser(prog="python -m launch.estimate", description=__doc__)
+    parser.add_argument("file", type=Path, help="as of launch.matrix")
+    parser.add_argument("--seeds", type=int, nargs="+", help="instead of the file's")
+    parser.add_argument("--json", action="store_true", help="one JSON object on one line on stdout")
+    options = parser.parse_args(argv)
+    try:
+        found = estimate(load_matrix(options.file, options.seeds).cells)
+    except ValueError as error:
+        parser.exit(2, f"launch.estimate: error: {error}\n")
+    total_s = sum(row["run_s"] * row["runs"] for row in found)
+    if options.json:
+        print(json.dumps({"schema": "estimate/1", "kinds": found, "total_s": total_s}))  # noqa: T201
+        return 0
+    width = max(len(row["kind"]) for row in found)
+    lines = [f"{'run':<{width}}  runs  step (ms)   a run  peak, dense (MiB)  peak, pruned (MiB)"]
+    for row in found:
+        peaks = [f"{row['predicted_peak_bytes'].get(name, 0) / 2**20:,.0f}" for name in ("dense", "final")]
+        lines.append(
+            f"{row['kind']:<{width}}  {row['runs']:>4}  {1e3 * row['step_s']:>9.1f}  {duration(row['run_s']):>6}  "
+            f"{peaks[0]:>17}  {peaks[1]:>18}"
+        )
+    lines.append(f"in all about {duration(total_s)} one after the other, start-up (some 5 s a run) not counted")
+    print("\n".join(lines))  # noqa: T201
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
