@@ -1,0 +1,131 @@
+"""Reports of made-up accuracies around real run folders (results/demo): tables, files, the HTML page."""
+
+import csv
+import html.parser
+import itertools
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from launch.report import main
+
+ROOT = Path(__file__).parents[3]
+CELLS = ROOT / "results" / "demo" / "cells"
+TOP1 = {  # label -> seed -> final top-1
+    "resnet18_adamw_none": {0: 99.0, 1: 99.2, 2: 99.1},
+    "resnet18_adamw_movement_70": {0: 97.0, 1: 97.2, 2: 97.1},
+    "resnet18_adamwprune_state_70": {0: 99.0, 1: 99.3, 2: 99.1},
+    "resnet18_momentum_movement_70": {0: 98.9, 1: 99.4, 2: 99.1},
+}
+
+
+@pytest.fixture
+def runs(tmp_path):
+    folder = tmp_path / "runs"
+    for name, results in TOP1.items():
+        for seed, top1 in results.items():
+            cell = shutil.copytree(CELLS / f"{name}_seed0", folder / f"{name}_seed{seed}")
+            metrics = json.loads((cell / "metrics.json").read_text())
+            metrics |= {"seed": seed, "final_top1": top1, "best_top1": top1 + 0.1, "steps_per_epoch": 22}
+            (cell / "metrics.json").write_text(json.dumps(metrics))
+            settings = yaml.safe_load((cell / "args.yaml").read_text())
+            (cell / "args.yaml").write_text(yaml.safe_dump(settings | {"seed": seed}))
+            (cell / "memory_timeline.csv").write_text(
+                "rank,step,phase,ledger_bytes,optimizer_bytes,alloc_retries\n0,11,dense,1000,500,\n0,22,final,800,300,\n"
+            )
+    return folder
+
+
+@pytest.fixture
+def report(runs, tmp_path):
+    out = tmp_path / "study"
+    assert main([str(runs), "--out", str(out)]) == 0
+    return out
+
+
+def test_methods_are_ranked_only_where_they_differ(report):
+    text = (report / "report.md").read_text()
+    minute = text[text.index("## In a minute") : text.index("## Ranking")]
+    at_70 = next(line for line in minute.splitlines() if line.startswith("- **70 %"))
+    assert "highest mean adamwprune 70 %, 99.13 ± 0.15 %" in at_70 or "highest mean momentum" in at_70
+    assert "adamw + movement" not in at_70
+    section = text[text.index("### 70 %") : text.index("Final epoch; mean")].splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section if line.startswith("| ")]
+    rows = {name: rest for name, *rest in cells}
+    assert rows["adamw + movement 70 %"][3] == "3"
+    assert rows["adamwprune 70 %"][3] == "1–2"
+    assert rows["momentum + movement 70 %"][3] == "1–2"
+    assert rows["adamw + movement 70 %"][4].startswith("+2.03 ± ")
+
+
+def test_files_for_others_programs(report):
+    with open(report / "summary.csv", newline="") as file:
+        rows = {row["method"]: row for row in csv.DictReader(file)}
+    assert float(rows["adamw"]["top1_mean"]) == pytest.approx(99.1)
+    assert float(rows["adamw"]["top1_stdev"]) == pytest.approx(0.1)
+    assert rows["adamwprune 70 %"]["seeds"] == "0 1 2"
+    results = json.loads((report / "all_results.json").read_text())
+    assert len(results) == 12
+    mine = next(one for one in results if one["test_id"] == "resnet18_adamwprune_state_70_seed1")
+    assert mine["final_accuracy"] == 99.3
+    assert mine["optimizer"] == "adamwprune"
+    assert mine["gpu_memory_mean"] is None  # there was no GPU
+    assert mine["success"] is True
+    for name in ("args.yaml", "metrics.json", "memory.json", "summary.csv"):
+        assert (report / "cells" / "resnet18_adamw_none_seed2" / name).exists()
+
+
+class _Page(html.parser.HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.tags = []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+
+def test_the_page_needs_no_network_and_is_accessible(report):
+    text = (report / "report.html").read_text()
+    page = _Page()
+    page.feed(text)
+    tags = page.tags
+    assert ("html", {"lang": "en"}) in tags
+    assert any(tag == "meta" and "width=device-width" in a.get("content", "") for tag, a in tags)
+    assert len([1 for tag, _ in tags if tag == "h1"]) == 1
+    assert len([1 for tag, _ in tags if tag == "main"]) == 1
+    levels = [int(tag[1]) for tag, _ in tags if re.fullmatch("h[1-6]", tag)]
+    assert all(later - earlier <= 1 for earlier, later in itertools.pairwise(levels))
+    pictures = [a for tag, a in tags if tag == "img"]
+    assert len(pictures) == len(list(report.glob("*.png")))
+    assert all(a["src"].startswith("data:image/png;base64,") and len(a["alt"]) > 30 for a in pictures)
+    assert all(a.get("scope") == "col" for tag, a in tags if tag == "th")
+    assert all(a.get("tabindex") == "0" and a.get("aria-label") for tag, a in tags if a.get("class") == "table")
+    loads = [a.get("src", "") for tag, a in tags if tag != "img" and "src" in a]
+    assert not loads
+    assert not [1 for tag, _ in tags if tag in ("script", "link", "iframe")]
+    ids = [a["id"] for _, a in tags if "id" in a]
+    assert len(ids) == len(set(ids))
+    assert all(a["href"][1:] in ids for tag, a in tags if tag == "a" and a["href"].startswith("#"))
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium on this machine: apt-get install chromium")
+def test_a_browser_shows_it_on_a_phone(report, tmp_path):
+    picture = tmp_path / "phone.png"
+    command = [
+        "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+        "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}",
+        "--window-size=390,844", f"--screenshot={picture}", (report / "report.html").as_uri(),
+    ]  # fmt: skip
+    subprocess.run(command, check=True, capture_output=True, timeout=100)
+    from PIL import Image
+
+    with Image.open(picture) as shot:
+        assert shot.size[0] >= 390
+        colours = shot.convert("L").getcolors()
+    assert colours is not None
+    assert len(colours) > 20  # text and not an empty page
