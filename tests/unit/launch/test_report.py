@@ -51,9 +51,9 @@ def report(runs, tmp_path):
 def test_methods_are_ranked_only_where_they_differ(report):
     text = (report / "report.md").read_text()
     minute = text[text.index("## In a minute") : text.index("## Ranking")]
-    at_70 = next(line for line in minute.splitlines() if line.startswith("- **70 %"))
-    assert "highest mean adamwprune 70 %, 99.13 ± 0.15 %" in at_70 or "highest mean momentum" in at_70
-    assert "adamw + movement" not in at_70
+    assert "**70 % sparsity.** Highest mean: adamwprune 70 % 99.13 ± 0.15 % at 2.53 bytes a weight" in minute
+    assert "best other row of Adam's family: adamw + movement 70 % 97.10 ± 0.10 % at 12.12 bytes a weight" in minute
+    assert "Difference +2.03 ± 0.06 [+1.89, +2.18], beyond noise." in minute
     section = text[text.index("### 70 %") : text.index("Final epoch; mean")].splitlines()
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section if line.startswith("| ")]
     rows = {name: rest for name, *rest in cells}
