@@ -132,5 +132,5 @@ def versus_section(groups: Groups) -> list[str]:
                 "sparsity reached"], rows), "",
         "In units of the weights' bytes, measured at the end of training. The number of zeros is exactly "
         "floor(sparsity × prunable weights); a run that ends elsewhere fails. The original study reports 0.03 "
-        "for state and 2.03 for movement pruning; its movement pruner kept a mask, scores and first weights as float32.", "",
+        "for state and 2.03 for movement pruning, which kept a mask, scores and first weights as float32.", "",
     ]  # fmt: skip

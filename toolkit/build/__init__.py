@@ -73,6 +73,7 @@ def build(config: Config) -> Run:
 
     folder, resume_from, lock = run_folder(given, opt, world)
     facts = run_facts(config, data, opt, method, schedule, plan, world)
+    facts |= {"lr": lr, "weight_decay": config.weight_decay}
     prunable = prunable_names(model)
     if resume_from is not None:
         check_identity(resume_from, facts, folder, world)

@@ -58,6 +58,7 @@ def train(run: Run) -> History:
                 _finish_epoch(run, history)
             _check_sparsity(run)
             _write_memory(run)
+            run.scalars.write_settings(run.facts)
             _write(run, history, completed=True)  # last: it says that everything else is there
         except (InterruptedRunError, MasksDifferError, NonFiniteLossError, SparsityError, TooManyBadImagesError):
             _write_memory(run)  # all ranks raise these together; after any other error a gather could wait for ever

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,12 @@ _MEMORY = {
 }
 NUM_MEMORY_COLUMNS = len(_MEMORY)  # figures of every rank in the all-reduce of a log line
 _OVER_RANKS = ("_min(MiB)", "_mean(MiB)", "_argmax_rank")
+_RESULTS = ("eval/top1", "eval/loss", "pruning/sparsity")
+_LAYOUT = {  # TensorBoard's custom scalars
+    "accuracy": {"top-1 and top-5": ["Multiline", ["eval/top1", "eval/top5"]]},
+    "pruning": {"sparsity": ["Multiline", ["pruning/sparsity", "pruning/target_sparsity"]]},
+    "memory": {"by owner": ["Multiline", ["memory/ledger/.*"]]},
+}
 # The step of every scalar is the number of optimizer updates. memory/ledger/<row>(MiB) comes on top.
 SCALARS = frozenset(
     {
@@ -57,12 +64,13 @@ class Scalars:
     """Writes scalars on rank 0 and does nothing on the others."""
 
     def __init__(self, folder: Path, world: World, first_step: int = 0) -> None:
-        self._writer = None
+        self._writer: Any = None
         if world.is_main:
             from torch.utils.tensorboard import SummaryWriter
 
             # A resumed run goes over the steps after its checkpoint again; their first version is dropped.
             self._writer = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
+            self._writer.add_custom_scalars(_LAYOUT)
 
     def write(self, values: Mapping[str, float | None], step: int) -> None:
         """Write the values that are not None. A name outside SCALARS is a mistake in the code."""
@@ -73,6 +81,15 @@ class Scalars:
             if value is not None:
                 self._writer.add_scalar(name, float(value), step)
         self._writer.flush()
+
+    def write_settings(self, settings: Mapping[str, object]) -> None:
+        """One row of TensorBoard's hparams tab: these settings, and the last eval/top1, eval/loss and sparsity."""
+        if self._writer is not None:
+            from torch.utils.tensorboard.summary import hparams
+
+            plain = {key: value for key, value in settings.items() if isinstance(value, (bool, int, float, str))}
+            for summary in hparams(plain, dict.fromkeys(_RESULTS, 0.0)):  # the tab reads the scalars themselves
+                self._writer.file_writer.add_summary(summary)
 
     def close(self) -> None:
         """Close the event file."""

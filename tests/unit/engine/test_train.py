@@ -72,7 +72,7 @@ def test_a_run_leaves_what_the_design_says(flags, tmp_path):
     folder = tmp_path / "r"
     assert {path.name for path in folder.iterdir()} == {
         "args.yaml", "summary.csv", "metrics.json", "memory.json", "memory.md", "memory_timeline.csv", "tb",
-        "checkpoints", "train.log",
+        "checkpoints", "train.log", ".lock",
     }  # fmt: skip
     metrics = json.loads((folder / "metrics.json").read_text())
     for key in ("train_loss", "eval_loss", "eval_top1", "eval_top5", "sparsity", "epoch_s"):
@@ -98,6 +98,9 @@ def test_a_run_leaves_what_the_design_says(flags, tmp_path):
     assert "memory/ledger/optim.exp_avg(MiB)" in tags
     assert events.Scalars("pruning/sparsity")[-1].value == pytest.approx(0.7, abs=1e-4)
     assert events.Scalars("eval/top1")[-1].step == 18
+    assert set(events.PluginTagToContent("hparams")) >= {"_hparams_/experiment", "_hparams_/session_start_info"}
+    assert b"adamwprune" in events.PluginTagToContent("hparams")["_hparams_/session_start_info"]
+    assert "custom_scalars__config__" in events.Tags()["tensors"]
 
 
 def test_final_zeros_are_exact_in_weights_and_in_their_average(flags, tmp_path):
