@@ -1,7 +1,8 @@
 """Reads a test matrix: which runs it is made of, and the command of each.
 
 A matrix is YAML with `name`, `recipe`, `seeds` and `cells`. A cell is a mapping of train.py settings; under `product`
-it maps settings to lists, and stands for every combination. `per_opt` holds settings of one optimizer's cells.
+it maps settings to lists, and stands for every combination; it may have `seeds` of its own. `per_opt` holds settings of
+one optimizer's cells.
 `accelerate_config` names the launch file, with `ranks` instead of its number of ranks; without it train.py runs as one
 plain process.
 """
@@ -74,13 +75,19 @@ def make_matrix(
 ) -> Matrix:
     """The matrix of a file's content. Raises ValueError where two cells are the same."""
     per_opt = content.get("per_opt", {})
-    cells = [settings for entry in content["cells"] for settings in _expand(entry)]
-    strangers = sorted(set(per_opt) - {settings.get("opt") for settings in cells})
+    cells = [
+        (settings, seeds if seeds is not None else entry.get("seeds", content["seeds"]))
+        for entry in content["cells"]
+        for settings in _expand(entry)
+    ]
+    strangers = sorted(set(per_opt) - {settings.get("opt") for settings, _ in cells})
     if strangers:
         raise ValueError(f"matrix {source}: per_opt names {', '.join(strangers)}, which no cell trains with")
     found: list[tuple[list[str], Config]] = []
-    for seed in seeds if seeds is not None else content["seeds"]:
-        for settings in cells:
+    for seed in dict.fromkeys(seed for _, own in cells for seed in own):
+        for settings, own in cells:
+            if seed not in own:
+                continue
             merged = {**per_opt.get(settings.get("opt"), {}), **settings}
             arguments = ["-c", content["recipe"], *_arguments(merged), *overrides, "--seed", str(seed)]
             found.append((arguments, parse(arguments, prog=f"{source} cell {settings}")))
@@ -96,7 +103,7 @@ def make_matrix(
 
 
 def _expand(entry: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    rest = {key: value for key, value in entry.items() if key != "product"}
+    rest = {key: value for key, value in entry.items() if key not in ("product", "seeds")}
     product = entry.get("product", {})
     for values in itertools.product(*product.values()):
         yield {**rest, **dict(zip(product, values, strict=True))}

@@ -123,6 +123,8 @@ def test_products_settings_by_optimizer_and_names(tmp_path):
     assert [cell.config.lr for cell in matrix.cells] == [2e-3, 2e-3, 2e-3, 0.5, 0.5, 0.1, 0.2]
     assert [cell.config.epochs for cell in matrix.cells] == [15, 2, 2, 2, 2, 15, 15]
     assert matrix.command(matrix.cells[0], tmp_path)[:2] == ["python", "train.py"]
+    more = load_matrix(write(tmp_path / "m.yaml", cells=[{"opt": "adam"}, {"opt": "adamw", "seeds": [0, 4]}]))
+    assert [cell.name[9:] for cell in more.cells] == ["adam_none_seed0", "adamw_none_seed0", "adamw_none_seed4"]
     ranks = load_matrix(write(tmp_path / "m.yaml", ranks=1))
     assert ranks.launcher[-2:] == ("--num_processes", "1")
     with pytest.raises(ValueError, match="per_opt names adam, which no cell"):
