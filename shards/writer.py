@@ -18,15 +18,17 @@ __all__ = ["Sample", "index_split", "write_info", "write_shard", "write_split"]
 
 @dataclass(frozen=True)
 class Sample:
-    """One image to write: key without dots, class number, and a function that gives the JPEG's bytes when needed.
+    """One image to write: key without dots, class number, and a function that gives the file's bytes when needed.
 
-    `meta` becomes the sample's .json; None writes its label and a file name made of the key.
+    `extension` says what they are, jpg or png. `meta` becomes the sample's .json; None writes its label and a file name
+    made of the key.
     """
 
     key: str
     label: int
-    jpeg: Callable[[], bytes]
+    content: Callable[[], bytes]
     meta: dict[str, Any] | None = None
+    extension: str = "jpg"
 
 
 def write_split(
@@ -71,8 +73,8 @@ def write_shard(path: Path, samples: Iterable[Sample], on_sample: Callable[[], N
             for sample in samples:
                 assert "." not in sample.key, sample.key
                 label = sample.label
-                meta = sample.meta or {"label": label, "filename": f"{sample.key}.jpg"}
-                tar.write({"__key__": sample.key, "jpg": sample.jpeg(), "cls": label, "json": meta})
+                meta = sample.meta or {"label": label, "filename": f"{sample.key}.{sample.extension}"}
+                tar.write({"__key__": sample.key, sample.extension: sample.content(), "cls": label, "json": meta})
                 on_sample()
         file.flush()
         os.fsync(file.fileno())

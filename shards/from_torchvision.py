@@ -1,0 +1,77 @@
+"""`python -m shards.from_torchvision --name CIFAR100 --root DIR`: one of torchvision's image sets as WebDataset shards.
+
+The archive is read as torchvision wants it in DIR (--download fetches it); images are stored as PNG, without loss, in
+the order of a seeded shuffle.
+"""
+
+import argparse
+import io
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+__all__ = ["NAMES", "build", "main"]
+
+NAMES = ("CIFAR10", "CIFAR100")  # sets of torchvision that come with train=True and train=False
+
+
+def _png(data: Any, position: int) -> bytes:
+    image, _ = data[position]
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def build(name: str, root: Path, out: Path, seed: int, shards: int, *, download: bool = False) -> None:
+    """Write the set to `out`. Raises ValueError where `root` does not hold it whole."""
+    import numpy as np
+    import torchvision.datasets
+
+    from shards.writer import Sample, write_info, write_split
+    from toolkit.progress import Progress
+
+    try:
+        parts = {
+            split: getattr(torchvision.datasets, name)(str(root), train=split == "train", download=download)
+            for split in ("train", "validation")
+        }
+    except RuntimeError as error:  # torchvision's word for missing or damaged files
+        raise ValueError(f"{root} does not hold {name} whole ({error}); add --download, or check --root") from None
+    progress, splits = Progress(sum(map(len, parts.values())), "images", name), {}
+    for split, data in parts.items():
+        order = np.random.default_rng((seed, split == "train")).permutation(len(data)).tolist()
+        samples = [
+            Sample(
+                f"{split}{position:06d}", int(data.targets[position]), partial(_png, data, position), extension="png"
+            )
+            for position in order
+        ]
+        splits[split] = write_split(
+            out, split, name.lower(), samples, min(shards if split == "train" else max(1, shards // 8), len(samples)),
+            progress.advance,
+        )  # fmt: skip
+    progress.close()
+    classes = list(parts["train"].classes)
+    note = f"{name} by torchvision, {len(parts['train'])} train and {len(parts['validation'])} test images, PNG"
+    write_info(out, name.lower(), len(classes), splits, synthetic=False, seed=seed, class_names=classes, note=note)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse the flags and build."""
+    parser = argparse.ArgumentParser(prog="python -m shards.from_torchvision", description=__doc__)
+    parser.add_argument("--name", choices=NAMES, required=True)
+    parser.add_argument("--root", type=Path, required=True, help="where the archive is, as torchvision wants it")
+    parser.add_argument("--download", action="store_true", help="fetch the archive into --root first")
+    parser.add_argument("--out", type=Path, help="folder to write (default shards/data/<name>)")
+    parser.add_argument("--seed", type=int, default=0, help="of the order (default %(default)s)")
+    parser.add_argument("--shards", type=int, default=32, help="of the training split (default %(default)s)")
+    options = parser.parse_args(argv)
+    out = options.out or Path("shards/data") / options.name.lower()
+    try:
+        build(options.name, options.root, out, options.seed, options.shards, download=options.download)
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"shards.from_torchvision: error: {error}\n")
+
+
+if __name__ == "__main__":
+    main()
