@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.cells import Cell, Matrix, load_matrix
+from launch.runs import COMMAND_FILE
 from toolkit.config import check_same_settings
 from toolkit.engine.records import is_complete
 from toolkit.progress import Progress
@@ -196,6 +197,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         for cell in cells:
             check_same_settings(runs / cell.name, cell.config)
+        runs.mkdir(parents=True, exist_ok=True)
+        given = sys.argv[1:] if argv is None else argv
+        (runs / COMMAND_FILE).write_text(shlex.join(["python", "-m", "launch.matrix", *given]) + "\n")
         failed = run_matrix(matrix, cells, runs, options.jobs)
     except ValueError as error:
         parser.exit(2, f"launch.matrix: error: {error}\n")

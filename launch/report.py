@@ -16,7 +16,7 @@ from launch.report_accuracy import accuracy, by_seed, ranking_section, verdict_s
 from launch.report_files import copy_cells, write_all_results, write_summary_csv
 from launch.report_html import to_html
 from launch.report_memory import memory_section, mib, study_column, table
-from launch.runs import CellRun, read_runs
+from launch.runs import COMMAND_FILE, CellRun, read_runs
 
 __all__ = ["main", "write_report"]
 
@@ -27,8 +27,8 @@ _ON_CPU = """\
 _SYNTHETIC = "> **SYNTHETIC images**: accuracy says nothing about photographs."
 
 
-def write_report(runs: Sequence[CellRun], out: Path, source: Path) -> None:
-    """Write the report of `runs` into `out`."""
+def write_report(runs: Sequence[CellRun], out: Path, source: Path, *, with_cells: bool = True) -> None:
+    """Write the report of `runs` into `out`, with the runs' own files under cells/ unless they are left out."""
     from launch.pictures import draw_all
 
     out.mkdir(parents=True, exist_ok=True)
@@ -43,8 +43,9 @@ def write_report(runs: Sequence[CellRun], out: Path, source: Path) -> None:
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     write_summary_csv(groups, out / "summary.csv")
     write_all_results(runs, out / "all_results.json")
-    copy_cells(runs, out / "cells")
-    text = "\n".join(_markdown(runs, groups, pictures, source, out)) + "\n"
+    if with_cells:
+        copy_cells(runs, out / "cells")
+    text = "\n".join(_markdown(runs, groups, pictures, source, out, with_cells=with_cells)) + "\n"
     (out / "report.md").write_text(text)
     (out / "report.html").write_text(to_html(text, out, alternative_texts(groups, pictures)))
 
@@ -131,6 +132,8 @@ def _markdown(
     pictures: Sequence[tuple[str, str]],
     source: Path,
     out: Path,
+    *,
+    with_cells: bool,
 ) -> list[str]:
     shared = environment(runs)
     versions = "; ".join(
@@ -160,13 +163,20 @@ def _markdown(
         "## Settings",
         "",
         *table(
-            ["method", "lr", "weight decay", "schedule", "all settings"],
+            ["method", "lr", "weight decay", "schedule", "run"],
             [[name, f"{run.arguments['lr']:g}", f"{run.arguments['weight_decay']:g}", run.schedule_note,
-              f"[args.yaml](cells/{run.folder.name}/args.yaml)"] for name, (run, *_) in groups.items()],
+              f"[{run.folder.name}](cells/{run.folder.name}/args.yaml)" if with_cells else run.folder.name]
+             for name, (run, *_) in groups.items()],
         ),
         "",
-        f"Made by `python -m launch.report {source} --out {out}` from the run folders in `{source}`.",
+        f"{_runs_made_by(source)} Made by `python -m launch.report {source} --out {out}"
+        f"{'' if with_cells else ' --no-cells'}`.",
     ]  # fmt: skip
+
+
+def _runs_made_by(source: Path) -> str:
+    command = source / COMMAND_FILE
+    return f"Runs: `{command.read_text().strip()}`." if command.exists() else f"Runs: the folders in `{source}`."
 
 
 def _speed_section(groups: dict[str, list[CellRun]]) -> list[str]:
@@ -196,10 +206,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m launch.report", description=__doc__)
     parser.add_argument("runs", type=Path, help="folder of run folders, for example runs/demo")
     parser.add_argument("--out", type=Path, required=True, help="folder of the report, for example results/demo")
+    parser.add_argument("--no-cells", action="store_true", help="leave out the copies of each run's own files")
     options = parser.parse_args(argv)
     try:
         runs, left_out = read_runs(options.runs)
-        write_report(runs, options.out, options.runs)
+        write_report(runs, options.out, options.runs, with_cells=not options.no_cells)
     except ValueError as error:
         parser.exit(2, f"launch.report: error: {error}\n")
     for name in left_out:

@@ -10,7 +10,9 @@ import yaml
 
 from toolkit.engine.records import is_complete
 
-__all__ = ["CellRun", "read_runs"]
+__all__ = ["COMMAND_FILE", "CellRun", "read_runs"]
+
+COMMAND_FILE = "command.txt"  # of launch.matrix, beside the run folders
 
 
 @dataclass(frozen=True)
