@@ -47,10 +47,13 @@ def find_owners(
         "gradients": [] if in_buckets else gradients,
         "ddp_buckets": gradients if in_buckets else [],
     }
+    states: Owners = {}
     for state in optimizer_state.values():
         for key, value in state.items():
             if torch.is_tensor(value):
-                owners.setdefault(row_of_state(key), []).append(value)
+                states.setdefault(row_of_state(key), []).append(value)
+    # In one order, for a loaded state has its keys in another; moments first, which own what a mask may be a view of.
+    owners |= {row: states[row] for row in sorted(states, key=lambda row: (not row.startswith("optim."), row))}
     # ZeRO's optimizer owns flat slices instead of parameters: float32 copies under ZeRO-1 and 2, the weights under 3.
     parameters = {id(parameter) for parameter in model.parameters()}
     flat = [owned for owned in optimizer_state if id(owned) not in parameters]

@@ -36,7 +36,6 @@ class Question:
     amp: str | None = None
     img_size: int | None = None
     num_classes: int = 1000
-    model_options: Mapping[str, Any] = field(default_factory=dict)
     ranks: int = 1
     zero: int = 0
     fsdp: bool = False
@@ -44,6 +43,7 @@ class Question:
     grad_checkpointing: bool = False
     channels_last: bool = False
     fused_backward: bool = False
+    model_options: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Prediction:
