@@ -7,8 +7,10 @@ goes between the ranks is counted and set beside its formulas.
 
 import argparse
 import json
+import math
 import os
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -16,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.scaling_report import draw, model_to_markdown, to_markdown
-from toolkit.config import parse
+from toolkit.config import check_same_settings, parse
 from toolkit.engine.records import is_complete
 from toolkit.progress import Progress
 
@@ -78,8 +80,9 @@ def _row(kind: str, ranks: int, folder: Path) -> dict[str, Any]:
 
 def _train(file: Path, ranks: int, flags: list[str], batch: int, runs: Path, kind: str) -> dict[str, Any]:
     name = f"{kind}-{ranks}"
+    mine = [*flags, "--log-interval", _LOG_EVERY, "--global-batch-size", str(batch), "--output", str(runs)]
+    check_same_settings(runs / name, parse(mine))
     if not is_complete(runs / name):
-        mine = [*flags, "--log-interval", _LOG_EVERY, "--global-batch-size", str(batch), "--output", str(runs)]
         _launch(file, ranks, ["train.py", *mine, "--experiment", name, "--resume", "auto"], runs / f"{name}.log", {})
     return _row(kind, ranks, runs / name)
 
@@ -89,11 +92,18 @@ def _probe(
 ) -> dict[str, Any]:
     """What a rank program of launch.scaling_rank found; kept for a second call."""
     name = f"{what}-{file.stem}-{ranks}"
-    result = runs / f"{name}.json"
-    if not result.exists():
-        program = ["-m", "launch.scaling_rank", what, str(result), *flags, "--output", str(runs / "probes")]
-        _launch(file, ranks, [*program, "--experiment", name], runs / f"{name}.log", environment or {})
-    return json.loads(result.read_text())
+    kept, result = runs / f"{name}.json", runs / f"{name}.result"
+    if kept.exists():
+        before = json.loads(kept.read_text())
+        if before["flags"] != flags:
+            raise ValueError(f"{kept} was measured with other flags; remove {runs} or give another --runs")
+        return before["found"]
+    shutil.rmtree(runs / "probes" / name, ignore_errors=True)  # of a probe that was stopped
+    program = ["-m", "launch.scaling_rank", what, str(result), *flags, "--output", str(runs / "probes")]
+    _launch(file, ranks, [*program, "--experiment", name], runs / f"{name}.log", environment or {})
+    found = json.loads(result.read_text())
+    kept.write_text(json.dumps({"flags": flags, "found": found}))
+    return found
 
 
 def _count(model: str, flags: list[str], runs: Path, bar: Progress) -> dict[str, Any]:
@@ -125,8 +135,11 @@ def measure_scaling(file: Path, ranks: list[int], flags: list[str], runs: Path, 
     settings = parse(flags)
     most = max(ranks)
     batch = settings.global_batch_size or settings.batch_size * most * settings.grad_accum_steps
-    if batch % most:
-        raise ValueError(f"--global-batch-size {batch} does not divide over {most} ranks; use {batch // most * most}")
+    step = math.lcm(*ranks) * settings.grad_accum_steps
+    if batch % step:
+        raise ValueError(f"--global-batch-size {batch} does not divide over {ranks} ranks; use a multiple of {step}")
+    if settings.mixed_precision != "no" or settings.mixes or settings.grad_accum_steps > 1 or settings.clip_grad:
+        raise ValueError("the bare loop has no --amp, mixup, accumulation or clipping to compare with; leave them out")
     flags = _without_batch(flags)
     bar = Progress(2 * len(ranks) - 1 + len(ranks) + 2 * len(ENGINE_FILES), "runs", "scaling")
     rows: list[dict[str, Any]] = []

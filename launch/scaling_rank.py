@@ -89,11 +89,12 @@ def measure_loops(run: Run, rounds: int) -> dict[str, Any]:
     ratios = [ours / theirs for ours, theirs in zip(seconds["ours"], seconds["bare"], strict=True)]
     result: dict[str, Any] = {
         "ranks": run.world.num_ranks, "steps": run.plan.steps_per_epoch, "rounds": rounds, "epoch_s": seconds,
-        "overhead": statistics.median(seconds["ours"]) / statistics.median(seconds["bare"]) - 1,
-        "overhead_rounds": [ratio - 1 for ratio in ratios], "communication_share": None,
+        "overhead": statistics.median(ratios) - 1, "overhead_rounds": [ratio - 1 for ratio in ratios],
+        "communication_share": None,
     }  # fmt: skip
     if "alone" in seconds:
-        result["communication_share"] = 1 - statistics.median(seconds["alone"]) / statistics.median(seconds["bare"])
+        shares = [1 - alone / bare for alone, bare in zip(seconds["alone"], seconds["bare"], strict=True)]
+        result["communication_share"] = statistics.median(shares)
     return result
 
 

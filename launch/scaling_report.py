@@ -86,7 +86,7 @@ def to_markdown(result: Mapping[str, Any], command: str) -> str:
     lines += [
         "",
         "Bare: torch's DDP, the same optimizer, loss and loader, no log, no check, no schedule. The loops take turns "
-        "on the same epochs of batches in the same processes; medians. Communication share: what the bare loop saves "
+        "on the same epochs of batches in the same processes; overhead is the median over rounds. Communication share: what the bare loop saves "
         "when its ranks do not talk (`no_sync`); what overlaps with computing is not in it.", "",
     ]  # fmt: skip
     return "\n".join(lines)
@@ -167,7 +167,7 @@ def model_to_markdown(result: Mapping[str, Any], command: str) -> str:
             _far_rows(counts),
         ), "",
         "What grows without bound with N: the gathered tie counts of a mask update (16 S bytes a rank) and the log "
-        "line (40 bytes a rank); both stay below 1 MiB at 1,024 ranks. FSDP2 pads: a bias of 64 becomes 1,024 rows at "
+        "line (40 bytes a rank). FSDP2 pads: a bias of 64 becomes 1,024 rows at "
         "1,024 ranks, so a model of small tensors sends more there than DDP would.", "",
     ]  # fmt: skip
     return "\n".join(lines)

@@ -6,6 +6,7 @@ mask update, evaluation, checkpoint) to `$VICTIM_PARTS.<rank>`, from which `laun
 
 import functools
 import os
+import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -89,11 +90,10 @@ def _announce(owner: Any, name: str, part: str, write: Callable[[str], str]) -> 
     setattr(owner, name, announced)
 
 
-def main() -> int:
-    """Train, saying at each moment what is done."""
+def main() -> None:
+    """Run train.py, saying at each moment what it does; ends with its exit status."""
     from toolkit.engine import loop
     from toolkit.optim.mask_update import MaskUpdate
-    from train import main as train
 
     parts = Path(os.environ["VICTIM_PARTS"])
     file = os.open(parts.with_name(f"{parts.name}.{os.environ['RANK']}"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
@@ -113,8 +113,8 @@ def main() -> int:
         (loop, "save_snapshot", "checkpoint"),
     ):
         _announce(owner, name, part, write)
-    return train()
+    runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
