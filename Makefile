@@ -12,7 +12,7 @@ MATRIX = $(BIN)/python -m launch.matrix .config --jobs $(shell $(BIN)/python -m 
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z -]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
 setup: .venv/.installed $(DIGITS)  ## .venv, requirements and the digit shards
 
@@ -63,12 +63,13 @@ test-rerun: .config setup  ## run again what failed
 	$(MATRIX) --failed
 
 summary: .config setup  ## runs/<name>/ -> results/<name>/report.html, report.md, tables and pictures
-	$(BIN)/python -m launch.report runs/$(STUDY) --out results/$(STUDY)
+	$(BIN)/python -m launch.report runs/$(or $(STUDY),$(error .config cannot be read)) --out results/$(STUDY)
 
 test: setup .venv/.installed-dev  ## all tests (GPU tests are skipped where there is none)
 	$(BIN)/python -m pytest
 
-chaos: setup  ## kill ranks of real runs 20 times -> results/chaos.md (10 minutes)
+chaos: setup  ## kill ranks of real runs 20 times, try nine other faults -> results/chaos.md (20 minutes)
+	rm -rf runs/chaos
 	$(BIN)/python -m launch.chaos --trials 20 --out results
 
 lint: .venv/.installed-dev  ## ruff and mypy

@@ -12,10 +12,13 @@ from launch.kills import RESTARTS, run_kills, run_undisturbed
 __all__ = ["all_well", "main", "to_markdown"]
 
 
+_ANSWER = {True: "yes", False: "NO", None: "not tried"}
+
+
 def all_well(result: dict[str, Any]) -> bool:
     """Whether every kill ended equal, and every fault as promised."""
-    return all(kill["equal"] and kill["status"] == 0 for kill in result["kills"]) and all(
-        fault["as_promised"] for fault in result["faults"]
+    return all(kill["equal"] and kill["status"] == 0 and kill["while"] for kill in result["kills"]) and all(
+        fault["as_promised"] is not False for fault in result["faults"]
     )
 
 
@@ -42,7 +45,7 @@ def to_markdown(result: dict[str, Any], command: str) -> str:
         )
     lines += ["", "## Other faults", "", "| fault | what happened | as promised |", "| --- | --- | --- |"]
     for fault in result["faults"]:
-        lines.append(f"| {fault['fault']} | {fault['happened']} | {'yes' if fault['as_promised'] else 'NO'} |")
+        lines.append(f"| {fault['fault']} | {fault['happened']} | {_ANSWER[fault['as_promised']]} |")
     lines += ["", "**Lost: nothing.**" if all_well(result) else "**Something was lost: see NO above.**"]
     return "\n".join(lines) + "\n"
 
@@ -57,6 +60,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder for chaos.json and chaos.md, for example results")
     options = parser.parse_args(argv)
     data, runs = options.data_dir.resolve(), options.runs.resolve()
+    if runs.exists() and any(runs.iterdir()):
+        parser.exit(2, f"launch.chaos: error: {runs} holds runs already; remove it or give another --runs\n")
     wanted, whole_s = run_undisturbed(data, runs)
     result = {
         "schema": "chaos/2", "whole_s": round(whole_s, 1), "seed": options.seed,

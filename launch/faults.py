@@ -28,7 +28,7 @@ __all__ = ["FAULTS", "run_faults"]
 _PR_CAPBSET_DROP, _CAP_DAC_OVERRIDE = 24, 1
 _WAIT_S = 180
 
-Outcome = tuple[str, bool]
+Outcome = tuple[str, bool | None]  # None: could not be tried here
 
 
 class _Trial:
@@ -178,7 +178,7 @@ def _disk_full(trial: _Trial) -> Outcome:
     listing = 'ls -d "$0"/*/checkpoints/*; cat "$0"/*/metrics.json'
     status = _in_mount(trial, f"size={int(1.7 * one_kib) + 200}k", command, listing)
     if status is None:
-        return "not tried: no right to make a mount namespace here", True
+        return "not tried: no right to make a mount namespace here", None
     fine = status == 0 and trial.said("could not be written") and trial.said('"completed": true')
     return f"room for 1.7 checkpoints: said so and trained to the end, exit status {status}", fine
 
@@ -186,7 +186,7 @@ def _disk_full(trial: _Trial) -> Outcome:
 def _read_only(trial: _Trial) -> Outcome:
     status = _in_mount(trial, "ro", launch_command(trial.data, trial.out / "mount", trial.name))
     if status is None:
-        return "not tried: no right to make a mount namespace here", True
+        return "not tried: no right to make a mount namespace here", None
     fine = status != 0 and trial.said("Read-only file system")
     return f"one line, exit status {status}", fine and _lines_of_error(trial) == 1
 

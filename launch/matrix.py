@@ -6,7 +6,6 @@ again, an unfinished one goes on from its checkpoint, a failed one is recorded w
 
 import argparse
 import csv
-import ctypes
 import fnmatch
 import json
 import os
@@ -23,6 +22,7 @@ from launch.cells import Cell, Matrix, load_matrix
 from launch.runs import COMMAND_FILE
 from toolkit.config import check_same_settings
 from toolkit.engine.records import is_complete
+from toolkit.orphans import die_with_parent
 from toolkit.progress import Progress
 
 __all__ = ["failed_cells", "main", "run_matrix"]
@@ -54,10 +54,10 @@ class _Job:
         if jobs > 1:  # side by side each has its share of the cores
             environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
         self._log = open(self.folder / "console.log", "a")  # noqa: SIM115  closed when the process ends
-        # In a session of its own: Ctrl-C reaches it once, from here, and the launcher passes it on to the ranks.
+        # In a session of its own: Ctrl-C reaches it once, from here; several ranks get it from their launcher.
         self.process = subprocess.Popen(
             [str(Path(sys.executable).with_name(command[0])), *command[1:]], stdout=self._log,
-            stderr=subprocess.STDOUT, start_new_session=True, env=environment, preexec_fn=_die_with_parent,
+            stderr=subprocess.STDOUT, start_new_session=True, env=environment, preexec_fn=die_with_parent,
         )  # fmt: skip
 
     def report(self, progress: Progress) -> None:
@@ -83,12 +83,6 @@ class _Job:
         except (subprocess.TimeoutExpired, KeyboardInterrupt):
             self.process.kill()  # the ranks die with it
         self._log.close()
-
-
-def _die_with_parent() -> None:
-    """Have the kernel end this process with the matrix (Linux): what goes on unseen would keep its folder locked."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def run_matrix(matrix: Matrix, cells: Sequence[Cell], runs: Path, jobs: int = 1) -> list[str]:
@@ -125,7 +119,7 @@ def run_matrix(matrix: Matrix, cells: Sequence[Cell], runs: Path, jobs: int = 1)
     except KeyboardInterrupt:
         _say(f"stopping {', '.join(job.cell.name for job in running)}: checkpoints are saved, the same command goes on")
         for job in running:
-            job.process.send_signal(signal.SIGINT)
+            os.killpg(job.process.pid, signal.SIGINT)  # one rank: its launcher passes nothing on
         deadline = time.monotonic() + _STOP_S
         for job in running:
             job.stop(deadline)
@@ -153,6 +147,10 @@ def _record(runs: Path, job: _Job, status: int | None) -> None:
     temporary = runs / "failed.json.tmp"
     temporary.write_text(json.dumps(known, indent=1) + "\n")
     temporary.replace(runs / "failed.json")
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _say(text: str) -> None:
@@ -194,12 +192,15 @@ def main(argv: list[str] | None = None) -> int:
         for cell in cells:
             print(shlex.join(matrix.command(cell, runs)))  # noqa: T201
         return 0
+    for number in (signal.SIGTERM, signal.SIGHUP):  # a closed terminal too: the cells shall save
+        signal.signal(number, _interrupt)
     try:
         for cell in cells:
             check_same_settings(runs / cell.name, cell.config)
         runs.mkdir(parents=True, exist_ok=True)
         given = sys.argv[1:] if argv is None else argv
-        (runs / COMMAND_FILE).write_text(shlex.join(["python", "-m", "launch.matrix", *given]) + "\n")
+        if not options.failed and options.only == "*":  # these are parts of an earlier call
+            (runs / COMMAND_FILE).write_text(shlex.join(["python", "-m", "launch.matrix", *given]) + "\n")
         failed = run_matrix(matrix, cells, runs, options.jobs)
     except ValueError as error:
         parser.exit(2, f"launch.matrix: error: {error}\n")

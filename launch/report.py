@@ -94,7 +94,7 @@ def cell_summary(run: CellRun) -> dict[str, Any]:
     return {
         "name": run.folder.name,
         **{key: run.metrics[key] for key in keys},
-        "lr": run.arguments["lr"],
+        "lr": run.lr,
         "weight_decay": run.arguments["weight_decay"],
         "train_s": sum(run.metrics["epoch_s"]),
         "optimizer_end_bytes": ledger["optimizer_bytes"],
@@ -164,7 +164,7 @@ def _markdown(
         "",
         *table(
             ["method", "lr", "weight decay", "schedule", "run"],
-            [[name, f"{run.arguments['lr']:g}", f"{run.arguments['weight_decay']:g}", run.schedule_note,
+            [[name, f"{run.lr:g}", f"{run.arguments['weight_decay']:g}", run.schedule_note,
               f"[{run.folder.name}](cells/{run.folder.name}/args.yaml)" if with_cells else run.folder.name]
              for name, (run, *_) in groups.items()],
         ),

@@ -13,8 +13,7 @@ Groups = Mapping[str, Sequence[CellRun]]
 
 _RANK_NOTE = """\
 Final epoch; mean ± standard deviation over the seeds. The difference is paired by seed: mean ± spread [95 % interval of
-the mean]. A rank is given as the range that the pairwise intervals leave open: two methods whose interval holds 0 are
-not told apart."""
+the mean]. A rank is the range that is left open when all pairs of the table are compared together (Holm, 5 %)."""
 
 
 def by_seed(members: Sequence[CellRun]) -> dict[int, float]:
@@ -78,6 +77,8 @@ def verdict_section(groups: Groups) -> list[str]:
             if not others:
                 continue
             rival = max(others, key=lambda one: _mean(level[one]))
+            if not by_seed(level[name]).keys() & by_seed(level[rival]).keys():
+                continue
             difference = compare(by_seed(level[name]), by_seed(level[rival]))
             lines.append(
                 f"    - {_said(name, level[name])}; best other row of {family}'s family: {_said(rival, level[rival])}. "
@@ -100,7 +101,7 @@ def ranking_section(groups: Groups) -> list[str]:
             low, high = ranks.get(name, (1, 1))
             best = [run.metrics["best_top1"] for run in members]
             difference = "–"
-            if base is not None and name != base:
+            if base is not None and name != base and by_seed(level[base]).keys() & by_seed(members).keys():
                 difference = str(compare(by_seed(level[base]), by_seed(members)))
             rows.append(
                 [name, accuracy(list(by_seed(members).values())), accuracy(best), str(len(members)),

@@ -39,7 +39,7 @@ def write_summary_csv(groups: Mapping[str, Sequence[CellRun]], path: Path) -> No
                     "ledger_peak_bytes": peak["total_bytes"],
                     "images_per_sec": mean_and_spread([run.metrics["images_per_sec"] for run in members])[0],
                     "train_s": mean_and_spread([sum(run.metrics["epoch_s"]) for run in members])[0],
-                    "lr": first.arguments["lr"], "weight_decay": first.arguments["weight_decay"],
+                    "lr": first.lr, "weight_decay": first.arguments["weight_decay"],
                 }
             )  # fmt: skip
 

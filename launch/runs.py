@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from toolkit.config import FREE_ON_RESUME
 from toolkit.engine.records import is_complete
 
 __all__ = ["COMMAND_FILE", "CellRun", "read_runs"]
@@ -66,8 +67,14 @@ class CellRun:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All settings but the seed and where the run was written."""
-        return {key: self.arguments[key] for key in self.arguments.keys() - {"seed", "output", "experiment", "resume"}}
+        """All settings but the seed and what a resumed run may change: where it writes, how fast it reads."""
+        left_out = FREE_ON_RESUME - {"batch_size", "global_batch_size", "grad_accum_steps"} | {"seed"}
+        return {key: value for key, value in self.arguments.items() if key not in left_out}
+
+    @property
+    def lr(self) -> float:
+        """The learning rate the run began with, given or derived."""
+        return float(self.metrics.get("lr", self.arguments["lr"]))
 
     @property
     def schedule_note(self) -> str:

@@ -199,7 +199,7 @@ def flags() -> list[dataclasses.Field[Any]]:
 
 # Settings a resumed run may change: where it writes, how fast it reads, how often it speaks. The batch is compared as
 # the global one, the data by fingerprint.
-_FREE_ON_RESUME = {
+FREE_ON_RESUME = {
     "output", "experiment", "resume", "data_dir", "workers", "pin_mem", "log_interval", "checkpoint_hist",
     "checkpoint_interval", "dist_timeout", "max_bad_images", "batch_size", "global_batch_size", "grad_accum_steps",
     "validation_batch_size", "auto_batch_size", "shard_cache", "shard_cache_gib",
@@ -214,7 +214,7 @@ def check_same_settings(folder: Path, config: Config) -> None:
     if not path.exists():
         return
     before, now = yaml.safe_load(path.read_text()), config.to_dict()
-    for key in sorted(before.keys() & now.keys() - _FREE_ON_RESUME):
+    for key in sorted(before.keys() & now.keys() - FREE_ON_RESUME):
         if before[key] != now[key]:
             raise ValueError(
                 f"{folder} was made with {key}={before[key]}, now {now[key]}; give the settings of its args.yaml to go "

@@ -74,6 +74,28 @@ def test_a_rank_that_hangs_is_named_when_the_time_is_up(flags):
     assert time.monotonic() - begin < 30
 
 
+def _failing(rank, flags):
+    run = build(parse([*flags, "--experiment", "r", "--dist-timeout", "20"]))
+    original, seen = run.augment, 0
+
+    def failing(*batch):
+        nonlocal seen
+        seen += 1
+        if seen == 10 and rank == 1:
+            raise ValueError("this very image")
+        return original(*batch)
+
+    run.augment = failing
+    with pytest.raises(ValueError if rank == 1 else RuntimeError, match="this very image" if rank == 1 else ""):
+        train_loop(run)
+    if rank == 1:
+        os._exit(7)
+
+
+def test_a_ranks_own_error_is_not_taken_for_a_lost_rank(flags):
+    assert exit_codes(_failing, 2, flags) == [0, 7]
+
+
 def _heavier(rank, flags):
     run = build(parse([*flags, "--experiment", "r"]))
     if rank == 1:  # say, a second average that only this rank keeps

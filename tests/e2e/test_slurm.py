@@ -83,7 +83,7 @@ def test_a_warned_job_saves_queues_again_and_goes_on(slurm, flags, tmp_path):
     job = slurm("one_node.sbatch", 1, 2, *flags, "--epochs", "150")
     said, _ = job.communicate(timeout=150)
     assert job.returncode == 0, said
-    assert "resum" in said.lower()
+    assert "Resumed from" in said
     assert json.loads((tmp_path / "runs" / "r" / "metrics.json").read_text())["completed"] is True
 
 

@@ -1,10 +1,7 @@
 """How a process joins its run: Accelerate, the seeds, the run folder."""
 
-import ctypes
 import os
 import random
-import signal
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -28,13 +25,12 @@ from toolkit.engine.lock import FolderLock
 from toolkit.engine.records import is_complete
 from toolkit.engine.snapshot import IDENTITY
 from toolkit.log import get_logger, start_logging
+from toolkit.orphans import die_with_parent
 
 __all__ = [
     "RunCompleteError", "check_identity", "create_accelerator", "die_with_launcher", "run_folder", "seed_everything",
     "seed_rank",
 ]  # fmt: skip
-
-_PR_SET_PDEATHSIG = 1
 
 _log = get_logger()
 
@@ -44,13 +40,8 @@ def die_with_launcher() -> None:
 
     The launcher starts ranks in sessions of their own: killing its process group does not reach them.
     """
-    launched = "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
-    if not launched or sys.platform != "linux":
-        return
-    launcher = os.getppid()
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != launcher:  # it died before the call above
-        os.kill(os.getpid(), signal.SIGKILL)
+    if "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ:
+        die_with_parent(os.getppid())
 
 
 def create_accelerator(config: Config) -> Accelerator:
@@ -103,6 +94,22 @@ def run_folder(config: Config, opt: str, world: World) -> tuple[Path, Path | Non
         raise ValueError("--resume auto needs --experiment, the name of the run folder to go on with")
     name = config.experiment or f"{time.strftime('%Y%m%d-%H%M%S')}-{config.model.replace('/', '-')}-{opt}"
     folder = Path(config.output) / world.gather(name)[0]  # rank 0's clock
+    lock = _take(folder, world)  # before looking: what another run writes there is not to be judged
+    try:
+        checkpoint = _start_of(config, folder, world)
+    except BaseException:
+        if lock is not None:
+            lock.release()
+        raise
+    world.barrier()  # all ranks have looked before rank 0 writes
+    start_logging(world.rank, folder / "train.log")
+    if config.resume == "auto" and checkpoint is None:
+        _log.info("--resume auto: no complete checkpoint in %s, starting afresh", folder)
+    return folder, checkpoint, lock
+
+
+def _start_of(config: Config, folder: Path, world: World) -> Path | None:
+    """The checkpoint to go on from. Raises as `run_folder` does."""
     checkpoint = _newest_sound_checkpoint(folder / "checkpoints", world) if config.resume else None
     if config.resume not in ("", "auto"):
         checkpoint = Path(config.resume)
@@ -115,12 +122,7 @@ def run_folder(config: Config, opt: str, world: World) -> tuple[Path, Path | Non
             raise RunCompleteError(f"{folder} is complete; nothing to do")
     elif is_complete(folder) or newest_checkpoint(folder / "checkpoints") is not None:
         raise ValueError(f"{folder} holds a run already; continue it with --resume auto or choose another --experiment")
-    world.barrier()  # all ranks have looked before rank 0 writes
-    lock = _take(folder, world)
-    start_logging(world.rank, folder / "train.log")
-    if config.resume == "auto" and checkpoint is None:
-        _log.info("--resume auto: no complete checkpoint in %s, starting afresh", folder)
-    return folder, checkpoint, lock
+    return checkpoint
 
 
 def _take(folder: Path, world: World) -> FolderLock | None:

@@ -65,7 +65,7 @@ def train(run: Run) -> History:
             raise
         except Exception as error:
             lost = _write_memory_of_survivors(run, error)
-            if lost:
+            if lost and LostRankError.explains(error):
                 raise LostRankError(lost) from error
             raise
         finally:

@@ -4,6 +4,8 @@ import signal
 from types import FrameType
 from typing import Any
 
+from toolkit.orphans import outlive_parent
+
 __all__ = [
     "InterruptedRunError",
     "LostRankError",
@@ -24,6 +26,25 @@ class SparsityError(Exception):
 
 class LostRankError(RuntimeError):
     """Ranks died or hang: the others' collectives failed or ran out of time."""
+
+    # What torch's backends say of a collective that failed; anything else is a rank's own error.
+    SIGNS = (
+        "gloo",
+        "NCCL",
+        "Connection closed by peer",
+        "Connection reset by peer",
+        "Timed out waiting",
+        "Broken pipe",
+    )
+
+    @classmethod
+    def explains(cls, error: BaseException) -> bool:
+        """Whether an error may come from a lost rank."""
+        import torch.distributed
+
+        return isinstance(error, torch.distributed.DistError) or (
+            isinstance(error, RuntimeError) and any(sign in str(error) for sign in cls.SIGNS)
+        )
 
     def __init__(self, lost: list[dict[str, Any]]) -> None:
         """`lost` as in memory.json."""
@@ -57,6 +78,7 @@ class StopRequest:
         if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.asked = True
+        outlive_parent()
 
 
 class TooManyBadImagesError(RuntimeError):

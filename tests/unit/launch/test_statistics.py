@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.statistics import compare, mean_and_spread, rank_ranges
+from launch.statistics import SPREAD_FLOOR, compare, mean_and_spread, rank_ranges
 
 
 def test_a_difference_known_by_hand():
@@ -34,6 +34,21 @@ def test_methods_without_a_common_seed_are_an_error():
 def test_clear_differences_are_ranked():
     results = {"low": {0: 1.0, 1: 1.1, 2: 1.2}, "high": {0: 9.0, 1: 9.1, 2: 9.2}, "high too": {0: 9.1, 1: 9.0, 2: 9.2}}
     assert rank_ranges(results) == {"low": (3, 3), "high": (1, 2), "high too": (1, 2)}
+
+
+def test_equal_differences_of_two_seeds_are_luck():
+    found = compare({0: 90.4, 1: 91.4}, {0: 90.0, 1: 91.0})
+    assert found.spread == SPREAD_FLOOR
+    assert not found.beyond_noise
+
+
+def test_many_pairs_need_more_than_one_pair_does():
+    close = {0: 90.0, 1: 90.1, 2: 90.2}
+    ahead = {0: 90.5, 1: 90.9, 2: 90.8}  # differences 0.5, 0.8, 0.6: p = 0.019 alone
+    assert compare(ahead, close).beyond_noise
+    assert rank_ranges({"ahead": ahead, "close": close}) == {"ahead": (1, 1), "close": (2, 2)}
+    others = {f"other {i}": {0: 90.0 + i, 1: 91.5 - i, 2: 90.2} for i in range(4)}
+    assert rank_ranges({"ahead": ahead, "close": close, **others})["ahead"][1] > 1
 
 
 @given(st.lists(st.tuples(st.floats(0, 100), st.floats(0, 100)), min_size=2, max_size=6))
