@@ -5,7 +5,8 @@ DIGITS := shards/data/digits/_info.json
 MODEL ?=
 
 STUDY = $(shell $(BIN)/python -m launch.kconfig name)
-MATRIX = $(BIN)/python -m launch.matrix .config --jobs $(shell $(BIN)/python -m launch.kconfig jobs) $(if $(EPOCHS),--epochs $(EPOCHS)) $(if $(ONLY),--only '$(ONLY)')
+CHOSEN = .config $(if $(EPOCHS),--epochs $(EPOCHS)) $(if $(ONLY),--only '$(ONLY)')
+MATRIX = $(BIN)/python -m launch.matrix $(CHOSEN)
 
 .PHONY: help setup demo menuconfig list-defconfigs savedefconfig test-matrix test-matrix-dry-run continue estimate \
   test-rerun summary test chaos lint clean
@@ -57,7 +58,7 @@ test-matrix-dry-run: .config setup  ## print each run as one command
 	@$(MATRIX) --dry-run
 
 estimate: .config setup  ## time and memory of each run ahead
-	$(BIN)/python -m launch.estimate .config
+	$(BIN)/python -m launch.estimate $(CHOSEN)
 
 test-rerun: .config setup  ## run again what failed
 	$(MATRIX) --failed

@@ -2,11 +2,12 @@
 
 A matrix is YAML with `name`, `recipe`, `seeds` and `cells`. A cell is a mapping of train.py settings; under `product`
 it maps settings to lists, and stands for every combination; it may have `seeds` of its own. `per_opt` holds settings of
-one optimizer's cells.
-`accelerate_config` names the launch file, with `ranks` instead of its number of ranks; without it train.py runs as one
-plain process.
+one optimizer's cells, `jobs` how many run at a time. `accelerate_config` names the launch file, with `ranks` instead of
+its number of ranks; without it train.py runs as one plain process.
 """
 
+import argparse
+import fnmatch
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,12 +19,12 @@ import yaml
 from launch import kconfig
 from toolkit.config import Config, parse
 
-__all__ = ["Cell", "Matrix", "load_matrix"]
+__all__ = ["Cell", "Matrix", "add_selection", "load_matrix", "selected"]
 
 _NEEDED = ("name", "recipe", "seeds", "cells")
-_KEYS = (*_NEEDED, "accelerate_config", "ranks", "per_opt")
-# Settings that the name of every run shows; where cells differ in others, these follow.
-_NAMED = {"model", "opt", "pruning", "sparsity", "seed"}
+_KEYS = (*_NEEDED, "accelerate_config", "ranks", "per_opt", "jobs")
+# Settings of a cell that its short name shows already; the others follow by name.
+_NAMED = {"model", "opt", "pruning", "prune_score", "sparsity", "seed"}
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Matrix:
     name: str
     launcher: tuple[str, ...]
     cells: tuple[Cell, ...]
+    jobs: int = 1
 
     def command(self, cell: Cell, runs: Path) -> list[str]:
         """The cell as one command that can be pasted."""
@@ -70,6 +72,27 @@ def load_matrix(path: Path, seeds: Sequence[int] | None = None, overrides: Seque
     return make_matrix(content, str(path), seeds, overrides)
 
 
+def add_selection(parser: argparse.ArgumentParser) -> None:
+    """The flags that name a matrix and a part of it."""
+    parser.add_argument("file", type=Path, help="matrix: a YAML of launch/matrices, a defconfig, or .config")
+    parser.add_argument("--only", default="*", metavar="GLOB", help="cells whose name matches")
+    parser.add_argument("--seeds", type=int, nargs="+", help="instead of the file's")
+    parser.add_argument("--model", help="instead of the recipe's")
+    parser.add_argument("--epochs", type=int, help="instead of the recipe's")
+
+
+def selected(options: argparse.Namespace) -> tuple[Matrix, list[Cell]]:
+    """The matrix and those of its cells that the flags choose. Raises ValueError where there are none."""
+    given = {"--model": options.model, "--epochs": options.epochs}
+    overrides = [part for flag, value in given.items() if value is not None for part in (flag, str(value))]
+    matrix = load_matrix(options.file, options.seeds, overrides)
+    cells = [cell for cell in matrix.cells if fnmatch.fnmatch(cell.name, options.only)]
+    if not cells:
+        names = ", ".join(cell.name for cell in matrix.cells)
+        raise ValueError(f"--only {options.only} matches no cell; there are {names}")
+    return matrix, cells
+
+
 def make_matrix(
     content: dict[str, Any], source: str, seeds: Sequence[int] | None = None, overrides: Sequence[str] = ()
 ) -> Matrix:
@@ -83,23 +106,24 @@ def make_matrix(
     strangers = sorted(set(per_opt) - {settings.get("opt") for settings, _ in cells})
     if strangers:
         raise ValueError(f"matrix {source}: per_opt names {', '.join(strangers)}, which no cell trains with")
-    found: list[tuple[list[str], Config]] = []
+    found: list[Cell] = []
     for seed in dict.fromkeys(seed for _, own in cells for seed in own):
         for settings, own in cells:
             if seed not in own:
                 continue
             merged = {**per_opt.get(settings.get("opt"), {}), **settings}
             arguments = ["-c", content["recipe"], *_arguments(merged), *overrides, "--seed", str(seed)]
-            found.append((arguments, parse(arguments, prog=f"{source} cell {settings}")))
-    names = _names([config for _, config in found], source)
+            config = parse(arguments, prog=f"{source} cell {settings}")
+            found.append(Cell(_name(config, settings), tuple(arguments), config))
+    names = [cell.name for cell in found]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"matrix {source}: two cells are the same, {twice[0]}; take one out")
     launcher = ["python"]
     if content.get("accelerate_config"):
         launcher = ["accelerate", "launch", "--config_file", content["accelerate_config"]]
         launcher += ["--num_processes", str(content["ranks"])] if "ranks" in content else []
-    return Matrix(
-        content["name"], tuple(launcher),
-        tuple(Cell(name, tuple(a), config) for name, (a, config) in zip(names, found, strict=True)),
-    )  # fmt: skip
+    return Matrix(content["name"], tuple(launcher), tuple(found), int(content.get("jobs", 1)))
 
 
 def _expand(entry: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -126,23 +150,20 @@ def _arguments(settings: dict[str, Any]) -> list[str]:
     return arguments
 
 
-def _names(configs: Sequence[Config], source: str) -> list[str]:
-    """<model>_<opt>_<pruning>[_<sparsity %>][_<other settings>]_seed<N>: others where cells of one name differ in them.
+def _name(config: Config, settings: dict[str, Any]) -> str:
+    """<model>_<opt>_<pruning>[_<sparsity %>][_<the cell's other settings>]_seed<N>, whatever other cells there are.
 
-    An optimizer's own settings (per_opt) are not others: they go with its name.
+    What the recipe, per_opt or the command line set is not in it: it goes for every cell of the optimizer.
     """
-    short = [_short_name(config) for config in configs]
-    names = []
-    for config, name in zip(configs, short, strict=True):
-        rivals = [other for other, theirs in zip(configs, short, strict=True) if theirs == name]
-        mine = config.to_dict()
-        differing = sorted(key for key in mine.keys() - _NAMED if any(r.to_dict()[key] != mine[key] for r in rivals))
-        more = "".join(f"_{key.replace('_', '-')}={mine[key]}".replace("/", "-") for key in differing)
-        names.append(f"{name}{more}_seed{config.seed}")
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"matrix {source}: two cells are the same, {twice[0]}; take one out")
-    return names
+    more = (f"_{key.replace('_', '-')}={_text(settings[key])}" for key in sorted(settings.keys() - _NAMED))
+    return f"{_short_name(config)}{''.join(more)}_seed{config.seed}".replace("/", "-")
+
+
+def _text(value: Any) -> str:
+    """A setting's value as a part of a folder's name."""
+    if isinstance(value, dict):
+        return ",".join(f"{key}={_text(entry)}" for key, entry in value.items())
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _short_name(config: Config) -> str:

@@ -18,9 +18,8 @@ from toolkit.engine.run import Run
 from toolkit.engine.scalars import NUM_MEMORY_COLUMNS
 from toolkit.engine.step import train_step
 
-__all__ = ["ENGINES", "WHAT", "Traffic", "count_of_run", "formulas", "traffic_of", "wire_bytes"]
+__all__ = ["WHAT", "Traffic", "count_of_run", "formulas", "traffic_of", "wire_bytes"]
 
-ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 WHAT = ("gradients", "weights", "buffers", "control", "mask update")
 _ITEMSIZE = {"float": 4, "double": 8, "long int": 8, "int": 4, "unsigned char": 1}
 _BACKENDS = ("gloo:", "nccl:")

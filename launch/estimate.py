@@ -12,10 +12,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from launch.cells import Cell, load_matrix
+from launch.cells import Cell, add_selection, selected
 from toolkit.progress import Progress, duration
 
 __all__ = ["estimate", "main"]
@@ -55,6 +54,8 @@ def _probe(cell: Cell) -> dict[str, Any]:
         _, peaks = run.predict_memory()
         run.scalars.close()
         run.memory.close()
+        if run.lock is not None:
+            run.lock.release()
     return {
         "step_s": step_s, "steps": plan.total_steps, "evaluation_s": evaluation_s, "evaluations": evaluations,
         "evaluated_images": images, "run_s": step_s * plan.total_steps + evaluation_s * evaluations,
@@ -78,12 +79,11 @@ def estimate(cells: Sequence[Cell]) -> list[dict[str, Any]]:
 def main(argv: list[str] | None = None) -> int:
     """Parse the flags, probe, print a table."""
     parser = argparse.ArgumentParser(prog="python -m launch.estimate", description=__doc__)
-    parser.add_argument("file", type=Path, help="as of launch.matrix")
-    parser.add_argument("--seeds", type=int, nargs="+", help="instead of the file's")
+    add_selection(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object on one line on stdout")
     options = parser.parse_args(argv)
     try:
-        found = estimate(load_matrix(options.file, options.seeds).cells)
+        found = estimate(selected(options)[1])
     except ValueError as error:
         parser.exit(2, f"launch.estimate: error: {error}\n")
     total_s = sum(row["run_s"] * row["runs"] for row in found)

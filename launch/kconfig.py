@@ -81,6 +81,7 @@ def to_matrix(symbols: dict[str, str]) -> dict[str, Any]:
     content: dict[str, Any] = {
         "name": symbols["MATRIX_NAME"], "recipe": symbols["RECIPE"], "seeds": seeds, "cells": cells, "per_opt": per_opt,
     }  # fmt: skip
+    content["jobs"] = int(symbols["JOBS"])
     if symbols["ACCELERATE_CONFIG"] != "none":
         content["accelerate_config"] = symbols["ACCELERATE_CONFIG"]
         if int(symbols["RANKS"]):
@@ -131,9 +132,9 @@ def _menu(config: Path) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse the flags and do one of menuconfig, defconfig, list-defconfigs, savedefconfig, name, jobs."""
+    """Parse the flags and do one of menuconfig, defconfig, list-defconfigs, savedefconfig, name."""
     parser = argparse.ArgumentParser(prog="python -m launch.kconfig", description=__doc__)
-    parser.add_argument("what", choices=("menuconfig", "defconfig", "list-defconfigs", "savedefconfig", "name", "jobs"))
+    parser.add_argument("what", choices=("menuconfig", "defconfig", "list-defconfigs", "savedefconfig", "name"))
     parser.add_argument("defconfig", nargs="?", help="name of a file in launch/defconfigs")
     parser.add_argument("--config", type=Path, default=Path(".config"), help="default %(default)s")
     options = parser.parse_args(argv)
@@ -170,7 +171,7 @@ def _do(options: argparse.Namespace) -> int:
         menu.write_min_config("defconfig")
         print("written to ./defconfig; move it to launch/defconfigs/<name> to keep it", file=sys.stderr)  # noqa: T201
     else:
-        print(symbols["MATRIX_NAME"] if options.what == "name" else symbols["JOBS"])  # noqa: T201
+        print(symbols["MATRIX_NAME"])  # noqa: T201
     return 0
 
 

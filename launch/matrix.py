@@ -6,7 +6,6 @@ again, an unfinished one goes on from its checkpoint, a failed one is recorded w
 
 import argparse
 import csv
-import fnmatch
 import json
 import os
 import shlex
@@ -18,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.cells import Cell, Matrix, load_matrix
+from launch.cells import Cell, Matrix, add_selection, selected
 from launch.runs import COMMAND_FILE
 from toolkit.config import check_same_settings
 from toolkit.engine.records import is_complete
@@ -129,11 +128,12 @@ def run_matrix(matrix: Matrix, cells: Sequence[Cell], runs: Path, jobs: int = 1)
 
 
 def failed_cells(runs: Path) -> dict[str, Any]:
-    """What failed.json says: name -> exit status and log."""
+    """What failed.json says: name -> exit status and log; a cell that was finished by hand since is left out."""
     try:
-        return json.loads((runs / "failed.json").read_text())
+        known = json.loads((runs / "failed.json").read_text())
     except FileNotFoundError:
         return {}
+    return {name: entry for name, entry in known.items() if not is_complete(runs / name)}
 
 
 def _record(runs: Path, job: _Job, status: int | None) -> None:
@@ -160,34 +160,24 @@ def _say(text: str) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Parse the flags and run; returns 1 where a cell failed, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(prog="python -m launch.matrix", description=__doc__)
-    parser.add_argument("file", type=Path, help="matrix: a YAML of launch/matrices, a defconfig, or .config")
+    add_selection(parser)
     parser.add_argument("--out", type=Path, help="folder of the cells' run folders (default runs/<name>)")
-    parser.add_argument("--only", default="*", metavar="GLOB", help="cells whose name matches")
-    parser.add_argument("--seeds", type=int, nargs="+", help="instead of the file's")
-    parser.add_argument("--model", help="instead of the recipe's")
-    parser.add_argument("--epochs", type=int, help="instead of the recipe's")
-    parser.add_argument("--jobs", type=int, default=1, help="cells at a time, each with its share of the cores")
+    parser.add_argument(
+        "--jobs", type=int, help="cells at a time instead of the file's; they share the cores, and GPUs if there are"
+    )
     parser.add_argument("--failed", action="store_true", help="only cells that failed before")
     parser.add_argument("--dry-run", action="store_true", help="print each cell's command and stop")
     options = parser.parse_args(argv)
-    overrides = []
-    for flag in ("model", "epochs"):
-        value = getattr(options, flag)
-        overrides += [] if value is None else [f"--{flag}", str(value)]
     try:
-        matrix = load_matrix(options.file, options.seeds, overrides)
+        matrix, cells = selected(options)
     except ValueError as error:
         parser.exit(2, f"launch.matrix: error: {error}\n")
     runs = options.out or Path("runs") / matrix.name
-    cells = [cell for cell in matrix.cells if fnmatch.fnmatch(cell.name, options.only)]
     if options.failed:
         cells = [cell for cell in cells if cell.name in failed_cells(runs)]
         if not cells:
             _say(f"no failed cell in {runs}")
             return 0
-    if not cells:
-        names = ", ".join(cell.name for cell in matrix.cells)
-        parser.exit(2, f"launch.matrix: error: --only {options.only} matches no cell; there are {names}\n")
     if options.dry_run:
         for cell in cells:
             print(shlex.join(matrix.command(cell, runs)))  # noqa: T201
@@ -201,7 +191,7 @@ def main(argv: list[str] | None = None) -> int:
         given = sys.argv[1:] if argv is None else argv
         if not options.failed and options.only == "*":  # these are parts of an earlier call
             (runs / COMMAND_FILE).write_text(shlex.join(["python", "-m", "launch.matrix", *given]) + "\n")
-        failed = run_matrix(matrix, cells, runs, options.jobs)
+        failed = run_matrix(matrix, cells, runs, options.jobs or matrix.jobs)
     except ValueError as error:
         parser.exit(2, f"launch.matrix: error: {error}\n")
     except KeyboardInterrupt:

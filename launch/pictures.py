@@ -1,6 +1,6 @@
 """The pictures of a report. Axes start at 0 where lengths are compared, and name their source and unit."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,7 @@ from launch.pictures_study import (
     legend,
     look,
     pareto,
+    series,
     sparsity_over_steps,
 )
 from launch.runs import CellRun
@@ -22,10 +23,11 @@ if TYPE_CHECKING:
 __all__ = ["draw_all"]
 
 MIB = 2**20
+Groups = Mapping[str, Sequence[CellRun]]
 _MANY = 8  # methods; beyond, the memory pictures show ours and the best of the others at one sparsity
 
 
-def draw_all(groups: Mapping[str, Sequence[CellRun]], out: Path) -> list[tuple[str, str]]:
+def draw_all(groups: Groups, out: Path) -> list[tuple[str, str]]:
     """Draw every picture into `out`; returns (file name, caption) in the report's order."""
     import matplotlib
 
@@ -67,37 +69,37 @@ def draw_all(groups: Mapping[str, Sequence[CellRun]], out: Path) -> list[tuple[s
     return made
 
 
-def _few(groups: Mapping[str, Sequence[CellRun]]) -> list[CellRun]:
-    """The runs that the memory pictures show: all, or of many methods one seed each at the middle sparsity."""
+def _few(groups: Groups) -> Groups:
+    """The groups that the memory pictures show: all, or of many methods one seed each at the middle sparsity."""
     if len(groups) <= _MANY:
-        return [run for members in groups.values() for run in members]
+        return groups
     levels = sorted({members[0].sparsity for members in groups.values()} - {0.0})
     level = levels[len(levels) // 2] if levels else 0.0
     looks = look(groups)
-    at_level = [m[0] for m in groups.values() if m[0].sparsity == level and looks[m[0].name][0] in COLOURS]
-    dense = [m[0] for m in groups.values() if m[0].method == "none" and m[0].optimizer in ("adamw", "momentum")]
-    return [*dense, *at_level][:_MANY]
+    one = {label: members[:1] for label, members in groups.items()}
+    dense = {n: m for n, m in one.items() if m[0].method == "none" and m[0].optimizer in ("adamw", "momentum")}
+    at_level = {n: m for n, m in one.items() if m[0].sparsity == level and looks[series(n, m)][0] in COLOURS}
+    return dict(list({**dense, **at_level}.items())[:_MANY])
 
 
-def _look(runs: Sequence[CellRun]) -> dict[str, tuple[str, str]]:
-    """(colour, line style) of each label."""
-    labels = list(dict.fromkeys(run.label for run in runs))
-    return {label: (COLOURS[i % 8], STYLES[i // 2 % 4]) for i, label in enumerate(labels)}
+def _each(groups: Groups) -> Iterator[tuple[str, CellRun, str, str]]:
+    """(label, run, colour, line style) of every run."""
+    for i, (label, members) in enumerate(groups.items()):
+        for run in members:
+            yield label, run, COLOURS[i % 8], STYLES[i // 2 % 4]
 
 
-def _timeline(figure: "Figure", runs: Sequence[CellRun]) -> None:
+def _timeline(figure: "Figure", groups: Groups) -> None:
     """All ranks, one line each; dotted where a phase begins, a cross where the allocator had to retry."""
     upper, lower = figure.subplots(2, 1, sharex=True)
-    look = _look(runs)
     begins: dict[str, int] = {}
-    for run in runs:
-        colour, style = look[run.label]
+    for label, run, colour, style in _each(groups):
         for rank in dict.fromkeys(row["rank"] for row in run.timeline):
             rows = [row for row in run.timeline if row["rank"] == rank]
             steps = [int(row["step"]) for row in rows]
             for axes, key in ((upper, "ledger_bytes"), (lower, "optimizer_bytes")):
                 sizes = [int(row[key]) / MIB for row in rows]
-                axes.plot(steps, sizes, color=colour, linestyle=style, label=run.label)
+                axes.plot(steps, sizes, color=colour, linestyle=style, label=label)
             retried = [i for i in range(1, len(rows)) if rows[i]["alloc_retries"] != rows[i - 1]["alloc_retries"]]
             heights = [int(rows[i]["ledger_bytes"]) / MIB for i in retried]
             upper.plot([steps[i] for i in retried], heights, "x", color=colour)
@@ -113,36 +115,33 @@ def _timeline(figure: "Figure", runs: Sequence[CellRun]) -> None:
     legend(figure, [upper])
 
 
-def _memory_accuracy(figure: "Figure", runs: Sequence[CellRun]) -> None:
+def _memory_accuracy(figure: "Figure", groups: Groups) -> None:
     axes = figure.subplots()
-    look = _look(runs)
-    for run in runs:
-        colour, _ = look[run.label]
+    for label, run, colour, _ in _each(groups):
         end, peak = run.memory["ledger"]["total_bytes"] / MIB, run.memory["ledger_peak"]["total_bytes"] / MIB
         top1 = run.metrics["final_top1"]
         axes.plot([end, peak], [top1, top1], color=colour, linewidth=1)
         axes.plot(peak, top1, "o", markerfacecolor="none", markeredgecolor=colour, markersize=12, markeredgewidth=1.5)
-        axes.plot(end, top1, "o", color=colour, markersize=8, label=run.label)
+        axes.plot(end, top1, "o", color=colour, markersize=8, label=label)
     axes.set(xlabel="all tensors (MiB): filled = end, hollow = peak", ylabel="final top-1 (%)", xlim=(0, None))
-    lowest = min(run.metrics["final_top1"] for run in runs)
+    lowest = min(run.metrics["final_top1"] for members in groups.values() for run in members)
     axes.set_ylim(max(0.0, lowest - 1.0), 100.2)
     legend(figure, [axes])
 
 
-def _ledger(figure: "Figure", runs: Sequence[CellRun]) -> None:
-    first = {run.label: run for run in reversed(runs)}  # the last in the list is drawn on top
+def _ledger(figure: "Figure", groups: Groups) -> None:
     bars = {
-        label: {row["name"]: row["measured_bytes"] for row in run.memory["ledger"]["rows"]}
-        for label, run in first.items()
+        label: {row["name"]: row["measured_bytes"] for row in members[0].memory["ledger"]["rows"]}
+        for label, members in reversed(list(groups.items()))  # the last in the list is drawn on top
     }
     _stack(figure, bars)
 
 
-def _peak_ledger(figure: "Figure", runs: Sequence[CellRun]) -> None:
+def _peak_ledger(figure: "Figure", groups: Groups) -> None:
     """Two bars a method: what was predicted and what the probed step held."""
     bars: dict[str, dict[str, int]] = {}
-    for label, run in {run.label: run for run in reversed(runs)}.items():
-        phases = run.memory["phases"]
+    for label, members in reversed(list(groups.items())):
+        phases = members[0].memory["phases"]
         phase = phases.get("final") or phases.get("dense") or phases.get("warm_up")
         if phase is None:
             continue  # a compiled model is not probed

@@ -4,6 +4,7 @@ Where there are more methods than eyes can tell apart, ours and the best of the 
 grey; the tables have them all.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["COLOURS", "STYLES", "accuracy_over_epochs", "accuracy_over_sparsity", "pareto", "sparsity_over_steps"]
+__all__ = [
+    "COLOURS",
+    "STYLES",
+    "accuracy_over_epochs",
+    "accuracy_over_sparsity",
+    "legend",
+    "look",
+    "pareto",
+    "series",
+    "sparsity_over_steps",
+]
 
 # Okabe & Ito's palette: eight colours that stay apart in the common forms of colour blindness.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999", "#F0E442")
@@ -32,9 +43,20 @@ def _mean(members: Sequence[CellRun]) -> float:
 def _by_name(groups: Groups) -> dict[str, dict[float, Sequence[CellRun]]]:
     """Method without its sparsity -> sparsity -> runs."""
     found: dict[str, dict[float, Sequence[CellRun]]] = {}
-    for members in groups.values():
-        found.setdefault(members[0].name, {})[members[0].sparsity] = members
+    for label, members in groups.items():
+        found.setdefault(series(label, members), {})[members[0].sparsity] = members
     return found
+
+
+def series(label: str, members: Sequence[CellRun]) -> str:
+    """A group's label without the sparsity: what a line over sparsities is named."""
+    return members[0].name + label.removeprefix(members[0].label)
+
+
+def _grey_first(groups: Groups, looks: Mapping[str, tuple[str, str]]) -> list[tuple[str, Sequence[CellRun]]]:
+    """(series, runs) of each group, those drawn grey first, so that they lie below."""
+    named = [(series(label, members), members) for label, members in groups.items()]
+    return sorted(named, key=lambda pair: looks[pair[0]][0] != _GREY)
 
 
 def look(groups: Groups) -> dict[str, tuple[str, str]]:
@@ -74,14 +96,14 @@ def accuracy_over_epochs(figure: "Figure", groups: Groups) -> None:
     panels = figure.subplots(1, len(levels), sharey=True, squeeze=False)[0]
     looks = look(groups)
     lowest = 100.0
-    for members in sorted(groups.values(), key=lambda m: looks[m[0].name][0] != _GREY):  # grey below
+    for name, members in _grey_first(groups, looks):
         axes = panels[levels.index(members[0].sparsity)]
-        colour, style = looks[members[0].name]
+        colour, style = looks[name]
         tables = [_curve(run) for run in members]
         epochs = [epoch for epoch, _ in tables[0]]
         columns = [mean_and_spread([rows[i][1] for rows in tables]) for i in range(len(epochs))]
         means = [mean for mean, _ in columns]
-        label = members[0].name if colour != _GREY else "_"
+        label = name if colour != _GREY else "_"
         axes.plot(epochs, means, color=colour, linestyle=style, marker="o", markersize=3, label=label)
         if colour != _GREY and len(members) > 1:
             low, high = zip(*[(mean - (spread or 0), mean + (spread or 0)) for mean, spread in columns], strict=True)
@@ -116,14 +138,14 @@ def pareto(figure: "Figure", groups: Groups) -> None:
     """Accuracy against what optimizer and pruning keep, a mark a method and sparsity; the line is the front."""
     axes = figure.subplots()
     looks = look(groups)
-    marks = dict(zip(sorted({m[0].sparsity for m in groups.values()}), "osD^vP", strict=False))
+    marks = dict(zip(sorted({m[0].sparsity for m in groups.values()}), itertools.cycle("osD^vP"), strict=False))
     points = []
-    for members in sorted(groups.values(), key=lambda m: looks[m[0].name][0] != _GREY):
+    for name, members in _grey_first(groups, looks):
         first = members[0]
         mean, spread = mean_and_spread(list(by_seed(members).values()))
-        colour, _ = looks[first.name]
+        colour, _ = looks[name]
         points.append((first.bytes_per_weight, mean))
-        label = first.name if colour != _GREY else "_"
+        label = name if colour != _GREY else "_"
         axes.errorbar(first.bytes_per_weight, mean, None if colour == _GREY else spread, color=colour,
                       marker=marks[first.sparsity], markersize=6, capsize=2, linestyle="none", label=label)  # fmt: skip
     front, best = [], -1.0
@@ -144,13 +166,13 @@ def sparsity_over_steps(figure: "Figure", groups: Groups) -> None:
     """Zeros counted in the model at each epoch's end, of every pruned run; runs of one schedule lie on each other."""
     axes = figure.subplots()
     looks = look(groups)
-    for members in groups.values():
+    for name, members in _grey_first(groups, looks):
         if members[0].method == "none":
             continue
         for run in members:
             steps = [(i + 1) * run.metrics["steps_per_epoch"] for i in range(len(run.metrics["sparsity"]))]
-            colour, style = looks[run.name]
+            colour, style = looks[name]
             axes.plot(steps, [100 * share for share in run.metrics["sparsity"]], color=colour, linestyle=style,
-                      linewidth=1, label=run.name if colour != _GREY else "_")  # fmt: skip
+                      linewidth=1, label=name if colour != _GREY else "_")  # fmt: skip
     axes.set(xlabel="optimizer step", ylabel="zeros / prunable weights (%)", ylim=(0, 100))
     legend(figure, [axes])

@@ -57,17 +57,32 @@ def alternative_texts(groups: dict[str, list[CellRun]], pictures: Sequence[tuple
 
 
 def group_by_method(runs: Sequence[CellRun]) -> dict[str, list[CellRun]]:
-    """Runs that differ in the seed only. Groups of one label are told apart by the settings in which they differ."""
+    """Runs that differ in the seed only. Groups of one label are told apart by the settings in which they differ.
+
+    A setting that most of them share is not in a name. Raises ValueError where two runs differ in nothing.
+    """
     groups: dict[tuple[str, str], list[CellRun]] = {}
     for run in runs:
         groups.setdefault((run.label, json.dumps(run.settings, sort_keys=True)), []).append(run)
     named = {}
     for (label, _), members in groups.items():
+        seeds: dict[int, CellRun] = {}
+        for run in members:
+            other = seeds.setdefault(run.metrics["seed"], run)
+            if other is not run:
+                raise ValueError(
+                    f"{other.folder} and {run.folder} are the same run (settings and seed); move one elsewhere"
+                )
         rivals = [other[0].settings for (name, _), other in groups.items() if name == label]
         mine = members[0].settings
-        differing = sorted(key for key in mine if any(rival.get(key) != mine[key] for rival in rivals))
-        named[" ".join([label, *(f"{key}={mine[key]}" for key in differing)])] = members
+        shown = [f"{key}={mine[key]}" for key in sorted(mine) if not _is_usual(mine[key], [r.get(key) for r in rivals])]
+        named[" ".join([label, *shown])] = members
     return named
+
+
+def _is_usual(value: Any, values: Sequence[Any]) -> bool:
+    """Whether `value` occurs more often among `values` than any other."""
+    return all(values.count(value) > values.count(other) for other in values if other != value)
 
 
 def environment(runs: Sequence[CellRun]) -> dict[str, Any]:

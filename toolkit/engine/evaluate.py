@@ -1,5 +1,6 @@
 """Evaluation in which every sample counts exactly once, whatever the number of ranks."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +9,8 @@ from torch import nn
 from toolkit.engine.run import Run
 
 __all__ = ["EvalResult", "evaluate"]
+
+_BETWEEN = 8  # batches from one call of `between` to the next
 
 
 @dataclass(frozen=True)
@@ -22,11 +25,14 @@ class EvalResult:
 
 
 @torch.no_grad()
-def evaluate(run: Run, model: nn.Module) -> EvalResult:
-    """Evaluate `model`, not wrapped by DDP: its forward would broadcast buffers. Call on all ranks."""
+def evaluate(run: Run, model: nn.Module, between: Callable[[], None] = lambda: None) -> EvalResult:
+    """Evaluate `model`, not wrapped by DDP: its forward would broadcast buffers. Call on all ranks.
+
+    `between` is called on all ranks after every eight batches, and may raise to end the evaluation.
+    """
     model.eval()
     sums = torch.zeros(5, dtype=torch.float64, device=run.world.device)  # loss, top1, top5, samples, bad
-    for batch in run.eval_loader:
+    for number, batch in enumerate(run.eval_loader, 1):
         images, labels = run.to_inputs(batch)
         weights = batch.weights.to(run.world.device, torch.float64)
         with run.autocast():
@@ -39,6 +45,8 @@ def evaluate(run: Run, model: nn.Module) -> EvalResult:
         sums[2] += (ranked.any(1) * weights).sum()
         sums[3] += weights.sum()
         sums[4] += batch.num_bad
+        if number % _BETWEEN == 0:
+            between()
     loss, top1, top5, count, bad = run.world.sum(sums).tolist()
     assert int(count + bad) == run.eval_loader.num_samples, (count, bad, run.eval_loader.num_samples)
     count = max(count, 1.0)

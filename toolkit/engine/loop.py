@@ -55,7 +55,7 @@ def train(run: Run) -> History:
             while history.epoch < run.plan.epochs:
                 train_epoch(run, history, stop, bar)
                 _stop_if_asked(run, history, stop)
-                _finish_epoch(run, history)
+                _finish_epoch(run, history, stop)
             _check_sparsity(run)
             _write_memory(run)
             run.scalars.write_settings(run.facts)
@@ -79,7 +79,7 @@ def train(run: Run) -> History:
 
 
 def _stop_if_asked(run: Run, history: History, stop: StopRequest) -> None:
-    """Save and leave before a long evaluation if any rank was asked to stop. Call on all ranks."""
+    """Save and leave, before or in a long evaluation, if any rank was asked to stop. Call on all ranks."""
     asked = torch.tensor(float(stop.asked), device=run.world.device)
     if run.world.max(asked).item():
         _interrupt(run, history)
@@ -230,12 +230,10 @@ class _Window:
         self._clear()
 
 
-def _finish_epoch(run: Run, history: History) -> None:
-    """Evaluate, record and save; `history` moves on to the next epoch."""
+def _finish_epoch(run: Run, history: History, stop: StopRequest) -> None:
+    """Evaluate, record and save; `history` moves on to the next epoch, and is as before after a stop."""
     plan, begin, update = run.plan, time.perf_counter(), (history.epoch + 1) * run.plan.steps_per_epoch
     epoch = history.epoch
-    loss_sums = history.loss_sums_so_far
-    history.train_loss.append(sum(loss_sums) / len(loss_sums) / plan.steps_per_epoch)
     if plan.dist_bn and run.world.num_ranks > 1:
         distribute_bn(run.bare_model, run.world.num_ranks, plan.dist_bn == "reduce")
     result: EvalResult | None = None
@@ -244,7 +242,8 @@ def _finish_epoch(run: Run, history: History) -> None:
             # Rank 0's statistics, which the checkpoint holds: a mean over ranks would differ after a resume.
             distribute_bn(run.ema, run.world.num_ranks, reduce=False)
         with run.memory.during("evaluation"):
-            result = evaluate(run, run.bare_model if run.ema is None else run.ema.module)
+            model = run.bare_model if run.ema is None else run.ema.module
+            result = evaluate(run, model, between=lambda: _stop_if_asked(run, history, stop))
         run.scalars.write(
             {"eval/loss": result.loss, "eval/top1": result.top1, "eval/top5": result.top5}, update
         )  # fmt: skip
@@ -256,6 +255,8 @@ def _finish_epoch(run: Run, history: History) -> None:
         check_bad(result.num_bad, result.num_samples + result.num_bad, plan.max_bad_images, "evaluation")
     zeros, weights = run.sparsity()
     images = plan.steps_per_epoch * plan.global_batch_size
+    loss_sums = history.loss_sums_so_far
+    history.train_loss.append(sum(loss_sums) / len(loss_sums) / plan.steps_per_epoch)
     history.eval_loss.append(None if result is None else result.loss)
     history.eval_top1.append(None if result is None else result.top1)
     history.eval_top5.append(None if result is None else result.top5)

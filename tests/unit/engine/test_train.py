@@ -3,8 +3,6 @@
 import csv
 import json
 import math
-import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -24,19 +22,10 @@ from toolkit.engine.checkpoint import load_checkpoint, newest_checkpoint
 from toolkit.engine.loop import train as train_loop
 from toolkit.engine.scalars import SCALARS
 from toolkit.engine.step import NonFiniteLossError
-from toolkit.engine.stops import InterruptedRunError, SparsityError
+from toolkit.engine.stops import SparsityError
 from toolkit.memory.sources import read_device
 
 SCHEMA_FILE = Path(toolkit.memory.__file__).parent / "report_schema.json"
-
-
-@pytest.fixture
-def flags(few_digits, tmp_path):
-    return [
-        "--data-dir", str(few_digits), "--model", "test_resnet", "--img-size", "32", "--global-batch-size", "16",
-        "--epochs", "3", "--lr", "3e-3", "--warmup-epochs", "0", "--sched-on-updates", "--color-jitter", "0",
-        "--hflip", "0", "-j", "0", "--log-interval", "2", "--prune-frequency", "2", "--output", str(tmp_path),
-    ]  # fmt: skip
 
 
 PRUNED = ["--opt", "adamwprune", "--sparsity", "0.7"]
@@ -113,53 +102,6 @@ def test_final_zeros_are_exact_in_weights_and_in_their_average(flags, tmp_path):
         assert torch.equal(averaged[name] == 0, parameter == 0)
     saved = final_state(tmp_path / "r")["ema"]
     assert all(torch.equal(saved[name] == 0, parameter == 0) for name, parameter in run.prunable)
-
-
-VARIANTS = {
-    "adamwprune": PRUNED,
-    "movement": ["--opt", "adamw", "--pruning", "movement", "--sparsity", "0.7"],
-    "dropout, mixup, erasing, ema": [
-        "--opt", "momentum", "--drop", "0.2", "--mixup", "0.3", "--cutmix", "1", "--reprob", "0.3", "--model-ema",
-    ],
-    "movement with ema": ["--opt", "adamw-movement", "--sparsity", "0.7", "--model-ema", "--checkpoint-interval", "4"],
-    "plateau": ["--opt", "adamw", "--sched", "plateau", "--no-sched-on-updates", "--patience-epochs", "0"],
-    "timm's transforms, channels last": [*PRUNED, "--color-jitter", "0.4", "--channels-last", "-j", "2"],
-    "update fused into backward": [*PRUNED, "--fused-backward"],
-    "magnitude, fused": ["--opt", "momentum", "--pruning", "magnitude", "--sparsity", "0.5", "--fused-backward"],
-    "accumulation, epoch schedule": ["--opt", "adamwadv", "--grad-accum-steps", "2", "--no-sched-on-updates"],
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("variant", list(VARIANTS))
-@pytest.mark.parametrize("cut", [6, 9])
-def test_resume_equals_not_stopping_bit_for_bit(flags, tmp_path, variant, cut):
-    """Stopped after `cut` of 18 steps: at the end of the first epoch, and in the middle of the second."""
-    more = VARIANTS[variant]
-    train_loop(make(flags, *more, "--experiment", "whole"))
-    run = make(flags, *more, "--experiment", "parts")
-    stop_after(run, cut)
-    with pytest.raises(InterruptedRunError, match="--resume auto"):
-        train_loop(run)
-    assert json.loads((tmp_path / "parts" / "metrics.json").read_text())["completed"] is False
-    torch.manual_seed(999)  # whatever happened in between
-    resumed = make(flags, *more, "--experiment", "parts", "--resume", "auto")
-    assert resumed.resume_from.name == f"step-{cut:08d}"
-    train_loop(resumed)
-    assert_same(final_state(tmp_path / "parts"), final_state(tmp_path / "whole"))
-
-
-def stop_after(run, steps):
-    """Ctrl-C while step `steps` - 1 is under way: the ranks agree on it in the next step, finish that one and save."""
-    original, seen = run.augment, 0
-
-    def counting(*batch):
-        nonlocal seen
-        seen += 1
-        if seen == (steps - 2) * run.plan.accumulation + 1:
-            os.kill(os.getpid(), signal.SIGINT)
-        return original(*batch)
-
-    run.augment = counting
 
 
 def test_non_finite_loss_stops_before_the_update(flags, tmp_path):
@@ -284,60 +226,6 @@ def test_two_runs_in_one_folder_are_refused_and_a_leftover_lock_is_no_obstacle(f
         holder.wait()
     train_loop(make(flags, "--experiment", "r", "--epochs", "1"))
     assert json.loads((folder / "metrics.json").read_text())["completed"] is True
-
-
-def test_resuming_a_finished_run_changes_nothing(flags, tmp_path):
-    command = [*flags, *PRUNED, "--experiment", "r", "--epochs", "1"]
-    assert train.main(command) == 0
-    before = {
-        path: path.read_bytes() for path in (tmp_path / "r").rglob("*") if path.is_file() and path.suffix != ".log"
-    }
-    assert train.main([*command, "--resume", "auto"]) == 0
-    assert before == {path: path.read_bytes() for path in before}
-
-
-def test_a_resumed_run_still_knows_its_dense_peak(flags, tmp_path):
-    more = [*flags, *PRUNED, "--experiment", "r"]
-    run = make(more)
-    stop_after(run, 15)
-    with pytest.raises(InterruptedRunError):
-        train_loop(run)
-    before = json.loads((tmp_path / "r" / "memory.json").read_text())
-    train_loop(make(more, "--resume", "auto"))
-    after = json.loads((tmp_path / "r" / "memory.json").read_text())
-    assert after["ledger_peak"] == before["ledger_peak"]
-    assert after["ledger"]["total_bytes"] < before["ledger_peak"]["total_bytes"]
-    with open(tmp_path / "r" / "memory_timeline.csv", newline="") as file:
-        steps = [int(row["step"]) for row in csv.DictReader(file)]
-    assert steps == sorted(steps)
-    assert steps[0] == 2
-    assert steps[-1] == 18
-
-
-def test_going_back_to_an_earlier_checkpoint_drops_the_later_ones(flags, tmp_path):
-    more = [*flags, *PRUNED, "--experiment", "r"]
-    run = make(more)
-    stop_after(run, 15)
-    with pytest.raises(InterruptedRunError):
-        train_loop(run)
-    checkpoints = tmp_path / "r" / "checkpoints"
-    run = make(more, "--resume", str(checkpoints / "step-00000006"))
-    assert [path.name for path in checkpoints.glob("step-*")] == ["step-00000006"]
-    train_loop(run)
-    assert newest_checkpoint(checkpoints).name == "step-00000018"
-
-
-def test_other_settings_are_refused_and_leave_the_folder_alone(flags, tmp_path, capsys):
-    run = make(flags, "--opt", "adamw", "--experiment", "r")
-    stop_after(run, 8)
-    with pytest.raises(InterruptedRunError):
-        train_loop(run)
-    arguments = (tmp_path / "r" / "args.yaml").read_text()
-    assert train.main([*flags, "--opt", "adamw", "--experiment", "r", "--resume", "auto", "--lr", "1"]) == 2
-    assert "was made with lr=0.003, now 1.0" in capsys.readouterr().err
-    assert (tmp_path / "r" / "args.yaml").read_text() == arguments
-    assert train.main([*flags, "--opt", "adamw", "--resume", "auto"]) == 2
-    assert "--resume auto needs --experiment" in capsys.readouterr().err
 
 
 def test_schedules_without_state_of_their_own(flags):
@@ -475,41 +363,11 @@ def test_the_ledger_of_a_steps_peak_is_what_was_predicted(flags, tmp_path, opt):
         assert phase["total_bytes"] == pytest.approx(phase["predicted_total_bytes"], rel=0.03)
 
 
-def test_resume_at_an_epochs_end_with_dropout_equals_not_stopping(flags, tmp_path):
-    """What is done at an epoch's end, such as predicting memory, must not draw from the run's generator."""
-    more = ["--opt", "adamw", "--drop", "0.5", "--epochs", "2", "--checkpoint-hist", "5"]
-    assert train.main([*flags, *more, "--experiment", "whole"]) == 0
-    reset_accelerate()
-    assert train.main([*flags, *more, "--experiment", "again"]) == 0
-    reset_accelerate()
-    first, *_, last = sorted((tmp_path / "again" / "checkpoints").glob("step-*"))
-    assert first != last
-    (tmp_path / "again" / "metrics.json").unlink()
-    assert train.main([*flags, *more, "--experiment", "again", "--resume", str(first)]) == 0
-    assert_same(final_state(tmp_path / "whole")["model"], final_state(tmp_path / "again")["model"])
-
-
 def test_slow_data_is_said_once_with_what_to_change(flags, monkeypatch, capsys):
     monkeypatch.setattr("toolkit.engine.loop._SLOW_DATA", -1.0)
     assert train.main([*flags, "--epochs", "1", "--experiment", "slow"]) == 0
     said = capsys.readouterr().err
     assert said.count("of its time for data: raise --workers (now 0 a rank") == 1
-
-
-def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(flags, tmp_path, capsys):
-    more = ["--opt", "adamw", "--checkpoint-hist", "5"]
-    assert train.main([*flags, *more, "--experiment", "whole"]) == 0
-    reset_accelerate()
-    assert train.main([*flags, *more, "--experiment", "r"]) == 0
-    reset_accelerate()
-    folder = tmp_path / "r"
-    (folder / "metrics.json").unlink()  # as if it had been killed before the end
-    newest = newest_checkpoint(folder / "checkpoints")
-    (file,) = (newest / "tensors").glob("*.safetensors")
-    file.write_bytes(file.read_bytes()[:-10])
-    assert train.main([*flags, *more, "--experiment", "r", "--resume", "auto"]) == 0
-    assert f"{newest} is damaged" in capsys.readouterr().err
-    assert_same(final_state(tmp_path / "whole")["model"], final_state(folder)["model"])
 
 
 def test_peaks_are_read_before_a_record_begins_new_ones(flags, monkeypatch):

@@ -36,6 +36,13 @@ def test_demo_cells_and_names():
     assert names[5] == "resnet18_momentum_none_seed1"
 
 
+def test_a_cells_name_does_not_depend_on_its_neighbours(tmp_path):
+    cells = [{"opt": "adamw"}, {"opt": "adamw", "lr": 0.002}, {"opt": "adamwprune", "sparsity": 0.7}]
+    alone = {load_matrix(write(tmp_path / "m.yaml", cells=[cell])).cells[0].name for cell in cells}
+    assert alone == {cell.name for cell in load_matrix(write(tmp_path / "m.yaml", cells=cells)).cells}
+    assert "resnet18_adamw_none_lr=0.002_seed0" in alone
+
+
 def test_dry_run_prints_commands_that_parse(capsys):
     assert main([str(DEMO), "--dry-run", "--model", "resnet50", "--only", "*adamwprune*"]) == 0
     (line,) = capsys.readouterr().out.splitlines()
@@ -63,7 +70,7 @@ def test_mistakes(tmp_path, capsys):
         load_matrix(write(tmp_path / "m.yaml", cells=[{"optt": "adamw"}]))
     assert "Did you mean --opt" in capsys.readouterr().err
     with pytest.raises(ValueError, match="two cells are the same"):
-        load_matrix(write(tmp_path / "m.yaml", cells=[{"opt": "adamw"}, {"opt": "adamw", "lr": 2e-3}]))
+        load_matrix(write(tmp_path / "m.yaml", cells=[{"opt": "adamw"}, {"opt": "adamw", "pruning": "none"}]))
     with pytest.raises(SystemExit):
         main([str(DEMO), "--only", "nothing"])
     assert "matches no cell" in capsys.readouterr().err
@@ -116,8 +123,9 @@ def test_products_settings_by_optimizer_and_names(tmp_path):
     path = write(tmp_path / "m.yaml", cells=cells, per_opt={"sgdprune": {"lr": 0.5}}, accelerate_config=None)
     matrix = load_matrix(path)
     assert [cell.name for cell in matrix.cells] == [
-        "resnet18_adamw_none_seed0", "resnet18_adamw_state_70_seed0", "resnet18_adamw_state_90_seed0",
-        "resnet18_sgdprune_state_70_seed0", "resnet18_sgdprune_state_90_seed0",
+        "resnet18_adamw_none_seed0", "resnet18_adamw_state_70_epochs=2_seed0",
+        "resnet18_adamw_state_90_epochs=2_seed0", "resnet18_sgdprune_state_70_epochs=2_seed0",
+        "resnet18_sgdprune_state_90_epochs=2_seed0",
         "resnet18_momentum_none_lr=0.1_seed0", "resnet18_momentum_none_lr=0.2_seed0",
     ]  # fmt: skip
     assert [cell.config.lr for cell in matrix.cells] == [2e-3, 2e-3, 2e-3, 0.5, 0.5, 0.1, 0.2]

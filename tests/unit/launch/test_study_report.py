@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launch.report import main
+from launch.pictures_study import series
+from launch.report import group_by_method, main
+from launch.runs import read_runs
 
 ROOT = Path(__file__).parents[3]
 CELLS = ROOT / "results" / "demo" / "cells"
@@ -61,6 +63,33 @@ def test_methods_are_ranked_only_where_they_differ(report):
     assert rows["adamwprune 70 %"][3] == "1–2"
     assert rows["momentum + movement 70 %"][3] == "1–2"
     assert rows["adamw + movement 70 %"][4].startswith("+2.03 ± ")
+
+
+def copy_of(folder, name, **settings):
+    """The run of seed 0 again, with other settings."""
+    cell = shutil.copytree(folder / "resnet18_adamwprune_state_70_seed0", folder / name)
+    (cell / "args.yaml").write_text(yaml.safe_dump(yaml.safe_load((cell / "args.yaml").read_text()) | settings))
+
+
+def test_a_setting_is_named_where_it_is_not_the_usual_one(runs):
+    for regrow in (0.1, 0.3):
+        copy_of(runs, f"regrow={regrow}", prune_regrow=regrow, prune_end=0.4)
+    copy_of(runs, "third", prune_end=0.4, prune_scope="layer")
+    groups = group_by_method(read_runs(runs)[0])
+    ours = {label: series(label, members) for label, members in groups.items() if label.startswith("adamwprune")}
+    assert ours == {  # half have each prune_end but three of four regrow nothing
+        "adamwprune 70 % prune_end=0.6": "adamwprune prune_end=0.6",
+        "adamwprune 70 % prune_regrow=0.1": "adamwprune prune_regrow=0.1",
+        "adamwprune 70 % prune_regrow=0.3": "adamwprune prune_regrow=0.3",
+        "adamwprune 70 % prune_scope=layer": "adamwprune prune_scope=layer",
+    }
+
+
+def test_one_run_in_two_folders_is_an_error(runs, tmp_path, capsys):
+    copy_of(runs, "again")
+    with pytest.raises(SystemExit):
+        main([str(runs), "--out", str(tmp_path / "out")])
+    assert "are the same run (settings and seed); move one elsewhere" in capsys.readouterr().err
 
 
 def test_files_for_others_programs(report):
