@@ -47,6 +47,12 @@ def _said(name: str, members: Sequence[CellRun]) -> str:
     return f"{name} {accuracy(list(by_seed(members).values()))} % at {members[0].bytes_per_weight:.2f} bytes a weight"
 
 
+def _inside(best: Sequence[CellRun], other: Sequence[CellRun]) -> bool:
+    """Whether two methods lie within the spread of their differences over the seeds they share."""
+    shared = by_seed(best).keys() & by_seed(other).keys()
+    return len(shared) > 1 and not compare(by_seed(best), by_seed(other)).beyond_spread
+
+
 def _judged(difference: Difference) -> str:
     if difference.beyond_noise:
         return "beyond noise"
@@ -64,9 +70,17 @@ def verdict_section(groups: Groups) -> list[str]:
     lines = ["## In a minute", ""]
     for sparsity, level in _levels(groups).items():
         best = max(level, key=lambda name: _mean(level[name]))
-        lines.append(
-            f"- **{_level_name(sparsity)}.** Highest mean: {_said(best, level[best])} of optimizer and pruning."
-        )
+        lines.append(f"- **{_level_name(sparsity)}.** Highest mean: {_said(best, level[best])}.")
+        close = [name for name in level if name == best or _inside(level[best], level[name])]
+        cheap = min(close, key=lambda name: level[name][0].bytes_per_weight)
+        if cheap != best:
+            difference = compare(by_seed(level[cheap]), by_seed(level[best]))
+            lines.append(
+                f"    - **Use {_said(cheap, level[cheap])}**: the fewest bytes of all whose distance to the highest "
+                f"mean lies inside the paired spread ({difference})."
+            )
+        else:
+            lines.append("    - **Use it**: all others are beyond the paired spread below it, or take more bytes.")
         for own in OURS:
             mine = [name for name in level if level[name][0].optimizer == own and level[name][0].method == "state"]
             if not mine:
@@ -84,7 +98,7 @@ def verdict_section(groups: Groups) -> list[str]:
                 f"    - {_said(name, level[name])}; best other row of {family}'s family: {_said(rival, level[rival])}. "
                 f"Difference {difference}, {_judged(difference)}."
             )
-    note = "Bytes a weight are what optimizer and pruning keep at the end of training, beside the weights themselves."
+    note = "Bytes a weight: what optimizer and pruning keep at the end of training, beside the weights themselves."
     return [*lines, "", note, ""]
 
 

@@ -65,6 +65,16 @@ def test_methods_are_ranked_only_where_they_differ(report):
     assert rows["adamw + movement 70 %"][4].startswith("+2.03 ± ")
 
 
+def test_the_cheapest_inside_the_spread_is_recommended(runs, tmp_path):
+    for seed, top1 in {0: 98.9, 1: 99.6, 2: 99.2}.items():  # above adamwprune by 0.1 ± 0.2
+        path = runs / f"resnet18_momentum_movement_70_seed{seed}" / "metrics.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"final_top1": top1}))
+    assert main([str(runs), "--out", str(tmp_path / "study")]) == 0
+    text = (tmp_path / "study" / "report.md").read_text()
+    assert "Highest mean: momentum + movement 70 % 99.23 ± 0.35 % at" in text
+    assert "**Use adamwprune 70 % 99.13 ± 0.15 % at 2.53 bytes a weight**: the fewest bytes" in text
+
+
 def copy_of(folder, name, **settings):
     """The run of seed 0 again, with other settings."""
     cell = shutil.copytree(folder / "resnet18_adamwprune_state_70_seed0", folder / name)
