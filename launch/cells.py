@@ -1,9 +1,10 @@
 """Reads a test matrix: which runs it is made of, and the command of each.
 
 A matrix is YAML with `name`, `recipe`, `seeds` and `cells`. A cell is a mapping of train.py settings; under `product`
-it maps settings to lists, and stands for every combination; it may have `seeds` of its own. `per_opt` holds settings of
-one optimizer's cells, `jobs` how many run at a time. `accelerate_config` names the launch file, with `ranks` instead of
-its number of ranks; without it train.py runs as one plain process.
+it maps settings to lists, and stands for every combination; it may have `seeds` of its own. `settings` holds what all
+cells share beyond the recipe, `per_opt` what one optimizer's cells do, `jobs` how many run at a time.
+`accelerate_config` names the launch file, with `ranks` instead of its number of ranks; without it train.py runs as one
+plain process.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from toolkit.config import Config, parse
 __all__ = ["Cell", "Matrix", "add_selection", "load_matrix", "selected"]
 
 _NEEDED = ("name", "recipe", "seeds", "cells")
-_KEYS = (*_NEEDED, "accelerate_config", "ranks", "per_opt", "jobs")
+_KEYS = (*_NEEDED, "accelerate_config", "ranks", "settings", "per_opt", "jobs")
 # Settings of a cell that its short name shows already; the others follow by name.
 _NAMED = {"model", "opt", "pruning", "prune_score", "sparsity", "seed"}
 
@@ -111,7 +112,7 @@ def make_matrix(
         for settings, own in cells:
             if seed not in own:
                 continue
-            merged = {**per_opt.get(settings.get("opt"), {}), **settings}
+            merged = {**content.get("settings", {}), **per_opt.get(settings.get("opt"), {}), **settings}
             arguments = ["-c", content["recipe"], *_arguments(merged), *overrides, "--seed", str(seed)]
             config = parse(arguments, prog=f"{source} cell {settings}")
             found.append(Cell(_name(config, settings), tuple(arguments), config))
@@ -153,7 +154,7 @@ def _arguments(settings: dict[str, Any]) -> list[str]:
 def _name(config: Config, settings: dict[str, Any]) -> str:
     """<model>_<opt>_<pruning>[_<sparsity %>][_<the cell's other settings>]_seed<N>, whatever other cells there are.
 
-    What the recipe, per_opt or the command line set is not in it: it goes for every cell of the optimizer.
+    What the recipe, settings, per_opt or the command line set is not in it: it goes for every cell of the optimizer.
     """
     more = (f"_{key.replace('_', '-')}={_text(settings[key])}" for key in sorted(settings.keys() - _NAMED))
     return f"{_short_name(config)}{''.join(more)}_seed{config.seed}".replace("/", "-")

@@ -206,6 +206,9 @@ FREE_ON_RESUME = {
 }  # fmt: skip
 
 
+_BATCH = {"batch_size", "global_batch_size", "auto_batch_size"}
+
+
 def check_same_settings(folder: Path, config: Config) -> None:
     """Raise ValueError where a run folder's args.yaml has other settings than `config`; no args.yaml is no clash."""
     import yaml
@@ -371,9 +374,8 @@ def parse(argv: Sequence[str] | None = None, prog: str = "train.py") -> Config:
         explicit = vars(known)
         recipe = explicit.pop("config", None)
         settings = _read_recipe(recipe) if recipe else {}
-        for flag, other in (("batch_size", "global_batch_size"), ("global_batch_size", "batch_size")):
-            if flag in explicit:
-                settings.pop(other, None)  # two ways to set the batch: the command line's wins
+        if explicit.keys() & _BATCH:  # ways to set the batch: the command line's wins
+            settings = {key: value for key, value in settings.items() if key not in _BATCH}
         settings |= explicit
         return Config(**settings, given=frozenset(settings))
     except ValueError as error:

@@ -99,6 +99,8 @@ def test_batch_on_command_line_replaces_the_recipes(tmp_path):
     recipe.write_text("global_batch_size: 64\n")
     config = parse(["-c", str(recipe), "-b", "10"])
     assert (config.batch_size, config.global_batch_size) == (10, None)
+    config = parse(["-c", str(recipe), "--auto-batch-size", "2GiB"])
+    assert (config.auto_batch_size, config.global_batch_size) == ("2GiB", None)
 
 
 def test_global_batch_is_divided_over_ranks_and_accumulation():
