@@ -47,6 +47,10 @@ class World:
             dist.all_reduce(values, op=dist.ReduceOp.MAX)
         return values
 
+    def begin_max(self, values: Tensor) -> dist.Work | None:
+        """As `max`, without waiting: `values` hold it when the result, where there is one, has been waited for."""
+        return dist.all_reduce(values, op=dist.ReduceOp.MAX, async_op=True) if self.num_ranks > 1 else None
+
     def gather(self, item: T) -> list[T]:
         """Every rank's picklable item, by rank, on every rank."""
         if self.num_ranks == 1:

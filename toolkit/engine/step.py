@@ -40,13 +40,15 @@ class _Signal:
     """One small collective a step: which rank's loss is not finite, and whether any rank was asked to stop.
 
     The flag is made and reduced on the device before backward and copied without blocking; the host reads it when
-    backward has been launched, so a GPU is never idle for it, and before the update, so a bad one never happens.
+    backward has been launched, so a GPU is never idle for it, and before the update, so a bad one never happens. On CPU
+    it travels during backward: waiting there for the slowest rank would be a second wait a step.
     """
 
     def __init__(self, loss: Tensor, stop: bool, world: World) -> None:
         bad = torch.where(loss.isfinite(), 0.0, float(world.num_ranks - world.rank))
-        flags = world.max(torch.stack([bad, torch.full_like(bad, float(stop))]))
-        self._copy = flags.to("cpu", non_blocking=True)
+        flags = torch.stack([bad, torch.full_like(bad, float(stop))])
+        self._travelling = world.begin_max(flags) if not flags.is_cuda else None
+        self._copy = world.max(flags).to("cpu", non_blocking=True) if flags.is_cuda else flags
         self._ready = torch.cuda.Event() if flags.is_cuda else None
         if self._ready is not None:
             self._ready.record()
@@ -55,6 +57,8 @@ class _Signal:
         """(lowest rank whose loss is not finite, or None; whether to stop)."""
         if self._ready is not None:
             self._ready.synchronize()
+        if self._travelling is not None:
+            self._travelling.wait()
         bad, stop = self._copy.tolist()
         return (world.num_ranks - int(bad) if bad else None), bool(stop)
 

@@ -40,12 +40,13 @@ def test_hard_digits_have_three_splits_apart_and_repeat(tmp_path, digits):
     for name in ("a", "b"):
         shards.digits.main(["--hard", "--out", str(tmp_path / name)])
     assert hashes(tmp_path / "a") == hashes(tmp_path / "b")
-    splits = {split: load_split(tmp_path / "a", split) for split in ("train", "tuning", "validation")}
-    assert [len(index) for index in splits.values()] == [300, 500, 997]
+    splits = {split: load_split(tmp_path / "a", split) for split in ("train", "tuning", "validation", "unseen")}
+    assert [len(index) for index in splits.values()] == [300, 500, 997, len(load_split(digits, "validation"))]
     assert np.bincount(splits["train"].label).tolist() == [30] * 10
     assert np.bincount(splits["tuning"].label).tolist() == [50] * 10
     keys = [set(zip(index.crc32.tolist(), index.size.tolist(), strict=True)) for index in splits.values()]
     assert not keys[0] & keys[1] | keys[0] & keys[2] | keys[1] & keys[2]
+    assert keys[3] < keys[2]
     assert "Gaussian noise" in read_info(tmp_path / "a")["note"]
 
 
