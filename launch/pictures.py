@@ -124,8 +124,8 @@ def _memory_accuracy(figure: "Figure", groups: Groups) -> None:
         axes.plot(peak, top1, "o", markerfacecolor="none", markeredgecolor=colour, markersize=12, markeredgewidth=1.5)
         axes.plot(end, top1, "o", color=colour, markersize=8, label=label)
     axes.set(xlabel="all tensors (MiB): filled = end, hollow = peak", ylabel="final top-1 (%)", xlim=(0, None))
-    lowest = min(run.metrics["final_top1"] for members in groups.values() for run in members)
-    axes.set_ylim(max(0.0, lowest - 1.0), 100.2)
+    results = [run.metrics["final_top1"] for members in groups.values() for run in members]
+    axes.set_ylim(max(0.0, min(results) - 1.0), min(100.2, max(results) + 1.0))
     legend(figure, [axes])
 
 

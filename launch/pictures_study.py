@@ -32,7 +32,8 @@ __all__ = [
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999", "#F0E442")
 STYLES = ("-", "--", "-.", ":")
 _GREY = "#c4c4c4"
-_IN_COLOUR = 7
+_IN_COLOUR = 6  # without the palette's grey and its yellow
+_DENSE = ("adamw", "momentum")  # what ours are without pruning
 Groups = Mapping[str, Sequence[CellRun]]
 
 
@@ -63,8 +64,8 @@ def look(groups: Groups) -> dict[str, tuple[str, str]]:
     """(colour, line style) of each method name: ours and the best at the highest sparsity in colour."""
     names = _by_name(groups)
     ranked = sorted(names, key=lambda n: (max(names[n]), _mean(names[n][max(names[n])])), reverse=True)
-    ours = [name for name in OURS if name in names]
-    shown = [*ours, *(name for name in ranked if name not in ours)]
+    first = [name for name in (*OURS, *_DENSE) if name in names]
+    shown = [*first, *(name for name in ranked if name not in first)]
     shown = shown if len(names) <= len(COLOURS) else shown[:_IN_COLOUR]
     return {
         name: (COLOURS[shown.index(name)], STYLES[shown.index(name) // 2 % 4]) if name in shown else (_GREY, "-")
@@ -72,8 +73,10 @@ def look(groups: Groups) -> dict[str, tuple[str, str]]:
     }
 
 
-def legend(figure: "Figure", all_axes: Sequence["Axes"]) -> None:
-    """One entry a label, below the picture, where it hides nothing."""
+def legend(figure: "Figure", all_axes: Sequence["Axes"], *, others: bool = False) -> None:
+    """One entry a label, below the picture, where it hides nothing; `others`: some are grey."""
+    if others:
+        all_axes[0].plot([], [], color=_GREY, marker="o", markersize=4, linestyle="none", label="others")
     unique = {
         label: handle
         for axes in all_axes
@@ -95,7 +98,7 @@ def accuracy_over_epochs(figure: "Figure", groups: Groups) -> None:
     levels = sorted({members[0].sparsity for members in groups.values()})
     panels = figure.subplots(1, len(levels), sharey=True, squeeze=False)[0]
     looks = look(groups)
-    lowest = 100.0
+    lowest = 100.0  # of those in colour: one that collapses shall not flatten the rest
     for name, members in _grey_first(groups, looks):
         axes = panels[levels.index(members[0].sparsity)]
         colour, style = looks[name]
@@ -108,12 +111,12 @@ def accuracy_over_epochs(figure: "Figure", groups: Groups) -> None:
         if colour != _GREY and len(members) > 1:
             low, high = zip(*[(mean - (spread or 0), mean + (spread or 0)) for mean, spread in columns], strict=True)
             axes.fill_between(epochs, low, high, color=colour, alpha=0.15, linewidth=0)
-        lowest = min(lowest, means[len(means) // 3])
+        lowest = min(lowest, means[len(means) // 3]) if colour != _GREY else lowest
     for axes, level in zip(panels, levels, strict=True):
         axes.set(xlabel="epoch", title=f"{100 * level:g} % sparsity" if level else "dense")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     panels[0].set(ylabel="top-1 on validation images (%)", ylim=(max(0.0, lowest - 2), 101))
-    legend(figure, list(panels))
+    legend(figure, list(panels), others=_GREY in {colour for colour, _ in looks.values()})
 
 
 def accuracy_over_sparsity(figure: "Figure", groups: Groups) -> None:
@@ -130,8 +133,8 @@ def accuracy_over_sparsity(figure: "Figure", groups: Groups) -> None:
         bars = None if colour == _GREY else [spread or 0.0 for _, _, spread in points]
         axes.errorbar([p[0] for p in points], [p[1] for p in points], bars, color=colour, linestyle=style, marker="o",
                       markersize=4, capsize=2, label=label)  # fmt: skip
-    axes.set(xlabel="sparsity (%)", ylabel="final top-1 (%)")
-    legend(figure, [axes])
+    axes.set(xlabel="sparsity (%)", ylabel="final top-1 (%)", ylim=_range_in_colour(groups, looks))
+    legend(figure, [axes], others=_GREY in {colour for colour, _ in looks.values()})
 
 
 def pareto(figure: "Figure", groups: Groups) -> None:
@@ -156,10 +159,21 @@ def pareto(figure: "Figure", groups: Groups) -> None:
     axes.plot(*zip(*front, strict=True), color="#333333", linewidth=1, drawstyle="steps-post", zorder=0)
     for level, mark in marks.items():
         axes.plot([], [], mark, color="#333333", label=f"{100 * level:g} % sparsity" if level else "dense")
-    axes.set(xlabel="optimizer state and pruning at the end (bytes a weight)", ylabel="final top-1 (%)", xlim=(0, None))
-    lowest = min(_mean(members) for members in groups.values())
-    axes.set_ylim(max(lowest - 1, best - 25), best + 1.5)
-    legend(figure, [axes])
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set(xlabel="optimizer state and pruning at the end (bytes a weight, logarithmic)", ylabel="final top-1 (%)",
+             ylim=_range_in_colour(groups, looks))  # fmt: skip
+    legend(figure, [axes], others=_GREY in {colour for colour, _ in looks.values()})
+
+
+def _range_in_colour(groups: Groups, looks: Mapping[str, tuple[str, str]]) -> tuple[float, float]:
+    """An axis of accuracies that holds all that is drawn in colour, with the spread."""
+    ends = []
+    for name, members in _grey_first(groups, looks):
+        mean, spread = mean_and_spread(list(by_seed(members).values()))
+        if looks[name][0] != _GREY:
+            ends += [mean - (spread or 0.0), mean + (spread or 0.0)]
+    return min(ends) - 0.5, max(ends) + 0.5
 
 
 def sparsity_over_steps(figure: "Figure", groups: Groups) -> None:
