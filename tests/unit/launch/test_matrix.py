@@ -133,6 +133,11 @@ def test_products_settings_by_optimizer_and_names(tmp_path):
     assert matrix.command(matrix.cells[0], tmp_path)[:2] == ["python", "train.py"]
     more = load_matrix(write(tmp_path / "m.yaml", cells=[{"opt": "adam"}, {"opt": "adamw", "seeds": [0, 4]}]))
     assert [cell.name[9:] for cell in more.cells] == ["adam_none_seed0", "adamw_none_seed0", "adamw_none_seed4"]
+    shared = load_matrix(
+        write(tmp_path / "m.yaml", settings={"epochs": 4, "lr": 0.3}, per_opt={"adamw": {"lr": 0.4}}, jobs=3)
+    )
+    assert (shared.cells[0].name, shared.jobs) == ("resnet18_adamw_none_seed0", 3)
+    assert (shared.cells[0].config.epochs, shared.cells[0].config.lr) == (4, 0.4)
     ranks = load_matrix(write(tmp_path / "m.yaml", ranks=1))
     assert ranks.launcher[-2:] == ("--num_processes", "1")
     with pytest.raises(ValueError, match="per_opt names adam, which no cell"):
