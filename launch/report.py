@@ -27,8 +27,8 @@ _ON_CPU = """\
 _SYNTHETIC = "> **SYNTHETIC images**: accuracy says nothing about photographs."
 
 
-def write_report(runs: Sequence[CellRun], out: Path, source: Path, *, with_cells: bool = True) -> None:
-    """Write the report of `runs` into `out`, with the runs' own files under cells/ unless they are left out."""
+def write_report(runs: Sequence[CellRun], out: Path, source: Path, *, brief: bool = False) -> None:
+    """Write the report of `runs` into `out`; `brief`: only report.md, its pictures and summary.json."""
     from launch.pictures import draw_all
 
     out.mkdir(parents=True, exist_ok=True)
@@ -41,12 +41,13 @@ def write_report(runs: Sequence[CellRun], out: Path, source: Path, *, with_cells
         "methods": [method_summary(name, members) for name, members in groups.items()],
     }
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    text = "\n".join(_markdown(runs, groups, pictures, source, out, brief=brief)) + "\n"
+    (out / "report.md").write_text(text)
+    if brief:
+        return
     write_summary_csv(groups, out / "summary.csv")
     write_all_results(runs, out / "all_results.json")
-    if with_cells:
-        copy_cells(runs, out / "cells")
-    text = "\n".join(_markdown(runs, groups, pictures, source, out, with_cells=with_cells)) + "\n"
-    (out / "report.md").write_text(text)
+    copy_cells(runs, out / "cells")
     (out / "report.html").write_text(to_html(text, out, alternative_texts(groups, pictures)))
 
 
@@ -153,7 +154,7 @@ def _markdown(
     source: Path,
     out: Path,
     *,
-    with_cells: bool,
+    brief: bool,
 ) -> list[str]:
     shared = environment(runs)
     versions = "; ".join(
@@ -185,12 +186,12 @@ def _markdown(
         *table(
             ["method", "lr", "weight decay", "schedule", "run"],
             [[name, f"{run.lr:g}", f"{run.arguments['weight_decay']:g}", run.schedule_note,
-              f"[{run.folder.name}](cells/{run.folder.name}/args.yaml)" if with_cells else run.folder.name]
+              f"[{run.folder.name}](cells/{run.folder.name}/args.yaml)" if not brief else run.folder.name]
              for name, (run, *_) in groups.items()],
         ),
         "",
         f"{_runs_made_by(source)} Made by `python -m launch.report {source} --out {out}"
-        f"{'' if with_cells else ' --no-cells'}`.",
+        f"{' --brief' if brief else ''}`.",
     ]  # fmt: skip
 
 
@@ -228,11 +229,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m launch.report", description=__doc__)
     parser.add_argument("runs", type=Path, help="folder of run folders, for example runs/demo")
     parser.add_argument("--out", type=Path, required=True, help="folder of the report, for example results/demo")
-    parser.add_argument("--no-cells", action="store_true", help="leave out the copies of each run's own files")
+    parser.add_argument("--brief", action="store_true", help="only report.md, its pictures and summary.json")
     options = parser.parse_args(argv)
     try:
         runs, left_out = read_runs(options.runs)
-        write_report(runs, options.out, options.runs, with_cells=not options.no_cells)
+        write_report(runs, options.out, options.runs, brief=options.brief)
     except ValueError as error:
         parser.exit(2, f"launch.report: error: {error}\n")
     for name in left_out:

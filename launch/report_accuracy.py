@@ -59,6 +59,22 @@ def _judged(difference: Difference) -> str:
     return "beyond the paired spread, not beyond noise" if difference.beyond_spread else "inside the spread: no winner"
 
 
+def _tally(level: Mapping[str, Sequence[CellRun]], name: str) -> str:
+    """How one method fares against every other row of its table."""
+    differences = [
+        compare(by_seed(level[name]), by_seed(other))
+        for other in level.values()
+        if other is not level[name] and len(by_seed(level[name]).keys() & by_seed(other).keys()) > 1
+    ]
+    ahead = [difference for difference in differences if difference.beyond_spread and difference.mean > 0]
+    behind = [difference for difference in differences if difference.beyond_spread and difference.mean < 0]
+    sure = [sum(difference.beyond_noise for difference in some) for some in (ahead, behind)]
+    return (
+        f"Of {len(differences)} other rows {len(ahead)} are behind by more than the paired spread ({sure[0]} beyond "
+        f"noise), {len(behind)} ahead ({sure[1]} beyond noise), the rest inside it."
+    )
+
+
 def _family(run: CellRun) -> str:
     return "SGD" if run.optimizer in ("sgd", "momentum", "sgdprune") else "Adam"
 
@@ -96,7 +112,7 @@ def verdict_section(groups: Groups) -> list[str]:
             difference = compare(by_seed(level[name]), by_seed(level[rival]))
             lines.append(
                 f"    - {_said(name, level[name])}; best other row of {family}'s family: {_said(rival, level[rival])}. "
-                f"Difference {difference}, {_judged(difference)}."
+                f"Difference {difference}, {_judged(difference)}. {_tally(level, name)}"
             )
     note = "Bytes a weight: what optimizer and pruning keep at the end of training, beside the weights themselves."
     return [*lines, "", note, ""]
