@@ -15,6 +15,7 @@ from toolkit.build.recompute import checkpoint_activations
 from toolkit.config import Config
 from toolkit.dist import World
 from toolkit.engine.checkpoint import load_checkpoint as read_checkpoint
+from toolkit.engine.checkpoint import newest_checkpoint
 from toolkit.log import get_logger
 
 __all__ = ["compile_model", "create_model", "model_options", "place_model", "prunable_names", "train_loss"]
@@ -61,12 +62,12 @@ def create_model(config: Config, num_classes: int) -> nn.Module:
 
 
 def _load_weights(model: nn.Module, source: Path) -> None:
-    """Weights of a checkpoint folder of ours (the average, where it has one), or of a file that timm reads.
+    """Weights of a run or checkpoint folder of ours (the average, where it has one), or of a file that timm reads.
 
     A classifier of another number of classes stays as it was made.
     """
     if source.is_dir():
-        saved = read_checkpoint(source)
+        saved = read_checkpoint(newest_checkpoint(source / "checkpoints") or source)
         weights = saved["ema"] or saved["model"]
     else:
         weights = timm.models.load_state_dict(str(source), device="cpu")

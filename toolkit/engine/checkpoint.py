@@ -79,7 +79,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
 def read_identity(path: Path) -> dict[str, Any]:
     """What a checkpoint says it belongs to. Raises ValueError where the folder is not a complete checkpoint."""
     if not (path / _COMPLETE).is_file() or not re.fullmatch(r"step-\d+", path.name):
-        raise ValueError(f"--resume {path} is not a complete checkpoint (a step-<number> folder); use --resume auto")
+        raise ValueError(f"{path} is not a complete checkpoint, a step-<number> folder; --resume auto finds the newest")
     return json.loads((path / _COMPLETE).read_text())["identity"] or {}
 
 

@@ -81,7 +81,8 @@ def test_a_pruned_model_is_fine_tuned_at_unchanged_sparsity(flags, tmp_path, opt
     reset_accelerate()
     source = newest_checkpoint(tmp_path / "r" / "checkpoints")
     before = load_checkpoint(source)["model"]
-    more = ["--initial-checkpoint", str(source), "--num-classes", "12", "--experiment", "tuned"]
+    start = tmp_path / "r" if "momentum" in opt else source  # the run, or one checkpoint of it
+    more = ["--initial-checkpoint", str(start), "--num-classes", "12", "--experiment", "tuned"]
     run = build(parse([*flags, *opt, *more]))
     seen = []
     original = run.augment
