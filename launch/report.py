@@ -166,14 +166,15 @@ def _markdown(
         " Accuracy is mean ± standard deviation over the seeds."
     )  # fmt: skip
     return [
-        f"# {out.name}: {shared['model']} on {shared['dataset']}",
+        f"# {out.name}: {_said(shared['model'])} on {_said(shared['dataset'])}",
         "",
         *([_ON_CPU] if any(run.metrics["device_type"] == "cpu" for run in runs) else []),
         *(["", _SYNTHETIC] if shared["dataset_synthetic"] else []),
         "",
-        f"Data: {shared['dataset_note'] or shared['dataset']}. Hardware: {shared['world_size']} ranks on "
-        f"{shared['device']}. Versions: {versions}. Seeds: {', '.join(map(str, seeds))}.{one_seed} Global batch "
-        f"{shared['global_batch_size']}, {shared['epochs']} epochs, precision {shared['mixed_precision']}.",
+        f"Data: {_said(shared['dataset_note'] or shared['dataset'])}. Hardware: {_said(shared['world_size'])} "
+        f"ranks on {_said(shared['device'])}. Versions: {versions}. Seeds: {', '.join(map(str, seeds))}.{one_seed} "
+        f"Global batch {_said(shared['global_batch_size'])}, {_said(shared['epochs'])} epochs, precision "
+        f"{_said(shared['mixed_precision'])}.",
         "",
         *verdict_section(groups),
         *ranking_section(groups),
@@ -184,8 +185,9 @@ def _markdown(
         "## Settings",
         "",
         *table(
-            ["method", "lr", "weight decay", "schedule", "run"],
-            [[name, f"{run.lr:g}", f"{run.arguments['weight_decay']:g}", run.schedule_note,
+            ["method", "lr", "weight decay", "global batch", "epochs", "schedule", "run"],
+            [[name, f"{run.lr:g}", f"{run.arguments['weight_decay']:g}",
+              str(run.metrics["global_batch_size"]), str(run.metrics["epochs"]), run.schedule_note,
               f"[{run.folder.name}](cells/{run.folder.name}/args.yaml)" if not brief else run.folder.name]
              for name, (run, *_) in groups.items()],
         ),
@@ -193,6 +195,11 @@ def _markdown(
         f"{_runs_made_by(source)} Made by `python -m launch.report {source} --out {out}"
         f"{' --brief' if brief else ''}`.",
     ]  # fmt: skip
+
+
+def _said(value: Any) -> str:
+    """A value that all runs share, or each one that occurs."""
+    return " or ".join(map(str, sorted(set(value)))) if isinstance(value, list) else str(value)
 
 
 def _runs_made_by(source: Path) -> str:
