@@ -78,7 +78,7 @@ def group_by_method(runs: Sequence[CellRun]) -> dict[str, list[CellRun]]:
         mine = members[0].settings
         shown = [f"{key}={mine[key]}" for key in sorted(mine) if not _is_usual(mine[key], [r.get(key) for r in rivals])]
         named[" ".join([label, *shown])] = members
-    return dict(sorted(named.items(), key=lambda item: _place(item[1][0])))
+    return dict(sorted(named.items(), key=lambda item: (_place(item[1][0]), item[0])))
 
 
 def _place(run: CellRun) -> tuple[bool, str, str, float]:
