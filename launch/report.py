@@ -141,10 +141,10 @@ def method_summary(name: str, members: Sequence[CellRun]) -> dict[str, Any]:
     }
 
 
-def _sparsity(members: Sequence[CellRun], key: str) -> str:
-    values = [run.metrics[key] for run in members]
-    shown = sorted({f"{100 * value:.2f} %" for value in values})
-    return ", ".join(shown) if any(values) else "–"
+def _sparsity(members: Sequence[CellRun]) -> str:
+    if members[0].method == "none":  # a weight that is 0 by chance is no pruning
+        return "–"
+    return ", ".join(sorted({f"{100 * run.metrics['final_sparsity']:.2f} %" for run in members}))
 
 
 def _markdown(
@@ -226,7 +226,7 @@ def _print_table(groups: dict[str, list[CellRun]]) -> None:
     lines = [f"{'method':<{width}}  {'top-1 %':>14}  {'sparsity':>9}  {'optimizer+pruning MiB (end)':>28}"]
     for name, members in groups.items():
         size = mib(members[0].memory["ledger"]["optimizer_bytes"])
-        sparsity = _sparsity(members, "final_sparsity")
+        sparsity = _sparsity(members)
         lines.append(f"{name:<{width}}  {accuracy(list(by_seed(members).values())):>14}  {sparsity:>9}  {size:>28}")
     print("\n".join(lines))  # noqa: T201
 
