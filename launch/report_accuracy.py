@@ -16,6 +16,15 @@ Final epoch; mean ± standard deviation over the seeds. The difference is paired
 the mean]. A rank is the range that is left open when all pairs of the table are compared together (Holm, 5 %)."""
 
 
+_ADVICE_NOTE = """\
+**Use**: the fewest bytes among all rows whose distance to the highest mean lies inside the paired spread. Bytes a
+weight: what optimizer and pruning keep at the end of training, beside the weights themselves. Differences are paired by
+seed: mean ± spread [95 % interval of the mean]."""
+_OURS_NOTE = """\
+Other rows are those of all optimizers but our two; behind or ahead by more than the paired spread. The best of many
+rows is in part the luckiest, and one of twenty true draws looks beyond noise; the ranks below allow for that."""
+
+
 def by_seed(members: Sequence[CellRun]) -> dict[int, float]:
     """seed -> final top-1 in percent."""
     return {run.metrics["seed"]: run.metrics["final_top1"] for run in members}
@@ -43,10 +52,6 @@ def _mean(members: Sequence[CellRun]) -> float:
     return mean_and_spread(list(by_seed(members).values()))[0]
 
 
-def _said(name: str, members: Sequence[CellRun]) -> str:
-    return f"{name} {accuracy(list(by_seed(members).values()))} % at {members[0].bytes_per_weight:.2f} bytes a weight"
-
-
 def _inside(best: Sequence[CellRun], other: Sequence[CellRun]) -> bool:
     """Whether two methods lie within the spread of their differences over the seeds they share."""
     shared = by_seed(best).keys() & by_seed(other).keys()
@@ -59,63 +64,59 @@ def _judged(difference: Difference) -> str:
     return "beyond the paired spread, not beyond noise" if difference.beyond_spread else "inside the spread: no winner"
 
 
-def _tally(level: Mapping[str, Sequence[CellRun]], name: str) -> str:
-    """How one method fares against every other row of its table."""
-    differences = [
-        compare(by_seed(level[name]), by_seed(other))
-        for other in level.values()
-        if other is not level[name] and len(by_seed(level[name]).keys() & by_seed(other).keys()) > 1
-    ]
-    ahead = [difference for difference in differences if difference.beyond_spread and difference.mean > 0]
-    behind = [difference for difference in differences if difference.beyond_spread and difference.mean < 0]
-    sure = [sum(difference.beyond_noise for difference in some) for some in (ahead, behind)]
-    return (
-        f"Of {len(differences)} other rows {len(ahead)} are behind by more than the paired spread ({sure[0]} beyond "
-        f"noise), {len(behind)} ahead ({sure[1]} beyond noise), the rest inside it."
-    )
-
-
 def _family(run: CellRun) -> str:
     return "SGD" if run.optimizer in ("sgd", "momentum", "sgdprune") else "Adam"
 
 
 def verdict_section(groups: Groups) -> list[str]:
-    """At each sparsity: the highest mean, and ours against the best other row of its family, with what each costs."""
+    """At each sparsity which row to use and what it costs, and how ours fare."""
     if max(len(members) for members in groups.values()) < 2:
         return []
-    lines = ["## In a minute", ""]
-    for sparsity, level in _levels(groups).items():
-        best = max(level, key=lambda name: _mean(level[name]))
-        lines.append(f"- **{_level_name(sparsity)}.** Highest mean: {_said(best, level[best])}.")
-        close = [name for name in level if name == best or _inside(level[best], level[name])]
-        cheap = min(close, key=lambda name: level[name][0].bytes_per_weight)
-        if cheap != best:
-            difference = compare(by_seed(level[cheap]), by_seed(level[best]))
-            lines.append(
-                f"    - **Use {_said(cheap, level[cheap])}**: the fewest bytes of all whose distance to the highest "
-                f"mean lies inside the paired spread ({difference})."
-            )
-        else:
-            lines.append("    - **Use it**: all others are beyond the paired spread below it, or take more bytes.")
-        for own in OURS:
-            mine = [name for name in level if level[name][0].optimizer == own and level[name][0].method == "state"]
-            if not mine:
-                continue
-            name = max(mine, key=lambda one: _mean(level[one]))
-            family = _family(level[name][0])
-            others = [n for n in level if _family(level[n][0]) == family and level[n][0].optimizer not in OURS]
-            if not others:
-                continue
-            rival = max(others, key=lambda one: _mean(level[one]))
-            if not by_seed(level[name]).keys() & by_seed(level[rival]).keys():
-                continue
-            difference = compare(by_seed(level[name]), by_seed(level[rival]))
-            lines.append(
-                f"    - {_said(name, level[name])}; best other row of {family}'s family: {_said(rival, level[rival])}. "
-                f"Difference {difference}, {_judged(difference)}. {_tally(level, name)}"
-            )
-    note = "Bytes a weight: what optimizer and pruning keep at the end of training, beside the weights themselves."
-    return [*lines, "", note, ""]
+    levels = _levels(groups)
+    advice = [_advice(sparsity, level) for sparsity, level in levels.items()]
+    header = ["at", "use", "top-1 %", "bytes a weight", "below the highest mean", "the highest mean", "its top-1 %",
+              "its bytes a weight"]  # fmt: skip
+    lines = ["## In a minute", "", *table(header, advice), "", _ADVICE_NOTE, ""]
+    ours = [row for level in levels.values() for own in OURS for row in _ours(level, own)]
+    if ours:
+        header = ["ours", "top-1 %", "bytes a weight", "best other row of its family", "its top-1 %",
+                  "its bytes a weight", "difference", "which is", "other rows: behind / inside / ahead"]  # fmt: skip
+        lines += [*table(header, ours), "", _OURS_NOTE, ""]
+    return lines
+
+
+def _advice(sparsity: float, level: Mapping[str, Sequence[CellRun]]) -> list[str]:
+    """A row of the first table: the cheapest method among those that the best is not told apart from."""
+    best = max(level, key=lambda name: _mean(level[name]))
+    close = [name for name in level if name == best or _inside(level[best], level[name])]
+    use = min(close, key=lambda name: level[name][0].bytes_per_weight)
+    below = "–" if use == best else str(compare(by_seed(level[best]), by_seed(level[use])))
+    return [f"**{_level_name(sparsity)}**", f"**{use}**", *_figures(level[use]), below, best, *_figures(level[best])]
+
+
+def _figures(members: Sequence[CellRun]) -> list[str]:
+    return [accuracy(list(by_seed(members).values())), f"{members[0].bytes_per_weight:.2f}"]
+
+
+def _ours(level: Mapping[str, Sequence[CellRun]], own: str) -> list[list[str]]:
+    """A row of the second table for the best row of one of ours, or none."""
+    mine = [name for name in level if level[name][0].optimizer == own and level[name][0].method == "state"]
+    if not mine:
+        return []
+    name = max(mine, key=lambda one: _mean(level[one]))
+    results, family = by_seed(level[name]), _family(level[name][0])
+    others = [other for other in level if level[other][0].optimizer not in OURS]
+    rivals = [other for other in others if by_seed(level[other]).keys() & results.keys()]
+    of_family = [other for other in rivals if _family(level[other][0]) == family]
+    if not of_family:
+        return []
+    rival = max(of_family, key=lambda one: _mean(level[one]))
+    difference = compare(results, by_seed(level[rival]))
+    found = [compare(results, by_seed(level[other])) for other in rivals]
+    behind = sum(one.beyond_spread and one.mean > 0 for one in found)
+    ahead = sum(one.beyond_spread and one.mean < 0 for one in found)
+    tally = f"{behind} / {len(found) - behind - ahead} / {ahead}"
+    return [[name, *_figures(level[name]), rival, *_figures(level[rival]), str(difference), _judged(difference), tally]]
 
 
 def ranking_section(groups: Groups) -> list[str]:

@@ -53,9 +53,10 @@ def report(runs, tmp_path):
 def test_methods_are_ranked_only_where_they_differ(report):
     text = (report / "report.md").read_text()
     minute = text[text.index("## In a minute") : text.index("## Ranking")]
-    assert "**70 % sparsity.** Highest mean: adamwprune 70 % 99.13 ± 0.15 % at 2.53 bytes a weight" in minute
-    assert "best other row of Adam's family: adamw + movement 70 % 97.10 ± 0.10 % at 12.12 bytes a weight" in minute
-    assert "Difference +2.03 ± 0.06 [+1.89, +2.18], beyond noise." in minute
+    best = "adamwprune 70 % | 99.13 ± 0.15 | 2.53"
+    assert f"| **70 % sparsity** | **{best.replace(' | ', '** | ', 1)} | – | {best} |" in minute
+    rival = "adamw + movement 70 % | 97.10 ± 0.10 | 12.12 | +2.03 ± 0.06 [+1.89, +2.18] | beyond noise"
+    assert f"| {best} | {rival} | 1 / 1 / 0 |" in minute
     section = text[text.index("### 70 %") : text.index("Final epoch; mean")].splitlines()
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section if line.startswith("| ")]
     rows = {name: rest for name, *rest in cells}
@@ -71,8 +72,8 @@ def test_the_cheapest_inside_the_spread_is_recommended(runs, tmp_path):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"final_top1": top1}))
     assert main([str(runs), "--out", str(tmp_path / "study")]) == 0
     text = (tmp_path / "study" / "report.md").read_text()
-    assert "Highest mean: momentum + movement 70 % 99.23 ± 0.35 % at" in text
-    assert "**Use adamwprune 70 % 99.13 ± 0.15 % at 2.53 bytes a weight**: the fewest bytes" in text
+    use = "**adamwprune 70 %** | 99.13 ± 0.15 | 2.53 | +0.10 ± 0.20 [-0.40, +0.60]"
+    assert f"| **70 % sparsity** | {use} | momentum + movement 70 % | 99.23 ± 0.35 |" in text
 
 
 def copy_of(folder, name, **settings):
