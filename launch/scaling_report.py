@@ -86,7 +86,8 @@ def to_markdown(result: Mapping[str, Any], command: str) -> str:
     lines += [
         "",
         "Bare: torch's DDP, the same optimizer, loss and loader, no log, no check, no schedule. The loops take turns "
-        "on the same epochs of batches in the same processes; overhead and share are medians over the rounds. "
+        "on the same epochs of batches in the same processes, where the C library keeps freed memory (else which loop "
+        "pays for getting it back is luck); overhead and share are medians over the rounds. "
         "Communication share: what the bare loop saves when its ranks do not talk (`no_sync`); what overlaps with "
         "computing is not in it.", "",
     ]  # fmt: skip
