@@ -6,6 +6,7 @@ grey; the tables have them all.
 
 import itertools
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from launch.report_accuracy import OURS, by_seed
@@ -61,9 +62,12 @@ def _grey_first(groups: Groups, looks: Mapping[str, tuple[str, str]]) -> list[tu
 
 
 def look(groups: Groups) -> dict[str, tuple[str, str]]:
-    """(colour, line style) of each method name: ours and the best at the highest sparsity in colour."""
+    """(colour, line style) of each method name: ours, their baselines and the best on average of its sparsities in
+    colour, pruned before dense.
+    """
     names = _by_name(groups)
-    ranked = sorted(names, key=lambda n: (max(names[n]), _mean(names[n][max(names[n])])), reverse=True)
+    means = {name: fmean(map(_mean, levels.values())) for name, levels in names.items()}
+    ranked = sorted(names, key=lambda name: (max(names[name]) > 0, means[name]), reverse=True)
     first = [name for name in (*OURS, *_DENSE) if name in names]
     shown = [*first, *(name for name in ranked if name not in first)]
     shown = shown if len(names) <= len(COLOURS) else shown[:_IN_COLOUR]
