@@ -35,6 +35,7 @@ STYLES = ("-", "--", "-.", ":")
 _GREY = "#c4c4c4"
 _IN_COLOUR = 6  # without the palette's grey and its yellow
 _DENSE = ("adamw", "momentum")  # what ours are without pruning
+_LETTERS_AN_INCH, _LETTERS_OF_A_MARK = 16, 7  # of a legend in 8 points
 Groups = Mapping[str, Sequence[CellRun]]
 
 
@@ -87,7 +88,9 @@ def legend(figure: "Figure", all_axes: Sequence["Axes"], *, others: bool = False
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
         if not label.startswith("_")
     }
-    figure.legend(list(unique.values()), list(unique), loc="outside lower center", ncols=4, fontsize=8)
+    letters = _LETTERS_AN_INCH * figure.get_figwidth()
+    columns = max(1, min(4, int(letters / (max(map(len, unique)) + _LETTERS_OF_A_MARK))))
+    figure.legend(list(unique.values()), list(unique), loc="outside lower center", ncols=columns, fontsize=8)
 
 
 def _curve(run: CellRun) -> list[tuple[int, float]]:

@@ -76,8 +76,10 @@ def group_by_method(runs: Sequence[CellRun]) -> dict[str, list[CellRun]]:
                 )
         rivals = [other[0].settings for (name, _), other in groups.items() if name == label]
         mine = members[0].settings
-        shown = [f"{key}={mine[key]}" for key in sorted(mine) if not _is_usual(mine[key], [r.get(key) for r in rivals])]
+        unusual = [key for key in sorted(mine) if not _is_usual(mine[key], [rival.get(key) for rival in rivals])]
+        shown = [f"{key}={mine[key]}" for key in unusual if mine[key] not in ("", None)]  # what is not set has no name
         named[" ".join([label, *shown])] = members
+    assert len(named) == len(groups), "two groups of one name"
     return dict(sorted(named.items(), key=lambda item: (_place(item[1][0]), item[0])))
 
 
