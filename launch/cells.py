@@ -120,6 +120,10 @@ def make_matrix(
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"matrix {source}: two cells are the same, {twice[0]}; take one out")
+    if "ranks" in content and not content.get("accelerate_config"):
+        raise ValueError(f"matrix {source}: ranks={content['ranks']} needs an accelerate_config; name a launch file")
+    if int(content.get("jobs", 1)) < 1:
+        raise ValueError(f"matrix {source}: jobs={content['jobs']} must be at least 1")
     launcher = ["python"]
     if content.get("accelerate_config"):
         launcher = ["accelerate", "launch", "--config_file", content["accelerate_config"]]

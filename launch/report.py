@@ -77,7 +77,7 @@ def group_by_method(runs: Sequence[CellRun]) -> dict[str, list[CellRun]]:
         rivals = [other[0].settings for (name, _), other in groups.items() if name == label]
         mine = members[0].settings
         unusual = [key for key in sorted(mine) if not _is_usual(mine[key], [rival.get(key) for rival in rivals])]
-        shown = [f"{key}={mine[key]}" for key in unusual if mine[key] not in ("", None)]  # what is not set has no name
+        shown = [f"{key}={'none' if mine[key] in ('', None) else mine[key]}" for key in unusual]
         named[" ".join([label, *shown])] = members
     assert len(named) == len(groups), "two groups of one name"
     return dict(sorted(named.items(), key=lambda item: (_place(item[1][0]), item[0])))
@@ -173,7 +173,8 @@ def _markdown(
         *([_ON_CPU] if any(run.metrics["device_type"] == "cpu" for run in runs) else []),
         *(["", _SYNTHETIC] if shared["dataset_synthetic"] else []),
         "",
-        f"Data: {_said(shared['dataset_note'] or shared['dataset'])}. Hardware: {_said(shared['world_size'])} "
+        f"Data: {_said(shared['dataset_note'] or shared['dataset'])}. Evaluated on its split "
+        f"{_said([run.arguments['val_split'] for run in runs])}. Hardware: {_said(shared['world_size'])} "
         f"ranks on {_said(shared['device'])}. Versions: {versions}. Seeds: {', '.join(map(str, seeds))}.{one_seed} "
         f"Global batch {_said(shared['global_batch_size'])}, {_said(shared['epochs'])} epochs, precision "
         f"{_said(shared['mixed_precision'])}.",
@@ -201,7 +202,7 @@ def _markdown(
 
 def _said(value: Any) -> str:
     """A value that all runs share, or each one that occurs."""
-    return " or ".join(map(str, sorted(set(value)))) if isinstance(value, list) else str(value)
+    return " or ".join(sorted({str(one) for one in value})) if isinstance(value, list) else str(value)
 
 
 def _runs_made_by(source: Path) -> str:

@@ -9,6 +9,7 @@ from launch.statistics import Difference, compare, mean_and_spread, rank_ranges
 __all__ = ["OURS", "accuracy", "by_seed", "ranking_section", "verdict_section", "versus_section"]
 
 OURS = ("adamwprune", "sgdprune")
+_LARGEST_LOSS = 1.0  # points that saved bytes may cost: a row that scatters widely is not near the best for that
 Groups = Mapping[str, Sequence[CellRun]]
 
 _RANK_NOTE = """\
@@ -17,12 +18,14 @@ the mean]. A rank is the range that is left open when all pairs of the table are
 
 
 _ADVICE_NOTE = """\
-**Use**: the fewest bytes among all rows whose distance to the highest mean lies inside the paired spread. Bytes a
-weight: what optimizer and pruning keep at the end of training, beside the weights themselves. Differences are paired by
-seed: mean ± spread [95 % interval of the mean]."""
+**Use**: the fewest bytes among the highest mean and all rows at most a point below it, inside the paired spread and not
+beyond noise. Bytes a weight: what optimizer and pruning keep at the end of training, beside the weights themselves.
+Differences are paired over the seeds both rows have, so they need not be the difference of the means beside them: mean
+± spread [95 % interval of the mean]."""
 _OURS_NOTE = """\
-Other rows are those of all optimizers but our two; behind or ahead by more than the paired spread. The best of many
-rows is in part the luckiest, and one of twenty true draws looks beyond noise; the ranks below allow for that."""
+The best of ours where there are several. Other rows are those of all optimizers but our two; behind or ahead by more
+than the paired spread. The best of many rows is in part the luckiest, and one of twenty true draws looks beyond noise.
+The ranks below allow for that; with many rows and three seeds they can tell hardly any apart."""
 
 
 def by_seed(members: Sequence[CellRun]) -> dict[int, float]:
@@ -53,9 +56,16 @@ def _mean(members: Sequence[CellRun]) -> float:
 
 
 def _inside(best: Sequence[CellRun], other: Sequence[CellRun]) -> bool:
-    """Whether two methods lie within the spread of their differences over the seeds they share."""
-    shared = by_seed(best).keys() & by_seed(other).keys()
-    return len(shared) > 1 and not compare(by_seed(best), by_seed(other)).beyond_spread
+    """Whether a method is so near the best, over the seeds both have, that nothing tells them apart."""
+    if not by_seed(best).keys() & by_seed(other).keys():
+        return False
+    difference = compare(by_seed(best), by_seed(other))
+    return (
+        difference.seeds > 1
+        and not difference.beyond_spread
+        and not difference.beyond_noise
+        and difference.mean <= _LARGEST_LOSS
+    )
 
 
 def _judged(difference: Difference) -> str:
@@ -89,7 +99,7 @@ def _advice(sparsity: float, level: Mapping[str, Sequence[CellRun]]) -> list[str
     """A row of the first table: the cheapest method among those that the best is not told apart from."""
     best = max(level, key=lambda name: _mean(level[name]))
     close = [name for name in level if name == best or _inside(level[best], level[name])]
-    use = min(close, key=lambda name: level[name][0].bytes_per_weight)
+    use = min(close, key=lambda name: (round(level[name][0].bytes_per_weight, 3), -_mean(level[name])))
     below = "–" if use == best else str(compare(by_seed(level[best]), by_seed(level[use])))
     return [f"**{_level_name(sparsity)}**", f"**{use}**", *_figures(level[use]), below, best, *_figures(level[best])]
 

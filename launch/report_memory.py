@@ -141,7 +141,8 @@ def _study_table(groups: dict[str, list[CellRun]]) -> list[str]:
     rows = []
     for name, members in (comparable or groups).items():
         run, mine = members[0], study_column(members[0])
-        theirs = reported.get({"momentum": "sgd", "sgdprune": ""}.get(run.optimizer, run.optimizer), {})
+        same = run.sparsity == _REPORTED_SPARSITY and (run.method == "displacement" or run.optimizer == "adamwprune")
+        theirs = reported.get({"momentum": "sgd"}.get(run.optimizer, run.optimizer), {}) if same else {}
         top1 = sum(one.metrics["final_top1"] for one in members) / len(members)
         cells = [mine["study_mean_mib"], mine["study_peak_mib"], mine["study_top1_per_1000_mib"],
                  top1 / (run.memory["ledger_peak"]["total_bytes"] / MIB), top1]  # fmt: skip

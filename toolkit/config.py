@@ -38,7 +38,7 @@ class Config:
 
     model: str = _flag("resnet50", "any timm model by name", group="Model")
     pretrained: bool = _flag(False, "start from timm's weights (fetched by timm)")
-    initial_checkpoint: str = _flag("", "start from the weights in this file, or of this run's folder")
+    initial_checkpoint: str = _flag("", "start from the weights in this file, or of this run's or checkpoint's folder")
     num_classes: int | None = _flag(None, "classes; the data set's number by default", kind=int)
     img_size: int | None = _flag(None, "side of the square input in pixels; the model's own by default", kind=int)
     crop_pct: float | None = _flag(None, "share of the resized image the evaluation crop takes", kind=float)

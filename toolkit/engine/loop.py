@@ -54,6 +54,8 @@ def train(run: Run) -> History:
         try:
             while history.epoch < run.plan.epochs:
                 train_epoch(run, history, stop, bar)
+                if run.plan.dist_bn and run.world.num_ranks > 1:  # before a stop, whose checkpoint has one rank's
+                    distribute_bn(run.bare_model, run.world.num_ranks, run.plan.dist_bn == "reduce")
                 _stop_if_asked(run, history, stop)
                 _finish_epoch(run, history, stop)
             _check_sparsity(run)
@@ -138,7 +140,7 @@ def train_epoch(run: Run, history: History, stop: StopRequest, bar: Progress | N
             bar.advance()
         if logs:
             window.report(update, history)
-        if result.stop:
+        if result.stop and history.step < plan.steps_per_epoch:  # else after the epoch's end, which is here
             account()
             _interrupt(run, history)
         if plan.checkpoint_interval and update % plan.checkpoint_interval == 0 and history.step < plan.steps_per_epoch:
@@ -234,8 +236,6 @@ def _finish_epoch(run: Run, history: History, stop: StopRequest) -> None:
     """Evaluate, record and save; `history` moves on to the next epoch, and is as before after a stop."""
     plan, begin, update = run.plan, time.perf_counter(), (history.epoch + 1) * run.plan.steps_per_epoch
     epoch = history.epoch
-    if plan.dist_bn and run.world.num_ranks > 1:
-        distribute_bn(run.bare_model, run.world.num_ranks, plan.dist_bn == "reduce")
     result: EvalResult | None = None
     if (epoch + 1) % plan.val_interval == 0 or epoch + 1 == plan.epochs:
         if run.ema is not None and plan.dist_bn and run.world.num_ranks > 1:

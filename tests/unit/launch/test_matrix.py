@@ -139,6 +139,10 @@ def test_products_settings_by_optimizer_and_names(tmp_path):
     assert (shared.cells[0].name, shared.jobs) == ("resnet18_adamw_none_seed0", 3)
     assert (shared.cells[0].config.epochs, shared.cells[0].config.lr) == (4, 0.4)
     ranks = load_matrix(write(tmp_path / "m.yaml", ranks=1))
+    with pytest.raises(ValueError, match="ranks=2 needs an accelerate_config"):
+        load_matrix(write(tmp_path / "m.yaml", ranks=2, accelerate_config=None))
+    with pytest.raises(ValueError, match="jobs=0 must be at least 1"):
+        load_matrix(write(tmp_path / "m.yaml", jobs=0))
     assert ranks.launcher[-2:] == ("--num_processes", "1")
     with pytest.raises(ValueError, match="per_opt names adam, which no cell"):
         load_matrix(write(tmp_path / "m.yaml", per_opt={"adam": {}}))
