@@ -4,7 +4,7 @@ BIN := .venv/bin
 DIGITS := shards/data/digits/_info.json
 MODEL ?=
 
-STUDY = $(shell $(BIN)/python -m launch.kconfig name)
+STUDY = $(shell $(BIN)/python -m launch.matrix.kconfig name)
 CHOSEN = .config $(if $(EPOCHS),--epochs $(EPOCHS)) $(if $(ONLY),--only '$(ONLY)')
 MATRIX = $(BIN)/python -m launch.matrix $(CHOSEN)
 
@@ -37,16 +37,16 @@ demo: setup  ## the demo matrix on two CPU ranks -> results/demo/ (MODEL=resnet5
 	$(BIN)/python -m launch.report runs/demo$(if $(MODEL),-$(MODEL)) --out results/demo$(if $(MODEL),-$(MODEL))
 
 menuconfig: setup  ## choose models, optimizers, pruning, sparsities, seeds -> .config
-	$(BIN)/python -m launch.kconfig menuconfig
+	$(BIN)/python -m launch.matrix.kconfig menuconfig
 
 defconfig-%: setup
-	$(BIN)/python -m launch.kconfig defconfig $*
+	$(BIN)/python -m launch.matrix.kconfig defconfig $*
 
 list-defconfigs: setup  ## ready choices; make defconfig-<name> takes one
-	@$(BIN)/python -m launch.kconfig list-defconfigs
+	@$(BIN)/python -m launch.matrix.kconfig list-defconfigs
 
 savedefconfig: setup  ## .config -> ./defconfig, only what differs from the menu's defaults
-	$(BIN)/python -m launch.kconfig savedefconfig
+	$(BIN)/python -m launch.matrix.kconfig savedefconfig
 
 .config:
 	@echo "make: there is no .config yet; make menuconfig, or make defconfig-<name> (make list-defconfigs)"; exit 1

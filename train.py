@@ -16,8 +16,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _train(config: Config) -> int:
-    from toolkit.build import build
-    from toolkit.build.launch import RunCompleteError, die_with_launcher
+    from toolkit.builder import build
+    from toolkit.builder.process import RunCompleteError, die_with_launcher
     from toolkit.dist import leave_group
     from toolkit.engine.loop import train
     from toolkit.engine.masks import MasksDifferError

@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from launch.cells import Cell, add_selection, selected
+from launch.matrix.cells import Cell, add_selection, selected
 from toolkit.progress import Progress, duration
 
 __all__ = ["estimate", "main"]
@@ -30,7 +30,7 @@ def _probe(cell: Cell) -> dict[str, Any]:
     """Seconds of a step (median) and of evaluating an image, step and image counts, predicted bytes at the peak."""
     import torch
 
-    from toolkit.build import build
+    from toolkit.builder import build
     from toolkit.config import parse
     from toolkit.engine.evaluate import evaluate
     from toolkit.engine.step import train_step
@@ -57,10 +57,14 @@ def _probe(cell: Cell) -> dict[str, Any]:
         if run.lock is not None:
             run.lock.release()
     return {
-        "step_s": step_s, "steps": plan.total_steps, "evaluation_s": evaluation_s, "evaluations": evaluations,
-        "evaluated_images": images, "run_s": step_s * plan.total_steps + evaluation_s * evaluations,
+        "step_s": step_s,
+        "steps": plan.total_steps,
+        "evaluation_s": evaluation_s,
+        "evaluations": evaluations,
+        "evaluated_images": images,
+        "run_s": step_s * plan.total_steps + evaluation_s * evaluations,
         "predicted_peak_bytes": {name: sum(rows.values()) for name, rows in peaks.items()},
-    }  # fmt: skip
+    }
 
 
 def estimate(cells: Sequence[Cell]) -> list[dict[str, Any]]:

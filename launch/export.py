@@ -93,8 +93,14 @@ def export(run: Path, out: Path, *, packed: bool, which: str, ema: bool | None) 
     )
     temporary.replace(out)
     stored = sum(tensor.nbytes for tensor in content.values())
-    return {"file": str(out), "checkpoint": str(source), "average": average, "dense_bytes": dense_bytes,
-            "stored_bytes": stored, "share": stored / dense_bytes}  # fmt: skip
+    return {
+        "file": str(out),
+        "checkpoint": str(source),
+        "average": average,
+        "dense_bytes": dense_bytes,
+        "stored_bytes": stored,
+        "share": stored / dense_bytes,
+    }
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -24,10 +24,27 @@ __all__ = ["compare_training", "main", "measure_memory", "to_markdown"]
 MIB = 2**20
 # The study's six optimizers without pruning, then with the pruning it gave them and with ours.
 MEMORY_ROWS = (
-    "sgd", "adam", "adamw", "adamwadv", "adamwspam", "adamwprune", "sgdprune", "adamw-magnitude", "adamw-movement",
-    "sgd-movement", "adam-movement", "adamwadv-movement", "adamwspam-movement", "sgd-magnitude", "adam-magnitude",
-    "adamwadv-magnitude", "adamwspam-magnitude", "adam-state", "adamwadv-state", "adamwspam-state",
-)  # fmt: skip
+    "sgd",
+    "adam",
+    "adamw",
+    "adamwadv",
+    "adamwspam",
+    "adamwprune",
+    "sgdprune",
+    "adamw-magnitude",
+    "adamw-movement",
+    "sgd-movement",
+    "adam-movement",
+    "adamwadv-movement",
+    "adamwspam-movement",
+    "sgd-magnitude",
+    "adam-magnitude",
+    "adamwadv-magnitude",
+    "adamwspam-magnitude",
+    "adam-state",
+    "adamwadv-state",
+    "adamwspam-state",
+)
 TRAINED = ("sgd", "adamw", "adamw-magnitude", "sgd-magnitude", "adamwprune", "sgdprune")
 _OPTIONAL = ("pytest", "hypothesis", "webdataset", "sklearn", "matplotlib", "torchao", "deepspeed")
 
@@ -52,16 +69,21 @@ def measure_memory(
     import timm
     import torch
 
+    from toolkit.memory.allocator import read_device, reset_peaks
     from toolkit.memory.predict import Prediction, Question
-    from toolkit.memory.sources import read_device, reset_peaks
 
     prediction = Prediction(Question(model_name, opt, sparsity=0.7, amp=amp, img_size=size), lambda text: None)
     final = 0.7 if prediction.method != "none" else None
     row: dict[str, Any] = {
-        "model": model_name, "opt": opt, "batch_size": batch_size, "amp": amp,
-        "predicted_bytes": prediction.peaks(batch_size), "measured_bytes": {}, "reserved_peak_bytes": None,
+        "model": model_name,
+        "opt": opt,
+        "batch_size": batch_size,
+        "amp": amp,
+        "predicted_bytes": prediction.peaks(batch_size),
+        "measured_bytes": {},
+        "reserved_peak_bytes": None,
         "cache_released_bytes": None,
-    }  # fmt: skip
+    }
     model = timm.create_model(model_name, num_classes=1000).to(device).train()
     dtype = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
     dense_steps, end = 4, 7
@@ -155,10 +177,15 @@ def compare_training(
         )
     weights = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     return {
-        "model": model_name, "opt": opt, "seed": seed, "steps": steps, "top1": 100 * right / len(test_labels),
-        "final_loss": final_loss, "images_per_sec": rate,
+        "model": model_name,
+        "opt": opt,
+        "seed": seed,
+        "steps": steps,
+        "top1": 100 * right / len(test_labels),
+        "final_loss": final_loss,
+        "images_per_sec": rate,
         "sparsity": sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights),
-    }  # fmt: skip
+    }
 
 
 class _Report:
@@ -190,16 +217,18 @@ def to_markdown(result: dict[str, Any]) -> str:
         f"GPU tests: {result.get('tests', 'not run')}",
     ]
     if "optim" in result:
-        from launch.bench_optim import to_markdown as optim
+        from launch.bench.optim import to_markdown as optim
 
         lines += ["", optim(result["optim"], result["command"])]
     if result["memory"]:
         lines += [
-            "", "## Memory of a step, MiB allocated at its peak (synthetic batches, 224 px)", "",
+            "",
+            "## Memory of a step, MiB allocated at its peak (synthetic batches, 224 px)",
+            "",
             "| model | optimizer | batch | AMP | dense measured | predicted | 70 % measured | predicted | released "
             "| reserved |",
             "| --- | --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-        ]  # fmt: skip
+        ]
     for row in result["memory"]:
         cells = [row["model"], row["opt"], str(row["batch_size"]), row["amp"] or "float32"]
         for phase in ("dense", "final"):
@@ -208,10 +237,12 @@ def to_markdown(result: dict[str, Any]) -> str:
         lines.append(f"| {' | '.join([*cells, row.get('error') or _mib(row['reserved_peak_bytes'])])} |")
     if result["training"]:
         lines += [
-            "", "## Training on images drawn on the device (SYNTHETIC: they rank nothing but this task)", "",
+            "",
+            "## Training on images drawn on the device (SYNTHETIC: they rank nothing but this task)",
+            "",
             "| model | optimizer | seed | steps | top-1 | sparsity | images/s |",
             "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
-        ]  # fmt: skip
+        ]
     for row in result["training"]:
         lines.append(
             f"| {row['model']} | {row['opt']} | {row['seed']} | {row['steps']} | {row['top1']:.1f} "
@@ -281,12 +312,14 @@ def main(argv: list[str] | None = None) -> int:
     report = _Report(
         options.out,
         {
-            "device": torch.cuda.get_device_name(device), "torch": torch.__version__, "minutes": options.minutes,
+            "device": torch.cuda.get_device_name(device),
+            "torch": torch.__version__,
+            "minutes": options.minutes,
             "total_bytes": torch.cuda.get_device_properties(device).total_memory,
             "command": f"python -m launch.gpu_check --minutes {options.minutes:g} --out {options.out}",
             "missing": [name for name in _OPTIONAL if importlib.util.find_spec(name) is None],
         },
-    )  # fmt: skip
+    )
     try:
         for part in _parts(report, left_s, device):
             report.save()

@@ -85,11 +85,12 @@ def build(out: Path, seed: int, train_shards: int, validation_shards: int, *, ha
     for split, positions in parts.items():
         samples = [
             Sample(
-                f"digit{position:04d}", int(digits.target[position]),
+                f"digit{position:04d}",
+                int(digits.target[position]),
                 partial(_jpeg, digits.images[position], (seed, position) if hard else None),
             )
             for position in positions.tolist()
-        ]  # fmt: skip
+        ]
         shards = train_shards if split == "train" else validation_shards
         splits[split] = write_split(out, split, "digits", samples, shards, progress.advance)
     progress.close()

@@ -47,9 +47,13 @@ def build(name: str, root: Path, out: Path, seed: int, shards: int, *, download:
             for position in order
         ]
         splits[split] = write_split(
-            out, split, name.lower(), samples, min(shards if split == "train" else max(1, shards // 8), len(samples)),
+            out,
+            split,
+            name.lower(),
+            samples,
+            min(shards if split == "train" else max(1, shards // 8), len(samples)),
             progress.advance,
-        )  # fmt: skip
+        )
     progress.close()
     classes = list(parts["train"].classes)
     note = f"{name} by torchvision, {len(parts['train'])} train and {len(parts['validation'])} test images, PNG"

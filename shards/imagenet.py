@@ -71,17 +71,21 @@ def main(argv: list[str] | None = None) -> None:
         "--partial", action="store_true", help="take an incomplete source, and leave out what cannot be decoded"
     )
     options = parser.parse_args(argv)
-    from shards.build import BuildSettings, build
     from shards.clean import Cleaning
+    from shards.dataset import BuildSettings, build
 
     try:
         catalogue = catalogue_of(options.source)
         if not options.partial:
             check_complete(catalogue)
         settings = BuildSettings(
-            options.name, options.train_shards, options.validation_shards, options.seed,
-            Cleaning(options.max_long, options.max_short, options.quality), options.partial,
-        )  # fmt: skip
+            options.name,
+            options.train_shards,
+            options.validation_shards,
+            options.seed,
+            Cleaning(options.max_long, options.max_short, options.quality),
+            options.partial,
+        )
         info = build(options.out, catalogue, settings, max(1, options.workers))
     except (ValueError, OSError) as error:
         parser.exit(2, f"shards.imagenet: error: {error}\n")

@@ -81,9 +81,14 @@ def build(
         splits[split] = write_split(out, split, "synthetic", samples, num_shards, progress.advance)
     progress.close()
     write_info(
-        out, f"synthetic-{classes}", classes, splits, synthetic=True, seed=seed,
+        out,
+        f"synthetic-{classes}",
+        classes,
+        splits,
+        synthetic=True,
+        seed=seed,
         note=f"SYNTHETIC: {classes} classes of drawn shapes, {size} to {round(size * 1.35)} px, JPEG quality {quality}",
-    )  # fmt: skip
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -104,9 +109,15 @@ def main(argv: list[str] | None = None) -> None:
         if min(options.classes, options.images, validation, options.size) < 1:
             raise ValueError("--classes, --images, --validation and --size must be at least 1")
         build(
-            out, options.classes, options.images, validation, options.size, options.seed, options.quality,
+            out,
+            options.classes,
+            options.images,
+            validation,
+            options.size,
+            options.seed,
+            options.quality,
             options.shards,
-        )  # fmt: skip
+        )
     except (ValueError, OSError) as error:
         parser.exit(2, f"shards.synthetic: error: {error}\n")
 

@@ -58,9 +58,12 @@ def write_split(
 def index_split(folder: Path, split: str, index: ShardIndex) -> dict[str, Any]:
     """Save a split's index; returns the split's entry for `_info.json`."""
     return {
-        "name": split, "num_samples": len(index), "filenames": list(index.names), "shard_lengths": index.shard_lengths,
+        "name": split,
+        "num_samples": len(index),
+        "filenames": list(index.names),
+        "shard_lengths": index.shard_lengths,
         "index_sha256": index.save(index_path(folder, split)),
-    }  # fmt: skip
+    }
 
 
 def write_shard(path: Path, samples: Iterable[Sample], on_sample: Callable[[], None] = lambda: None) -> None:

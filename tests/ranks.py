@@ -28,10 +28,15 @@ def reset_accelerate():
 def _become(rank, num_ranks, port):
     """Make this forked process a rank."""
     os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo",
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(num_ranks),
+        "LOCAL_WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "GLOO_SOCKET_IFNAME": "lo",
         "OMP_NUM_THREADS": "1",  # Accelerate would set the number of threads again
-    }  # fmt: skip
+    }
     torch.set_num_threads(1)  # a forked process must not use its parent's thread pool
     reset_accelerate()
 

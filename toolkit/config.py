@@ -28,7 +28,6 @@ def _flag(default: Any, help_text: str, **options: Any) -> Any:
 class Config:
     """Every setting of a run. `given` holds the names that a flag or a recipe set, as opposed to defaults."""
 
-    # fmt: off
     data_dir: str = _flag("", "folder of WebDataset shards, or a URL prefix (http, s3, gs, pipe:)", group="Data")
     train_split: str = _flag("train", "split to train on")
     val_split: str = _flag("validation", "split to evaluate on")
@@ -55,8 +54,13 @@ class Config:
     auto_batch_size: str = _flag("", "the largest batch per rank that is predicted to fit, e.g. 46GiB; instead of -b")
     grad_accum_steps: int = _flag(1, "micro-batches per optimizer step")
     torchcompile: str | None = _flag(None, "compile the model, with this backend", nargs="?", const="inductor")
-    amp: str | None = _flag(None, "mixed precision; bare: --amp-dtype, or fp16", nargs="?", const="default",
-                            choices=("default", "fp16", "bf16", "float16", "bfloat16"))
+    amp: str | None = _flag(
+        None,
+        "mixed precision; bare: --amp-dtype, or fp16",
+        nargs="?",
+        const="default",
+        choices=("default", "fp16", "bf16", "float16", "bfloat16"),
+    )
     amp_dtype: str | None = _flag(None, "dtype of a bare --amp", choices=("float16", "bfloat16"))
 
     opt: str = _flag("sgd", "optimizer; python -m toolkit.optim --list shows ours, timm's work too", group="Optimizer")
@@ -68,8 +72,9 @@ class Config:
     clip_mode: str = _flag("norm", "what --clip-grad limits", choices=("norm", "value", "agc"))
     opt_kwargs: dict[str, Any] = _flag({}, "more arguments of the optimizer, key=value", nargs="*")
 
-    pruning: str | None = _flag(None, "method; adamwprune means state", group="Pruning",
-                                choices=("none", "magnitude", "movement", "state"))
+    pruning: str | None = _flag(
+        None, "method; adamwprune means state", group="Pruning", choices=("none", "magnitude", "movement", "state")
+    )
     sparsity: float | None = _flag(None, "final share of zeros in convolution and linear weights; 0 = off", kind=float)
     prune_begin: float = _flag(0.05, "where the ramp begins, as a fraction of all steps")
     prune_end: float = _flag(0.6, "where the last mask update is, as a fraction of all steps")
@@ -78,8 +83,12 @@ class Config:
     prune_scope: str = _flag("global", "where weights compete", choices=("global", "layer", "erk"))
     prune_regrow: float = _flag(0.0, "share of the survivors exchanged at an update; needs --pruning state")
 
-    sched: str = _flag("cosine", "learning-rate schedule, timm's", group="Schedule",
-                       choices=("cosine", "tanh", "step", "multistep", "poly", "plateau", "none"))
+    sched: str = _flag(
+        "cosine",
+        "learning-rate schedule, timm's",
+        group="Schedule",
+        choices=("cosine", "tanh", "step", "multistep", "poly", "plateau", "none"),
+    )
     sched_on_updates: bool = _flag(False, "step the schedule every update, not every epoch")
     lr: float | None = _flag(None, "learning rate; overrides --lr-base", kind=float)
     lr_base: float = _flag(0.1, "learning rate at --lr-base-size images, scaled to the global batch")
@@ -139,7 +148,6 @@ class Config:
     resume: str = _flag("", "'auto' (newest checkpoint of the run folder) or a checkpoint folder")
     max_bad_images: float = _flag(1e-4, "share of unreadable images above which a run stops (ten are always let by)")
     dist_timeout: int = _flag(1800, "seconds before a rank that waits for a lost one gives up")
-    # fmt: on
     given: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
@@ -200,10 +208,25 @@ def flags() -> list[dataclasses.Field[Any]]:
 # Settings a resumed run may change: where it writes, how fast it reads, how often it speaks. The batch is compared as
 # the global one, the data by fingerprint.
 FREE_ON_RESUME = {
-    "output", "experiment", "resume", "data_dir", "workers", "pin_mem", "log_interval", "checkpoint_hist",
-    "checkpoint_interval", "dist_timeout", "max_bad_images", "batch_size", "global_batch_size", "grad_accum_steps",
-    "validation_batch_size", "auto_batch_size", "shard_cache", "shard_cache_gib",
-}  # fmt: skip
+    "output",
+    "experiment",
+    "resume",
+    "data_dir",
+    "workers",
+    "pin_mem",
+    "log_interval",
+    "checkpoint_hist",
+    "checkpoint_interval",
+    "dist_timeout",
+    "max_bad_images",
+    "batch_size",
+    "global_batch_size",
+    "grad_accum_steps",
+    "validation_batch_size",
+    "auto_batch_size",
+    "shard_cache",
+    "shard_cache_gib",
+}
 
 
 _BATCH = {"batch_size", "global_batch_size", "auto_batch_size"}

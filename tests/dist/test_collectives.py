@@ -9,8 +9,8 @@ pytest.importorskip("deepspeed")  # here, once: it takes five seconds
 
 from test_engines import ENGINES
 
-from launch.collectives import WHAT, count_of_run, formulas, log_line_bytes, traffic_of, wire_bytes
-from toolkit.build import build
+from launch.scaling.collectives import WHAT, count_of_run, formulas, log_line_bytes, traffic_of, wire_bytes
+from toolkit.builder import build
 from toolkit.config import parse
 from toolkit.engine.scalars import memory_columns
 
@@ -20,7 +20,7 @@ def flags_for(model, data, out):
         "--data-dir", str(data), "--model", model, "--img-size", "32", "--global-batch-size", "12", "--epochs", "2",
         "--lr", "3e-3", "--warmup-epochs", "0", "--color-jitter", "0", "-j", "0", "--opt", "adamwprune", "--sparsity",
         "0.7", "--prune-begin", "0", "--prune-frequency", "5", "--output", str(out),
-    ]  # fmt: skip
+    ]
 
 
 def facts(rank, engine, flags):

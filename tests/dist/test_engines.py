@@ -9,7 +9,7 @@ from ranks import run_ranks
 
 pytest.importorskip("deepspeed")  # here, once: it takes five seconds
 
-from toolkit.build import build
+from toolkit.builder import build
 from toolkit.config import parse
 from toolkit.engine.loop import train as train_loop
 
@@ -28,7 +28,7 @@ ENGINES = {
         }
         for stage in (1, 2, 3)
     },
-}  # fmt: skip
+}
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def flags(few_digits, tmp_path):
         "--epochs", "7", "--lr", "3e-3", "--warmup-epochs", "0", "--sched-on-updates", "--color-jitter", "0",
         "--hflip", "0", "-j", "0", "--log-interval", "10", "--prune-frequency", "5", "--output", str(tmp_path),
         "--val-interval", "7",
-    ]  # fmt: skip
+    ]
 
 
 def train(rank, engine, flags):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from ranks import exit_codes
 
-from toolkit.build import build
+from toolkit.builder import build
 from toolkit.config import parse
 from toolkit.engine.loop import train as train_loop
 from toolkit.engine.stops import LostRankError
@@ -21,7 +21,7 @@ def flags(few_digits, tmp_path):
         "--data-dir", str(few_digits), "--model", "test_vit", "--img-size", "32", "--global-batch-size", "12",
         "--epochs", "3", "--lr", "3e-3", "--warmup-epochs", "0", "--color-jitter", "0", "-j", "0", "--log-interval",
         "2", "--opt", "adamwprune", "--sparsity", "0.7", "--prune-frequency", "2", "--output", str(tmp_path),
-    ]  # fmt: skip
+    ]
 
 
 def _killed(rank, flags):

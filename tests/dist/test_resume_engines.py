@@ -8,7 +8,7 @@ import torch
 from ranks import run_ranks
 from test_engines import ENGINES, far
 
-from toolkit.build import build
+from toolkit.builder import build
 from toolkit.config import parse
 from toolkit.engine.checkpoint import load_checkpoint, newest_checkpoint
 from toolkit.engine.loop import train as train_loop
@@ -23,7 +23,7 @@ def flags(few_digits, tmp_path):
         "--epochs", "3", "--lr", "3e-3", "--warmup-epochs", "0", "--sched-on-updates", "--color-jitter", "0",
         "--hflip", "0", "-j", "0", "--log-interval", "10", "--prune-frequency", "3", "--output", str(tmp_path),
         "--val-interval", "3",
-    ]  # fmt: skip
+    ]
 
 
 def held(run):

@@ -9,8 +9,8 @@ import pytest
 import torch
 from ranks import run_ranks
 
-from toolkit.build import build
-from toolkit.build.engines import stay_on_this_host
+from toolkit.builder import build
+from toolkit.builder.accelerator import stay_on_this_host
 from toolkit.config import parse
 from toolkit.engine.checkpoint import load_checkpoint, newest_checkpoint
 from toolkit.engine.loop import train as train_loop
@@ -26,7 +26,7 @@ def flags(few_digits, tmp_path):
         "--data-dir", str(few_digits), "--model", "test_vit", "--img-size", "32", "--global-batch-size", "12",
         "--epochs", "3", "--lr", "3e-3", "--warmup-epochs", "0", "--sched-on-updates", "--color-jitter", "0",
         "--hflip", "0", "-j", "0", "--log-interval", "2", "--prune-frequency", "2", "--output", str(tmp_path),
-    ]  # fmt: skip
+    ]
 
 
 def _train(rank, flags, dtype, poison=None):
@@ -41,7 +41,7 @@ def _train(rank, flags, dtype, poison=None):
             "masks": [mask_of(run.bare_optimizer.state[p]).clone() for _, p in run.prunable
                       if mask_of(run.bare_optimizer.state[p]) is not None],
             "sparsity": run.sparsity(),
-        }  # fmt: skip
+        }
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -185,7 +185,7 @@ def test_ranks_of_one_host_do_not_listen_on_the_network(monkeypatch, address, na
 def test_processes_that_do_not_know_each_other_are_noticed(flags, monkeypatch):
     """Two copies of one rank each, both taking themselves for the main one, is what some launches silently make."""
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr("toolkit.build.engines.Accelerator", lambda **_: SimpleNamespace(num_processes=1))
+    monkeypatch.setattr("toolkit.builder.accelerator.Accelerator", lambda **_: SimpleNamespace(num_processes=1))
     with pytest.raises(ValueError, match="the launcher started 2 processes but Accelerate sees 1"):
         build(parse([*flags, "--opt", "adamw"]))
 

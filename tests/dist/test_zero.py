@@ -42,7 +42,7 @@ def _train(rank, stage):
             "zero_optimization": {"stage": stage},
             "zero_allow_untested_optimizer": True,
         },
-    )  # fmt: skip
+    )
     attach_to_zero(optimizer, model, dist.group.WORLD, {})
     dense = []
     for step in range(12):

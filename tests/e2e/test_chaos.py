@@ -2,9 +2,9 @@
 
 import pytest
 
-from launch.chaos import all_well, to_markdown
-from launch.faults import run_faults
-from launch.kills import run_kills, run_undisturbed
+from launch.chaos.__main__ import all_well, to_markdown
+from launch.chaos.faults import run_faults
+from launch.chaos.kills import run_kills, run_undisturbed
 
 
 @pytest.mark.timeout(500)

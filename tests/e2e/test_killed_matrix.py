@@ -18,20 +18,39 @@ def figures(runs):
         metrics, memory = json.loads(cell.read_text()), json.loads((cell.parent / "memory.json").read_text())
         assert metrics["completed"] is True
         found[cell.parent.name] = (
-            metrics["eval_top1"], metrics["train_loss"], metrics["sparsity"], memory["ledger"], memory["ledger_peak"],
-        )  # fmt: skip
+            metrics["eval_top1"],
+            metrics["train_loss"],
+            metrics["sparsity"],
+            memory["ledger"],
+            memory["ledger_peak"],
+        )
     return found
 
 
 def test_killed_and_continued(few_digits, tmp_path):
     recipe = {
-        "data_dir": str(few_digits), "model": "test_resnet", "img_size": 32, "global_batch_size": 16, "epochs": 30,
-        "lr": 3e-3, "warmup_epochs": 0, "sched_on_updates": True, "color_jitter": 0.0, "workers": 0,
-        "prune_frequency": 5, "log_interval": 6, "checkpoint_hist": 2, "checkpoint_interval": 4,
-    }  # fmt: skip
+        "data_dir": str(few_digits),
+        "model": "test_resnet",
+        "img_size": 32,
+        "global_batch_size": 16,
+        "epochs": 30,
+        "lr": 3e-3,
+        "warmup_epochs": 0,
+        "sched_on_updates": True,
+        "color_jitter": 0.0,
+        "workers": 0,
+        "prune_frequency": 5,
+        "log_interval": 6,
+        "checkpoint_hist": 2,
+        "checkpoint_interval": 4,
+    }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    content = {"name": "m", "recipe": str(tmp_path / "recipe.yaml"), "seeds": [0],
-               "cells": [{"opt": "adamwprune", "sparsity": 0.9}, {"opt": "momentum"}]}  # fmt: skip
+    content = {
+        "name": "m",
+        "recipe": str(tmp_path / "recipe.yaml"),
+        "seeds": [0],
+        "cells": [{"opt": "adamwprune", "sparsity": 0.9}, {"opt": "momentum"}],
+    }
     (tmp_path / "m.yaml").write_text(yaml.safe_dump(content))
 
     def command(name):

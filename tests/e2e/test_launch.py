@@ -21,10 +21,21 @@ BIN = Path(sys.executable).parent
 
 def recipe(folder, data, **more):
     settings = {
-        "data_dir": str(data), "model": "test_resnet", "img_size": 32, "global_batch_size": 16, "epochs": 4,
-        "lr": 3e-3, "warmup_epochs": 0, "sched_on_updates": True, "color_jitter": 0.0, "hflip": 0.0, "workers": 1,
-        "log_interval": 3, "prune_frequency": 2, "output": str(folder / "runs"),
-    } | more  # fmt: skip
+        "data_dir": str(data),
+        "model": "test_resnet",
+        "img_size": 32,
+        "global_batch_size": 16,
+        "epochs": 4,
+        "lr": 3e-3,
+        "warmup_epochs": 0,
+        "sched_on_updates": True,
+        "color_jitter": 0.0,
+        "hflip": 0.0,
+        "workers": 1,
+        "log_interval": 3,
+        "prune_frequency": 2,
+        "output": str(folder / "runs"),
+    } | more
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(settings))
     return path

@@ -20,20 +20,59 @@ def launch(file, data, out, *more, ranks=None):
     count = RANKS.get(file.stem, 2) if ranks is None else ranks
     hosts = ["--num_machines", "1"] if file.stem == "multi_node" else []  # two hosts: in network namespaces
     command = [
-        str(Path(sys.executable).parent / "accelerate"), "launch", "--config_file", str(file), "--num_processes",
-        str(count), *hosts, "train.py", "--data-dir", str(data), "--model", "test_resnet", "--img-size", "32",
-        "--global-batch-size", "16", "--epochs", "2", "--lr", "3e-3", "--warmup-epochs", "0", "--color-jitter", "0",
-        "-j", "0", "--opt", "adamwprune", "--sparsity", "0.7", "--prune-frequency", "2", "--output", str(out),
-        "--experiment", "r", *more,
-    ]  # fmt: skip
+        str(Path(sys.executable).parent / "accelerate"),
+        "launch",
+        "--config_file",
+        str(file),
+        "--num_processes",
+        str(count),
+        *hosts,
+        "train.py",
+        "--data-dir",
+        str(data),
+        "--model",
+        "test_resnet",
+        "--img-size",
+        "32",
+        "--global-batch-size",
+        "16",
+        "--epochs",
+        "2",
+        "--lr",
+        "3e-3",
+        "--warmup-epochs",
+        "0",
+        "--color-jitter",
+        "0",
+        "-j",
+        "0",
+        "--opt",
+        "adamwprune",
+        "--sparsity",
+        "0.7",
+        "--prune-frequency",
+        "2",
+        "--output",
+        str(out),
+        "--experiment",
+        "r",
+        *more,
+    ]
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, env=environment)
 
 
 def test_all_are_there():
     assert {file.stem for file in FILES} == {
-        "cpu", "one_gpu", "multi_gpu", "multi_node", "fsdp2", "deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero3",
-    }  # fmt: skip
+        "cpu",
+        "one_gpu",
+        "multi_gpu",
+        "multi_node",
+        "fsdp2",
+        "deepspeed_zero1",
+        "deepspeed_zero2",
+        "deepspeed_zero3",
+    }
     for file in FILES:
         assert yaml.safe_load(file.read_text())["mixed_precision"] == "no"
         for line in file.read_text().splitlines():  # each key is explained
@@ -55,9 +94,12 @@ def test_each_starts_on_this_machine(file, few_digits, tmp_path):
 
 @pytest.mark.parametrize(
     ("key", "value", "flags"),
-    [("mixed_precision", "bf16", []), ("gradient_clipping", 0.5, ["--clip-grad", "1"]),
-     ("gradient_accumulation_steps", 4, ["--grad-accum-steps", "2"])],
-)  # fmt: skip
+    [
+        ("mixed_precision", "bf16", []),
+        ("gradient_clipping", 0.5, ["--clip-grad", "1"]),
+        ("gradient_accumulation_steps", 4, ["--grad-accum-steps", "2"]),
+    ],
+)
 def test_a_file_that_says_otherwise_than_the_flags_is_refused(few_digits, tmp_path, key, value, flags):
     settings = yaml.safe_load((ROOT / "accelerate_configs" / "deepspeed_zero1.yaml").read_text())
     (settings if key == "mixed_precision" else settings["deepspeed_config"])[key] = value

@@ -39,15 +39,27 @@ def slurm(tmp_path):
 
     def start(script, nodes, ranks, *flags):
         environment = {
-            **os.environ, "PATH": f"{bin_folder}:{os.environ['PATH']}", "SLURM_JOB_ID": str(20_000 + os.getpid()),
-            "SLURM_NNODES": str(nodes), "SLURM_JOB_NODELIST": "here", "RANKS": str(ranks), "OMP_NUM_THREADS": "1",
-            "CONFIG": "accelerate_configs/cpu.yaml", "LAUNCH": f"{Path(sys.executable).parent}/accelerate launch",
-            "SAID": str(tmp_path / "said"), "GLOO_SOCKET_IFNAME": "lo",
-        }  # fmt: skip
+            **os.environ,
+            "PATH": f"{bin_folder}:{os.environ['PATH']}",
+            "SLURM_JOB_ID": str(20_000 + os.getpid()),
+            "SLURM_NNODES": str(nodes),
+            "SLURM_JOB_NODELIST": "here",
+            "RANKS": str(ranks),
+            "OMP_NUM_THREADS": "1",
+            "CONFIG": "accelerate_configs/cpu.yaml",
+            "LAUNCH": f"{Path(sys.executable).parent}/accelerate launch",
+            "SAID": str(tmp_path / "said"),
+            "GLOO_SOCKET_IFNAME": "lo",
+        }
         return subprocess.Popen(
-            ["bash", f"launch/slurm/{script}", *flags], cwd=ROOT, env=environment, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
+            ["bash", f"launch/slurm/{script}", *flags],
+            cwd=ROOT,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
     return start
 
@@ -55,10 +67,33 @@ def slurm(tmp_path):
 @pytest.fixture
 def flags(few_digits, tmp_path):
     return [
-        "--data-dir", str(few_digits), "--model", "test_resnet", "--img-size", "32", "--global-batch-size", "16",
-        "--lr", "3e-3", "--warmup-epochs", "0", "--color-jitter", "0", "-j", "0", "--opt", "adamwprune", "--sparsity",
-        "0.7", "--prune-frequency", "2", "--output", str(tmp_path / "runs"), "--experiment", "r",
-    ]  # fmt: skip
+        "--data-dir",
+        str(few_digits),
+        "--model",
+        "test_resnet",
+        "--img-size",
+        "32",
+        "--global-batch-size",
+        "16",
+        "--lr",
+        "3e-3",
+        "--warmup-epochs",
+        "0",
+        "--color-jitter",
+        "0",
+        "-j",
+        "0",
+        "--opt",
+        "adamwprune",
+        "--sparsity",
+        "0.7",
+        "--prune-frequency",
+        "2",
+        "--output",
+        str(tmp_path / "runs"),
+        "--experiment",
+        "r",
+    ]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this is the CPU run")

@@ -24,8 +24,11 @@ def test_timms_names_and_defaults():
     assert (config.model, config.opt, config.batch_size, config.epochs) == ("resnet50", "sgd", 128, 300)
     assert (config.weight_decay, config.momentum, config.smoothing, config.warmup_epochs) == (2e-5, 0.9, 0.1, 5)
     assert (config.hflip, config.color_jitter, config.scale, config.train_interpolation) == (
-        0.5, 0.4, [0.08, 1.0], "random",
-    )  # fmt: skip
+        0.5,
+        0.4,
+        [0.08, 1.0],
+        "random",
+    )
     assert (config.seed, config.log_interval, config.workers, config.sched) == (42, 50, 4, "cosine")
 
 

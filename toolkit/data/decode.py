@@ -68,9 +68,18 @@ def _check_pixels(width: int, height: int) -> None:
 
 # What PIL's readers raise on damaged files.
 _DAMAGE = (
-    OSError, ValueError, SyntaxError, KeyError, IndexError, TypeError, EOFError, OverflowError, struct.error,
-    zlib.error, Image.DecompressionBombError,
-)  # fmt: skip
+    OSError,
+    ValueError,
+    SyntaxError,
+    KeyError,
+    IndexError,
+    TypeError,
+    EOFError,
+    OverflowError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
 
 
 def sample_generator(seed: int, epoch: int, sample: int) -> np.random.Generator:

@@ -19,13 +19,20 @@ from typing import Any
 
 import numpy as np
 
-from toolkit.cache import cache_folder, locked
+from toolkit.files import cache_folder, locked
 from toolkit.log import get_logger
 
 __all__ = [
-    "INFO_NAME", "ShardIndex", "check_count", "index_path", "load_split", "read_index", "read_info", "scan_shards",
+    "INFO_NAME",
+    "ShardIndex",
+    "check_count",
+    "index_path",
+    "load_split",
+    "read_index",
+    "read_info",
+    "scan_shards",
     "split_entry",
-]  # fmt: skip
+]
 
 INFO_NAME = "_info.json"
 _SCAN_ALONE = 16  # shards that one process scans; more are shared by several
@@ -75,11 +82,14 @@ class ShardIndex:
         columns = {key: np.concatenate([getattr(part, key) for part in parts]) for key in _DTYPES if key != "shard"}
         shard = [part.shard + start for part, start in zip(parts, starts, strict=False)]
         return ShardIndex(
-            parts[0].folder, sum((part.names for part in parts), ()), sum((part.shard_bytes for part in parts), ()),
-            shard=np.concatenate(shard).astype(np.int32), **columns,
+            parts[0].folder,
+            sum((part.names for part in parts), ()),
+            sum((part.shard_bytes for part in parts), ()),
+            shard=np.concatenate(shard).astype(np.int32),
+            **columns,
             has_checksums=all(part.has_checksums for part in parts),
             modified_ns=sum((part.modified_ns for part in parts), ()),
-        )  # fmt: skip
+        )
 
     def check_files(self) -> None:
         """Raise ValueError that names the first shard that is missing or has another size than the index says."""
@@ -229,9 +239,13 @@ def read_index(folder: Path, path: Path) -> ShardIndex:
         shards = json.loads(file.metadata()["shards"])
         arrays = {key: file.get_tensor(key) for key in _DTYPES}
     return ShardIndex(
-        folder, tuple(shards["names"]), tuple(shards["bytes"]), **arrays,
-        has_checksums=shards.get("has_checksums", True), modified_ns=tuple(shards.get("modified_ns", ())),
-    )  # fmt: skip
+        folder,
+        tuple(shards["names"]),
+        tuple(shards["bytes"]),
+        **arrays,
+        has_checksums=shards.get("has_checksums", True),
+        modified_ns=tuple(shards.get("modified_ns", ())),
+    )
 
 
 def _in_processes(function: Any, *iterables: Any) -> Iterator[Any]:
@@ -257,9 +271,13 @@ def scan_shards(
     columns = np.array(rows, dtype=np.int64).reshape(-1, len(_DTYPES)).T
     arrays = {key: column.astype(dtype) for (key, dtype), column in zip(_DTYPES.items(), columns, strict=True)}
     return ShardIndex(
-        folder, tuple(names), tuple(stat.st_size for stat in stats), **arrays, has_checksums=checksums,
+        folder,
+        tuple(names),
+        tuple(stat.st_size for stat in stats),
+        **arrays,
+        has_checksums=checksums,
         modified_ns=() if checksums else tuple(stat.st_mtime_ns for stat in stats),
-    )  # fmt: skip
+    )
 
 
 def _scan_shard(path: Path, checksums: bool) -> list[tuple[int, int, int, int]]:

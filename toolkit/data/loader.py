@@ -93,9 +93,13 @@ class _Reader:
             shard = self.index.folder / self.index.names[int(self.index.shard[sample])]
             more = "; further ones are only counted" if self._complaints == _COMPLAINTS else ""
             get_logger().warning(
-                "unreadable image: number %d, in %s at byte %d (%s)%s", sample, shard, self.index.offset[sample],
-                error, more,
-            )  # fmt: skip
+                "unreadable image: number %d, in %s at byte %d (%s)%s",
+                sample,
+                shard,
+                self.index.offset[sample],
+                error,
+                more,
+            )
 
     def pixels(self, sample: int, epoch: int) -> Tensor:
         """uint8 [3, h, w]. Raises BadImageError for bytes that are not those indexed, or no image."""

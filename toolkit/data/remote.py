@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 
-from toolkit.cache import cache_folder, locked
 from toolkit.data.index import (
     INFO_NAME,
     ShardIndex,
@@ -30,6 +29,7 @@ from toolkit.data.index import (
     scan_shards,
     split_entry,
 )
+from toolkit.files import cache_folder, locked
 from toolkit.log import get_logger
 
 __all__ = ["ShardCache", "fetch", "fetch_info", "is_remote", "load_remote_split", "remote_folder"]

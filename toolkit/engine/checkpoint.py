@@ -194,9 +194,11 @@ class CheckpointStore:
                 shutil.rmtree(self._folder / f"tmp-{step:08d}", ignore_errors=True)
                 kept = newest_checkpoint(self._folder)
                 get_logger().error(
-                    "the checkpoint of step %d could not be written (%s); %s", step, refusal,
+                    "the checkpoint of step %d could not be written (%s); %s",
+                    step,
+                    refusal,
                     f"{kept.name} stays the newest" if kept else "there is none yet",
-                )  # fmt: skip
+                )
         return all(self._world.gather(written))
 
     def _write(self, state: dict[str, Any], tensors: Mapping[str, Tensor], step: int, facts: dict[str, Any]) -> Path:

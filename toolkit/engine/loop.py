@@ -11,8 +11,8 @@ from timm.utils import distribute_bn
 from torch import Tensor
 
 from toolkit.engine.evaluate import EvalResult, evaluate
+from toolkit.engine.history import History, write_records
 from toolkit.engine.masks import MasksDifferError, check_masks
-from toolkit.engine.records import History, write_records
 from toolkit.engine.run import Run
 from toolkit.engine.scalars import MIB, memory_columns, memory_scalars
 from toolkit.engine.snapshot import load_snapshot, save_snapshot
@@ -26,10 +26,10 @@ from toolkit.engine.stops import (
     check_bad,
 )
 from toolkit.log import get_logger
+from toolkit.memory.allocator import read_device, read_host
 from toolkit.memory.ledger import count_bytes, optimizer_bytes
 from toolkit.memory.probe import StepProbe
 from toolkit.memory.report import write_report, write_report_of_survivors
-from toolkit.memory.sources import read_device, read_host
 from toolkit.progress import Progress, duration
 from toolkit.prune.mask import flat, zero_pruned
 
@@ -160,11 +160,13 @@ def _release_memory(run: Run) -> None:
     now = optimizer_bytes(count_bytes(run.memory.owners()))
     cache = run.memory.release_cache()
     _log.info(
-        "The last mask update is done: optimizer and pruning keep %.1f MiB%s%s", now / MIB,
+        "The last mask update is done: optimizer and pruning keep %.1f MiB%s%s",
+        now / MIB,
         "" if before is None else f" (before up to {before / MIB:.1f})",
-        "" if cache is None else f"; the allocator gave back {(cache[0] - cache[1]) / MIB:.0f} of its "
-        f"{cache[0] / MIB:.0f} MiB",
-    )  # fmt: skip
+        ""
+        if cache is None
+        else f"; the allocator gave back {(cache[0] - cache[1]) / MIB:.0f} of its {cache[0] / MIB:.0f} MiB",
+    )
 
 
 class _Window:
@@ -191,8 +193,9 @@ class _Window:
         ledger = run.memory.sample(update)
         rest = torch.tensor(
             [sum(r.wait_s for r in results) / elapsed, history.bad_so_far],
-            dtype=torch.float64, device=losses.device,
-        )  # fmt: skip
+            dtype=torch.float64,
+            device=losses.device,
+        )
         columns = memory_columns(run.world, {"ledger": sum(ledger.values()), **device}).to(losses.device)
         sums = run.world.sum(torch.cat([losses[None], rest, columns.flatten()]))
         loss, wait, bad = sums[:3].tolist()
@@ -203,31 +206,48 @@ class _Window:
         learning_rate = _learning_rate(run)
         run.scalars.write(
             {
-                "train/loss": loss, "train/lr": learning_rate, "train/images_per_sec": rate,
-                "train/grad_norm": None if grad_norm is None else float(grad_norm), "train/data_wait(%)": 100 * wait,
-                "train/epoch": update / plan.steps_per_epoch, "train/bad_images": bad,
-                "pruning/sparsity": zeros / max(weights, 1), "pruning/target_sparsity": run.schedule.target(update),
+                "train/loss": loss,
+                "train/lr": learning_rate,
+                "train/images_per_sec": rate,
+                "train/grad_norm": None if grad_norm is None else float(grad_norm),
+                "train/data_wait(%)": 100 * wait,
+                "train/epoch": update / plan.steps_per_epoch,
+                "train/bad_images": bad,
+                "pruning/sparsity": zeros / max(weights, 1),
+                "pruning/target_sparsity": run.schedule.target(update),
                 **memory_scalars(sums[3:].view_as(columns), on_gpu=run.world.device.type == "cuda"),
-                "memory/num_alloc_retries": device["alloc_retries"], "memory/num_ooms": device["ooms"],
+                "memory/num_alloc_retries": device["alloc_retries"],
+                "memory/num_ooms": device["ooms"],
                 "memory/rss(MiB)": read_host()["rss_bytes"] / MIB,
                 **{f"memory/ledger/{row}(MiB)": size / MIB for row, size in ledger.items()},
             },
             update,
-        )  # fmt: skip
+        )
         left = (plan.total_steps - update) * elapsed / len(results)
         pruned = f"  Sparsity: {100 * zeros / max(weights, 1):.2f} %" if run.schedule.on else ""
         _log.info(
             "Train: %d [%4d/%d (%3.0f%%)]  Loss: %.4g  Time: %.3fs, %7.2f/s  LR: %.3e  Data: %.0f %%%s  Left: %s",
-            history.epoch, history.step, plan.steps_per_epoch, 100 * history.step / plan.steps_per_epoch, loss,
-            elapsed / len(results), rate, learning_rate, 100 * wait, pruned, duration(left),
-        )  # fmt: skip
+            history.epoch,
+            history.step,
+            plan.steps_per_epoch,
+            100 * history.step / plan.steps_per_epoch,
+            loss,
+            elapsed / len(results),
+            rate,
+            learning_rate,
+            100 * wait,
+            pruned,
+            duration(left),
+        )
         if wait > _SLOW_DATA and not self._advised:
             self._advised = True
             _log.info(
                 "training waits %.0f %% of its time for data: raise --workers (now %d a rank; this host has %d cores), "
                 "leave out --color-jitter and --aa, or make smaller images (python -m shards.imagenet --max-short)",
-                100 * wait, run.train_loader.workers, os.cpu_count() or 1,
-            )  # fmt: skip
+                100 * wait,
+                run.train_loader.workers,
+                os.cpu_count() or 1,
+            )
         check_bad(int(bad), len(run.train_loader.index), plan.max_bad_images, "training")
         self._clear()
 
@@ -244,14 +264,17 @@ def _finish_epoch(run: Run, history: History, stop: StopRequest) -> None:
         with run.memory.during("evaluation"):
             model = run.bare_model if run.ema is None else run.ema.module
             result = evaluate(run, model, between=lambda: _stop_if_asked(run, history, stop))
-        run.scalars.write(
-            {"eval/loss": result.loss, "eval/top1": result.top1, "eval/top5": result.top5}, update
-        )  # fmt: skip
+        run.scalars.write({"eval/loss": result.loss, "eval/top1": result.top1, "eval/top5": result.top5}, update)
         _log.info(
             "Test: %d  Loss: %.4f  Acc@1: %.3f  Acc@5: %.3f  (%d images, %d unreadable, %s)",
-            epoch, result.loss, result.top1, result.top5, result.num_samples, result.num_bad,
+            epoch,
+            result.loss,
+            result.top1,
+            result.top5,
+            result.num_samples,
+            result.num_bad,
             duration(time.perf_counter() - begin),
-        )  # fmt: skip
+        )
         check_bad(result.num_bad, result.num_samples + result.num_bad, plan.max_bad_images, "evaluation")
     zeros, weights = run.sparsity()
     images = plan.steps_per_epoch * plan.global_batch_size

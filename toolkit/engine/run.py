@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from toolkit.data.loader import Batch, EvalLoader, TrainLoader
 from toolkit.dist import World
 from toolkit.engine.checkpoint import CheckpointStore
-from toolkit.engine.fused import FusedBackward
+from toolkit.engine.engines import Sharding
+from toolkit.engine.engines.fused import FusedBackward
 from toolkit.engine.lock import FolderLock
 from toolkit.engine.scalars import Scalars
-from toolkit.engine.sharding import Sharding
-from toolkit.memory.record import MemoryLog
+from toolkit.memory.recorder import MemoryLog
 from toolkit.prune.mask import mask_of
 from toolkit.prune.schedule import Schedule
 

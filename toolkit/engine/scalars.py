@@ -31,12 +31,25 @@ _LAYOUT = {  # TensorBoard's custom scalars
 # The step of every scalar is the number of optimizer updates. memory/ledger/<row>(MiB) comes on top.
 SCALARS = frozenset(
     {
-        "train/loss", "train/lr", "train/grad_norm", "train/images_per_sec", "train/data_wait(%)", "train/epoch",
-        "train/bad_images", "eval/loss", "eval/top1", "eval/top5", "pruning/sparsity", "pruning/target_sparsity",
-        "memory/rss(MiB)", "memory/num_alloc_retries", "memory/num_ooms", *_MEMORY,
+        "train/loss",
+        "train/lr",
+        "train/grad_norm",
+        "train/images_per_sec",
+        "train/data_wait(%)",
+        "train/epoch",
+        "train/bad_images",
+        "eval/loss",
+        "eval/top1",
+        "eval/top5",
+        "pruning/sparsity",
+        "pruning/target_sparsity",
+        "memory/rss(MiB)",
+        "memory/num_alloc_retries",
+        "memory/num_ooms",
+        *_MEMORY,
         *(tag.removesuffix("(MiB)") + suffix for tag in _MEMORY for suffix in _OVER_RANKS),
     }
-)  # fmt: skip
+)
 
 
 def memory_columns(world: World, reading: Mapping[str, int | None]) -> Tensor:

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from toolkit.engine.checkpoint import load_checkpoint, random_state, restore_random_state
-from toolkit.engine.records import History
+from toolkit.engine.history import History
 from toolkit.engine.run import Run
 from toolkit.log import get_logger
 
@@ -15,8 +15,15 @@ _log = get_logger()
 
 # What must be the same for a resumed run to be the same run. The number of ranks may change.
 IDENTITY = (
-    "model", "opt", "global_batch_size", "seed", "epochs", "steps_per_epoch", "data_fingerprint", "shuffle_window",
-)  # fmt: skip
+    "model",
+    "opt",
+    "global_batch_size",
+    "seed",
+    "epochs",
+    "steps_per_epoch",
+    "data_fingerprint",
+    "shuffle_window",
+)
 
 
 def save_snapshot(run: Run, history: History, update: int, metric: float | None = None, best: bool = False) -> bool:
@@ -93,7 +100,10 @@ def load_snapshot(run: Run) -> History:
         run.memory.load_state_dict(state["memory"][run.world.rank])
     restore_random_state(state["random"], run.world)
     _log.info(
-        "Resumed from %s: epoch %d, step %d of %d", run.resume_from, history.epoch, history.step,
+        "Resumed from %s: epoch %d, step %d of %d",
+        run.resume_from,
+        history.epoch,
+        history.step,
         run.plan.steps_per_epoch,
-    )  # fmt: skip
+    )
     return history

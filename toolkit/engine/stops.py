@@ -4,7 +4,7 @@ import signal
 from types import FrameType
 from typing import Any
 
-from toolkit.orphans import outlive_parent
+from toolkit.process import outlive_parent
 
 __all__ = [
     "InterruptedRunError",

@@ -15,12 +15,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-from toolkit.cache import cache_folder
+from toolkit.files import cache_folder
 from toolkit.log import get_logger
 
 __all__ = ["available", "library"]
 
-_SOURCES = tuple(Path(__file__).with_name(name) for name in ("packed.cpp", "layout.cpp"))
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("packed.cpp", "bits.cpp"))
 _FLAGS = ("-O3", "-fno-math-errno", "-fopenmp")
 
 
@@ -33,8 +33,14 @@ def _build(target: Path) -> None:
     path = os.environ.get("PATH", "")
     os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), path))  # a virtual environment's ninja
     try:
-        load("packed", [str(source) for source in _SOURCES], extra_cflags=list(_FLAGS), extra_ldflags=["-fopenmp"],
-             build_directory=str(own), is_python_module=False)  # fmt: skip
+        load(
+            "packed",
+            [str(source) for source in _SOURCES],
+            extra_cflags=list(_FLAGS),
+            extra_ldflags=["-fopenmp"],
+            build_directory=str(own),
+            is_python_module=False,
+        )
         next(own.glob("packed*.so")).replace(target)  # torch numbers a second build in one process
     finally:
         os.environ["PATH"] = path
@@ -54,20 +60,21 @@ def library() -> ctypes.CDLL | None:
     except (OSError, RuntimeError, ImportError, StopIteration) as error:
         get_logger().warning(
             "no native update on CPU (%s): the reference path takes over, several times slower; a C++ compiler and "
-            "ninja make it available", str(error).splitlines()[0] if str(error) else type(error).__name__,
-        )  # fmt: skip
+            "ninja make it available",
+            str(error).splitlines()[0] if str(error) else type(error).__name__,
+        )
         return None
     pointer, long, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     found.packed_adam.argtypes = [number, number, long, pointer, pointer]
     found.packed_sgd.argtypes = [number, number, long, pointer, pointer, number, number]
-    found.layout_pack_bits.argtypes = [long, pointer, pointer]
-    found.layout_offsets.argtypes = [long, pointer, long, pointer]
-    found.layout_offsets.restype = long
-    found.layout_compress.argtypes = [long, pointer, pointer, pointer]
-    found.layout_zero_pruned.argtypes = [long, pointer, pointer]
-    found.layout_thin.argtypes = [long, pointer, pointer, pointer]
-    found.layout_histogram.argtypes = [long, pointer, number, number, ctypes.c_int32, pointer]
-    found.layout_histogram.restype = long
+    found.bits_pack_bits.argtypes = [long, pointer, pointer]
+    found.bits_offsets.argtypes = [long, pointer, long, pointer]
+    found.bits_offsets.restype = long
+    found.bits_compress.argtypes = [long, pointer, pointer, pointer]
+    found.bits_zero_pruned.argtypes = [long, pointer, pointer]
+    found.bits_thin.argtypes = [long, pointer, pointer, pointer]
+    found.bits_histogram.argtypes = [long, pointer, number, number, ctypes.c_int32, pointer]
+    found.bits_histogram.restype = long
     return found
 
 

@@ -61,9 +61,15 @@ def packed_adam(
     """
     table = _table(tensors)
     hyper = (ctypes.c_float * 8)(
-        1 - lr * weight_decay if decoupled else 1.0, 1 - beta1, beta2, 1 - beta2, (1 - beta2**step) ** -0.5, eps,
-        lr / (1 - beta1**step), 0.0 if decoupled else weight_decay,
-    )  # fmt: skip
+        1 - lr * weight_decay if decoupled else 1.0,
+        1 - beta1,
+        beta2,
+        1 - beta2,
+        (1 - beta2**step) ** -0.5,
+        eps,
+        lr / (1 - beta1**step),
+        0.0 if decoupled else weight_decay,
+    )
     _code().packed_adam(
         ISAS.index(isa or best_isa()), torch.get_num_threads(), len(tensors), table.buffer_info()[0], hyper
     )
@@ -87,6 +93,11 @@ def packed_sgd(
         1 - lr * weight_decay if decoupled else 1.0, momentum, 1 - dampening, lr, 0.0 if decoupled else weight_decay
     )
     _code().packed_sgd(
-        ISAS.index(isa or best_isa()), torch.get_num_threads(), len(tensors), table.buffer_info()[0], hyper,
-        int(nesterov), int(first),
-    )  # fmt: skip
+        ISAS.index(isa or best_isa()),
+        torch.get_num_threads(),
+        len(tensors),
+        table.buffer_info()[0],
+        hyper,
+        int(nesterov),
+        int(first),
+    )

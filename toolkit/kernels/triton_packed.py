@@ -139,10 +139,24 @@ def _read(row, position, alive, rate, weight_decay, DECOUPLED: tl.constexpr):
 
 @triton.jit
 def _adam_kernel(
-    table, tensors, counter, lr_on_device, lr, log_beta1, log_beta2, one_minus_beta1, beta2, one_minus_beta2, eps,
-    weight_decay, SEARCH: tl.constexpr, STATE: tl.constexpr, DECOUPLED: tl.constexpr, AMSGRAD: tl.constexpr,
+    table,
+    tensors,
+    counter,
+    lr_on_device,
+    lr,
+    log_beta1,
+    log_beta2,
+    one_minus_beta1,
+    beta2,
+    one_minus_beta2,
+    eps,
+    weight_decay,
+    SEARCH: tl.constexpr,
+    STATE: tl.constexpr,
+    DECOUPLED: tl.constexpr,
+    AMSGRAD: tl.constexpr,
     LR_ON_DEVICE: tl.constexpr,
-):  # fmt: skip
+):
     row, position, alive, at = _block(table, tensors, SEARCH)
     step = tl.load(counter)
     rate = tl.load(lr_on_device).to(tl.float32) if LR_ON_DEVICE else lr
@@ -167,9 +181,20 @@ def _adam_kernel(
 
 @triton.jit
 def _sgd_kernel(
-    table, tensors, counter, lr_on_device, lr, momentum, one_minus_dampening, weight_decay, SEARCH: tl.constexpr,
-    STATE: tl.constexpr, DECOUPLED: tl.constexpr, NESTEROV: tl.constexpr, LR_ON_DEVICE: tl.constexpr,
-):  # fmt: skip
+    table,
+    tensors,
+    counter,
+    lr_on_device,
+    lr,
+    momentum,
+    one_minus_dampening,
+    weight_decay,
+    SEARCH: tl.constexpr,
+    STATE: tl.constexpr,
+    DECOUPLED: tl.constexpr,
+    NESTEROV: tl.constexpr,
+    LR_ON_DEVICE: tl.constexpr,
+):
     row, position, alive, at = _block(table, tensors, SEARCH)
     step = tl.load(counter)
     rate = tl.load(lr_on_device).to(tl.float32) if LR_ON_DEVICE else lr
@@ -212,11 +237,24 @@ def packed_adam(
     """
     on_device = isinstance(lr, Tensor)
     _adam_kernel[(table.blocks,)](
-        table.on_device, table.tensors, counter, lr if on_device else counter, 0.0 if on_device else lr,
-        math.log(beta1) if beta1 else -math.inf, math.log(beta2) if beta2 else -math.inf, 1 - beta1, beta2, 1 - beta2,
-        eps, weight_decay, SEARCH=_search_steps(table.tensors), STATE=_state_type(tensors), DECOUPLED=decoupled,
-        AMSGRAD=len(tensors[0][4]) == 3, LR_ON_DEVICE=on_device,
-    )  # fmt: skip
+        table.on_device,
+        table.tensors,
+        counter,
+        lr if on_device else counter,
+        0.0 if on_device else lr,
+        math.log(beta1) if beta1 else -math.inf,
+        math.log(beta2) if beta2 else -math.inf,
+        1 - beta1,
+        beta2,
+        1 - beta2,
+        eps,
+        weight_decay,
+        SEARCH=_search_steps(table.tensors),
+        STATE=_state_type(tensors),
+        DECOUPLED=decoupled,
+        AMSGRAD=len(tensors[0][4]) == 3,
+        LR_ON_DEVICE=on_device,
+    )
 
 
 def packed_sgd(
@@ -234,7 +272,17 @@ def packed_sgd(
     """`sgd_update` for the survivors of pruned tensors; at step 1 the buffer starts with the gradient."""
     on_device = isinstance(lr, Tensor)
     _sgd_kernel[(table.blocks,)](
-        table.on_device, table.tensors, counter, lr if on_device else counter, 0.0 if on_device else lr, momentum,
-        1 - dampening, weight_decay, SEARCH=_search_steps(table.tensors), STATE=_state_type(tensors),
-        DECOUPLED=decoupled, NESTEROV=nesterov, LR_ON_DEVICE=on_device,
-    )  # fmt: skip
+        table.on_device,
+        table.tensors,
+        counter,
+        lr if on_device else counter,
+        0.0 if on_device else lr,
+        momentum,
+        1 - dampening,
+        weight_decay,
+        SEARCH=_search_steps(table.tensors),
+        STATE=_state_type(tensors),
+        DECOUPLED=decoupled,
+        NESTEROV=nesterov,
+        LR_ON_DEVICE=on_device,
+    )

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from toolkit.prune.shards import local
+from toolkit.prune.distributed import local
 
 __all__ = ["OPTIMIZER_ROWS", "Owners", "count_bytes", "find_owners", "optimizer_bytes", "row_of_state"]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from toolkit.memory.sources import PEAKS, DeviceReading, read_device, reset_peaks
+from toolkit.memory.allocator import PEAKS, DeviceReading, read_device, reset_peaks
 from toolkit.prune.schedule import Schedule
 
 __all__ = ["PHASES", "PeakWindows", "Phase", "phase_of", "plan_phases"]
@@ -33,8 +33,13 @@ def plan_phases(total_steps: int, warmup_steps: int, schedule: Schedule) -> list
     """
     end = min(schedule.end_step, total_steps) if schedule.on and schedule.end_step is not None else total_steps
     begin = min(schedule.begin_step, total_steps) if schedule.on else total_steps
-    borders = [("first_step", 1), ("warm_up", min(warmup_steps, begin)), ("dense", begin), ("ramp", end),
-               ("final", total_steps)]  # fmt: skip
+    borders = [
+        ("first_step", 1),
+        ("warm_up", min(warmup_steps, begin)),
+        ("dense", begin),
+        ("ramp", end),
+        ("final", total_steps),
+    ]
     phases, done = [], 0
     for name, last in borders:
         if last > done:

@@ -54,7 +54,7 @@ class Prediction:
         import torch
         from timm.data import resolve_data_config
 
-        from toolkit.build.model import prunable_names
+        from toolkit.builder.model import prunable_names
         from toolkit.memory.activations import track_step
         from toolkit.optim.registry import find_spec, resolve_name
 
@@ -90,9 +90,14 @@ class Prediction:
         self.buffer_bytes = sum(b.nbytes for b in model.buffers())
         amp_dtype = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}[question.amp]
         self.step = track_step(
-            make_model, size, question.num_classes, amp_dtype=amp_dtype, channels_last=question.channels_last,
-            frees_gradients=question.fused_backward, on_progress=log,
-        )  # fmt: skip
+            make_model,
+            size,
+            question.num_classes,
+            amp_dtype=amp_dtype,
+            channels_last=question.channels_last,
+            frees_gradients=question.fused_backward,
+            on_progress=log,
+        )
 
     def _optimizer_rows(self, sparsity: float | None) -> dict[str, int]:
         """State of the optimizer before masks exist (None), or at a sparsity."""
@@ -129,10 +134,15 @@ class Prediction:
         if question.fsdp or question.zero == 3:
             weights = -(-weights // share)
         rows = {
-            "weights": weights, "buffers": self.buffer_bytes, "gradients": gradients, **optimizer,
-            "ddp_buckets": buckets, "flat_copies": flat,
-            "ema": self.weight_bytes + self.buffer_bytes if question.ema else 0, **step,
-        }  # fmt: skip
+            "weights": weights,
+            "buffers": self.buffer_bytes,
+            "gradients": gradients,
+            **optimizer,
+            "ddp_buckets": buckets,
+            "flat_copies": flat,
+            "ema": self.weight_bytes + self.buffer_bytes if question.ema else 0,
+            **step,
+        }
         return {row: size for row, size in rows.items() if size}
 
     def peaks(self, batch_size: int) -> dict[str, int]:
@@ -167,22 +177,33 @@ def parse_bytes(text: str) -> int:
 
 
 def predict(
-    question: Question, batch_size: int, *, limit_bytes: int | None = None, max_bytes: int | None = None,
+    question: Question,
+    batch_size: int,
+    *,
+    limit_bytes: int | None = None,
+    max_bytes: int | None = None,
     log: Callable[[str], None] = lambda text: None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """The prediction as one JSON object: peaks, both ledgers, and what `--fits` and `--max-batch-size` ask."""
     prediction = Prediction(question, log)
     final = question.sparsity if prediction.method != "none" else None
     result: dict[str, Any] = {
         "schema": "memory-prediction/1",
         "unit": "bytes",
-        "model": question.model, "opt": prediction.opt, "pruning": prediction.method, "sparsity": question.sparsity,
-        "batch_size": batch_size, "input_size": list(prediction.input_size), "amp": question.amp,
-        "ranks": question.ranks, "zero": question.zero, "fsdp": question.fsdp,
+        "model": question.model,
+        "opt": prediction.opt,
+        "pruning": prediction.method,
+        "sparsity": question.sparsity,
+        "batch_size": batch_size,
+        "input_size": list(prediction.input_size),
+        "amp": question.amp,
+        "ranks": question.ranks,
+        "zero": question.zero,
+        "fsdp": question.fsdp,
         "peak_allocated_bytes": prediction.peaks(batch_size),
         "ledger": {"dense": prediction.ledger(batch_size, None), "final": prediction.ledger(batch_size, final)},
         "needed_bytes": prediction.needed_bytes(batch_size),
-    }  # fmt: skip
+    }
     if limit_bytes is not None:
         result["fits"] = {"limit_bytes": limit_bytes, "fits": result["needed_bytes"] <= limit_bytes}
     if max_bytes is not None:
@@ -247,10 +268,22 @@ def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(argv)
     question = Question(
-        options.model, options.opt, options.pruning, options.prune_score, options.sparsity, options.amp,
-        options.img_size, options.num_classes, options.ranks, options.zero, options.fsdp, options.model_ema,
-        options.grad_checkpointing, options.channels_last, options.fused_backward,
-    )  # fmt: skip
+        options.model,
+        options.opt,
+        options.pruning,
+        options.prune_score,
+        options.sparsity,
+        options.amp,
+        options.img_size,
+        options.num_classes,
+        options.ranks,
+        options.zero,
+        options.fsdp,
+        options.model_ema,
+        options.grad_checkpointing,
+        options.channels_last,
+        options.fused_backward,
+    )
     try:
         if options.batch_size < 1 or options.ranks < 1:
             raise ValueError("--batch-size and --ranks must be at least 1")
@@ -258,9 +291,12 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"--sparsity {options.sparsity} must be in [0, 1)")
         limits = [parse_bytes(text) if text else None for text in (options.fits, options.max_batch_size)]
         result = predict(
-            question, options.batch_size, limit_bytes=limits[0], max_bytes=limits[1],
+            question,
+            options.batch_size,
+            limit_bytes=limits[0],
+            max_bytes=limits[1],
             log=lambda text: print(text, file=sys.stderr, flush=True),  # noqa: T201
-        )  # fmt: skip
+        )
     except ValueError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     print(json.dumps(result) if options.json else to_text(result))  # noqa: T201

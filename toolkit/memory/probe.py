@@ -9,7 +9,7 @@ from torch import Tensor
 
 from toolkit.memory.activations import Lifetime, StorageTracker, classify, fullest_moment
 from toolkit.memory.ledger import Owners
-from toolkit.prune.shards import local
+from toolkit.prune.distributed import local
 
 __all__ = ["STEP_ROWS", "StepProbe"]
 

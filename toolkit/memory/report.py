@@ -17,9 +17,9 @@ import torch
 
 from toolkit.dist import World
 from toolkit.memory.ledger import optimizer_bytes
-from toolkit.memory.record import RANKS_FOLDER, TIMELINE_COLUMNS, MemoryLog, replace_json
+from toolkit.memory.markdown import to_markdown
+from toolkit.memory.recorder import RANKS_FOLDER, TIMELINE_COLUMNS, MemoryLog, replace_json
 from toolkit.memory.reduce import phase_ledgers, reduce_ranks
-from toolkit.memory.text import to_markdown
 
 __all__ = ["SCHEMA", "merge_ranks", "write_report", "write_report_of_survivors"]
 

@@ -3,8 +3,8 @@
 import threading
 import time
 
-from toolkit.memory.device import DeviceUse, read_or_none
-from toolkit.memory.sources import resident_bytes
+from toolkit.memory.allocator import resident_bytes
+from toolkit.memory.device_use import DeviceUse, read_or_none
 
 __all__ = ["MemorySampler"]
 

@@ -59,12 +59,24 @@ class AdamWPrune(PackedOptimizer):
         super().__init__(
             params,
             {
-                "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad,
-                "decoupled_weight_decay": decoupled_weight_decay, "maximize": maximize, "sparsity": sparsity,
-                "begin_step": begin_step, "end_step": end_step, "frequency": frequency, "score": score,
-                "scope": scope, "regrow": regrow, "state_dtype": state_dtype, "implementation": implementation,
+                "lr": lr,
+                "betas": betas,
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "amsgrad": amsgrad,
+                "decoupled_weight_decay": decoupled_weight_decay,
+                "maximize": maximize,
+                "sparsity": sparsity,
+                "begin_step": begin_step,
+                "end_step": end_step,
+                "frequency": frequency,
+                "score": score,
+                "scope": scope,
+                "regrow": regrow,
+                "state_dtype": state_dtype,
+                "implementation": implementation,
             },
-        )  # fmt: skip
+        )
 
     def moment_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
         """Adam's two moments, and AMSGrad's third."""
@@ -75,9 +87,15 @@ class AdamWPrune(PackedOptimizer):
     ) -> None:
         """AdamW on equally shaped tensors."""
         adam_update(
-            weight, grad, moments["exp_avg"], moments["exp_avg_sq"], moments.get("max_exp_avg_sq"),
-            step=step, lr=group["lr"], **self._rule(group),
-        )  # fmt: skip
+            weight,
+            grad,
+            moments["exp_avg"],
+            moments["exp_avg_sq"],
+            moments.get("max_exp_avg_sq"),
+            step=step,
+            lr=group["lr"],
+            **self._rule(group),
+        )
 
     @staticmethod
     def _rule(group: dict[str, Any]) -> dict[str, Any]:
@@ -100,9 +118,14 @@ class AdamWPrune(PackedOptimizer):
             [state["exp_avg_sq"] for state in states],
             [state["max_exp_avg_sq"] for state in states] if group["amsgrad"] else [],
             part.steps,
-            amsgrad=group["amsgrad"], lr=rate_for(part, group), beta1=group["betas"][0], beta2=group["betas"][1],
-            weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
-        )  # fmt: skip
+            amsgrad=group["amsgrad"],
+            lr=rate_for(part, group),
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
 
     def update_packed(self, part: Part, group: dict[str, Any]) -> None:
         """AdamW for the survivors, all tensors in one call."""

@@ -80,21 +80,34 @@ class AdamWSPAM(PackedOptimizer):
         super().__init__(
             params,
             {
-                "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
-                "spike_threshold": spike_threshold, "reset_interval": reset_interval, "warmup_steps": warmup_steps,
-                "maximize": maximize, "sparsity": sparsity, "begin_step": begin_step, "end_step": end_step,
-                "frequency": frequency, "score": score, "scope": scope, "regrow": regrow, "state_dtype": state_dtype,
+                "lr": lr,
+                "betas": betas,
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "spike_threshold": spike_threshold,
+                "reset_interval": reset_interval,
+                "warmup_steps": warmup_steps,
+                "maximize": maximize,
+                "sparsity": sparsity,
+                "begin_step": begin_step,
+                "end_step": end_step,
+                "frequency": frequency,
+                "score": score,
+                "scope": scope,
+                "regrow": regrow,
+                "state_dtype": state_dtype,
                 "implementation": implementation,
             },
-        )  # fmt: skip
+        )
         if reset_interval and self.schedule.on:
             end = self.schedule.end_step or 0
             nearest = end - end % reset_interval
             if nearest > 0 and not self._reset_at(nearest):
                 _logger.info(
                     "SPAM's reset at step %d is left out: its warm-up would cover the last mask update (end_step=%d)",
-                    nearest, end,
-                )  # fmt: skip
+                    nearest,
+                    end,
+                )
 
     def moment_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
         """Adam's two moments."""

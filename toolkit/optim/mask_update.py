@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from toolkit.prune.distributed import Spans, local, sum_over
+from toolkit.prune.distribution import zero_quotas
 from toolkit.prune.mask import flat, pack_bits, thin, unpack_bits, zero_pruned
 from toolkit.prune.packing import BLOCK, block_offsets, pack, spread
 from toolkit.prune.schedule import Schedule
-from toolkit.prune.scope import zero_quotas
 from toolkit.prune.scores import STATE_SCORES
 from toolkit.prune.select import CHUNK, choose_lowest, find_threshold
-from toolkit.prune.shards import Spans, local, sum_over
 
 __all__ = ["MaskUpdate", "survivors_of"]
 

@@ -20,19 +20,27 @@ from toolkit.kernels.choice import IMPLEMENTATIONS, choose_implementation
 from toolkit.kernels.rounding import round_to_bfloat16
 from toolkit.optim.mask_update import MaskUpdate, survivors_of
 from toolkit.prune.dense import dense_state
+from toolkit.prune.distributed import Spans, local, shard_group, whole
+from toolkit.prune.distribution import SCOPES
 from toolkit.prune.groups import prunable_parameters
 from toolkit.prune.mask import flat, pack_bits, unpack_bits
 from toolkit.prune.packing import block_offsets, pack
 from toolkit.prune.schedule import Schedule
-from toolkit.prune.scope import SCOPES
 from toolkit.prune.scores import check_score
-from toolkit.prune.shards import Spans, local, shard_group, whole
 
 __all__ = ["PRUNING_OPTIONS", "PackedOptimizer", "Part", "check_adam_options", "rate_for"]
 
 PRUNING_OPTIONS = (
-    "sparsity", "begin_step", "end_step", "frequency", "score", "scope", "regrow", "state_dtype", "implementation",
-)  # fmt: skip
+    "sparsity",
+    "begin_step",
+    "end_step",
+    "frequency",
+    "score",
+    "scope",
+    "regrow",
+    "state_dtype",
+    "implementation",
+)
 _STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 

@@ -17,11 +17,11 @@ from toolkit.optim.adamwadv import AdamWAdv
 from toolkit.optim.adamwprune import AdamWPrune
 from toolkit.optim.adamwspam import AdamWSPAM
 from toolkit.optim.sgdprune import SGDPrune
-from toolkit.prune.pruner import Pruner
+from toolkit.prune.hooks import Pruner
 from toolkit.prune.schedule import Schedule
 from toolkit.prune.scores import MAGNITUDE, MOVEMENT_SCORES, check_score
 
-__all__ = ["METHODS", "OptimSpec", "check_optimizer_name", "find_spec", "register_all", "resolve_name", "specs"]
+__all__ = ["METHODS", "OptimizerSpec", "check_optimizer_name", "find_spec", "register_all", "resolve_name", "specs"]
 
 METHODS = ("none", "magnitude", "movement", "state")
 _ADAM = ("exp_avg", "exp_avg_sq")
@@ -29,7 +29,7 @@ _AMSGRAD = (*_ADAM, "max_exp_avg_sq")
 
 
 @dataclass(frozen=True)
-class OptimSpec:
+class OptimizerSpec:
     """One name of ours in timm's factory.
 
     `base` and `method` say what it is made of, `moments` the parameter-sized state keys (for the memory arithmetic),
@@ -88,51 +88,84 @@ def _pruned(base_class: Callable[..., torch.optim.Optimizer], method: str) -> Ca
     return create
 
 
-def _state_spec(base: str, opt_class: Any, what: str, moments: tuple[str, ...], **rest: Any) -> OptimSpec:
-    return OptimSpec(
-        f"{base}-state", opt_class, f"{what} pruned by its own moments, kept packed for the survivors", base, "state",
-        moments, **rest,
-    )  # fmt: skip
+def _state_spec(base: str, opt_class: Any, what: str, moments: tuple[str, ...], **rest: Any) -> OptimizerSpec:
+    return OptimizerSpec(
+        f"{base}-state",
+        opt_class,
+        f"{what} pruned by its own moments, kept packed for the survivors",
+        base,
+        "state",
+        moments,
+        **rest,
+    )
 
 
-def _base_specs() -> list[OptimSpec]:
+def _base_specs() -> list[OptimizerSpec]:
     info = {name: get_optimizer_info(name) for name in ("sgd", "momentum", "adam", "adamw")}
 
-    def stock(name: str, description: str, moments: tuple[str, ...]) -> OptimSpec:
+    def stock(name: str, description: str, moments: tuple[str, ...]) -> OptimizerSpec:
         entry = info[name]
         assert callable(entry.opt_class), name
-        return OptimSpec(
-            name, entry.opt_class, description, name, "none", moments, has_eps=entry.has_eps,
-            has_betas=entry.has_betas, has_momentum=entry.has_momentum, defaults=dict(entry.defaults or {}),
-        )  # fmt: skip
+        return OptimizerSpec(
+            name,
+            entry.opt_class,
+            description,
+            name,
+            "none",
+            moments,
+            has_eps=entry.has_eps,
+            has_betas=entry.has_betas,
+            has_momentum=entry.has_momentum,
+            defaults=dict(entry.defaults or {}),
+        )
 
     return [
         stock("sgd", "SGD with Nesterov momentum (timm's)", ("momentum_buffer",)),
         stock("momentum", "SGD with classical momentum (timm's)", ("momentum_buffer",)),
         stock("adam", "Adam (timm's)", _ADAM),
         stock("adamw", "AdamW (timm's)", _ADAM),
-        OptimSpec(
-            "adamwadv", AdamWAdv, "AdamW with AMSGrad; its recipe adds gradient clipping at 1.0 and a cosine schedule",
-            "adamwadv", "none", _AMSGRAD, recipe=ADAMWADV_RECIPE,
+        OptimizerSpec(
+            "adamwadv",
+            AdamWAdv,
+            "AdamW with AMSGrad; its recipe adds gradient clipping at 1.0 and a cosine schedule",
+            "adamwadv",
+            "none",
+            _AMSGRAD,
+            recipe=ADAMWADV_RECIPE,
         ),
-        OptimSpec(
-            "adamwspam", AdamWSPAM, "Adam with spike-aware clipping and momentum reset (SPAM), decoupled weight decay",
-            "adamwspam", "none", _ADAM,
+        OptimizerSpec(
+            "adamwspam",
+            AdamWSPAM,
+            "Adam with spike-aware clipping and momentum reset (SPAM), decoupled weight decay",
+            "adamwspam",
+            "none",
+            _ADAM,
         ),
-    ]  # fmt: skip
+    ]
 
 
-def specs() -> list[OptimSpec]:
+def specs() -> list[OptimizerSpec]:
     """Every name of ours, and the four of timm's they build on, bases first."""
     bases = _base_specs()
     state = [
-        OptimSpec(
-            "adamwprune", AdamWPrune, "AdamW pruned by its own moments, kept packed for the survivors", "adamw",
-            "state", _ADAM,
+        OptimizerSpec(
+            "adamwprune",
+            AdamWPrune,
+            "AdamW pruned by its own moments, kept packed for the survivors",
+            "adamw",
+            "state",
+            _ADAM,
         ),
-        OptimSpec(
-            "sgdprune", SGDPrune, "SGD (Nesterov) pruned by weight or momentum, kept packed for the survivors",
-            "sgd", "state", ("momentum_buffer",), has_eps=False, has_betas=False, has_momentum=True,
+        OptimizerSpec(
+            "sgdprune",
+            SGDPrune,
+            "SGD (Nesterov) pruned by weight or momentum, kept packed for the survivors",
+            "sgd",
+            "state",
+            ("momentum_buffer",),
+            has_eps=False,
+            has_betas=False,
+            has_momentum=True,
             defaults={"nesterov": True},
         ),
         _state_spec("adam", AdamWPrune, "Adam", _ADAM, defaults={"decoupled_weight_decay": False}),
@@ -141,7 +174,7 @@ def specs() -> list[OptimSpec]:
             "adamwadv", AdamWPrune, "AdamW with AMSGrad", _AMSGRAD, defaults={"amsgrad": True}, recipe=ADAMWADV_RECIPE
         ),
         _state_spec("adamwspam", AdamWSPAM, "SPAM", _ADAM),
-    ]  # fmt: skip
+    ]
     hooked = [
         dataclasses.replace(
             base,
@@ -180,7 +213,7 @@ def register_all() -> None:
         )
 
 
-def find_spec(name: str) -> OptimSpec | None:
+def find_spec(name: str) -> OptimizerSpec | None:
     """Our row for a name, or None for one of timm's other optimizers."""
     return next((spec for spec in specs() if spec.name == name), None)
 

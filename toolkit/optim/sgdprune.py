@@ -61,13 +61,24 @@ class SGDPrune(PackedOptimizer):
         super().__init__(
             params,
             {
-                "lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay,
-                "nesterov": nesterov, "decoupled_weight_decay": decoupled_weight_decay, "maximize": maximize,
-                "sparsity": sparsity, "begin_step": begin_step, "end_step": end_step, "frequency": frequency,
-                "score": score, "scope": scope, "regrow": regrow, "state_dtype": state_dtype,
+                "lr": lr,
+                "momentum": momentum,
+                "dampening": dampening,
+                "weight_decay": weight_decay,
+                "nesterov": nesterov,
+                "decoupled_weight_decay": decoupled_weight_decay,
+                "maximize": maximize,
+                "sparsity": sparsity,
+                "begin_step": begin_step,
+                "end_step": end_step,
+                "frequency": frequency,
+                "score": score,
+                "scope": scope,
+                "regrow": regrow,
+                "state_dtype": state_dtype,
                 "implementation": implementation,
             },
-        )  # fmt: skip
+        )
 
     def moment_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
         """The momentum."""
@@ -100,9 +111,14 @@ class SGDPrune(PackedOptimizer):
             part.parameters,
             self.gradients(part, group),
             [state["momentum_buffer"] for state in part.states],
-            weight_decay=0.0 if decoupled else group["weight_decay"], momentum=group["momentum"], lr=lr,
-            dampening=group["dampening"], nesterov=group["nesterov"], maximize=False, is_first_step=part.step == 1,
-        )  # fmt: skip
+            weight_decay=0.0 if decoupled else group["weight_decay"],
+            momentum=group["momentum"],
+            lr=lr,
+            dampening=group["dampening"],
+            nesterov=group["nesterov"],
+            maximize=False,
+            is_first_step=part.step == 1,
+        )
 
     def update_packed(self, part: Part, group: dict[str, Any]) -> None:
         """SGD for the survivors, all tensors in one call."""

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from toolkit.optim.packed import PackedOptimizer
-from toolkit.prune.pruner import Pruner
-from toolkit.prune.shards import Spans
+from toolkit.prune.distributed import Spans
+from toolkit.prune.hooks import Pruner
 
 __all__ = ["attach_to_zero"]
 

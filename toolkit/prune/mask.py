@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from toolkit.kernels import layout
+from toolkit.kernels import bits as native_bits
 
 __all__ = ["MASK_KEYS", "flat", "mask_bytes", "mask_of", "pack_bits", "thin", "unpack_bits", "zero_pruned"]
 
@@ -45,8 +45,8 @@ def _weights_of_bits(device: torch.device) -> Tensor:
 
 def pack_bits(keep: Tensor) -> Tensor:
     """bool [n] -> uint8 [ceil(n / 8)]; spare bits of the last byte are 0."""
-    if layout.fits(keep):
-        return layout.pack_bits(keep)
+    if native_bits.fits(keep):
+        return native_bits.pack_bits(keep)
     spare = -keep.numel() % 8
     bits = torch.nn.functional.pad(keep.to(torch.uint8), (0, spare)).view(-1, 8)
     return (bits * _weights_of_bits(keep.device)).sum(1, dtype=torch.uint8)
@@ -59,8 +59,8 @@ def unpack_bits(mask: Tensor, numel: int) -> Tensor:
 
 def thin(mask: Tensor, numel: int, drop: Tensor) -> Tensor:
     """The bits of `numel` weights without the survivors marked in `drop`, bool [survivors]."""
-    if layout.fits(mask) and layout.fits(drop):
-        return layout.thin(mask, numel, drop)
+    if native_bits.fits(mask) and native_bits.fits(drop):
+        return native_bits.thin(mask, numel, drop)
     keep = unpack_bits(mask, numel)
     keep[keep.clone()] = ~drop
     return pack_bits(keep)
@@ -68,7 +68,7 @@ def thin(mask: Tensor, numel: int, drop: Tensor) -> Tensor:
 
 def zero_pruned(values: Tensor, mask: Tensor) -> None:
     """Set values [n] to 0 in place where the bit is 0."""
-    if layout.fits(values) and values.dtype is torch.float32:
-        layout.zero_pruned(values, mask)
+    if native_bits.fits(values) and values.dtype is torch.float32:
+        native_bits.zero_pruned(values, mask)
     else:
         values.masked_fill_(~unpack_bits(mask, values.numel()), 0.0)

@@ -6,7 +6,7 @@ The layout knows no update rule, so every optimizer's moments are packed by this
 import torch
 from torch import Tensor
 
-from toolkit.kernels import layout
+from toolkit.kernels import bits as native_bits
 from toolkit.prune.mask import unpack_bits
 
 __all__ = ["BLOCK", "block_offsets", "offset_bytes", "pack", "spread"]
@@ -23,8 +23,8 @@ def offset_bytes(numel: int) -> int:
 
 def block_offsets(mask: Tensor, numel: int) -> tuple[Tensor, int]:
     """Bits of `numel` weights -> (int32 [ceil(n / BLOCK)] survivors before each block, survivors in all)."""
-    if layout.fits(mask):
-        return layout.block_offsets(mask, numel, BLOCK)
+    if native_bits.fits(mask):
+        return native_bits.block_offsets(mask, numel, BLOCK)
     blocks = -(-numel // BLOCK)
     padded = torch.nn.functional.pad(unpack_bits(mask, numel), (0, blocks * BLOCK - numel))
     counts = padded.view(blocks, BLOCK).sum(1, dtype=torch.int32)
@@ -34,8 +34,8 @@ def block_offsets(mask: Tensor, numel: int) -> tuple[Tensor, int]:
 
 def pack(dense: Tensor, mask: Tensor, survivors: int) -> Tensor:
     """Values [n] and their bits -> survivors' values [survivors], a storage of its own."""
-    if layout.fits(dense) and dense.dtype is torch.float32:
-        return layout.compress(dense, mask, survivors)
+    if native_bits.fits(dense) and dense.dtype is torch.float32:
+        return native_bits.compress(dense, mask, survivors)
     return dense[unpack_bits(mask, dense.numel())]
 
 

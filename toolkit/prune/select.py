@@ -15,8 +15,8 @@ import torch.distributed
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from toolkit.kernels import layout
-from toolkit.prune.shards import gather_over, sum_over
+from toolkit.kernels import bits as native_bits
+from toolkit.prune.distributed import gather_over, sum_over
 
 __all__ = ["CHUNK", "Threshold", "choose_lowest", "find_threshold"]
 
@@ -40,8 +40,8 @@ def _value(key: int) -> float:
 
 def _add_histogram(scores: Tensor, shift: int, width: int, prefix: int, counts: Tensor) -> int:
     """Count one digit of the scores whose higher bits are `prefix` into `counts`; returns the first pass's NaNs."""
-    if layout.fits(scores) and scores.dtype is torch.float32:
-        return layout.add_histogram(scores, shift, width, prefix, counts)
+    if native_bits.fits(scores) and scores.dtype is torch.float32:
+        return native_bits.add_histogram(scores, shift, width, prefix, counts)
     keys = _keys(scores)
     nans = 0
     if shift + width == 32:

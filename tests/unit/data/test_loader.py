@@ -15,9 +15,16 @@ SIZE = (16, 16)
 
 def train_loader(folder, *, ranks=1, rank=0, workers=0, accumulation=1, global_batch=12):
     return TrainLoader(
-        load_split(folder, "train"), TrainTransform(SIZE), SIZE, seed=3, rank=rank, num_ranks=ranks, workers=workers,
-        batch_size=global_batch // ranks // accumulation, accumulation=accumulation,
-    )  # fmt: skip
+        load_split(folder, "train"),
+        TrainTransform(SIZE),
+        SIZE,
+        seed=3,
+        rank=rank,
+        num_ranks=ranks,
+        workers=workers,
+        batch_size=global_batch // ranks // accumulation,
+        accumulation=accumulation,
+    )
 
 
 def global_batches(folder, epoch, *, ranks, workers=0, accumulation=1, start=0):

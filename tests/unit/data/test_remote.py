@@ -54,10 +54,12 @@ class Server:
             handler.send_error(404)
             return
         body = {
-            "drop": data[: len(data) // 2], "stall": data[: len(data) // 2], "short": data[:-1024],
+            "drop": data[: len(data) // 2],
+            "stall": data[: len(data) // 2],
+            "short": data[:-1024],
             "page": b"<html>busy</html>",
             "lie": data[:2000] + bytes(byte ^ 255 for byte in data[2000:2100]) + data[2100:],
-        }.get(fault, data)  # fmt: skip
+        }.get(fault, data)
         handler.send_response(200)
         handler.send_header("Content-Length", str(len(data) if fault in ("drop", "stall") else len(body)))
         handler.end_headers()
@@ -81,9 +83,18 @@ def open_train(server, folder, limit=LIMIT):
 
 def batches(index, cache, workers=0, window=2):
     loader = TrainLoader(
-        index, TrainTransform(SIZE), SIZE, seed=3, batch_size=8, accumulation=1, rank=0, num_ranks=1, window=window,
-        cache=cache, workers=workers,
-    )  # fmt: skip
+        index,
+        TrainTransform(SIZE),
+        SIZE,
+        seed=3,
+        batch_size=8,
+        accumulation=1,
+        rank=0,
+        num_ranks=1,
+        window=window,
+        cache=cache,
+        workers=workers,
+    )
     return [(batch.samples, batch.images, batch.num_bad) for batch in loader.epoch(1)]
 
 

@@ -12,8 +12,8 @@ from torch import nn
 
 import toolkit.optim  # noqa: F401
 import train
-from toolkit.build.model import prunable_names
-from toolkit.engine.fused import FusedBackward
+from toolkit.builder.model import prunable_names
+from toolkit.engine.engines.fused import FusedBackward
 from toolkit.memory.activations import track_step
 from toolkit.memory.ledger import find_owners
 from toolkit.memory.probe import StepProbe
@@ -88,18 +88,40 @@ def test_only_the_largest_gradients_live():
             assert fused.backward(step, loss.backward, probe)
     every = sum(parameter.nbytes for parameter in model.parameters())
     assert probe.rows["gradients"] < 0.5 * every
-    predicted = track_step(partial(timm.create_model, "test_resnet", num_classes=10), (3, 32, 32), 10,
-                           frees_gradients=True).peak(4)  # fmt: skip
+    predicted = track_step(
+        partial(timm.create_model, "test_resnet", num_classes=10), (3, 32, 32), 10, frees_gradients=True
+    ).peak(4)
     assert probe.rows["gradients"] == predicted["gradients"]
 
 
 @pytest.fixture
 def flags(few_digits, tmp_path):
     return [
-        "--data-dir", str(few_digits), "--model", "test_resnet", "--img-size", "32", "-b", "16", "--epochs", "2",
-        "--lr", "3e-3", "--warmup-epochs", "0", "--color-jitter", "0", "-j", "0", "--log-interval", "2",
-        "--prune-frequency", "2", "--output", str(tmp_path),
-    ]  # fmt: skip
+        "--data-dir",
+        str(few_digits),
+        "--model",
+        "test_resnet",
+        "--img-size",
+        "32",
+        "-b",
+        "16",
+        "--epochs",
+        "2",
+        "--lr",
+        "3e-3",
+        "--warmup-epochs",
+        "0",
+        "--color-jitter",
+        "0",
+        "-j",
+        "0",
+        "--log-interval",
+        "2",
+        "--prune-frequency",
+        "2",
+        "--output",
+        str(tmp_path),
+    ]
 
 
 def test_a_run(flags, tmp_path):

@@ -42,7 +42,17 @@ VARIANTS = {
     "adamwprune": PRUNED,
     "movement": ["--opt", "adamw", "--pruning", "movement", "--sparsity", "0.7"],
     "dropout, mixup, erasing, ema": [
-        "--opt", "momentum", "--drop", "0.2", "--mixup", "0.3", "--cutmix", "1", "--reprob", "0.3", "--model-ema",
+        "--opt",
+        "momentum",
+        "--drop",
+        "0.2",
+        "--mixup",
+        "0.3",
+        "--cutmix",
+        "1",
+        "--reprob",
+        "0.3",
+        "--model-ema",
     ],
     "movement with ema": ["--opt", "adamw-movement", "--sparsity", "0.7", "--model-ema", "--checkpoint-interval", "4"],
     "plateau": ["--opt", "adamw", "--sched", "plateau", "--no-sched-on-updates", "--patience-epochs", "0"],
@@ -50,7 +60,7 @@ VARIANTS = {
     "update fused into backward": [*PRUNED, "--fused-backward"],
     "magnitude, fused": ["--opt", "momentum", "--pruning", "magnitude", "--sparsity", "0.5", "--fused-backward"],
     "accumulation, epoch schedule": ["--opt", "adamwadv", "--grad-accum-steps", "2", "--no-sched-on-updates"],
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("variant", list(VARIANTS))

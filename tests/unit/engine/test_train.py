@@ -16,14 +16,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import toolkit.memory
 import train
-from toolkit.build import build
+from toolkit.builder import build
 from toolkit.config import parse
 from toolkit.engine.checkpoint import load_checkpoint, newest_checkpoint
 from toolkit.engine.loop import train as train_loop
 from toolkit.engine.scalars import SCALARS
 from toolkit.engine.step import NonFiniteLossError
 from toolkit.engine.stops import SparsityError
-from toolkit.memory.sources import read_device
+from toolkit.memory.allocator import read_device
 
 SCHEMA_FILE = Path(toolkit.memory.__file__).parent / "report_schema.json"
 
@@ -60,9 +60,17 @@ def test_a_run_leaves_what_the_design_says(flags, tmp_path):
     assert train.main([*flags, *PRUNED, "--experiment", "r", "--model-ema", "--clip-grad", "1"]) == 0
     folder = tmp_path / "r"
     assert {path.name for path in folder.iterdir()} == {
-        "args.yaml", "summary.csv", "metrics.json", "memory.json", "memory.md", "memory_timeline.csv", "tb",
-        "checkpoints", "train.log", ".lock",
-    }  # fmt: skip
+        "args.yaml",
+        "summary.csv",
+        "metrics.json",
+        "memory.json",
+        "memory.md",
+        "memory_timeline.csv",
+        "tb",
+        "checkpoints",
+        "train.log",
+        ".lock",
+    }
     metrics = json.loads((folder / "metrics.json").read_text())
     for key in ("train_loss", "eval_loss", "eval_top1", "eval_top5", "sparsity", "epoch_s"):
         assert len(metrics[key]) == 3
@@ -213,10 +221,17 @@ def test_two_runs_in_one_folder_are_refused_and_a_leftover_lock_is_no_obstacle(f
     folder.mkdir()
     (folder / ".lock").touch()  # left over
     holder = subprocess.Popen(
-        [sys.executable, "-c", "import sys, time; from pathlib import Path; from toolkit.engine.lock import FolderLock;"
-         "lock = FolderLock(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)", str(folder)],
-        stdout=subprocess.PIPE, text=True, cwd=Path(train.__file__).parent,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-c",
+            "import sys, time; from pathlib import Path; from toolkit.engine.lock import FolderLock;"
+            "lock = FolderLock(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)",
+            str(folder),
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(train.__file__).parent,
+    )
     try:
         assert holder.stdout.readline() == "held\n"
         with pytest.raises(ValueError, match="is being written by another run"):

@@ -107,9 +107,16 @@ def test_bfloat16_rounding_is_the_references_bit_for_bit():
     tensors = [row[:5] for row in rows]
     table = triton_packed.AddressTable().update(tensors, range(1, len(tensors) + 1))
     triton_packed.packed_sgd(
-        tensors, table, torch.tensor([1.0]), lr=0.1, momentum=0.9, dampening=0.0, weight_decay=0.0, nesterov=False,
+        tensors,
+        table,
+        torch.tensor([1.0]),
+        lr=0.1,
+        momentum=0.9,
+        dampening=0.0,
+        weight_decay=0.0,
+        nesterov=False,
         decoupled=False,
-    )  # fmt: skip
+    )
     for place, (row, values) in enumerate(zip(rows, exact, strict=True), start=1):
         assert torch.equal(row[4][0], round_to_bfloat16(values, (65_537 + place) * 3))
 

@@ -2,14 +2,14 @@ import json
 
 import torch
 
-from launch.bench import main
-from launch.bench_data import LIMITS, bench_data
-from launch.bench_data import to_markdown as data_markdown
-from launch.bench_optim import transient_bytes
+from launch.bench.__main__ import main
+from launch.bench.data import LIMITS, bench_data
+from launch.bench.data import to_markdown as data_markdown
+from launch.bench.optim import transient_bytes
 
 
 def test_bench_prints_one_json_object(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr("launch.bench_optim._others", lambda: iter(()))  # they build for minutes
+    monkeypatch.setattr("launch.bench.optim._others", lambda: iter(()))  # they build for minutes
     assert main(["optim", "--model", "test_resnet", "--rounds", "2", "--json", "--out", str(tmp_path)]) == 0
     (line,) = capsys.readouterr().out.splitlines()
     result = json.loads(line)
@@ -57,7 +57,7 @@ def test_data_bench_measures_every_bar():
 
 
 def test_every_saving_shows_in_its_row():
-    from launch.bench_memory import bench_memory, to_markdown
+    from launch.bench.memory import bench_memory, to_markdown
 
     result = bench_memory("test_resnet", 2, 64, lambda text: None)
     for entry in result["savings"]:

@@ -8,12 +8,25 @@ from launch.estimate import main
 
 def test_each_kind_is_timed_once(few_digits, tmp_path, capsys):
     recipe = {
-        "data_dir": str(few_digits), "model": "test_resnet", "img_size": 32, "global_batch_size": 16, "epochs": 5,
-        "val_interval": 2, "lr": 3e-3, "warmup_epochs": 0, "color_jitter": 0.0, "workers": 0, "prune_frequency": 2,
-    }  # fmt: skip
+        "data_dir": str(few_digits),
+        "model": "test_resnet",
+        "img_size": 32,
+        "global_batch_size": 16,
+        "epochs": 5,
+        "val_interval": 2,
+        "lr": 3e-3,
+        "warmup_epochs": 0,
+        "color_jitter": 0.0,
+        "workers": 0,
+        "prune_frequency": 2,
+    }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    content = {"name": "m", "recipe": str(tmp_path / "recipe.yaml"), "seeds": [0, 1, 2],
-               "cells": [{"opt": "adamw"}, {"opt": "adamwprune", "sparsity": 0.7}]}  # fmt: skip
+    content = {
+        "name": "m",
+        "recipe": str(tmp_path / "recipe.yaml"),
+        "seeds": [0, 1, 2],
+        "cells": [{"opt": "adamw"}, {"opt": "adamwprune", "sparsity": 0.7}],
+    }
     (tmp_path / "m.yaml").write_text(yaml.safe_dump(content))
     assert main([str(tmp_path / "m.yaml"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

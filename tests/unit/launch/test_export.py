@@ -10,7 +10,7 @@ from ranks import reset_accelerate
 
 import train
 from launch.export import load_packed, main, pack_weights
-from toolkit.build import build
+from toolkit.builder import build
 from toolkit.config import parse
 from toolkit.engine.checkpoint import load_checkpoint, newest_checkpoint
 from toolkit.engine.evaluate import evaluate
@@ -20,10 +20,35 @@ from toolkit.engine.loop import train as train_loop
 @pytest.fixture
 def flags(few_digits, tmp_path):
     return [
-        "--data-dir", str(few_digits), "--model", "test_resnet", "--img-size", "32", "-b", "16", "--epochs", "2",
-        "--lr", "3e-3", "--warmup-epochs", "0", "--color-jitter", "0", "-j", "0", "--log-interval", "5",
-        "--prune-frequency", "2", "--output", str(tmp_path), "--opt", "adamwprune", "--sparsity", "0.7",
-    ]  # fmt: skip
+        "--data-dir",
+        str(few_digits),
+        "--model",
+        "test_resnet",
+        "--img-size",
+        "32",
+        "-b",
+        "16",
+        "--epochs",
+        "2",
+        "--lr",
+        "3e-3",
+        "--warmup-epochs",
+        "0",
+        "--color-jitter",
+        "0",
+        "-j",
+        "0",
+        "--log-interval",
+        "5",
+        "--prune-frequency",
+        "2",
+        "--output",
+        str(tmp_path),
+        "--opt",
+        "adamwprune",
+        "--sparsity",
+        "0.7",
+    ]
 
 
 def test_timm_loads_it_and_it_scores_the_same(flags, tmp_path, capsys):

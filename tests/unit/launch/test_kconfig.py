@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launch import kconfig
-from launch.cells import load_matrix
+from launch.matrix import kconfig
+from launch.matrix.cells import load_matrix
 
 ROOT = Path(__file__).parents[3]
 
@@ -25,27 +25,47 @@ def config(tmp_path, *lines):
 def test_the_study_as_reported():
     cells = load_matrix(kconfig.DEFCONFIGS / "resnet50-imagenet", seeds=[0]).cells
     assert [cell.name for cell in cells] == [
-        "resnet50_momentum_movement_70_seed0", "resnet50_adam_movement_70_seed0", "resnet50_adamw_movement_70_seed0",
-        "resnet50_adamwadv_movement_70_seed0", "resnet50_adamwspam_movement_70_seed0",
+        "resnet50_momentum_movement_70_seed0",
+        "resnet50_adam_movement_70_seed0",
+        "resnet50_adamw_movement_70_seed0",
+        "resnet50_adamwadv_movement_70_seed0",
+        "resnet50_adamwspam_movement_70_seed0",
         "resnet50_adamwprune_state_70_seed0",
-    ]  # fmt: skip
+    ]
     assert all(cell.config.epochs == 90 and cell.config.mixed_precision == "bf16" for cell in cells)
 
 
 def test_methods_and_sparsities(tmp_path):
     path = config(
-        tmp_path, "CONFIG_PRUNING_ENABLE_NONE=y", "CONFIG_PRUNING_ENABLE_DISPLACEMENT=y", "CONFIG_PRUNING_STATE_ALL=y",
-        "# CONFIG_PRUNING_ENABLE_MOVEMENT is not set", "CONFIG_SPARSITY_ENABLE_95=y", 'CONFIG_SEEDS="7"',
-        "# CONFIG_OPTIMIZER_ENABLE_ADAMW is not set", "# CONFIG_OPTIMIZER_ENABLE_ADAMWSPAM is not set",
-        "# CONFIG_OPTIMIZER_ENABLE_ADAM is not set", "CONFIG_SGD_NESTEROV=y", 'CONFIG_LR_ADAM="5e-4"',
-        'CONFIG_EXTRA_ARGS="--smoothing 0.2"', "CONFIG_RANKS=1", "CONFIG_NUM_EPOCHS=3",
-    )  # fmt: skip
+        tmp_path,
+        "CONFIG_PRUNING_ENABLE_NONE=y",
+        "CONFIG_PRUNING_ENABLE_DISPLACEMENT=y",
+        "CONFIG_PRUNING_STATE_ALL=y",
+        "# CONFIG_PRUNING_ENABLE_MOVEMENT is not set",
+        "CONFIG_SPARSITY_ENABLE_95=y",
+        'CONFIG_SEEDS="7"',
+        "# CONFIG_OPTIMIZER_ENABLE_ADAMW is not set",
+        "# CONFIG_OPTIMIZER_ENABLE_ADAMWSPAM is not set",
+        "# CONFIG_OPTIMIZER_ENABLE_ADAM is not set",
+        "CONFIG_SGD_NESTEROV=y",
+        'CONFIG_LR_ADAM="5e-4"',
+        'CONFIG_EXTRA_ARGS="--smoothing 0.2"',
+        "CONFIG_RANKS=1",
+        "CONFIG_NUM_EPOCHS=3",
+    )
     matrix = load_matrix(path)
     assert [cell.name.removeprefix("resnet18_") for cell in matrix.cells] == [
-        "sgd_none_seed7", "sgd_movement-displacement_70_seed7", "sgd_movement-displacement_95_seed7",
-        "adamwadv_none_seed7", "adamwadv_movement-displacement_70_seed7", "adamwadv_movement-displacement_95_seed7",
-        "adamwadv_state_70_seed7", "adamwadv_state_95_seed7", "adamwprune_state_70_seed7", "adamwprune_state_95_seed7",
-    ]  # fmt: skip
+        "sgd_none_seed7",
+        "sgd_movement-displacement_70_seed7",
+        "sgd_movement-displacement_95_seed7",
+        "adamwadv_none_seed7",
+        "adamwadv_movement-displacement_70_seed7",
+        "adamwadv_movement-displacement_95_seed7",
+        "adamwadv_state_70_seed7",
+        "adamwadv_state_95_seed7",
+        "adamwprune_state_70_seed7",
+        "adamwprune_state_95_seed7",
+    ]
     assert {cell.config.lr for cell in matrix.cells if "adam" in cell.name} == {5e-4}
     assert all(cell.config.epochs == 3 and cell.config.smoothing == 0.2 for cell in matrix.cells)
     assert matrix.launcher[-2:] == ("--num_processes", "1")
@@ -96,7 +116,10 @@ def test_every_defconfig_is_what_savedefconfig_would_write(tmp_path, monkeypatch
 
 def test_a_menu_without_a_terminal_says_what_to_do():
     done = subprocess.run(
-        [sys.executable, "-m", "launch.kconfig", "menuconfig"], stdin=subprocess.DEVNULL, capture_output=True, text=True
+        [sys.executable, "-m", "launch.matrix.kconfig", "menuconfig"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 2
     assert "make menuconfig needs a terminal" in done.stderr

@@ -4,12 +4,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launch import matrix as matrix_module
-from launch.cells import Matrix, load_matrix
-from launch.matrix import main
-from launch.runs import read_runs
+from launch.matrix import __main__ as matrix_module
+from launch.matrix.__main__ import main
+from launch.matrix.cells import Matrix, load_matrix
+from launch.report.runs import read_runs
 from toolkit.config import check_same_settings, parse
-from toolkit.engine.records import is_complete
+from toolkit.engine.history import is_complete
 
 ROOT = Path(__file__).parents[3]
 DEMO = ROOT / "launch" / "defconfigs" / "demo"
@@ -21,8 +21,13 @@ def _in_the_repository(monkeypatch):
 
 
 def write(path, **changes):
-    content = {"name": "m", "accelerate_config": "accelerate_configs/cpu.yaml",
-               "recipe": "launch/recipes/digits.yaml", "seeds": [0], "cells": [{"opt": "adamw"}]}  # fmt: skip
+    content = {
+        "name": "m",
+        "accelerate_config": "accelerate_configs/cpu.yaml",
+        "recipe": "launch/recipes/digits.yaml",
+        "seeds": [0],
+        "cells": [{"opt": "adamw"}],
+    }
     path.write_text(yaml.safe_dump({**content, **changes}))
     return path
 
@@ -30,9 +35,12 @@ def write(path, **changes):
 def test_demo_cells_and_names():
     names = [cell.name for cell in load_matrix(DEMO, seeds=[0, 1]).cells]
     assert names[:5] == [
-        "resnet18_momentum_none_seed0", "resnet18_momentum_movement_70_seed0", "resnet18_adamw_none_seed0",
-        "resnet18_adamw_movement_70_seed0", "resnet18_adamwprune_state_70_seed0",
-    ]  # fmt: skip
+        "resnet18_momentum_none_seed0",
+        "resnet18_momentum_movement_70_seed0",
+        "resnet18_adamw_none_seed0",
+        "resnet18_adamw_movement_70_seed0",
+        "resnet18_adamwprune_state_70_seed0",
+    ]
     assert names[5] == "resnet18_momentum_none_seed1"
 
 
@@ -123,11 +131,14 @@ def test_products_settings_by_optimizer_and_names(tmp_path):
     path = write(tmp_path / "m.yaml", cells=cells, per_opt={"sgdprune": {"lr": 0.5}}, accelerate_config=None)
     matrix = load_matrix(path)
     assert [cell.name for cell in matrix.cells] == [
-        "resnet18_adamw_none_seed0", "resnet18_adamw_state_70_epochs=2_seed0",
-        "resnet18_adamw_state_90_epochs=2_seed0", "resnet18_sgdprune_state_70_epochs=2_seed0",
+        "resnet18_adamw_none_seed0",
+        "resnet18_adamw_state_70_epochs=2_seed0",
+        "resnet18_adamw_state_90_epochs=2_seed0",
+        "resnet18_sgdprune_state_70_epochs=2_seed0",
         "resnet18_sgdprune_state_90_epochs=2_seed0",
-        "resnet18_momentum_none_lr=0.1_seed0", "resnet18_momentum_none_lr=0.2_seed0",
-    ]  # fmt: skip
+        "resnet18_momentum_none_lr=0.1_seed0",
+        "resnet18_momentum_none_lr=0.2_seed0",
+    ]
     assert [cell.config.lr for cell in matrix.cells] == [2e-3, 2e-3, 2e-3, 0.5, 0.5, 0.1, 0.2]
     assert [cell.config.epochs for cell in matrix.cells] == [15, 2, 2, 2, 2, 15, 15]
     assert matrix.command(matrix.cells[0], tmp_path)[:2] == ["python", "train.py"]

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launch.statistics import SPREAD_FLOOR, compare, mean_and_spread, rank_ranges
+from launch.report.significance import SPREAD_FLOOR, compare, mean_and_spread, rank_ranges
 
 
 def test_a_difference_known_by_hand():

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launch.pictures_study import series
-from launch.report import group_by_method, main
-from launch.runs import read_runs
+from launch.report.__main__ import group_by_method, main
+from launch.report.pictures_study import series
+from launch.report.runs import read_runs
 
 ROOT = Path(__file__).parents[3]
 CELLS = ROOT / "results" / "demo" / "cells"
@@ -157,10 +157,19 @@ def test_the_page_needs_no_network_and_is_accessible(report):
 def test_a_browser_shows_it_on_a_phone(report, tmp_path):
     picture = tmp_path / "phone.png"
     command = [
-        "chromium", "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-        "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}",
-        "--window-size=390,844", f"--screenshot={picture}", (report / "report.html").as_uri(),
-    ]  # fmt: skip
+        "chromium",
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--window-size=390,844",
+        f"--screenshot={picture}",
+        (report / "report.html").as_uri(),
+    ]
     subprocess.run(command, check=True, capture_output=True, timeout=100)
     from PIL import Image
 

@@ -14,22 +14,30 @@ from torch import nn
 from torch.distributed._tools.mem_tracker import MemTracker
 
 import toolkit.optim  # noqa: F401
-from toolkit.build.model import prunable_names
+from toolkit.builder.model import prunable_names
 from toolkit.memory.ledger import count_bytes, find_owners, optimizer_bytes
 from toolkit.memory.predict import Prediction, Question
 from toolkit.memory.probe import StepProbe
 from toolkit.optim.registry import specs
 
-NAMES = [(spec.name, spec.method, score) for spec in specs()
-         for score in ([None, "displacement"] if spec.method == "movement" else [None])]  # fmt: skip
+NAMES = [
+    (spec.name, spec.method, score)
+    for spec in specs()
+    for score in ([None, "displacement"] if spec.method == "movement" else [None])
+]
 BATCH, SIZE, BEGIN, END = 6, 64, 4, 7
 
 
 def test_the_table_is_whole():
     assert len({name for name, _, _ in NAMES}) == 6 + 6 + 6 + 6  # bases, state, magnitude, movement
     assert {name.partition("-")[0] for name, method, _ in NAMES if method == "movement"} == {
-        "sgd", "momentum", "adam", "adamw", "adamwadv", "adamwspam",
-    }  # fmt: skip
+        "sgd",
+        "momentum",
+        "adam",
+        "adamw",
+        "adamwadv",
+        "adamwspam",
+    }
 
 
 def groups(model):

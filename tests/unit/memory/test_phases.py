@@ -5,10 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from toolkit.memory import sources
+from toolkit.memory import allocator
+from toolkit.memory.allocator import PEAKS, read_device
 from toolkit.memory.phases import PeakWindows, phase_of, plan_phases
 from toolkit.memory.reduce import phase_ledgers
-from toolkit.memory.sources import PEAKS, read_device
 from toolkit.prune.schedule import Schedule
 
 
@@ -18,9 +18,12 @@ def spans(*arguments):
 
 def test_phases_of_a_pruned_run():
     assert spans(100, 10, Schedule(0.7, 20, 60, 7)) == {
-        "first_step": (1, 1, 1), "warm_up": (2, 10, 3), "dense": (11, 20, 12), "ramp": (21, 60, 27),
+        "first_step": (1, 1, 1),
+        "warm_up": (2, 10, 3),
+        "dense": (11, 20, 12),
+        "ramp": (21, 60, 27),
         "final": (61, 100, 62),
-    }  # fmt: skip
+    }
     assert spans(100, 50, Schedule(0.7, 20, 60, 7))["warm_up"] == (2, 20, 3)  # the ramp ends it
     assert spans(100, 0, Schedule()) == {"first_step": (1, 1, 1), "dense": (2, 100, 3)}
     assert spans(1, 0, Schedule()) == {"first_step": (1, 1, 1)}
@@ -40,11 +43,17 @@ def test_every_step_has_one_phase_and_each_phase_one_probed_step(total, warm_up,
 
 
 RECORDED = {
-    "allocated_bytes.all.current": 390 * 2**20, "allocated_bytes.all.peak": 10_911 * 2**20,
-    "active_bytes.all.peak": 10_950 * 2**20, "requested_bytes.all.peak": 10_885 * 2**20,
-    "reserved_bytes.all.current": 12_890 * 2**20, "reserved_bytes.all.peak": 12_890 * 2**20,
-    "inactive_split_bytes.all.current": 77, "num_alloc_retries": 2, "num_ooms": 0, "something.else": 1,
-}  # fmt: skip
+    "allocated_bytes.all.current": 390 * 2**20,
+    "allocated_bytes.all.peak": 10_911 * 2**20,
+    "active_bytes.all.peak": 10_950 * 2**20,
+    "requested_bytes.all.peak": 10_885 * 2**20,
+    "reserved_bytes.all.current": 12_890 * 2**20,
+    "reserved_bytes.all.peak": 12_890 * 2**20,
+    "inactive_split_bytes.all.current": 77,
+    "num_alloc_retries": 2,
+    "num_ooms": 0,
+    "something.else": 1,
+}
 
 
 def test_the_allocators_statistics(monkeypatch):
@@ -76,8 +85,11 @@ def test_peaks_by_phase_and_of_the_life(monkeypatch):
     assert log.close_window() == dict.fromkeys(PEAKS, 30)
     figures = log.figures()
     assert [(name, peak["allocated_peak_bytes"]) for name, peak in figures.items()] == [
-        ("build", 5), ("dense", 70), ("evaluation", 90), ("life", 90),
-    ]  # fmt: skip
+        ("build", 5),
+        ("dense", 70),
+        ("evaluation", 90),
+        ("life", 90),
+    ]
     assert len(resets) == 6  # one at the start, one for each window
     resumed, _ = windows(monkeypatch, [1, 1])
     resumed.load(log.peaks)
@@ -92,8 +104,12 @@ def test_without_a_gpu_every_peak_is_none():
 
 @pytest.mark.parametrize("unexplained", [0, 1234])
 def test_rows_and_what_lies_above_sum_to_each_level(unexplained):
-    peaks = {"allocated_peak_bytes": 1000 + unexplained, "requested_peak_bytes": 900 + unexplained,
-             "active_peak_bytes": 1, "reserved_peak_bytes": 5000}  # fmt: skip
+    peaks = {
+        "allocated_peak_bytes": 1000 + unexplained,
+        "requested_peak_bytes": 900 + unexplained,
+        "active_peak_bytes": 1,
+        "reserved_peak_bytes": 5000,
+    }
     phase = {"step": 3, "part": "backward", "rows": {"weights": 600, "activations": 300}, "peaks": peaks}
     ledger = phase_ledgers(
         {"rank": 0, "device_used_peak_bytes": 7000, "phases": {"dense": phase}}, {"dense": {"weights": 600}}
@@ -106,4 +122,4 @@ def test_rows_and_what_lies_above_sum_to_each_level(unexplained):
 
 
 def test_the_device_is_asked_before_its_peaks_are_reset():
-    sources.reset_peaks(torch.device("cpu"))  # without a GPU torch's own function would raise
+    allocator.reset_peaks(torch.device("cpu"))  # without a GPU torch's own function would raise

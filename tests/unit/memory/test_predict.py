@@ -20,9 +20,15 @@ def quiet(text):
 
 
 # Counted beforehand with torch's MemTracker over two whole steps of AdamW, in MiB.
-@pytest.mark.parametrize(("amp", "batch_size", "expected"), [
-    (None, 128, 10_884.7), ("bf16", 128, 5_808.8), (None, 64, 5_592.7), ("bf16", 256, 11_272.3),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("amp", "batch_size", "expected"),
+    [
+        (None, 128, 10_884.7),
+        ("bf16", 128, 5_808.8),
+        (None, 64, 5_592.7),
+        ("bf16", 256, 11_272.3),
+    ],
+)
 def test_resnet50_with_adamw(amp, batch_size, expected):
     result = predict(Question("resnet50", amp=amp), batch_size)
     assert result["peak_allocated_bytes"]["dense"] / MIB == pytest.approx(expected, rel=0.01)

@@ -6,11 +6,11 @@ import torch
 from ranks import run_ranks
 
 from toolkit.dist import World
+from toolkit.memory.allocator import read_device, read_host
 from toolkit.memory.phases import Phase
-from toolkit.memory.record import TIMELINE_COLUMNS, MemoryLog
+from toolkit.memory.recorder import TIMELINE_COLUMNS, MemoryLog
 from toolkit.memory.reduce import reduce_ranks
 from toolkit.memory.report import merge_ranks, write_report, write_report_of_survivors
-from toolkit.memory.sources import read_device, read_host
 
 
 def test_without_an_accelerator_device_figures_are_null_not_zero():
@@ -21,10 +21,19 @@ def test_without_an_accelerator_device_figures_are_null_not_zero():
 
 def record(rank, weights, **changes):
     figures = {
-        "rank": rank, "unit": "bytes", "device_type": "cpu", "num_ranks": 2, "ledger_end": {"weights": weights},
-        "ledger_peak": {"weights": weights}, "ledger_peak_step": 1, "phases": {}, "device": {"allocated_bytes": None},
-        "device_used_source": "sysfs", "host_name": "a", "device_uuid": f"gpu-{rank}",
-    }  # fmt: skip
+        "rank": rank,
+        "unit": "bytes",
+        "device_type": "cpu",
+        "num_ranks": 2,
+        "ledger_end": {"weights": weights},
+        "ledger_peak": {"weights": weights},
+        "ledger_peak_step": 1,
+        "phases": {},
+        "device": {"allocated_bytes": None},
+        "device_used_source": "sysfs",
+        "host_name": "a",
+        "device_uuid": f"gpu-{rank}",
+    }
     return figures | changes
 
 
@@ -60,10 +69,13 @@ def _log(rank, folder):
     held = [100, 500, 200] if rank == 1 else [10, 20, 20]
     log = MemoryLog(World.detect(torch.device("cpu")))
     log.begin(
-        lambda: {"weights": [torch.empty(held[len(log.timeline)], dtype=torch.uint8)],
-                 "optim.exp_avg": [torch.empty(7, dtype=torch.uint8)]},
-        [Phase("first_step", 1, 1, 1), Phase("dense", 2, 3, 3)], folder,
-    )  # fmt: skip
+        lambda: {
+            "weights": [torch.empty(held[len(log.timeline)], dtype=torch.uint8)],
+            "optim.exp_avg": [torch.empty(7, dtype=torch.uint8)],
+        },
+        [Phase("first_step", 1, 1, 1), Phase("dense", 2, 3, 3)],
+        folder,
+    )
     for step in (1, 2, 3):
         log.enter_step(step)
         log.sample(step)

@@ -88,8 +88,13 @@ def test_packed_equals_dense_adamw_with_a_mask(options, layout, score):
                 scores = []
                 for p, mask in zip(prunable(theirs), masks, strict=True):
                     value = p.abs() * reference.state[p]["exp_avg_sq"].pow(power)
-                    scores.append(flat(value.masked_fill(~mask, -1.0).contiguous(memory_format=layout)
-                                       if p.ndim == 4 else value.masked_fill(~mask, -1.0)))  # fmt: skip
+                    scores.append(
+                        flat(
+                            value.masked_fill(~mask, -1.0).contiguous(memory_format=layout)
+                            if p.ndim == 4
+                            else value.masked_fill(~mask, -1.0)
+                        )
+                    )
                 limit = torch.cat(scores).sort().values[wanted - 1]
                 for mask, value in zip(masks, scores, strict=True):
                     flat(mask).copy_(value > limit)
@@ -204,17 +209,17 @@ def test_groups_marked_prunable_decide():
     convolution, embedding, linear = (nn.Parameter(torch.randn(8, 9)) for _ in range(3))
     optimizer = AdamWPrune(
         [{"params": [convolution, linear], "prunable": True}, {"params": [embedding], "prunable": False}],
-        sparsity=0.5, end_step=2, frequency=1,
-    )  # fmt: skip
+        sparsity=0.5,
+        end_step=2,
+        frequency=1,
+    )
     run(optimizer, [convolution, embedding, linear], 3)
     assert int((convolution == 0).sum() + (linear == 0).sum()) == 72
     assert not (embedding == 0).any()
 
 
 def test_unmarked_leaves_out_norms_tokens_and_position_embeddings():
-    weight, norm, token, position = (
-        nn.Parameter(torch.randn(shape)) for shape in ((6, 6), (6,), (1, 1, 6), (1, 9, 6))
-    )  # fmt: skip
+    weight, norm, token, position = (nn.Parameter(torch.randn(shape)) for shape in ((6, 6), (6,), (1, 1, 6), (1, 9, 6)))
     optimizer = AdamWPrune([weight, norm, token, position], sparsity=0.5, end_step=2, frequency=1)
     run(optimizer, [weight, norm, token, position], 3)
     assert int((weight == 0).sum()) == 18

@@ -52,18 +52,14 @@ def train(steps, **options):
 
 def test_equals_the_paper_in_float64():
     start, weight = train(200)
-    wanted = spam_by_the_paper(
-        start, gradients(200), **DEFAULTS, decay=0.1, theta=30.0, interval=60, warmup=25
-    )  # fmt: skip
+    wanted = spam_by_the_paper(start, gradients(200), **DEFAULTS, decay=0.1, theta=30.0, interval=60, warmup=25)
     torch.testing.assert_close(weight, wanted, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("off", [{"spike_threshold": 0.0}, {"reset_interval": 0}, {"warmup_steps": 0}])
 def test_each_part_matters(off):
     start, without = train(200, **off)
-    wanted = spam_by_the_paper(
-        start, gradients(200), **DEFAULTS, decay=0.1, theta=30.0, interval=60, warmup=25
-    )  # fmt: skip
+    wanted = spam_by_the_paper(start, gradients(200), **DEFAULTS, decay=0.1, theta=30.0, interval=60, warmup=25)
     assert (without - wanted).abs().max() > 1e-6
 
 

@@ -204,12 +204,15 @@ def test_bytes_a_weight_in_bfloat16():
 
 
 @needs_native
-@pytest.mark.parametrize(("kind", "options"), [
-    *KINDS,
-    (AdamWPrune, {"lr": 1e-2, "amsgrad": True, "maximize": True}),
-    (AdamWPrune, {"lr": 1e-2, "decoupled_weight_decay": False, "weight_decay": 0.1}),
-    (SGDPrune, {"lr": 1e-2, "nesterov": True, "decoupled_weight_decay": True, "weight_decay": 0.1}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        *KINDS,
+        (AdamWPrune, {"lr": 1e-2, "amsgrad": True, "maximize": True}),
+        (AdamWPrune, {"lr": 1e-2, "decoupled_weight_decay": False, "weight_decay": 0.1}),
+        (SGDPrune, {"lr": 1e-2, "nesterov": True, "decoupled_weight_decay": True, "weight_decay": 0.1}),
+    ],
+)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_native_equals_the_reference_over_a_run(kind, options, layout):
     mine, theirs = parameters(layout=layout), parameters(layout=layout)

@@ -91,9 +91,14 @@ def test_betas_and_eps_arrive():
 
 def test_the_factory_as_timms_train_py_calls_it():
     args = SimpleNamespace(
-        opt="adamwprune", lr=1e-2, weight_decay=0.05, momentum=0.9, opt_eps=None, opt_betas=[0.9, 0.99],
+        opt="adamwprune",
+        lr=1e-2,
+        weight_decay=0.05,
+        momentum=0.9,
+        opt_eps=None,
+        opt_betas=[0.9, 0.99],
         opt_kwargs={"sparsity": 0.8, "end_step": 12, "frequency": 3},
-    )  # fmt: skip
+    )
     model = small_model()
     optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
     assert sorted(group["weight_decay"] for group in optimizer.param_groups) == [0.0, 0.05]
@@ -109,9 +114,15 @@ def test_timms_scaler_ema_and_saver_as_its_train_py_uses_them(name, tmp_path):
 
     def start():
         args = argparse.Namespace(
-            model="small", opt=name, lr=1e-2, weight_decay=0.05, momentum=0.9, opt_eps=None, opt_betas=None,
+            model="small",
+            opt=name,
+            lr=1e-2,
+            weight_decay=0.05,
+            momentum=0.9,
+            opt_eps=None,
+            opt_betas=None,
             opt_kwargs={"sparsity": 0.8, "end_step": 12, "frequency": 3},
-        )  # fmt: skip
+        )
         model = small_model()
         optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
         return args, model, optimizer, NativeScaler(device="cpu"), ModelEmaV3(model, decay=0.5)

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
+from toolkit.prune.hooks import Pruner
 from toolkit.prune.mask import unpack_bits
-from toolkit.prune.pruner import Pruner
 from toolkit.prune.schedule import Schedule
 
 

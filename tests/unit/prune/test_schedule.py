@@ -9,8 +9,11 @@ from toolkit.prune.schedule import Schedule
 
 schedules = st.builds(
     lambda s, begin, length, every: Schedule(s, begin, begin + length, every),
-    st.floats(0.01, 0.99), st.integers(0, 500), st.integers(1, 2000), st.integers(1, 300),
-)  # fmt: skip
+    st.floats(0.01, 0.99),
+    st.integers(0, 500),
+    st.integers(1, 2000),
+    st.integers(1, 300),
+)
 
 
 @given(schedules, st.integers(1, 10**8))

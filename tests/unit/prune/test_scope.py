@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from toolkit.prune.scope import zero_quotas
+from toolkit.prune.distribution import zero_quotas
 from toolkit.prune.select import choose_lowest
 
 shapes = st.lists(st.lists(st.integers(1, 9), min_size=2, max_size=4), min_size=1, max_size=8)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from toolkit.kernels import layout
+from toolkit.kernels import bits as native_bits
 from toolkit.prune.select import CHUNK, find_threshold
 
 special = st.sampled_from([0.0, -0.0, 1e-45, -1e-45, 1e-40, 1.0, -1.0, float("inf"), -float("inf"), 3.4e38])
@@ -34,7 +34,7 @@ def expected_lowest(tensors, k):
 def test_equals_a_stable_sort(code, lists, data, pieces):
     tensors = [torch.tensor(values, dtype=torch.float32) for values in lists]
     k = data.draw(st.integers(0, sum(map(len, lists))))
-    with unittest.mock.patch.object(layout, "fits", return_value=False) if code == "torch" else nullcontext():
+    with unittest.mock.patch.object(native_bits, "fits", return_value=False) if code == "torch" else nullcontext():
         found = take_lowest(tensors, k, pieces)
     for got, wanted in zip(found, expected_lowest(tensors, k), strict=True):
         assert torch.equal(got, wanted)

@@ -109,8 +109,22 @@ def image_folder(tmp_path_factory):
 
 
 def build(source, out, *more):
-    main(["--source", str(source), "--out", str(out), "--name", "tiny", "--partial", "--train-shards", "3",
-          "--validation-shards", "2", *more])  # fmt: skip
+    main(
+        [
+            "--source",
+            str(source),
+            "--out",
+            str(out),
+            "--name",
+            "tiny",
+            "--partial",
+            "--train-shards",
+            "3",
+            "--validation-shards",
+            "2",
+            *more,
+        ]
+    )
     return out
 
 
@@ -206,9 +220,9 @@ def test_a_truncated_image_is_named_and_left_out_only_on_request(image_folder, t
     shutil.copytree(image_folder, source)
     broken = source / "train" / WNIDS[2] / f"{WNIDS[2]}_3.JPEG"
     broken.write_bytes(broken.read_bytes()[:-300])
-    from shards.build import BuildSettings
-    from shards.build import build as build_shards
     from shards.clean import Cleaning
+    from shards.dataset import BuildSettings
+    from shards.dataset import build as build_shards
 
     settings = BuildSettings("tiny", 3, 2, 0, Cleaning())
     with pytest.raises(ValueError, match=r"n01484850_3\.JPEG in .*--partial"):
@@ -225,8 +239,19 @@ def test_upper_case_suffixes_and_nested_folders(tmp_path):
             path = tmp_path / "tree" / split / "n01440764" / "more" / f"a.b{number}.JPG"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(picture(number))
-    main(["--source", str(tmp_path / "tree"), "--out", str(tmp_path / "out"), "--partial", "--train-shards", "1",
-          "--validation-shards", "1"])  # fmt: skip
+    main(
+        [
+            "--source",
+            str(tmp_path / "tree"),
+            "--out",
+            str(tmp_path / "out"),
+            "--partial",
+            "--train-shards",
+            "1",
+            "--validation-shards",
+            "1",
+        ]
+    )
     assert set(samples(tmp_path / "out", "train")) == {"a.b0.JPG", "a.b1.JPG", "a.b2.JPG"}
 
 
@@ -259,15 +284,25 @@ def test_a_killed_build_goes_on_and_ends_byte_identical(tmp_path):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(picture(number, size=(400, 300)))
     command = [
-        "--source", str(source), "--partial", "--train-shards", "24", "--validation-shards", "2", "--workers", "2",
-        "--max-long", "320",
-    ]  # fmt: skip
+        "--source",
+        str(source),
+        "--partial",
+        "--train-shards",
+        "24",
+        "--validation-shards",
+        "2",
+        "--workers",
+        "2",
+        "--max-long",
+        "320",
+    ]
     main([*command, "--out", str(whole)])
     out = tmp_path / "killed"
     child = subprocess.Popen(
-        [sys.executable, "-m", "shards.imagenet", *command, "--out", str(out)], cwd=Path(__file__).parents[3],
+        [sys.executable, "-m", "shards.imagenet", *command, "--out", str(out)],
+        cwd=Path(__file__).parents[3],
         start_new_session=True,
-    )  # fmt: skip
+    )
     while child.poll() is None and len(list(out.glob("*.tar"))) < 3:
         time.sleep(0.005)
     os.killpg(child.pid, signal.SIGKILL)

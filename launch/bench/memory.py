@@ -1,0 +1,166 @@
+"""Each way to take less memory, with the ledger row it changes before and after, from a probed training step.
+
+Bytes of tensors are the same on any device, so this runs on CPU; what only a GPU's allocator has stays empty there.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["bench_memory", "to_markdown"]
+
+_MIB = 2**20
+_STEPS = 4  # the fourth is probed: DDP makes its buckets anew in the second
+
+
+@dataclass(frozen=True)
+class _Case:
+    """A training step to probe."""
+
+    opt: str = "adamw"
+    sparsity: float = 0.0
+    checkpointing: bool = False
+    fused: bool = False
+    ddp: str = ""  # "copy": DDP's default, "view": gradient_as_bucket_view
+    state_dtype: str = ""
+
+
+# Saving -> (before, after, rows in which it shows, where).
+_SAVINGS: dict[str, tuple[_Case, _Case, tuple[str, ...]]] = {
+    "`--opt adamwprune --sparsity 0.7`": (_Case(), _Case("adamwprune", 0.7), ("optim.exp_avg", "optim.exp_avg_sq")),
+    "`--opt sgdprune --sparsity 0.7`": (_Case("sgd"), _Case("sgdprune", 0.7), ("optim.momentum_buffer",)),
+    "`--opt-kwargs state_dtype=bfloat16`": (
+        _Case("adamwprune", 0.7),
+        _Case("adamwprune", 0.7, state_dtype="bfloat16"),
+        ("optim.exp_avg", "optim.exp_avg_sq"),
+    ),
+    "`--grad-checkpointing`": (_Case(), _Case(checkpointing=True), ("activations",)),
+    "`--fused-backward`": (_Case(), _Case(fused=True), ("gradients",)),
+    "`gradient_as_bucket_view` (always on)": (_Case(ddp="copy"), _Case(ddp="view"), ("gradients", "ddp_buckets")),
+}
+
+
+def _probed(model_name: str, case: _Case, batch_size: int, size: int) -> dict[str, dict[str, int]]:
+    """Rows at the peak of a step, and between steps."""
+    import timm
+    from timm.optim import create_optimizer_v2
+
+    import toolkit.optim  # noqa: F401
+    from toolkit.builder.recompute import checkpoint_activations
+    from toolkit.engine.engines.fused import FusedBackward
+    from toolkit.memory.activations import StorageTracker
+    from toolkit.memory.ledger import count_bytes, find_owners
+    from toolkit.memory.probe import StepProbe
+
+    torch.manual_seed(0)
+    model = timm.create_model(model_name).train()
+    if case.checkpointing:
+        checkpoint_activations(model, model_name)
+    pruning = {"sparsity": case.sparsity, "begin_step": 0, "end_step": 2, "frequency": 1} if case.sparsity else {}
+    more = {"state_dtype": case.state_dtype} if case.state_dtype else {}
+    optimizer = create_optimizer_v2(model, case.opt, lr=1e-3, weight_decay=1e-2, **pruning, **more)  # type: ignore[arg-type]
+    due = getattr(optimizer, "mask_update_due", lambda step: False)
+    fused = FusedBackward(optimizer, due) if case.fused else None
+    forward: nn.Module = model
+    if case.ddp:
+        forward = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=case.ddp == "view")
+
+    def step(number: int, probe: StepProbe | None = None) -> None:
+        optimizer.zero_grad()
+        images, labels = torch.randn(batch_size, 3, size, size), torch.zeros(batch_size, dtype=torch.int64)
+        loss = nn.functional.cross_entropy(forward(images), labels)
+        if probe is not None:
+            probe.name("input", images, labels)
+            probe.forward_done()
+        if fused is None or not fused.backward(number, loss.backward, probe):
+            if fused is None:
+                loss.backward()
+            optimizer.step()
+
+    def owners() -> Any:
+        return find_owners(model, optimizer.state, in_buckets=case.ddp == "view")
+
+    tracker = StorageTracker()  # sees the buckets when DDP makes them anew, in the second step
+    for number in range(1, _STEPS):
+        if number == 2:
+            for tensors in owners().values():
+                for tensor in tensors:
+                    tracker.stands(tensor)
+        with tracker if number == 2 else torch.enable_grad():
+            step(number)
+    probe = StepProbe(owners)
+    with probe:
+        step(_STEPS, probe)
+    between = count_bytes(owners())
+    if case.ddp == "copy":  # what the second step made that is still there and nobody owns
+        owned = {id(tracker.of(tensor)) for tensors in owners().values() for tensor in tensors}
+        left = [one for one in tracker.lifetimes if one.died is None and id(one) not in owned]
+        between["ddp_buckets"] = sum(one.size_bytes for one in left)
+        probe.rows["ddp_buckets"] = between["ddp_buckets"]  # made before the probed step, out of its sight
+    return {
+        "peak": {row: size for row, size in probe.rows.items() if size},
+        "between": {row: size for row, size in between.items() if size},
+    }
+
+
+def bench_memory(model_name: str, batch_size: int, size: int, log: Callable[[str], None]) -> dict[str, Any]:
+    """Probe every case once. Byte counts do not vary, so there are no rounds."""
+    import timm
+    import torch.distributed as dist
+
+    if not dist.is_initialized():  # one rank has the buckets that many have
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    measured: dict[_Case, dict[str, dict[str, int]]] = {}
+    savings = []
+    for name, (before, after, rows) in _SAVINGS.items():
+        for case in (before, after):
+            if case not in measured:
+                log(f"probing {case}")
+                measured[case] = _probed(model_name, case, batch_size, size)
+        savings.append({"saving": name, "rows": list(rows), "before": measured[before], "after": measured[after]})
+    dist.destroy_process_group()
+    return {
+        "schema": "bench-memory/1",
+        "model": model_name,
+        "batch_size": batch_size,
+        "size": size,
+        "device": "cpu",
+        "versions": {"torch": torch.__version__, "timm": timm.__version__},
+        "savings": savings,
+        "cache_released_bytes": None,  # the allocator's, after the last mask update: needs a GPU
+    }
+
+
+def _cells(entry: dict[str, Any], where: str) -> list[str]:
+    before, after = (sum(entry[key][where].get(row, 0) for row in entry["rows"]) for key in ("before", "after"))
+    totals = [sum(entry[key][where].values()) for key in ("before", "after")]
+    return [f"{size / _MIB:,.1f}" for size in (before, after, *totals)]
+
+
+def to_markdown(result: dict[str, Any], command: str) -> str:
+    """One line a saving, at the peak of a step and between steps."""
+    lines = [
+        f"# Less memory: {result['model']}, batch {result['batch_size']}, {result['size']} px, float32",
+        "",
+        f"Made by `{command}` (torch {result['versions']['torch']}, timm {result['versions']['timm']}). Bytes of "
+        "tensors, counted on CPU storage by storage; they are the same on a GPU. AdamW unless the line says otherwise.",
+    ]
+    for where, title in (("between", "Between steps"), ("peak", "At the peak of a step")):
+        lines += [
+            "",
+            f"## {title}, MiB",
+            "",
+            "| saving | rows | rows before | rows after | all tensors before | after |",
+            "| --- | --- | ---: | ---: | ---: | ---: |",
+        ]
+        for entry in result["savings"]:
+            lines.append(f"| {entry['saving']} | {', '.join(entry['rows'])} | {' | '.join(_cells(entry, where))} |")
+        lines.append(f"| cache released after the last mask update | allocator cache | {'| ' * 3}|")
+    lines += [
+        "",
+        "The last line needs a GPU's allocator and stays empty here.",
+    ]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,178 @@
+"""Reads a test matrix: which runs it is made of, and the command of each.
+
+A matrix is YAML with `name`, `recipe`, `seeds` and `cells`. A cell is a mapping of train.py settings; under `product`
+it maps settings to lists, and stands for every combination; it may have `seeds` of its own. `settings` holds what all
+cells share beyond the recipe, `per_opt` what one optimizer's cells do, `jobs` how many run at a time.
+`accelerate_config` names the launch file, with `ranks` instead of its number of ranks; without it train.py runs as one
+plain process.
+"""
+
+import argparse
+import fnmatch
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from launch.matrix import kconfig
+from toolkit.config import Config, parse
+
+__all__ = ["Cell", "Matrix", "add_selection", "load_matrix", "selected"]
+
+_NEEDED = ("name", "recipe", "seeds", "cells")
+_KEYS = (*_NEEDED, "accelerate_config", "ranks", "settings", "per_opt", "jobs")
+# Settings of a cell that its short name shows already; the others follow by name.
+_NAMED = {"model", "opt", "pruning", "prune_score", "sparsity", "seed"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run of a matrix: its name, train.py's arguments, and the settings these amount to."""
+
+    name: str
+    arguments: tuple[str, ...]
+    config: Config
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A matrix as read from its file, with the cells of all seeds."""
+
+    name: str
+    launcher: tuple[str, ...]
+    cells: tuple[Cell, ...]
+    jobs: int = 1
+
+    def command(self, cell: Cell, runs: Path) -> list[str]:
+        """The cell as one command that can be pasted."""
+        place = ["--output", str(runs), "--experiment", cell.name, "--resume", "auto"]
+        return [*self.launcher, "train.py", *cell.arguments, *place]
+
+
+def load_matrix(path: Path, seeds: Sequence[int] | None = None, overrides: Sequence[str] = ()) -> Matrix:
+    """Read a matrix file or a menu's .config. `overrides` are train.py arguments for every cell.
+
+    Raises ValueError on an unknown key.
+    """
+    if kconfig.is_kconfig(path):
+        symbols = kconfig.load(path)
+        return make_matrix(kconfig.to_matrix(symbols), str(path), seeds, [*kconfig.arguments(symbols), *overrides])
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"matrix {path} cannot be read ({' '.join(str(error).split())}); check the path") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"matrix {path} is no mapping of {', '.join(_KEYS)}")
+    unknown = sorted(set(content) - set(_KEYS))
+    missing = sorted(set(_NEEDED) - set(content))
+    if unknown or missing:
+        raise ValueError(f"matrix {path}: unknown keys {unknown}, missing keys {missing}; valid: {', '.join(_KEYS)}")
+    return make_matrix(content, str(path), seeds, overrides)
+
+
+def add_selection(parser: argparse.ArgumentParser) -> None:
+    """The flags that name a matrix and a part of it."""
+    parser.add_argument("file", type=Path, help="matrix: a YAML of launch/matrices, a defconfig, or .config")
+    parser.add_argument("--only", default="*", metavar="GLOB", help="cells whose name matches")
+    parser.add_argument("--seeds", type=int, nargs="+", help="instead of the file's")
+    parser.add_argument("--model", help="instead of the recipe's")
+    parser.add_argument("--epochs", type=int, help="instead of the recipe's")
+
+
+def selected(options: argparse.Namespace) -> tuple[Matrix, list[Cell]]:
+    """The matrix and those of its cells that the flags choose. Raises ValueError where there are none."""
+    given = {"--model": options.model, "--epochs": options.epochs}
+    overrides = [part for flag, value in given.items() if value is not None for part in (flag, str(value))]
+    matrix = load_matrix(options.file, options.seeds, overrides)
+    cells = [cell for cell in matrix.cells if fnmatch.fnmatch(cell.name, options.only)]
+    if not cells:
+        names = ", ".join(cell.name for cell in matrix.cells)
+        raise ValueError(f"--only {options.only} matches no cell; there are {names}")
+    return matrix, cells
+
+
+def make_matrix(
+    content: dict[str, Any], source: str, seeds: Sequence[int] | None = None, overrides: Sequence[str] = ()
+) -> Matrix:
+    """The matrix of a file's content. Raises ValueError where two cells are the same."""
+    per_opt = content.get("per_opt", {})
+    cells = [
+        (settings, seeds if seeds is not None else entry.get("seeds", content["seeds"]))
+        for entry in content["cells"]
+        for settings in _expand(entry)
+    ]
+    strangers = sorted(set(per_opt) - {settings.get("opt") for settings, _ in cells})
+    if strangers:
+        raise ValueError(f"matrix {source}: per_opt names {', '.join(strangers)}, which no cell trains with")
+    found: list[Cell] = []
+    for seed in dict.fromkeys(seed for _, own in cells for seed in own):
+        for settings, own in cells:
+            if seed not in own:
+                continue
+            merged = {**content.get("settings", {}), **per_opt.get(settings.get("opt"), {}), **settings}
+            arguments = ["-c", content["recipe"], *_arguments(merged), *overrides, "--seed", str(seed)]
+            config = parse(arguments, prog=f"{source} cell {settings}")
+            found.append(Cell(_name(config, settings), tuple(arguments), config))
+    names = [cell.name for cell in found]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"matrix {source}: two cells are the same, {twice[0]}; take one out")
+    if "ranks" in content and not content.get("accelerate_config"):
+        raise ValueError(f"matrix {source}: ranks={content['ranks']} needs an accelerate_config; name a launch file")
+    if int(content.get("jobs", 1)) < 1:
+        raise ValueError(f"matrix {source}: jobs={content['jobs']} must be at least 1")
+    launcher = ["python"]
+    if content.get("accelerate_config"):
+        launcher = ["accelerate", "launch", "--config_file", content["accelerate_config"]]
+        launcher += ["--num_processes", str(content["ranks"])] if "ranks" in content else []
+    return Matrix(content["name"], tuple(launcher), tuple(found), int(content.get("jobs", 1)))
+
+
+def _expand(entry: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    rest = {key: value for key, value in entry.items() if key not in ("product", "seeds")}
+    product = entry.get("product", {})
+    for values in itertools.product(*product.values()):
+        yield {**rest, **dict(zip(product, values, strict=True))}
+
+
+def _arguments(settings: dict[str, Any]) -> list[str]:
+    arguments = []
+    for key, value in settings.items():
+        flag = "--" + key.replace("_", "-")
+        if value is True:
+            arguments.append(flag)
+        elif value is False:
+            arguments.append("--no-" + key.replace("_", "-"))
+        elif isinstance(value, list):
+            arguments += [flag, *map(str, value)]
+        elif isinstance(value, dict):
+            arguments += [flag, *(f"{name}={entry}" for name, entry in value.items())]
+        else:
+            arguments += [flag, str(value)]
+    return arguments
+
+
+def _name(config: Config, settings: dict[str, Any]) -> str:
+    """<model>_<opt>_<pruning>[_<sparsity %>][_<the cell's other settings>]_seed<N>, whatever other cells there are.
+
+    What the recipe, settings, per_opt or the command line set is not in it: it goes for every cell of the optimizer.
+    """
+    more = (f"_{key.replace('_', '-')}={_text(settings[key])}" for key in sorted(settings.keys() - _NAMED))
+    return f"{_short_name(config)}{''.join(more)}_seed{config.seed}".replace("/", "-")
+
+
+def _text(value: Any) -> str:
+    """A setting's value as a part of a folder's name."""
+    if isinstance(value, dict):
+        return ",".join(f"{key}={_text(entry)}" for key, entry in value.items())
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _short_name(config: Config) -> str:
+    method = config.pruning or ("state" if config.opt in ("adamwprune", "sgdprune") else "none")
+    score = f"-{config.prune_score}" if config.prune_score else ""
+    share = f"_{100 * config.sparsity:g}" if config.sparsity else ""
+    return f"{config.model}_{config.opt}_{method}{score}{share}"

@@ -1,0 +1,180 @@
+"""The memory tables of a report: what training keeps, what a step's peak is made of, and the study's own column."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from launch.report.runs import CellRun
+
+__all__ = ["memory_section", "mib", "study_column", "table"]
+
+MIB = 2**20
+_LEDGER_NOTE = """\
+Optimizer state: moments and step counters. Masks and scores: bit masks, offset tables, movement scores. The peak lies
+before the pruning ramp, where moments are still dense; the end is what stays from the last mask update on."""
+_PEAK_NOTE = """\
+Everything that was alive at the fullest moment of one probed step a phase, activations and workspace included, beside
+what was predicted before the run from fake tensors and arithmetic. With several CPU ranks a step may hold more than
+predicted: convolutions take another path on one thread. Where the batch is small the fullest moment lies in the update,
+whose copies (torch's own optimizers make some) are not predicted. Every row of every rank: memory.json of the cell."""
+_STUDY_NOTE = """\
+Mean, peak and top-1 per 1,000 MiB of the mean are taken as the study took them: whole-device use, read once a second
+over the process's life, each reading cut down to whole MiB. It counts the allocator's cache and everybody else on the
+card, so it says little about an optimizer; it is here because the study ranks by it. Top-1 per MiB of tensors divides
+by the ledger's peak instead. *As reported* are the study's own figures for its own task (said to be ImageNet; CIFAR-100
+at 224 px by its public code, batch 128, ResNet-50): its AdamWPrune row was not pruned (0 % sparsity reached), and what
+it calls movement is displacement here. See results/reference. Never compare the two halves."""
+_MANY = 8  # methods, above which a step's peak is shown for two phases only
+_REPORTED_SPARSITY = 0.7
+_REFERENCE = Path(__file__).parents[2] / "results" / "reference" / "original_study.json"
+
+
+def mib(size: float) -> str:
+    """Bytes as MiB for a table."""
+    return f"{size / MIB:.2f}"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table; the first column is text, the others figures."""
+    align = ["---", *["---:"] * (len(header) - 1)]
+    return [f"| {' | '.join(row)} |" for row in (header, align, *rows)]
+
+
+def study_column(run: CellRun) -> dict[str, float | None]:
+    """The original study's figures: whole-device use over rank 0's life in MiB, each reading cut down to whole MiB,
+    its mean and peak; accuracy per 1,000 MiB of the mean. None without a GPU.
+    """
+    record = run.memory["ranks"][0]
+    mean, peak = record["device_used_study_mib"], record["device_used_peak_bytes"]
+    return {
+        "study_mean_mib": mean,
+        "study_peak_mib": None if peak is None else peak // MIB,
+        "study_top1_per_1000_mib": None if mean is None else run.metrics["final_top1"] / (mean / 1000),
+    }
+
+
+def memory_section(groups: dict[str, list[CellRun]]) -> list[str]:
+    """The report's lines on memory; of each method the first seed, for bytes do not vary."""
+    return [
+        "## Memory of the tensors that training keeps (MiB, one rank)",
+        "",
+        *table(
+            [
+                "method",
+                "optimizer state, end",
+                "masks and scores, end",
+                "sum, end",
+                "bytes per weight, end",
+                "sum, peak",
+                "all tensors, end",
+                "all tensors, peak",
+                "all tensors, end, above adamwprune",
+            ],
+            [
+                [
+                    name,
+                    mib(run.memory["ledger"]["optimizer_bytes"] - run.pruning_bytes),
+                    mib(run.pruning_bytes),
+                    mib(run.memory["ledger"]["optimizer_bytes"]),
+                    f"{run.bytes_per_weight:.3f}",
+                    mib(run.memory["ledger_peak"]["optimizer_bytes"]),
+                    mib(run.memory["ledger"]["total_bytes"]),
+                    mib(run.memory["ledger_peak"]["total_bytes"]),
+                    _above_ours(run, groups),
+                ]
+                for name, (run, *_) in groups.items()
+            ],
+        ),
+        "",
+        _LEDGER_NOTE,
+        "",
+        "### Who owns it, at the end (MiB)",
+        "",
+        *_ledger_table(groups),
+        "",
+        "### A step's peak (MiB, rank 0)",
+        "",
+        *_peak_table(groups),
+        "",
+        _PEAK_NOTE,
+        "",
+        "### Beside the original study",
+        "",
+        *_study_table(groups),
+        "",
+        _STUDY_NOTE,
+        "",
+    ]
+
+
+def _above_ours(run: CellRun, groups: dict[str, list[CellRun]]) -> str:
+    """MiB of tensors at the end beyond adamwprune's at the same sparsity; a dense row is set against its lowest."""
+    ours = [members[0] for members in groups.values() if members[0].optimizer == "adamwprune" and members[0].sparsity]
+    if run.sparsity:
+        ours = [own for own in ours if own.sparsity == run.sparsity]
+    if not ours:
+        return "–"
+    base = min(ours, key=lambda own: own.sparsity).memory["ledger"]["total_bytes"]
+    return f"{(run.memory['ledger']['total_bytes'] - base) / MIB:+.2f}"
+
+
+def _ledger_table(groups: dict[str, list[CellRun]]) -> list[str]:
+    """A line a method, a column a ledger row that any of them fills."""
+    filled = {
+        name: {row["name"]: row["measured_bytes"] for row in run.memory["ledger"]["rows"] if row["measured_bytes"]}
+        for name, (run, *_) in groups.items()
+    }
+    columns = list(dict.fromkeys(row for rows in filled.values() for row in rows))
+    lines = [[name, *(mib(rows[c]) if c in rows else "–" for c in columns)] for name, rows in filled.items()]
+    return table(["method", *(column.replace("_", " ") for column in columns)], lines)
+
+
+def _peak_table(groups: dict[str, list[CellRun]]) -> list[str]:
+    rows = []
+    for name, (run, *_) in groups.items():
+        for phase, ledger in run.memory["phases"].items():
+            if len(groups) > _MANY and phase not in ("dense", "final"):
+                continue
+            keys = ("total_bytes", "predicted_total_bytes", "allocated_peak_bytes", "unexplained_bytes")
+            cells = ["–" if ledger[key] is None else mib(ledger[key]) for key in keys]
+            rows.append([name, phase.replace("_", " "), *cells])
+    return table(["method", "phase", "measured", "predicted", "allocator's peak", "unexplained"], rows)
+
+
+def _study_table(groups: dict[str, list[CellRun]]) -> list[str]:
+    """Ours at the study's sparsity (else all) beside the row that it reports of the same optimizer."""
+    reported = {row["optimizer"]: row for row in json.loads(_REFERENCE.read_text())["rows"]}
+    comparable = {
+        name: members
+        for name, members in groups.items()
+        if members[0].sparsity == _REPORTED_SPARSITY and members[0].method in ("movement", "displacement", "state")
+    }
+    rows = []
+    for name, members in (comparable or groups).items():
+        run, mine = members[0], study_column(members[0])
+        same = run.sparsity == _REPORTED_SPARSITY and (run.method == "displacement" or run.optimizer == "adamwprune")
+        theirs = reported.get({"momentum": "sgd"}.get(run.optimizer, run.optimizer), {}) if same else {}
+        top1 = sum(one.metrics["final_top1"] for one in members) / len(members)
+        cells = [
+            mine["study_mean_mib"],
+            mine["study_peak_mib"],
+            mine["study_top1_per_1000_mib"],
+            top1 / (run.memory["ledger_peak"]["total_bytes"] / MIB),
+            top1,
+        ]
+        keys = ("top1", "memory_mean", "memory_peak", "vs_adamwprune", "acc_per_gb")
+        rows.append([name, *("–" if c is None else f"{c:,.2f}" for c in [*cells, *map(theirs.get, keys)])])
+    header = [
+        "method",
+        "mean MiB",
+        "peak MiB",
+        "top-1 per 1,000 MiB",
+        "top-1 per MiB of tensors",
+        "top-1",
+        "as reported: top-1",
+        "mean MiB",
+        "peak MiB",
+        "above adamwprune",
+        "acc/GB",
+    ]
+    return table(header, rows)

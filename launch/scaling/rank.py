@@ -1,0 +1,127 @@
+"""What `launch.scaling` has every rank do, started by `accelerate launch -m launch.scaling.rank`.
+
+loop: an epoch of our loop, of a bare hand-written one, and of that one without talking between the ranks, in turn.
+collectives: count what goes between the ranks. facts: what the formulas need of the model.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from launch.scaling.collectives import count_of_run, traffic_of
+from toolkit.builder import build
+from toolkit.config import parse
+from toolkit.dist import leave_group
+from toolkit.engine.history import History
+from toolkit.engine.loop import train_epoch
+from toolkit.engine.run import Run
+from toolkit.engine.stops import StopRequest
+from toolkit.log import start_logging
+
+__all__ = ["main", "measure_loops"]
+
+
+class BareLoop:
+    """What one would write by hand with torch alone: model in DDP, optimizer, loss and batches, and nothing else.
+
+    The very objects that our loop trains: with copies of them, where in memory they came to lie made up to 4 %.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._model, self._optimizer = run.model, run.bare_optimizer
+        self._loader, self._to_inputs, self._loss = run.train_loader, run.to_inputs, run.train_loss
+
+    def epoch(self, epoch: int) -> None:
+        """Train one epoch."""
+        self._model.train()
+        for batch in self._loader.epoch(epoch):
+            images, targets = self._to_inputs(batch)
+            self._optimizer.zero_grad()
+            self._loss(self._model(images), targets).backward()
+            self._optimizer.step()
+
+    def epoch_alone(self, epoch: int) -> None:
+        """Train one epoch in which no rank hears of the others."""
+        assert isinstance(self._model, DistributedDataParallel)
+        with self._model.no_sync():
+            self.epoch(epoch)
+
+
+def measure_loops(run: Run, rounds: int) -> dict[str, Any]:
+    """Seconds of an epoch of each loop, interleaved; the first round is not counted. Call on all ranks."""
+    bare = BareLoop(run)
+    passes: dict[str, Callable[[int], None]] = {"ours": _our_epoch(run), "bare": bare.epoch}
+    if run.world.num_ranks > 1:
+        passes["alone"] = bare.epoch_alone
+    seconds: dict[str, list[float]] = {name: [] for name in passes}
+    order = list(passes)
+    for number in range(rounds + 1):
+        for name in order:
+            run.world.barrier()
+            begin = time.perf_counter()
+            passes[name](number)
+            if run.world.device.type == "cuda":
+                torch.cuda.synchronize()
+            took = torch.tensor(time.perf_counter() - begin, device=run.world.device)
+            seconds[name].append(run.world.max(took).item())
+        order = order[1:] + order[:1]
+    run.memory.close()
+    seconds = {name: taken[1:] for name, taken in seconds.items()}
+    ratios = [ours / theirs for ours, theirs in zip(seconds["ours"], seconds["bare"], strict=True)]
+    result: dict[str, Any] = {
+        "ranks": run.world.num_ranks,
+        "steps": run.plan.steps_per_epoch,
+        "rounds": rounds,
+        "epoch_s": seconds,
+        "overhead": statistics.median(ratios) - 1,
+        "overhead_rounds": [ratio - 1 for ratio in ratios],
+        "communication_share": None,
+    }
+    if "alone" in seconds:
+        shares = [1 - alone / bare for alone, bare in zip(seconds["alone"], seconds["bare"], strict=True)]
+        result["communication_share"] = statistics.median(shares)
+    return result
+
+
+def _our_epoch(run: Run) -> Callable[[int], None]:
+    def epoch(number: int) -> None:
+        train_epoch(run, History(epoch=number), StopRequest(), None)
+
+    return epoch
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Build the run of the train flags, measure, and write the result on rank 0."""
+    parser = argparse.ArgumentParser(prog="python -m launch.scaling.rank", description=__doc__)
+    parser.add_argument("what", choices=("loop", "collectives", "facts"))
+    parser.add_argument("result", type=Path)
+    parser.add_argument("--rounds", type=int, default=9)
+    options, flags = parser.parse_known_args(argv)
+    if options.what == "loop":
+        flags += ["--epochs", str(options.rounds + 1)]
+    start_logging(int(os.environ.get("RANK", "0")))
+    run = build(parse([flag for flag in flags if flag != "--"]))
+    if options.what == "loop":
+        result = measure_loops(run, options.rounds)
+    elif options.what == "collectives":
+        result = {"engine": run.sharding.name, "ranks": run.world.num_ranks, "counted": count_of_run(run)}
+    else:
+        result = vars(traffic_of(run))
+    if run.world.is_main:
+        options.result.write_text(json.dumps(result))
+    del run
+    leave_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,183 @@
+"""Builds a data set of shards from any catalogue: planned as a whole, written by many processes, resumable.
+
+The plan (which image goes where, under which key) is made first from the seed alone, so a shard's bytes depend neither
+on the number of processes nor on what was there before: a killed build that is started again ends byte-identical.
+"""
+
+import hashlib
+import json
+import multiprocessing
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shards.clean import Cleaning, clean_jpeg
+from shards.sources import Catalogue, SourceImage
+from shards.writer import Sample, index_split, write_info, write_shard
+from toolkit.data.decode import BadImageError
+from toolkit.data.index import INFO_NAME, scan_shards
+from toolkit.progress import Progress
+
+__all__ = ["BuildSettings", "build"]
+
+_PLAN_NAME = "_build.json"  # there while a build is unfinished: what it was asked for
+
+
+@dataclass(frozen=True)
+class BuildSettings:
+    """What a build was asked for; recorded in `_info.json`. `partial` leaves out images that cannot be decoded."""
+
+    name: str
+    train_shards: int
+    validation_shards: int
+    seed: int
+    cleaning: Cleaning
+    partial: bool = False
+
+
+@dataclass(frozen=True)
+class _Shard:
+    split: str
+    path: Path
+    rows: tuple[tuple[str, SourceImage], ...]  # (key, image)
+
+
+def _key(image: SourceImage, taken: set[str]) -> str:
+    """The file's name without suffix and dots, unique in its split."""
+    stem = Path(image.name).stem.replace(".", "_")
+    key, number = stem, 1
+    while key in taken:
+        key, number = f"{stem}_{number}", number + 1
+    taken.add(key)
+    return key
+
+
+def _plan(out: Path, catalogue: Catalogue, settings: BuildSettings) -> list[_Shard]:
+    """All shards of the data set, in the order of a global shuffle by the seed."""
+    shards = []
+    for number, (split, images) in enumerate(catalogue.splits.items()):
+        count = settings.train_shards if split == "train" else settings.validation_shards
+        if not 1 <= count <= len(images):
+            raise ValueError(
+                f"{count} {split} shards for {len(images)} images; use --{split}-shards between 1 and {len(images)}"
+            )
+        order = np.random.default_rng((settings.seed, number)).permutation(len(images)).tolist()
+        taken: set[str] = set()
+        rows = [(_key(images[place], taken), images[place]) for place in order]
+        for shard in range(count):
+            part = rows[shard * len(rows) // count : (shard + 1) * len(rows) // count]
+            shards.append(_Shard(split, out / f"{settings.name}-{split}-{shard:04d}.tar", tuple(part)))
+    return shards
+
+
+def _fingerprint(catalogue: Catalogue, settings: BuildSettings) -> str:
+    """sha256 of what a build reads and how; paths are left out, so a moved source is the same source."""
+    digest = hashlib.sha256(json.dumps([asdict(settings), catalogue.classes]).encode())
+    for split, images in catalogue.splits.items():
+        rows = [(Path(image.path).name, image.offset, image.size, image.name, image.label) for image in images]
+        digest.update(json.dumps([split, rows]).encode())
+    return digest.hexdigest()
+
+
+def _write(shard: _Shard, cleaning: Cleaning, leave_out_bad: bool) -> list[str]:
+    """Write one shard; returns the images that were left out, with the reason."""
+    bad: list[str] = []
+
+    def samples() -> Iterator[Sample]:
+        for key, image in shard.rows:
+            try:
+                data, width, height = clean_jpeg(image.read(), cleaning)
+            except BadImageError as error:
+                reason = f"{image.name} in {image.path}: {error}"
+                if not leave_out_bad:
+                    raise ValueError(
+                        f"{reason}; fetch it again, or leave out what cannot be decoded with --partial"
+                    ) from None
+                bad.append(reason)
+                continue
+            meta = {"filename": image.name, "label": image.label, "width": width, "height": height}
+            yield Sample(key, image.label, partial(bytes, data), meta)
+
+    write_shard(shard.path, samples())
+    return bad
+
+
+def _write_missing(shards: Sequence[_Shard], settings: BuildSettings, workers: int) -> list[str]:
+    """Write the shards that are not there yet; returns what was left out."""
+    done = [shard for shard in shards if shard.path.is_file()]
+    missing = [shard for shard in shards if not shard.path.is_file()]
+    progress = Progress(sum(len(shard.rows) for shard in shards), "images", settings.name)
+    progress.skip(sum(len(shard.rows) for shard in done))
+    bad: list[str] = []
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork")) as pool:
+        waiting: dict[Future[list[str]], _Shard] = {}
+        todo = iter(missing)
+        try:
+            while True:
+                for shard in todo:  # no more at once than keeps the processes busy
+                    waiting[pool.submit(_write, shard, settings.cleaning, settings.partial)] = shard
+                    if len(waiting) >= 2 * workers:
+                        break
+                if not waiting:
+                    break
+                for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                    bad += future.result()
+                    progress.advance(len(waiting.pop(future).rows))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+        finally:
+            progress.close()
+    return bad
+
+
+def _index(out: Path, shards: Sequence[_Shard], split: str, workers: int) -> dict[str, Any]:
+    """Read what was written, with checksums: the index is of the files, not of the plan. Returns the split's entry."""
+    names = [shard.path.name for shard in shards if shard.split == split]
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork")) as pool:
+        return index_split(out, split, scan_shards(out, names, checksums=True, run=pool.map))
+
+
+def build(out: Path, catalogue: Catalogue, settings: BuildSettings, workers: int) -> dict[str, Any]:
+    """Write the data set, or what is missing of it, and `_info.json` last. Returns the latter's content.
+
+    Raises ValueError where `out` holds a data set made with other settings or from other
+    images, and for images that cannot be decoded unless `settings.partial`.
+    """
+    fingerprint = _fingerprint(catalogue, settings)
+    shards = _plan(out, catalogue, settings)
+    for name in (INFO_NAME, _PLAN_NAME):
+        if (out / name).is_file():
+            there = json.loads((out / name).read_text())
+            if there.get("build_fingerprint") != fingerprint:
+                raise ValueError(f"{out} holds another data set or build ({name}); use another --out, or delete it")
+            if name == INFO_NAME:
+                return dict(there)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / _PLAN_NAME).write_text(json.dumps({"build_fingerprint": fingerprint, **asdict(settings)}, indent=1) + "\n")
+    left_out = _write_missing(shards, settings, workers)
+    splits = {split: _index(out, shards, split, workers) for split in catalogue.splits}
+    for split, images in catalogue.splits.items():
+        splits[split]["left_out"] = len(images) - splits[split]["num_samples"]  # also by a run that was stopped
+    (out / "classes.json").write_text(json.dumps(catalogue.classes, indent=0) + "\n")
+    write_info(
+        out,
+        settings.name,
+        len(catalogue.classes),
+        splits,
+        seed=settings.seed,
+        build_fingerprint=fingerprint,
+        partial=settings.partial,
+        **asdict(settings.cleaning),
+        **({"synthetic": False} | catalogue.facts),
+    )
+    (out / _PLAN_NAME).unlink()
+    for reason in left_out:
+        print(f"left out: {reason}", file=sys.stderr)  # noqa: T201
+    return dict(json.loads((out / INFO_NAME).read_text()))

@@ -1,0 +1,189 @@
+"""The engine that the launcher's YAML asks for: DDP, FSDP2 or DeepSpeed's ZeRO, all through Accelerate.
+
+Mixed precision, accumulation and clipping are train.py's flags; a YAML that says otherwise is refused, for two places
+that both decide are a trap.
+"""
+
+import datetime
+import os
+import sys
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
+from torch import nn
+from torch.optim import Optimizer
+
+from toolkit.config import Config
+from toolkit.dist import World
+from toolkit.engine.engines import Sharding
+from toolkit.engine.engines.ddp import PlainSharding
+from toolkit.engine.engines.fsdp2 import Fsdp2Sharding
+from toolkit.engine.engines.zero import ZeroSharding
+from toolkit.optim.packed import PackedOptimizer
+from toolkit.optim.zero import attach_to_zero
+
+__all__ = ["autocast", "check_engine", "create_sharding", "launched_engine", "new_accelerator", "stay_on_this_host"]
+
+
+def launched_engine() -> str:
+    """ddp, fsdp2 or deepspeed, by the launcher's environment."""
+    for name, engine in (("DEEPSPEED", "deepspeed"), ("FSDP", "fsdp2")):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true":
+            return engine
+    return "ddp"
+
+
+def check_engine(config: Config) -> None:
+    """Raise ValueError where the YAML says otherwise than the flags, or the engine lacks what a flag asks for."""
+    said = {
+        "mixed_precision": (os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), "no", config.mixed_precision, "--amp"),
+        "gradient_accumulation_steps": (
+            os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1"),
+            "1",
+            str(config.grad_accum_steps),
+            "--grad-accum-steps",
+        ),
+        "gradient_clipping": (
+            os.environ.get("ACCELERATE_GRADIENT_CLIPPING", "none"),
+            "none",
+            str(config.clip_grad),
+            "--clip-grad",
+        ),
+    }
+    for key, (value, neutral, flag, name) in said.items():
+        if value not in (neutral, flag):
+            raise ValueError(f"the launch file says {key}: {value}, {name} says {flag}; leave {key} out of the file")
+    if launched_engine() == "ddp":
+        return
+    lacking = {
+        "--model-ema": config.model_ema,
+        "--amp fp16": config.mixed_precision == "fp16",
+        "--torchcompile": config.torchcompile is not None,
+        "--sync-bn": config.sync_bn,
+        f"--clip-mode {config.clip_mode}": config.clip_grad is not None and config.clip_mode != "norm",
+        f"--prune-scope {config.prune_scope}": launched_engine() == "deepspeed" and config.prune_scope != "global",
+    }
+    for name, asked in lacking.items():
+        if asked:
+            raise ValueError(
+                f"{name} is not offered with {launched_engine()}; leave it out, or launch with "
+                "accelerate_configs/multi_gpu.yaml (DDP)"
+            )
+
+
+def stay_on_this_host() -> None:
+    """Keep gloo's connections off the network where all ranks are on this host; otherwise it asks the host's name."""
+    if os.environ.get("MASTER_ADDR") in ("127.0.0.1", "localhost") and sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+
+
+def _join_after_restart(backend: str, timeout: datetime.timedelta) -> None:
+    """Join the group under a name of its own where --max_restarts has started this rank again.
+
+    Accelerate's launcher keeps one store over all restarts, and torch puts the ranks' addresses into it under the same
+    names each time: a rank that reads before the other has written connects to a dead one. (In a first trial a killed
+    rank took three restarts, and with them the run.)
+    """
+    count = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if count and not torch.distributed.is_initialized():
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = torch.distributed.TCPStore(address, port, is_master=False, timeout=timeout)
+        torch.distributed.init_process_group(
+            backend,
+            store=torch.distributed.PrefixStore(f"restart_{count}", store),
+            timeout=timeout,
+            rank=int(os.environ["RANK"]),
+            world_size=int(os.environ["WORLD_SIZE"]),
+        )
+
+
+def new_accelerator(config: Config) -> Accelerator:
+    """Join the process group by the engine's way."""
+    on_cpu, engine = not torch.cuda.is_available(), launched_engine()
+    timeout = datetime.timedelta(seconds=config.dist_timeout)
+    stay_on_this_host()
+    _join_after_restart("gloo" if on_cpu else "nccl", timeout)
+    if engine == "ddp":
+        return Accelerator(
+            cpu=on_cpu,
+            mixed_precision=config.mixed_precision,
+            # Without the view DDP keeps a second copy of all gradients.
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=timeout),
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            ],
+        )
+    # The loop's own autocast makes the mixed precision (weights stay float32): one meaning of --amp for all engines.
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
+    if engine == "fsdp2":
+        if on_cpu:  # Accelerate offers FSDP to accelerators only, and would silently shard nothing
+            PartialState(backend="gloo", timeout=timeout)
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+            os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+        return Accelerator(mixed_precision="no", kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)])
+    return Accelerator(
+        mixed_precision="no",
+        deepspeed_plugin=_deepspeed_plugin(config, on_cpu),
+        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=timeout)],
+    )
+
+
+def _deepspeed_plugin(config: Config, on_cpu: bool) -> Any:
+    """Accelerate's plugin, which reads the YAML, without its need for transformers."""
+    import deepspeed
+    from accelerate.utils import DeepSpeedPlugin
+
+    class Plugin(DeepSpeedPlugin):
+        def set_deepspeed_weakref(self) -> None:
+            """Tells transformers about ZeRO-3; there is none here."""
+
+    if on_cpu:  # two minutes of compiling on first use, for a collective that gloo has
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    plugin = Plugin()
+    plugin.deepspeed_config.update(
+        train_micro_batch_size_per_gpu=config.batch_size,  # it only counts with it
+        gradient_accumulation_steps=1,  # the loop says at which micro-batch the update is
+        gradient_clipping=config.clip_grad or 0.0,
+        zero_force_ds_cpu_optimizer=False,  # or offloading would replace our optimizer by DeepSpeed's
+        steps_per_print=2**31,
+    )
+    return plugin
+
+
+def autocast(accelerator: Accelerator, config: Config, device: torch.device) -> AbstractContextManager[Any]:
+    """The forward pass's precision. Under FSDP2 and ZeRO Accelerate would cast the weights themselves."""
+    if launched_engine() == "ddp":
+        return accelerator.autocast()
+    dtype = {"no": None, "bf16": torch.bfloat16}[config.mixed_precision]
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
+def create_sharding(
+    accelerator: Accelerator, prepared: Any, model: nn.Module, wrapped: Any, optimizer: Optimizer, world: World
+) -> Sharding:
+    """The engine's way for a prepared model and optimizer. Raises ValueError where ZeRO cannot prune this model."""
+    if accelerator.distributed_type == DistributedType.FSDP:
+        return Fsdp2Sharding(accelerator, model, optimizer, world)
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        return PlainSharding(accelerator, model, optimizer)
+    base = wrapped
+    while hasattr(base, "optimizer"):
+        base = base.optimizer
+    assert base is optimizer, f"DeepSpeed runs {type(base).__name__} instead of {type(optimizer).__name__}"
+    stage = accelerator.state.deepspeed_plugin.zero_stage
+    if stage == 0:
+        raise ValueError("zero_stage: 0 is plain DDP; launch with accelerate_configs/multi_gpu.yaml")
+    sharding = ZeroSharding(accelerator, prepared, model, optimizer, world, stage)
+    if len([group for group in optimizer.param_groups if group.get("prunable")]) > 1:
+        raise ValueError(
+            f"{type(model).__name__} spares some prunable weights from weight decay; ZeRO shows the optimizer one "
+            "group at a time, so they cannot be pruned together: launch with FSDP2 or DDP"
+        )
+    # SPAM's class can pack, but with hook-based pruning its pruner decides.
+    target = getattr(optimizer, "pruner", optimizer if isinstance(optimizer, PackedOptimizer) else None)
+    if target is not None:
+        attach_to_zero(target, model, torch.distributed.distributed_c10d._get_default_group(), sharding.spans())
+    return sharding

@@ -1,0 +1,72 @@
+"""A memory report as Markdown: MiB for people; the JSON beside it has the bytes."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+__all__ = ["to_markdown"]
+
+_MIB = 2**20
+_ABOVE = (
+    ("rounding_bytes", "rounding to the allocator's blocks"),
+    ("unexplained_bytes", "unexplained"),
+    ("allocated_peak_bytes", "**allocated, peak**"),
+    ("allocator_cache_bytes", "allocator cache"),
+    ("reserved_peak_bytes", "**reserved, peak**"),
+    ("context_and_others_bytes", "context and other processes"),
+    ("device_used_peak_bytes", "**whole device, peak**"),
+)
+
+
+def to_markdown(report: Mapping[str, Any]) -> str:
+    """The ledger of each phase's peak, the ranks side by side, and what is missing."""
+    run, lines = report["run"], [f"# Memory of {report['run'].get('model', 'a run')}", ""]
+    if report["note"]:
+        lines += [f"> **{report['note']}**", ""]
+    facts = ", ".join(f"{key} {run[key]}" for key in ("opt", "pruning", "target_sparsity", "world_size") if key in run)
+    lines += [f"{facts}. Whole-device use by: {report['sources']['device_used']}. MiB = 2^20 bytes.", ""]
+    for lost in report["lost_ranks"]:
+        seen = f"last seen at step {lost['last_step']}" if lost["last_step"] else "it left no record"
+        lines += [f"> **Rank {lost['rank']} was lost** ({seen}). The figures below are of the other ranks.", ""]
+    for name, phase in report["phases"].items():
+        lines += _phase(name, phase)
+    lines += ["## All ranks", "", *_ranks(report), ""]
+    return "\n".join(lines)
+
+
+def _phase(name: str, phase: Mapping[str, Any]) -> list[str]:
+    rows = [
+        [row["name"], _mib(row["measured_bytes"]), _mib(row["predicted_bytes"]), _mib(row["difference_bytes"])]
+        for row in phase["rows"]
+    ]
+    total, predicted = phase["total_bytes"], phase["predicted_total_bytes"]
+    rows.append(["**sum**", _mib(total), _mib(predicted), _mib(None if predicted is None else total - predicted)])
+    rows += [[label, _mib(phase[key]), "", ""] for key, label in _ABOVE if phase[key] is not None]
+    where = f"{phase['at']}, rank {phase['rank']}"
+    return [f"## {name}: {where}", "", *_table(["MiB", "measured", "predicted", "difference"], rows), ""]
+
+
+def _ranks(report: Mapping[str, Any]) -> list[str]:
+    wanted = {
+        "host.rss_peak_bytes": "host RSS, peak",
+        "peaks.life.allocated_peak_bytes": "allocated, peak",
+        "peaks.life.reserved_peak_bytes": "reserved, peak",
+        "device_used_peak_bytes": "whole device, peak",
+        "ledger_end.total": "tensors, end",
+    }
+    wanted |= {f"phases.{name}.rows.total": f"tensors, {name} peak" for name in report["phases"]}
+    rows = []
+    for key, label in wanted.items():
+        found = report["reduced"].get(key)
+        if found is not None and found["max"] is not None:
+            cells = [_mib(found[part]) for part in ("min", "mean", "max", "sum")]
+            rows.append([label, *cells, str(found["argmax_rank"])])
+    return _table(["MiB", "min", "mean", "max", "sum", "rank with most"], rows)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    align = ["---", *["---:"] * (len(header) - 1)]
+    return [f"| {' | '.join(row)} |" for row in (header, align, *rows)]
+
+
+def _mib(size: float | None) -> str:
+    return "" if size is None else f"{size / _MIB:,.2f}"
