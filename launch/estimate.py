@@ -38,7 +38,7 @@ def _probe(cell: Cell) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         run = build(parse([*cell.arguments, "--output", folder, "--experiment", "estimate"]))
         batches, taken = run.train_loader.epoch(0), []
-        begin = run.schedule.begin_step if run.schedule.on else 0
+        begin = run.schedule.begin_step if run.schedule.enabled else 0
         for number in range(1, min(_WARM_UP + _TIMED, run.plan.steps_per_epoch) + 1):
             start = time.perf_counter()
             train_step(run, batches, min(number, max(begin, 1)), 0, stop=False, want_grad_norm=False)

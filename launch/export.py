@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from toolkit.engine.checkpoint import complete_checkpoints, load_checkpoint, newest_checkpoint
-from toolkit.prune.mask import flat, mask_bytes, pack_bits, unpack_bits
+from toolkit.prune.mask import flat_view, mask_bytes, pack_bits, unpack_bits
 
 __all__ = ["load_packed", "main", "pack_weights"]
 
@@ -27,7 +27,7 @@ def pack_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """name -> tensor, or name.mask (bits), name.values (what is not +0) and name.shape where that is smaller."""
     packed: dict[str, Tensor] = {}
     for name, weight in weights.items():
-        values = flat(weight.contiguous())
+        values = flat_view(weight.contiguous())
         # By bits: -0.0 is a value of its own, or the way back would not be exact.
         keep = values.view(torch.int32) != 0 if values.dtype is torch.float32 else torch.ones(0, dtype=torch.bool)
         left = int(keep.sum())

@@ -58,7 +58,7 @@ class _Path:
             implementation=implementation,
         )
         if not own_masks:
-            self.optimizer.mask_update_due = lambda step: False
+            self.optimizer.pruning.is_due = lambda step: False
 
     def step(self, gradients: "Sequence[torch.Tensor]") -> None:
         from launch.bench.optim import only
@@ -72,7 +72,7 @@ class _Path:
         """After a mask update of the reference: take its masks, or count where the own ones differ."""
         import torch
 
-        from toolkit.prune.mask import flat
+        from toolkit.prune.mask import flat_view
         from toolkit.prune.scores import STATE_SCORES
 
         if not self.own_masks:
@@ -84,10 +84,10 @@ class _Path:
         for index, state in reference.optimizer.state_dict()["state"].items():
             if "mask" not in state:
                 continue
-            kept = flat(state["mask"])
-            pruned_here = kept & (flat(self.parameters[index].detach()) == 0)
-            moments = {key: flat(value) for key, value in state.items() if key not in ("step", "mask")}
-            scores = score(flat(reference.parameters[index].detach()), moments)
+            kept = flat_view(state["mask"])
+            pruned_here = kept & (flat_view(self.parameters[index].detach()) == 0)
+            moments = {key: flat_view(value) for key, value in state.items() if key not in ("step", "mask")}
+            scores = score(flat_view(reference.parameters[index].detach()), moments)
             lowest = min(lowest, float(scores[kept].min())) if bool(kept.any()) else lowest
             # A weight that came to differ at an earlier update has moved on since.
             appeared.append(scores[pruned_here & ~self._pruned_here.get(index, torch.zeros_like(pruned_here))])
@@ -134,7 +134,7 @@ def _compare(kind: Any, shapes: "Sequence[torch.Size]", steps: int, log: Callabl
         gradients = [(torch.randn(shape, generator=generator) * 0.01).to(device) for shape in shapes]
         for path in (reference, *paths):
             path.step(gradients)
-        if reference.optimizer.mask_update_due(step):
+        if reference.optimizer.pruning.is_due(step):
             for path in paths:
                 path.compare_masks(reference)
         if step % 20 == 0:

@@ -62,8 +62,7 @@ def _probed(model_name: str, case: _Case, batch_size: int, size: int) -> dict[st
     pruning = {"sparsity": case.sparsity, "begin_step": 0, "end_step": 2, "frequency": 1} if case.sparsity else {}
     more = {"state_dtype": case.state_dtype} if case.state_dtype else {}
     optimizer = create_optimizer_v2(model, case.opt, lr=1e-3, weight_decay=1e-2, **pruning, **more)  # type: ignore[arg-type]
-    due = getattr(optimizer, "mask_update_due", lambda step: False)
-    fused = FusedBackward(optimizer, due) if case.fused else None
+    fused = FusedBackward(optimizer) if case.fused else None
     forward: nn.Module = model
     if case.ddp:
         forward = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=case.ddp == "view")

@@ -138,7 +138,7 @@ def count_of_run(run: Run) -> dict[str, dict[str, int]]:
 
     The first two steps pass uncounted: DDP puts its buckets together anew after the first.
     """
-    due = next(update for update in range(4, run.plan.total_steps) if run.schedule.due(update))
+    due = next(update for update in range(4, run.plan.total_steps) if run.schedule.is_update_step(update))
     batches = _endless(run)
 
     def step(update: int) -> None:

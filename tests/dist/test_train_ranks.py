@@ -17,7 +17,6 @@ from toolkit.engine.loop import train as train_loop
 from toolkit.engine.masks import MasksDifferError
 from toolkit.engine.stops import InterruptedRunError
 from toolkit.engine.step import NonFiniteLossError
-from toolkit.prune.mask import mask_of
 
 
 @pytest.fixture
@@ -38,8 +37,8 @@ def _train(rank, flags, dtype, poison=None):
         train_loop(run)
         return {
             "weights": {name: p.detach().clone() for name, p in run.bare_model.named_parameters()},
-            "masks": [mask_of(run.bare_optimizer.state[p]).clone() for _, p in run.prunable
-                      if mask_of(run.bare_optimizer.state[p]) is not None],
+            "masks": [run.bare_optimizer.state[p]["mask"].clone() for _, p in run.prunable
+                      if "mask" in run.bare_optimizer.state[p]],
             "sparsity": run.sparsity(),
         }
     finally:

@@ -43,7 +43,7 @@ def _train(rank, stage):
             "zero_allow_untested_optimizer": True,
         },
     )
-    attach_to_zero(optimizer, model, dist.group.WORLD, {})
+    attach_to_zero(optimizer.pruning, model, dist.group.WORLD, {})
     dense = []
     for step in range(12):
         engine.backward(loss_of(engine, step))

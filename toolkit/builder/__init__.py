@@ -101,7 +101,7 @@ def build(config: Config) -> Run:
         bare_model=model,
         optimizer=prepared_optimizer,
         bare_optimizer=optimizer,
-        fused=fused_backward(config, optimizer, opt, schedule, world),
+        fused=fused_backward(config, optimizer, opt, world),
         scheduler=scheduler,
         ema=ema,
         train_loader=train_loader,

@@ -22,7 +22,6 @@ from toolkit.engine.engines import Sharding
 from toolkit.engine.engines.ddp import PlainSharding
 from toolkit.engine.engines.fsdp2 import Fsdp2Sharding
 from toolkit.engine.engines.zero import ZeroSharding
-from toolkit.optim.packed import PackedOptimizer
 from toolkit.optim.zero import attach_to_zero
 
 __all__ = ["autocast", "check_engine", "create_sharding", "launched_engine", "new_accelerator", "stay_on_this_host"]
@@ -182,8 +181,7 @@ def create_sharding(
             f"{type(model).__name__} spares some prunable weights from weight decay; ZeRO shows the optimizer one "
             "group at a time, so they cannot be pruned together: launch with FSDP2 or DDP"
         )
-    # SPAM's class can pack, but with hook-based pruning its pruner decides.
-    target = getattr(optimizer, "pruner", optimizer if isinstance(optimizer, PackedOptimizer) else None)
-    if target is not None:
-        attach_to_zero(target, model, torch.distributed.distributed_c10d._get_default_group(), sharding.spans())
+    pruning = getattr(optimizer, "pruning", None)
+    if pruning is not None:
+        attach_to_zero(pruning, model, torch.distributed.distributed_c10d._get_default_group(), sharding.spans())
     return sharding

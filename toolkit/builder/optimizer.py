@@ -15,9 +15,8 @@ from toolkit.dist import World
 from toolkit.engine.engines.fused import FusedBackward
 from toolkit.log import get_logger
 from toolkit.memory.arithmetic import ParameterFacts, predict_optimizer_rows
-from toolkit.optim.packed import PackedOptimizer
 from toolkit.optim.registry import check_optimizer_name, find_spec, resolve_name
-from toolkit.prune.mask import mask_of, unpack_bits
+from toolkit.prune.mask import unpack_bits
 from toolkit.prune.schedule import Schedule
 
 __all__ = [
@@ -130,17 +129,14 @@ def create_optimizer(
 
 def keep_zeros(optimizer: torch.optim.Optimizer, model: nn.Module, config: Config, schedule: Schedule) -> None:
     """Have a pruned --initial-checkpoint stay pruned, from the first step on."""
-    if not (config.initial_checkpoint and schedule.on):
+    if not (config.initial_checkpoint and schedule.enabled):
         return
     names = prunable_names(model)
     weights = [parameter for name, parameter in model.named_parameters() if name in names]
     zeros = sum(int((weight == 0).sum()) for weight in weights)
     if not zeros:
         return
-    if isinstance(optimizer, PackedOptimizer) and not hasattr(optimizer, "pruner"):
-        optimizer.keeps_zeros = True
-    else:
-        optimizer.pruner.keep_zeros()  # type: ignore[attr-defined]
+    optimizer.pruning.keep_zeros()  # type: ignore[attr-defined]
     _log.info(
         "%s: its %d zeros among %d prunable weights stay zeros",
         config.initial_checkpoint,
@@ -149,9 +145,7 @@ def keep_zeros(optimizer: torch.optim.Optimizer, model: nn.Module, config: Confi
     )
 
 
-def fused_backward(
-    config: Config, optimizer: torch.optim.Optimizer, opt: str, schedule: Schedule, world: World
-) -> FusedBackward | None:
+def fused_backward(config: Config, optimizer: torch.optim.Optimizer, opt: str, world: World) -> FusedBackward | None:
     """--fused-backward, or None without it. Raises ValueError, with the reason, where it cannot be."""
     if not config.fused_backward:
         return None
@@ -166,8 +160,7 @@ def fused_backward(
     for reason, holds in reasons.items():
         if holds:
             raise ValueError(f"--fused-backward does not go with {reason}; leave one of them out")
-    own = getattr(optimizer, "mask_update_due", schedule.due)  # SPAM moves updates out of its warm-ups
-    return FusedBackward(optimizer, lambda step: own(step) or schedule.due(step))
+    return FusedBackward(optimizer)
 
 
 def predict_memory(
@@ -196,7 +189,7 @@ def predict_memory(
         return rows
     facts = []
     for parameter in trained:
-        mask = mask_of(optimizer.state.get(parameter, {}))
+        mask = optimizer.state.get(parameter, {}).get("mask")
         survivors = parameter.numel() if mask is None else int(unpack_bits(mask, parameter.numel()).sum())
         facts.append(ParameterFacts(parameter.numel(), mask is not None, survivors, parameter.itemsize))
     return rows | predict_optimizer_rows(

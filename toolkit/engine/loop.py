@@ -31,7 +31,7 @@ from toolkit.memory.ledger import count_bytes, optimizer_bytes
 from toolkit.memory.probe import StepProbe
 from toolkit.memory.report import write_report, write_report_of_survivors
 from toolkit.progress import Progress, duration
-from toolkit.prune.mask import flat, zero_pruned
+from toolkit.prune.mask import flat_view, zero_pruned
 
 __all__ = ["train", "train_epoch"]
 
@@ -129,7 +129,7 @@ def train_epoch(run: Run, history: History, stop: StopRequest, bar: Progress | N
             run.ema.update(run.bare_model, step=update)
             masks.apply()
         loss_sum += result.loss
-        if run.schedule.due(update):
+        if run.schedule.is_update_step(update):
             check_masks(run)
             if update == run.schedule.end_step:
                 _release_memory(run)
@@ -214,7 +214,7 @@ class _Window:
                 "train/epoch": update / plan.steps_per_epoch,
                 "train/bad_images": bad,
                 "pruning/sparsity": zeros / max(weights, 1),
-                "pruning/target_sparsity": run.schedule.target(update),
+                "pruning/target_sparsity": run.schedule.sparsity_at(update),
                 **memory_scalars(sums[3:].view_as(columns), on_gpu=run.world.device.type == "cuda"),
                 "memory/num_alloc_retries": device["alloc_retries"],
                 "memory/num_ooms": device["ooms"],
@@ -224,7 +224,7 @@ class _Window:
             update,
         )
         left = (plan.total_steps - update) * elapsed / len(results)
-        pruned = f"  Sparsity: {100 * zeros / max(weights, 1):.2f} %" if run.schedule.on else ""
+        pruned = f"  Sparsity: {100 * zeros / max(weights, 1):.2f} %" if run.schedule.enabled else ""
         _log.info(
             "Train: %d [%4d/%d (%3.0f%%)]  Loss: %.4g  Time: %.3fs, %7.2f/s  LR: %.3e  Data: %.0f %%%s  Left: %s",
             history.epoch,
@@ -332,13 +332,13 @@ class _AverageMasks:
         for parameter, mask in self._run.masked_parameters():
             if self._applied.get(id(parameter)) is not mask:
                 average = self._averages[id(parameter)]
-                zero_pruned(flat(average), mask)
+                zero_pruned(flat_view(average), mask)
                 self._applied[id(parameter)] = mask
 
 
 def _check_sparsity(run: Run) -> None:
     """Fail loudly unless the zeros are those asked for."""
-    if not run.schedule.on:
+    if not run.schedule.enabled:
         return
     zeros, weights = run.sparsity()
     wanted = math.floor(run.schedule.sparsity * weights)

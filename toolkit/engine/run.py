@@ -18,7 +18,7 @@ from toolkit.engine.engines.fused import FusedBackward
 from toolkit.engine.lock import FolderLock
 from toolkit.engine.scalars import Scalars
 from toolkit.memory.recorder import MemoryLog
-from toolkit.prune.mask import mask_of
+from toolkit.prune.pruning import Pruning
 from toolkit.prune.schedule import Schedule
 
 __all__ = ["Plan", "Run"]
@@ -81,10 +81,8 @@ class Run:
 
     def masked_parameters(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(parameter, bit mask) of every parameter that has one."""
-        for parameter, state in self.bare_optimizer.state.items():
-            mask = mask_of(state)
-            if mask is not None:
-                yield parameter, mask
+        pruning: Pruning | None = getattr(self.bare_optimizer, "pruning", None)
+        return iter(()) if pruning is None else pruning.masks()
 
     def sparsity(self) -> tuple[int, int]:
         """(zeros, weights) over the prunable weights the model really has. Call on all ranks."""

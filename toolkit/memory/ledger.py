@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from toolkit.prune.distributed import local
+from toolkit.prune.distributed import to_local
 
 __all__ = ["OPTIMIZER_ROWS", "Owners", "count_bytes", "find_owners", "optimizer_bytes", "row_of_state"]
 
@@ -15,7 +15,6 @@ Owners = dict[str, list[Tensor]]
 # Rows that are not `optim.<state key>`: what pruning keeps in the optimizer's state.
 OPTIMIZER_ROWS = {
     "mask": "masks",
-    "keep": "masks",
     "offsets": "offsets",
     "scores": "scores",
     "initial_weights": "initial_weights",
@@ -69,7 +68,7 @@ def count_bytes(owners: Owners) -> dict[str, int]:
     rows = dict.fromkeys(owners, 0)
     for row, tensors in owners.items():
         for tensor in tensors:
-            storage = local(tensor).untyped_storage()
+            storage = to_local(tensor).untyped_storage()
             if storage._cdata not in seen:
                 seen.add(storage._cdata)
                 rows[row] += storage.nbytes()

@@ -5,15 +5,14 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from toolkit.optim.packed import PackedOptimizer
-from toolkit.prune.distributed import Spans
-from toolkit.prune.hooks import Pruner
+from toolkit.prune.distributed import FlatSlices
+from toolkit.prune.pruning import Pruning
 
 __all__ = ["attach_to_zero"]
 
 
 def attach_to_zero(
-    target: PackedOptimizer | Pruner, model: nn.Module, group: ProcessGroup, spans: Mapping[Tensor, Spans]
+    pruning: Pruning, model: nn.Module, group: ProcessGroup, flat_slices: Mapping[Tensor, FlatSlices]
 ) -> None:
     """Tell who holds the other slices and what a slice is made of, and make DeepSpeed let go of moments.
 
@@ -27,6 +26,4 @@ def attach_to_zero(
             if mapping is not None and mapping.optim_fragment is not None:
                 mapping.optim_fragment.clear()
 
-    target.shard_group, target.spans = group, spans
-    if isinstance(target, PackedOptimizer):
-        target.after_repack = release_views
+    pruning.shard_group, pruning.flat_slices, pruning.after_repack = group, flat_slices, release_views

@@ -127,7 +127,7 @@ def test_regrowth_takes_the_largest_gradients_and_starts_gently(kind, options):
     run(optimizer, weights, 1, first=19)  # the update at step 20
     states = [optimizer.state_dict()["state"][i] for i in (0, 2, 3)]
     grown = [state["mask"].bool() & was for state, was in zip(states, pruned, strict=True)]
-    alive = total(weights) - math.floor(optimizer.schedule.target(20) * total(weights))
+    alive = total(weights) - math.floor(optimizer.schedule.sparsity_at(20) * total(weights))
     wanted = math.floor(0.4 * 0.5 * (1 + math.cos(math.pi * 0.5)) * alive)
     assert sum(int(mask.sum()) for mask in grown) == wanted
     gradients = torch.cat([weight.grad.abs()[was] for weight, was in zip(prunable(weights), pruned, strict=True)])

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from toolkit.engine.engines import States
-from toolkit.prune.dense import dense_state
+from toolkit.prune.packing import dense_state
 
 __all__ = ["PlainSharding", "indexed_state", "parameter_names"]
 

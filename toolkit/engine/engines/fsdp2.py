@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 from toolkit.dist import World
 from toolkit.engine.engines import States
 from toolkit.engine.engines.ddp import PlainSharding, indexed_state, parameter_names
-from toolkit.prune.dense import dense_state
-from toolkit.prune.distributed import local, whole
+from toolkit.prune.distributed import to_dtensor, to_local
+from toolkit.prune.packing import dense_state
 
 __all__ = ["Fsdp2Sharding"]
 
@@ -41,7 +41,7 @@ class Fsdp2Sharding(PlainSharding):
 
     def count_zeros(self, prunable: Iterable[tuple[str, Tensor]]) -> tuple[int, int]:
         weights = [parameter for _, parameter in prunable]
-        zeros = sum(int((local(weight) == 0).sum()) for weight in weights)
+        zeros = sum(int((to_local(weight) == 0).sum()) for weight in weights)
         total = self._world.sum(torch.tensor(zeros, dtype=torch.int64, device=self._world.device))
         return int(total), sum(weight.numel() for weight in weights)
 
@@ -60,10 +60,10 @@ class Fsdp2Sharding(PlainSharding):
     def optimizer_states(self) -> Iterator[tuple[str, str, Tensor]]:
         names = parameter_names(self._model)
         for parameter, state in self._optimizer.state.items():
-            tensors = {key: local(value) for key, value in state.items() if torch.is_tensor(value)}
-            for key, value in dense_state(local(parameter), tensors).items():
-                shaped = value.shape == local(parameter).shape and value.ndim > 0
-                yield names[id(parameter)], key, _full(whole(value, parameter) if shaped else value)
+            tensors = {key: to_local(value) for key, value in state.items() if torch.is_tensor(value)}
+            for key, value in dense_state(to_local(parameter), tensors).items():
+                shaped = value.shape == to_local(parameter).shape and value.ndim > 0
+                yield names[id(parameter)], key, _full(to_dtensor(value, parameter) if shaped else value)
 
     def load_optimizer_states(self, states: States, groups: list[dict[str, Any]]) -> None:
         parameters = dict(self._model.named_parameters())

@@ -11,16 +11,17 @@ import torch
 from torch import Tensor
 
 from toolkit.memory.probe import StepProbe
+from toolkit.prune.pruning import Pruning
 
 __all__ = ["FusedBackward"]
 
 
 class FusedBackward:
-    """Updates `optimizer` within backward. `mask_update_due(step)` says at which steps not to."""
+    """Updates `optimizer` within backward, but at the steps at which its masks change."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, mask_update_due: Callable[[int], bool]) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
-        self._due = mask_update_due
+        self._pruning: Pruning | None = getattr(optimizer, "pruning", None)
         self._active = False
         self._probe: StepProbe | None = None
         # Each parameter as a group of its own, with its group's settings of the step at hand.
@@ -36,7 +37,7 @@ class FusedBackward:
 
     def backward(self, step: int, backward: Callable[[], None], probe: StepProbe | None = None) -> bool:
         """Run `backward` of optimizer step `step`; returns whether the update was made in it."""
-        if self._due(step):
+        if self._takes_all(step):
             backward()
             return False
         for position, alone in self._alone.values():
@@ -49,6 +50,11 @@ class FusedBackward:
         if probe is not None:
             probe.backward_done()
         return True
+
+    def _takes_all(self, step: int) -> bool:
+        """Whether all parameters are needed together; at the schedule's own steps the loop compares masks too."""
+        pruning = self._pruning
+        return pruning is not None and (pruning.is_due(step) or pruning.schedule.is_update_step(step))
 
     def _update(self, parameter: Tensor) -> None:
         if not self._active:

@@ -17,8 +17,8 @@ from torch.optim import Optimizer
 from toolkit.dist import World
 from toolkit.engine.engines import States
 from toolkit.engine.engines.ddp import parameter_names
-from toolkit.prune.dense import dense_state
-from toolkit.prune.distributed import Spans
+from toolkit.prune.distributed import FlatSlices
+from toolkit.prune.packing import dense_state
 
 __all__ = ["Piece", "ZeroSharding", "slice_map"]
 
@@ -78,9 +78,9 @@ class ZeroSharding:
         if last:
             self._engine.step()
 
-    def spans(self) -> dict[Tensor, Spans]:
+    def spans(self) -> dict[Tensor, FlatSlices]:
         """What pruning must know of each slice: every parameter's place in it, in the group's order."""
-        found: dict[Tensor, Spans] = {}
+        found: dict[Tensor, FlatSlices] = {}
         for number, (flat, pieces) in enumerate(self.slices):
             places = {piece.name: (piece.place, piece.place + piece.length) for piece in pieces}
             found[flat] = [(name, *places.get(name, (0, 0))) for name in self._names_of(number)]
