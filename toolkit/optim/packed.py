@@ -18,9 +18,9 @@ from toolkit.kernels.rounding import round_to_bfloat16
 from toolkit.optim.buckets import Bucket, BucketCache
 from toolkit.prune.distributed import to_dtensor, to_local
 from toolkit.prune.groups import prunable_parameters
-from toolkit.prune.mask import flat_view, pack_bits, unpack_bits
+from toolkit.prune.mask import flat_view, pack_bits
 from toolkit.prune.options import OPTION_NAMES, STATE_DTYPES, PruningOptions
-from toolkit.prune.packing import block_offsets, dense_state, pack, survivors_before
+from toolkit.prune.packing import block_offsets, dense_state, pack, survivors_before, unpack
 from toolkit.prune.pruning import Pruning, check_same_options
 from toolkit.prune.schedule import Schedule
 from toolkit.prune.stores import PackedStore
@@ -239,7 +239,7 @@ class PackedOptimizer(Optimizer):
                 count = next(iter(moments.values())).numel()
                 survivors = pack(weight, mask, count)
                 self.update(survivors, pack(flat_view(grad), mask, count), moments, group, bucket.step)
-                weight[unpack_bits(mask, weight.numel())] = survivors
+                weight.copy_(unpack(survivors, mask, weight.numel()))  # pruned places are 0 again
             else:
                 self.update(parameter, grad, moments, group, bucket.step)
             if rounds:

@@ -239,7 +239,7 @@ def test_native_equals_the_reference_on_one_tensor(isa, density, numel):
     mask = pack_bits(keep)
     offsets, _ = block_offsets(mask, numel)
     rule = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1, "decoupled": True, "step": 3}
-    mine, wanted = weight.clone(), weight.clone()
+    mine, wanted = weight.clone(), weight * keep  # pruned places become 0
     mine_moments, survivors = [m.clone() for m in moments], wanted[keep]
     native.packed_adam([(mine, grad, mask, offsets, mine_moments)], isa=isa, **rule)
     adam_update(survivors, grad[keep], *moments, **rule)
@@ -249,7 +249,7 @@ def test_native_equals_the_reference_on_one_tensor(isa, density, numel):
         torch.testing.assert_close(a, b, rtol=2e-6, atol=1e-7)
     rule = {"lr": 1e-2, "momentum": 0.9, "dampening": 0.1, "weight_decay": 0.1, "nesterov": False, "decoupled": False}
     for first in (True, False):
-        mine, wanted, buffer = weight.clone(), weight.clone(), moments[0].clone()
+        mine, wanted, buffer = weight.clone(), weight * keep, moments[0].clone()
         survivors, own = wanted[keep], moments[0].clone()
         native.packed_sgd([(mine, grad, mask, offsets, [own])], isa=isa, first=first, **rule)
         sgd_update(survivors, grad[keep], buffer, first=first, **rule)
