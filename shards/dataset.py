@@ -21,7 +21,8 @@ from shards.clean import Cleaning, clean_jpeg
 from shards.sources import Catalogue, SourceImage
 from shards.writer import Sample, index_split, write_info, write_shard
 from toolkit.data.decode import BadImageError
-from toolkit.data.index import INFO_NAME, scan_shards
+from toolkit.data.index import scan_shards
+from toolkit.data.info import INFO_NAME
 from toolkit.progress import Progress
 
 __all__ = ["BuildSettings", "build"]

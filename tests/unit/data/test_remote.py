@@ -17,7 +17,8 @@ from toolkit.data import remote
 from toolkit.data.decode import EvalTransform, TrainTransform
 from toolkit.data.index import index_path, load_split
 from toolkit.data.loader import EvalLoader, TrainLoader
-from toolkit.data.remote import ShardCache, fetch, fetch_info, load_remote_split
+from toolkit.data.remote import fetch, fetch_info, file_url
+from toolkit.data.shard_cache import ShardCache, load_remote_split
 
 SIZE = (16, 16)
 LIMIT = 2**30
@@ -233,4 +234,4 @@ def test_a_reader_lets_go_of_shards_that_were_forgotten(server, tmp_path):
 def test_an_unknown_scheme_is_an_error_at_once(tmp_path):
     with pytest.raises(ValueError, match="the scheme gopher is not known"):
         fetch_info("gopher://host/data", tmp_path)
-    assert remote._url("s3://bucket/x y", "a.tar") == "pipe:aws s3 cp 's3://bucket/x y/a.tar' -"
+    assert file_url("s3://bucket/x y", "a.tar") == "pipe:aws s3 cp 's3://bucket/x y/a.tar' -"
