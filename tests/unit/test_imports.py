@@ -23,7 +23,7 @@ ALLOWED = {
     "toolkit.optim": LEAVES | {"toolkit.prune", "toolkit.kernels"},
     "toolkit.engine": LEAVES | {"toolkit.prune", "toolkit.data", "toolkit.memory"},
     "toolkit.builder": {"toolkit"},
-    "shards": {"toolkit.data", "toolkit.files", "toolkit.progress"},
+    "shards": {"toolkit.data", "toolkit.files", "toolkit.log", "toolkit.progress"},
     "launch": {"toolkit", "shards"},
     "train": {"toolkit.config", "toolkit.builder", "toolkit.dist", "toolkit.engine", "toolkit.log"},
 }
