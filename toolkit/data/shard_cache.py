@@ -36,18 +36,19 @@ def load_remote_split(
     unsafe, and where a shard would take the place of a file that is not the cache's.
     """
     entry = split_entry(info, split, prefix)
-    _check_places(folder, entry["filenames"])
+    _check_places(prefix, folder, entry["filenames"])
     with locked(folder / "start"):
         index = remote_index(prefix, entry, folder, limit_bytes)
-        _check_places(folder, index.names)
+        _check_places(prefix, folder, index.names)
         _drop_other_shards(folder, split, index)
     check_count(index, entry, prefix)
     return index, ShardCache(prefix, index, limit_bytes)
 
 
-def _check_places(folder: Path, names: Iterable[str]) -> None:
-    """Raise ValueError unless every shard has a place of its own in the folder."""
+def _check_places(prefix: str, folder: Path, names: Iterable[str]) -> None:
+    """Raise ValueError unless every shard can be asked for, and has a place of its own in the folder."""
     for name in names:
+        file_url(prefix, name)
         path = inside(folder, name, f"shard in {folder}:")
         if path.suffix != ".tar":  # the cache's own files have other endings
             raise ValueError(f"shard {name!r} does not end in .tar; behind a URL all must")
