@@ -6,6 +6,7 @@ tensor that has enough zeros a bit mask and the other values, nothing else; `loa
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from toolkit.engine.checkpoint import complete_checkpoints, load_checkpoint, newest_checkpoint
+from toolkit.engine.checkpoint import best_checkpoint, complete_checkpoints, load_checkpoint, newest_checkpoint
 from toolkit.prune.mask import flat_view, mask_bytes, pack_bits, unpack_bits
 
 __all__ = ["load_packed", "main", "pack_weights"]
@@ -50,13 +51,24 @@ def load_packed(path: Path) -> dict[str, Tensor]:
     for key, tensor in stored.items():
         name, _, part = key.rpartition(".")
         if part == "mask" and f"{name}.values" in stored:
-            shape = stored[f"{name}.shape"].tolist()
-            dense = torch.zeros(shape)
-            dense.view(-1)[unpack_bits(tensor, dense.numel())] = stored[f"{name}.values"]
-            weights[name] = dense
+            weights[name] = _unpacked(tensor, stored[f"{name}.values"], stored.get(f"{name}.shape"), f"{path}: {name}")
         elif not (part in ("values", "shape") and f"{name}.mask" in stored):
             weights[key] = tensor
     return weights
+
+
+def _unpacked(mask: Tensor, values: Tensor, shape: Tensor | None, what: str) -> Tensor:
+    """The dense tensor. Raises ValueError where mask, values and shape, which may be claimed, do not go together."""
+    sizes = [] if shape is None else shape.tolist()
+    count = math.prod(sizes) if all(isinstance(size, int) and size >= 0 for size in sizes) else -1
+    if mask.dtype is not torch.uint8 or count < 0 or mask.shape != (mask_bytes(count),):
+        raise ValueError(f"{what} has a mask of {mask.numel()} bytes for the shape {sizes}; export it again")
+    keep = unpack_bits(mask, count)
+    if values.dtype is not torch.float32 or values.shape != (int(keep.sum()),):
+        raise ValueError(f"{what} has other values than its mask says; export it again")
+    dense = torch.zeros(sizes)
+    dense.view(-1)[keep] = values
+    return dense
 
 
 def _checkpoint_of(run: Path, which: str) -> Path:
@@ -64,10 +76,8 @@ def _checkpoint_of(run: Path, which: str) -> Path:
     if (run / "COMPLETE").is_file():
         return run
     folder = run / "checkpoints"
-    if which == "best" and (folder / "best.json").is_file():
-        return folder / json.loads((folder / "best.json").read_text())["checkpoint"]
-    found = newest_checkpoint(folder)
-    if found is None or which == "best":
+    found = best_checkpoint(folder) if which == "best" else newest_checkpoint(folder)
+    if found is None:
         names = ", ".join(path.name for path in complete_checkpoints(folder)) or "none"
         raise ValueError(f"{run} has no {which} checkpoint (complete ones: {names}); give a run folder")
     return found

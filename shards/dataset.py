@@ -21,7 +21,10 @@ from shards.clean import Cleaning, clean_jpeg
 from shards.sources import Catalogue, SourceImage
 from shards.writer import Sample, index_split, write_info, write_shard
 from toolkit.data.decode import BadImageError
-from toolkit.data.index import INFO_NAME, scan_shards
+from toolkit.data.index import scan_shards
+from toolkit.data.info import INFO_NAME
+from toolkit.files import check_name
+from toolkit.log import printable
 from toolkit.progress import Progress
 
 __all__ = ["BuildSettings", "build"]
@@ -94,7 +97,7 @@ def _write(shard: _Shard, cleaning: Cleaning, leave_out_bad: bool) -> list[str]:
             try:
                 data, width, height = clean_jpeg(image.read(), cleaning)
             except BadImageError as error:
-                reason = f"{image.name} in {image.path}: {error}"
+                reason = printable(f"{image.name} in {image.path}: {error}")
                 if not leave_out_bad:
                     raise ValueError(
                         f"{reason}; fetch it again, or leave out what cannot be decoded with --partial"
@@ -150,6 +153,7 @@ def build(out: Path, catalogue: Catalogue, settings: BuildSettings, workers: int
     Raises ValueError where `out` holds a data set made with other settings or from other
     images, and for images that cannot be decoded unless `settings.partial`.
     """
+    check_name(settings.name, "--name")
     fingerprint = _fingerprint(catalogue, settings)
     shards = _plan(out, catalogue, settings)
     for name in (INFO_NAME, _PLAN_NAME):

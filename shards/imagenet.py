@@ -21,7 +21,7 @@ EXPECTED_CLASSES = 1_000
 def catalogue_of(source: Path) -> "Catalogue":
     """List all images of a source; see the module's text for the layouts."""
     from shards import sources
-    from toolkit.data.index import INFO_NAME
+    from toolkit.data.info import INFO_NAME
     from toolkit.progress import Progress
 
     if not source.is_dir():

@@ -5,7 +5,6 @@ needs no reader of its own for each layout, and any process can read any image.
 """
 
 import io
-import json
 import os
 import re
 import tarfile
@@ -14,10 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from toolkit.data.tar import MAX_IMAGE_BYTES, tar_members
+from toolkit.files import read_json
+
 __all__ = ["Catalogue", "SourceImage", "from_archives", "from_image_folder", "from_shards"]
 
 _IMAGE = re.compile(r"\.(jpe?g|png|webp)$", re.IGNORECASE)
 _VALIDATION_FOLDERS = ("validation", "val")
+_DEVKIT_BYTES = 2**24  # of a file in the devkit's archive, once unpacked; the larger one has 0.4 MB
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,9 @@ class SourceImage:
     label: int
 
     def read(self) -> bytes:
-        """The image's bytes. Raises ValueError where the file is shorter than it was."""
+        """The image's bytes. Raises ValueError where the file is shorter than it was, or too large for an image."""
+        if self.size > MAX_IMAGE_BYTES:
+            raise ValueError(f"{self.name!r} in {self.path} has {self.size:,} bytes, more than an image may have")
         with open(self.path, "rb") as file:
             data = os.pread(file.fileno(), self.size, self.offset)
         if len(data) != self.size:
@@ -51,18 +56,11 @@ class Catalogue:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-def _members(path: Path, start: int = 0) -> Iterator[tuple[str, int, int]]:
-    """(name, offset in the file, size) of a tar's files; `start` is where the tar begins in the file."""
+def _members(path: Path, start: int = 0, end: int | None = None) -> Iterator[tuple[str, int, int]]:
+    """(name, offset in the file, size) of each file in the tar that lies in `path` from `start` to `end`."""
     with open(path, "rb") as file:
-        file.seek(start)
-        try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                for member in tar:
-                    if member.isfile():
-                        yield member.name, member.offset_data, member.size
-                        tar.members = []  # type: ignore[attr-defined]  # else it keeps 1 GB of headers for ImageNet
-        except tarfile.TarError as error:
-            raise ValueError(f"{path} is not a whole tar ({error}); fetch it again") from None
+        for member in tar_members(file, path, start, end):
+            yield member.name, member.offset_data, member.size
 
 
 def from_archives(folder: Path, on_image: Callable[[], None] = lambda: None) -> Catalogue:
@@ -79,8 +77,8 @@ def from_archives(folder: Path, on_image: Callable[[], None] = lambda: None) -> 
     wnids = sorted(Path(name).stem for name, _, _ in outer)
     rank = {wnid: number for number, wnid in enumerate(wnids)}
     train = []
-    for name, offset, _ in outer:
-        for inner, at, size in _members(paths["img_train.tar"], offset):
+    for name, offset, length in outer:
+        for inner, at, size in _members(paths["img_train.tar"], offset, offset + length):
             train.append(SourceImage(str(paths["img_train.tar"]), at, size, Path(inner).name, rank[Path(name).stem]))
             on_image()
     validation = []
@@ -110,9 +108,9 @@ def _read_devkit(path: Path) -> tuple[dict[int, str], list[int]]:
             if file is None:
                 continue
             if member.name.endswith("validation_ground_truth.txt"):
-                truth = [int(line) for line in file.read().split()]
+                truth = [int(line) for line in file.read(_DEVKIT_BYTES).split()]
             elif member.name.endswith("/meta.mat"):
-                synsets = loadmat(io.BytesIO(file.read()), squeeze_me=True)["synsets"]
+                synsets = loadmat(io.BytesIO(file.read(_DEVKIT_BYTES)), squeeze_me=True)["synsets"]
     if truth is None or synsets is None:
         raise ValueError(f"{path} lacks data/meta.mat or data/ILSVRC2012_validation_ground_truth.txt; fetch it again")
     # Classes are the synsets without children; the others are their hypernyms.
@@ -142,7 +140,8 @@ def from_image_folder(folder: Path, on_image: Callable[[], None] = lambda: None)
 
 def from_shards(folder: Path, on_image: Callable[[], None] = lambda: None) -> Catalogue:
     """WebDataset shards with jpg (or jpeg, png, webp) and cls: of ours, or as in timm/imagenet-1k-wds."""
-    from toolkit.data.index import INFO_NAME, load_split, read_info
+    from toolkit.data.index import load_split
+    from toolkit.data.info import INFO_NAME, read_info
 
     info = read_info(folder)
     splits: dict[str, list[SourceImage]] = {}
@@ -165,6 +164,8 @@ def from_shards(folder: Path, on_image: Callable[[], None] = lambda: None) -> Ca
             on_image()
     count = max(max((image.label for image in images), default=-1) for images in splits.values()) + 1
     file = folder / "classes.json"
-    classes = json.loads(file.read_text()) if file.is_file() else []
+    classes = read_json(file) if file.is_file() else []
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise ValueError(f"{file} is no list of class names; delete it, or build the shards again")
     facts: dict[str, Any] = {key: info[key] for key in ("synthetic", "note") if key in info}
     return Catalogue(splits, classes or [str(number) for number in range(info.get("num_classes") or count)], facts)

@@ -38,7 +38,8 @@ def _check_shard(index: "ShardIndex", shard: int) -> tuple[int, list[str]]:
 
 def verify(folder: Path, workers: int) -> list[str]:
     """Everything that is wrong with a data set. Raises ValueError where a shard is missing, cut short or unreadable."""
-    from toolkit.data.index import load_split, read_info, scan_shards
+    from toolkit.data.index import load_split, scan_shards
+    from toolkit.data.info import read_info
     from toolkit.progress import Progress
 
     wrong: list[str] = []

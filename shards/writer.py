@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from toolkit.data.index import INFO_NAME, ShardIndex, index_path, scan_shards
+from toolkit.data.index import ShardIndex, index_path, scan_shards
+from toolkit.data.info import INFO_NAME
 
 __all__ = ["Sample", "index_split", "write_info", "write_shard", "write_split"]
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
+from toolkit.files import check_name
+
 __all__ = ["Config", "batch_size_per_rank", "check_same_settings", "parse"]
 
 
@@ -155,6 +157,8 @@ class Config:
             choices, value = item.metadata.get("choices"), getattr(self, item.name)
             if choices and value is not None and value not in choices:
                 raise ValueError(f"{_name(item)} {value!r} is not known; choose one of {_list(choices)}")
+        if self.experiment:
+            check_name(self.experiment, "--experiment")
         for name in ("batch_size", "grad_accum_steps", "epochs", "log_interval", "val_interval", "prune_frequency"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")

@@ -19,6 +19,7 @@ import yaml
 
 from launch.matrix import kconfig
 from toolkit.config import Config, parse
+from toolkit.files import check_name
 
 __all__ = ["Cell", "Matrix", "add_selection", "load_matrix", "selected"]
 
@@ -116,7 +117,8 @@ def make_matrix(
             arguments = ["-c", content["recipe"], *_arguments(merged), *overrides, "--seed", str(seed)]
             config = parse(arguments, prog=f"{source} cell {settings}")
             found.append(Cell(_name(config, settings), tuple(arguments), config))
-    names = [cell.name for cell in found]
+    check_name(content["name"], f"matrix {source}: name")
+    names = [check_name(cell.name, f"matrix {source}: cell") for cell in found]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"matrix {source}: two cells are the same, {twice[0]}; take one out")

@@ -11,12 +11,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from launch.report.accuracy import OURS, accuracy, by_seed, ranking_section, verdict_section, versus_section
 from launch.report.files import copy_cells, write_all_results, write_summary_csv
-from launch.report.html import to_html
+from launch.report.html import as_code, as_text, to_html
 from launch.report.memory import memory_section, mib, study_column, table
 from launch.report.runs import COMMAND_FILE, CellRun, read_runs
+from toolkit.log import printable
 
 __all__ = ["main", "write_report"]
 
@@ -177,25 +179,26 @@ def _markdown(
     *,
     brief: bool,
 ) -> list[str]:
-    shared = environment(runs)
+    shared, groups = environment(runs), {as_text(name): members for name, members in groups.items()}
     versions = "; ".join(
         dict.fromkeys(", ".join(f"{key} {value}" for key, value in run.metrics["versions"].items()) for run in runs)
     )
-    seeds = shared["seeds"]
+    seeds, command = shared["seeds"], f"python -m launch.report {source} --out {out}{' --brief' if brief else ''}"
     one_seed = (
         " One seed: differences of a point or so are noise, and no rank is claimed."
         if len(seeds) == 1
         else " Accuracy is mean ± standard deviation over the seeds."
     )
     return [
-        f"# {out.name}: {_said(shared['model'])} on {_said(shared['dataset'])}",
+        f"# {as_text(out.name)}: {_said(shared['model'])} on {_said(shared['dataset'])}",
         "",
         *([_ON_CPU] if any(run.metrics["device_type"] == "cpu" for run in runs) else []),
         *(["", _SYNTHETIC] if shared["dataset_synthetic"] else []),
         "",
         f"Data: {_said(shared['dataset_note'] or shared['dataset'])}. Evaluated on its split "
         f"{_said([run.arguments['val_split'] for run in runs])}. Hardware: {_said(shared['world_size'])} "
-        f"ranks on {_said(shared['device'])}. Versions: {versions}. Seeds: {', '.join(map(str, seeds))}.{one_seed} "
+        f"ranks on {_said(shared['device'])}. Versions: {as_text(versions)}. "
+        f"Seeds: {', '.join(map(as_text, seeds))}.{one_seed} "
         f"Global batch {_said(shared['global_batch_size'])}, {_said(shared['epochs'])} epochs, precision "
         f"{_said(shared['mixed_precision'])}.",
         "",
@@ -214,27 +217,31 @@ def _markdown(
                     name,
                     f"{run.lr:g}",
                     f"{run.arguments['weight_decay']:g}",
-                    str(run.metrics["global_batch_size"]),
-                    str(run.metrics["epochs"]),
-                    run.schedule_note,
-                    f"[{run.folder.name}](cells/{run.folder.name}/args.yaml)" if not brief else run.folder.name,
+                    as_text(run.metrics["global_batch_size"]),
+                    as_text(run.metrics["epochs"]),
+                    as_text(run.schedule_note),
+                    as_text(run.folder.name)
+                    if brief
+                    else f"[{as_text(run.folder.name)}](cells/{quote(run.folder.name, safe='=,+')}/args.yaml)",
                 ]
                 for name, (run, *_) in groups.items()
             ],
         ),
         "",
-        f"{_runs_made_by(source)} Made by `python -m launch.report {source} --out {out}{' --brief' if brief else ''}`.",
+        f"{_runs_made_by(source)} Made by {as_code(command)}.",
     ]
 
 
 def _said(value: Any) -> str:
     """A value that all runs share, or each one that occurs."""
-    return " or ".join(sorted({str(one) for one in value})) if isinstance(value, list) else str(value)
+    return as_text(" or ".join(sorted({str(one) for one in value})) if isinstance(value, list) else value)
 
 
 def _runs_made_by(source: Path) -> str:
     command = source / COMMAND_FILE
-    return f"Runs: `{command.read_text().strip()}`." if command.exists() else f"Runs: the folders in `{source}`."
+    if not command.exists():
+        return f"Runs: the folders in {as_code(source)}."
+    return f"Runs: {as_code(command.read_text().strip())}."
 
 
 def _speed_section(groups: dict[str, list[CellRun]]) -> list[str]:
@@ -266,7 +273,7 @@ def _print_table(groups: dict[str, list[CellRun]]) -> None:
         size = mib(members[0].memory["ledger"]["optimizer_bytes"])
         sparsity = _sparsity(members)
         lines.append(f"{name:<{width}}  {accuracy(list(by_seed(members).values())):>14}  {sparsity:>9}  {size:>28}")
-    print("\n".join(lines))  # noqa: T201
+    print(printable("\n".join(lines)))  # noqa: T201
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -282,7 +289,7 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         parser.exit(2, f"launch.report: error: {error}\n")
     for name in left_out:
-        print(f"left out, not complete: {name}", file=sys.stderr)  # noqa: T201
+        print(printable(f"left out, not complete: {name}"), file=sys.stderr)  # noqa: T201
     _print_table(group_by_method(runs))
     print(f"\n{options.out / 'report.md'}", file=sys.stderr)  # noqa: T201
     return 0

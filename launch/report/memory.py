@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from launch.report.html import as_text
 from launch.report.runs import CellRun
 
 __all__ = ["memory_section", "mib", "study_column", "table"]
@@ -126,7 +127,7 @@ def _ledger_table(groups: dict[str, list[CellRun]]) -> list[str]:
     }
     columns = list(dict.fromkeys(row for rows in filled.values() for row in rows))
     lines = [[name, *(mib(rows[c]) if c in rows else "–" for c in columns)] for name, rows in filled.items()]
-    return table(["method", *(column.replace("_", " ") for column in columns)], lines)
+    return table(["method", *(as_text(column.replace("_", " ")) for column in columns)], lines)
 
 
 def _peak_table(groups: dict[str, list[CellRun]]) -> list[str]:
@@ -137,7 +138,7 @@ def _peak_table(groups: dict[str, list[CellRun]]) -> list[str]:
                 continue
             keys = ("total_bytes", "predicted_total_bytes", "allocated_peak_bytes", "unexplained_bytes")
             cells = ["–" if ledger[key] is None else mib(ledger[key]) for key in keys]
-            rows.append([name, phase.replace("_", " "), *cells])
+            rows.append([name, as_text(phase.replace("_", " ")), *cells])
     return table(["method", "phase", "measured", "predicted", "allocator's peak", "unexplained"], rows)
 
 

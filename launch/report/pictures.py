@@ -41,6 +41,7 @@ def draw_all(groups: Groups, out: Path) -> list[tuple[str, str]]:
             "axes.grid": True,
             "grid.alpha": 0.3,
             "axes.axisbelow": True,
+            "text.parse_math": False,  # names are others' text
         }
     )
     every = [run for members in groups.values() for run in members]

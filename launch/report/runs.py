@@ -1,7 +1,6 @@
 """Reads run folders: what a report is made of."""
 
 import csv
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import yaml
 
 from toolkit.config import FREE_ON_RESUME
 from toolkit.engine.history import is_complete
+from toolkit.files import JSON_LIMIT_BYTES, inside, read_json
 
 __all__ = ["COMMAND_FILE", "CellRun", "read_runs"]
 
@@ -106,15 +106,38 @@ def read_runs(folder: Path) -> tuple[list[CellRun], list[str]]:
 
 
 def _read(folder: Path) -> CellRun:
+    def place(name: str) -> Path:
+        return inside(folder, name, f"{folder}:")  # a link out would bring any file into the report's copy
+
     def rows(name: str) -> list[dict[str, str]]:
-        with open(folder / name, newline="") as file:
+        with open(place(name), newline="") as file:
             return list(csv.DictReader(file))
 
     return CellRun(
         folder,
-        json.loads((folder / "metrics.json").read_text()),
-        json.loads((folder / "memory.json").read_text()),
-        yaml.safe_load((folder / "args.yaml").read_text()),
+        read_json(place("metrics.json")),
+        read_json(place("memory.json")),
+        _read_settings(place("args.yaml")),
         rows("summary.csv"),
         rows("memory_timeline.csv"),
     )
+
+
+class _Plain(yaml.SafeLoader):
+    """YAML without references: with them a few lines stand for more text than memory holds."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("its parts refer to each other")
+        return super().compose_node(parent, index)
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    """args.yaml. Raises ValueError for one that no run has written."""
+    try:
+        settings = yaml.load(path.read_text(), _Plain) if path.stat().st_size <= JSON_LIMIT_BYTES else None
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read ({' '.join(str(error).split())}); take the run out") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} is no mapping of settings; take the run out")
+    return settings

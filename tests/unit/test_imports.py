@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[2]
 LEAVES = {"toolkit.files", "toolkit.log", "toolkit.progress", "toolkit.dist", "toolkit.process"}
 # What each room may import of ours, beside itself.
 ALLOWED = {
-    "toolkit.config": set(),
+    "toolkit.config": {"toolkit.files"},
     "toolkit.files": set(),
     "toolkit.log": set(),
     "toolkit.progress": set(),
@@ -23,7 +23,7 @@ ALLOWED = {
     "toolkit.optim": LEAVES | {"toolkit.prune", "toolkit.kernels"},
     "toolkit.engine": LEAVES | {"toolkit.prune", "toolkit.data", "toolkit.memory"},
     "toolkit.builder": {"toolkit"},
-    "shards": {"toolkit.data", "toolkit.progress"},
+    "shards": {"toolkit.data", "toolkit.files", "toolkit.log", "toolkit.progress"},
     "launch": {"toolkit", "shards"},
     "train": {"toolkit.config", "toolkit.builder", "toolkit.dist", "toolkit.engine", "toolkit.log"},
 }

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from toolkit.config import Config, batch_size_per_rank
 from toolkit.data.decode import EvalTransform, TimmTransform, TrainTransform, Transform
-from toolkit.data.index import ShardIndex, load_split, read_info
+from toolkit.data.index import ShardIndex, load_split
+from toolkit.data.info import MAX_CLASSES, read_info
 from toolkit.data.loader import Batch, EvalLoader, TrainLoader
-from toolkit.data.remote import ShardCache, fetch_info, is_remote, load_remote_split, remote_folder
+from toolkit.data.remote import fetch_info, is_remote, remote_folder
+from toolkit.data.shard_cache import ShardCache, load_remote_split
 from toolkit.dist import World
 
 __all__ = ["DataSet", "augment", "create_loaders", "input_settings", "open_data", "shuffle_window", "to_inputs"]
@@ -44,8 +46,10 @@ class DataSet:
 
     @property
     def num_classes(self) -> int:
-        """Classes by `_info.json`, or as many as the labels need."""
+        """Classes by `_info.json`, or as many as the labels need; ValueError where these need more than is taken."""
         highest = max(int(index.label.max(initial=-1)) for index in (self.train, self.evaluation))
+        if highest >= MAX_CLASSES:
+            raise ValueError(f"label {highest} is beyond the {MAX_CLASSES:,} classes that are taken; check the shards")
         return int(self.info.get("num_classes", highest + 1))
 
 

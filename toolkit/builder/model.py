@@ -70,7 +70,7 @@ def _load_weights(model: nn.Module, source: Path) -> None:
         saved = read_checkpoint(newest_checkpoint(source / "checkpoints") or source)
         weights = saved["ema"] or saved["model"]
     else:
-        weights = timm.models.load_state_dict(str(source), device="cpu")
+        weights = timm.models.load_state_dict(str(source), device="cpu", weights_only=True)
     own, head = model.state_dict(), _classifier_names(model)
     classifier = [key for key in weights if key in head and weights[key].shape != own[key].shape]
     if classifier:

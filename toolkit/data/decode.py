@@ -17,7 +17,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import (
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    JpegImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
 from torch import Tensor
 
 try:
@@ -32,6 +40,15 @@ __all__ = ["BadImageError", "EvalTransform", "TimmTransform", "TrainTransform", 
 
 # PIL's own warning limit; 266 MB once decoded.
 MAX_PIXELS = 89_478_485
+# PIL has readers for forty more formats, one of which starts Ghostscript on what it is given.
+_READERS = (
+    JpegImagePlugin.JpegImageFile,
+    PngImagePlugin.PngImageFile,
+    WebPImagePlugin.WebPImageFile,
+    BmpImagePlugin.BmpImageFile,
+    GifImagePlugin.GifImageFile,
+    TiffImagePlugin.TiffImageFile,
+)
 
 Transform = Callable[[np.ndarray, np.random.Generator], Tensor]
 
@@ -54,7 +71,7 @@ def decode_rgb(data: bytes) -> np.ndarray:
         except (ValueError, KeyError):  # KeyError: a header with a colour space it has no name for
             pass  # PIL decides
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=[reader.format for reader in _READERS]) as image:
             _check_pixels(*image.size)
             return np.array(image.convert("RGB"))  # a copy: torch wants memory it may write to
     except _DAMAGE as error:
@@ -79,6 +96,7 @@ _DAMAGE = (
     struct.error,
     zlib.error,
     Image.DecompressionBombError,
+    Image.DecompressionBombWarning,  # where warnings are errors; the size is refused either way
 )
 
 

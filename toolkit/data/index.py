@@ -9,8 +9,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import tarfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -19,25 +17,18 @@ from typing import Any
 
 import numpy as np
 
-from toolkit.files import cache_folder, locked
+from toolkit.data.info import INFO_NAME, check_shard_names, read_info, split_entry
+from toolkit.data.tar import MAX_IMAGE_BYTES, scan_shard
+from toolkit.files import cache_folder, locked, write_atomically
 from toolkit.log import get_logger
 
-__all__ = [
-    "INFO_NAME",
-    "ShardIndex",
-    "check_count",
-    "index_path",
-    "load_split",
-    "read_index",
-    "read_info",
-    "scan_shards",
-    "split_entry",
-]
+__all__ = ["ShardIndex", "check_count", "index_path", "load_split", "read_index", "scan_shards"]
 
-INFO_NAME = "_info.json"
 _SCAN_ALONE = 16  # shards that one process scans; more are shared by several
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 _DTYPES = {"shard": np.int32, "offset": np.int64, "size": np.int32, "label": np.int32, "crc32": np.uint32}
+_STORED = {"shard": "I32", "offset": "I64", "size": "I32", "label": "I32", "crc32": "U32"}  # safetensors' names
+# 24 bytes a row: 44 million images. It is read whole, so more than that is not taken.
+INDEX_LIMIT_BYTES = 2**30
 
 
 @dataclass(frozen=True)
@@ -114,52 +105,14 @@ class ShardIndex:
         if not self.has_checksums:
             facts |= {"has_checksums": False, "modified_ns": self.modified_ns}
         shards = json.dumps(facts)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # ranks may scan at once
         content = save(arrays, metadata={"shards": shards})
-        temporary.write_bytes(content)
-        temporary.replace(path)
+        write_atomically(path, content)  # ranks may scan at once
         return hashlib.sha256(content).hexdigest()
 
 
 def index_path(folder: Path, split: str) -> Path:
     """File of a split's index."""
     return folder / f"{split}.index.safetensors"
-
-
-def read_info(folder: str | Path) -> dict[str, Any]:
-    """The folder's `_info.json`, as timm's ReaderWds reads it, or one made up from the names of its shards.
-
-    Raises ValueError where there are neither, or where it is broken.
-    """
-    if not folder:
-        raise ValueError("--data-dir is missing; name a folder of shards (python -m shards.digits makes one)")
-    path = Path(folder) / INFO_NAME
-    try:
-        info = json.loads(path.read_text())
-    except FileNotFoundError:
-        return _info_from_names(Path(folder))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON ({error}); build the shards again") from None
-    if not isinstance(info.get("splits"), dict):
-        raise ValueError(f"{path} has no splits; expected the layout of timm's ReaderWds")
-    return info
-
-
-def _info_from_names(folder: Path) -> dict[str, Any]:
-    """Splits by the words train and val in the shards' names."""
-    splits: dict[str, dict[str, Any]] = {}
-    for path in sorted(folder.glob("*.tar")):
-        words = path.stem.lower()
-        split = "train" if "train" in words else "validation" if "val" in words else "test" if "test" in words else ""
-        if split:
-            splits.setdefault(split, {"name": split, "filenames": []})["filenames"].append(path.name)
-    if not splits:
-        raise ValueError(
-            f"--data-dir {folder} has no {INFO_NAME} and no shards named *train*.tar and *val*.tar; "
-            f"make some first: python -m shards.digits --out {folder}"
-        )
-    return {"name": folder.name, "splits": splits}
 
 
 def load_split(folder: Path, split: str) -> ShardIndex:
@@ -182,13 +135,6 @@ def load_split(folder: Path, split: str) -> ShardIndex:
     index.check_files()
     check_count(index, entry, str(folder))
     return index
-
-
-def split_entry(info: dict[str, Any], split: str, place: str) -> dict[str, Any]:
-    """A split's entry of `_info.json`. Raises ValueError that lists the splits where it has none."""
-    if split not in info["splits"]:
-        raise ValueError(f"split {split!r} is not in {INFO_NAME} of {place}; it has {', '.join(info['splits'])}")
-    return dict(info["splits"][split])
 
 
 def check_count(index: ShardIndex, entry: dict[str, Any], place: str) -> None:
@@ -232,20 +178,63 @@ def _unchanged(index: ShardIndex, names: Sequence[str]) -> bool:
 
 
 def read_index(folder: Path, path: Path) -> ShardIndex:
-    """The index saved at `path`, of shards in `folder`."""
-    from safetensors import safe_open
+    """The index saved at `path`, of shards in `folder`.
 
-    with safe_open(str(path), framework="np") as file:
-        shards = json.loads(file.metadata()["shards"])
-        arrays = {key: file.get_tensor(key) for key in _DTYPES}
+    Raises ValueError where it is none, or says what its own shards cannot hold: it may be a stranger's.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if path.stat().st_size > INDEX_LIMIT_BYTES:
+        raise ValueError(f"{path} is larger than {INDEX_LIMIT_BYTES:,} bytes; such an index is not taken")
+    try:
+        with safe_open(str(path), framework="np") as file:  # holds the header against the file's length
+            stored = {key: file.get_slice(key) for key in _DTYPES}
+            facts = json.loads((file.metadata() or {}).get("shards", "null"))
+            if not isinstance(facts, dict):
+                raise ValueError("it does not say of which shards")
+            for key, column in stored.items():
+                if column.get_dtype() != _STORED[key] or column.get_shape() != [stored["shard"].get_shape()[0]]:
+                    raise ValueError(f"{key} is no column of {_STORED[key]}, as long as the others")
+            arrays = {key: file.get_tensor(key) for key in _DTYPES}
+    except (SafetensorError, ValueError, IndexError, RecursionError) as error:
+        raise ValueError(f"{path} is no index ({error}); delete it, or build the shards again") from None
+    index = _with_facts(folder, facts, arrays, path)
+    _check_rows(index, path)
+    return index
+
+
+def _with_facts(folder: Path, facts: dict[str, Any], arrays: dict[str, np.ndarray], path: Path) -> ShardIndex:
+    """The index of these columns; raises ValueError where `facts`, its JSON, are not of their types."""
+    names = check_shard_names(facts.get("names"), str(path))
+    numbers: dict[str, tuple[int, ...]] = {}
+    for key, lengths in (("bytes", {len(names)}), ("modified_ns", {0, len(names)})):
+        values = facts.get(key, [])
+        whole = isinstance(values, list) and all(type(value) is int and 0 <= value < 2**63 for value in values)
+        if not whole or len(values) not in lengths:
+            raise ValueError(f"{path}: {key} is not a whole number a shard; delete it, or build the shards again")
+        numbers[key] = tuple(values)
     return ShardIndex(
         folder,
-        tuple(shards["names"]),
-        tuple(shards["bytes"]),
+        tuple(names),
+        numbers["bytes"],
         **arrays,
-        has_checksums=shards.get("has_checksums", True),
-        modified_ns=tuple(shards.get("modified_ns", ())),
+        has_checksums=facts.get("has_checksums", True) is True,
+        modified_ns=numbers["modified_ns"],
     )
+
+
+def _check_rows(index: ShardIndex, path: Path) -> None:
+    """Raise ValueError that names the first row which is not within its shard, or has no label."""
+    known = (index.shard >= 0) & (index.shard < len(index.names))
+    ends = np.array(index.shard_bytes, np.int64)[np.where(known, index.shard, 0)]
+    inside = (index.offset >= 0) & (index.size >= 0) & (index.offset <= ends - index.size)
+    wrong = np.flatnonzero(~(known & inside & (index.size <= MAX_IMAGE_BYTES) & (index.label >= 0)))
+    if len(wrong):
+        row = {key: int(getattr(index, key)[wrong[0]]) for key in _DTYPES}
+        raise ValueError(
+            f"{path}: image {wrong[0]} ({row}) is not within its shard, has more than {MAX_IMAGE_BYTES:,} bytes or no "
+            "label; delete it, or build the shards again"
+        )
 
 
 def _in_processes(function: Any, *iterables: Any) -> Iterator[Any]:
@@ -266,7 +255,7 @@ def scan_shards(
         if not path.is_file():
             raise ValueError(f"shard {path} is missing; build it again or take the split out of {INFO_NAME}")
     stats = [path.stat() for path in paths]
-    found = run(functools.partial(_scan_shard, checksums=checksums), paths)
+    found = run(functools.partial(scan_shard, checksums=checksums), paths)
     rows = [(number, *sample) for number, samples in enumerate(found) for sample in samples]
     columns = np.array(rows, dtype=np.int64).reshape(-1, len(_DTYPES)).T
     arrays = {key: column.astype(dtype) for (key, dtype), column in zip(_DTYPES.items(), columns, strict=True)}
@@ -278,42 +267,3 @@ def scan_shards(
         has_checksums=checksums,
         modified_ns=() if checksums else tuple(stat.st_mtime_ns for stat in stats),
     )
-
-
-def _scan_shard(path: Path, checksums: bool) -> list[tuple[int, int, int, int]]:
-    """(offset, size, label, crc32) of each sample. Keys end at the first dot, as in webdataset."""
-    images: dict[str, tuple[int, int, int]] = {}
-    labels: dict[str, int] = {}
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if not member.isfile():
-                    continue
-                folder, _, base = member.name.rpartition("/")
-                key, _, suffix = base.partition(".")
-                key = f"{folder}/{key}"
-                if suffix.lower() == "cls":
-                    labels[key] = int(_content(tar, member))
-                elif suffix.lower() in IMAGE_SUFFIXES:
-                    crc = zlib.crc32(_content(tar, member)) if checksums else 0
-                    images[key] = (member.offset_data, member.size, crc)
-            end = tar.offset
-        with open(path, "rb") as file:
-            # tarfile takes a file that ends after a member for a whole tar; a whole one ends with empty blocks.
-            if os.pread(file.fileno(), tarfile.BLOCKSIZE, end) != bytes(tarfile.BLOCKSIZE):
-                raise ValueError("it is cut short: the end mark is missing")
-    except (tarfile.TarError, ValueError) as error:
-        raise ValueError(f"shard {path} cannot be read ({error}); build or copy it again") from None
-    unpaired = sorted(images.keys() ^ labels.keys())
-    if unpaired:
-        raise ValueError(f"shard {path}: sample {unpaired[0]!r} lacks its image or its .cls; build it again")
-    return [(offset, size, labels[key], crc) for key, (offset, size, crc) in images.items()]
-
-
-def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    file = tar.extractfile(member)
-    assert file is not None, member.name
-    data = file.read()
-    if len(data) != member.size:
-        raise ValueError(f"it is cut short in {member.name}")
-    return data

@@ -25,7 +25,7 @@ from toolkit.data.order import (
     micro_batch_slice,
     steps_per_epoch,
 )
-from toolkit.data.remote import ShardCache
+from toolkit.data.shard_cache import ShardCache
 from toolkit.log import get_logger
 
 __all__ = ["Batch", "EvalLoader", "TrainLoader"]

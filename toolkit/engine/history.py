@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from toolkit.files import read_json
+
 __all__ = ["SUMMARY_COLUMNS", "History", "is_complete", "write_records"]
 
 # timm's columns first, in timm's order.
@@ -55,8 +57,8 @@ class History:
 def is_complete(folder: Path) -> bool:
     """Whether a run folder holds a finished run."""
     try:
-        return bool(json.loads((folder / "metrics.json").read_text())["completed"])
-    except (OSError, ValueError, KeyError):
+        return bool(read_json(folder / "metrics.json")["completed"])
+    except (OSError, ValueError, KeyError, TypeError):
         return False
 
 

@@ -8,7 +8,8 @@ from PIL import Image
 import shards.digits
 import shards.synthetic
 from shards.writer import Sample, write_split
-from toolkit.data.index import load_split, read_info
+from toolkit.data.index import load_split
+from toolkit.data.info import read_info
 
 
 def hashes(folder):
