@@ -136,8 +136,9 @@ def _announce(owner: Any, name: str, part: str, write: Callable[[str], str]) -> 
 
 def main() -> None:
     """Run train.py, saying at each moment what it does; ends with its exit status."""
-    from toolkit.engine import loop
     from toolkit.optim.mask_update import MaskUpdate
+
+    from toolkit.engine import loop
 
     parts = Path(os.environ["VICTIM_PARTS"])
     file = os.open(parts.with_name(f"{parts.name}.{os.environ['RANK']}"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
