@@ -15,13 +15,14 @@ from torch.optim import Optimizer
 
 from toolkit.kernels.choice import choose_implementation
 from toolkit.kernels.rounding import round_to_bfloat16
+from toolkit.log import get_logger
 from toolkit.optim.buckets import Bucket, BucketCache
 from toolkit.prune.distributed import to_dtensor, to_local
 from toolkit.prune.groups import prunable_parameters
 from toolkit.prune.mask import flat_view, pack_bits
 from toolkit.prune.options import OPTION_NAMES, STATE_DTYPES, PruningOptions
 from toolkit.prune.packing import block_offsets, dense_state, pack, survivors_before, unpack
-from toolkit.prune.pruning import Pruning, check_same_options
+from toolkit.prune.pruning import Pruning, check_same_options, saved_states
 from toolkit.prune.schedule import Schedule
 from toolkit.prune.stores import PackedStore
 
@@ -64,10 +65,12 @@ class PackedOptimizer(Optimizer):
         self._attach(options)
         super().__init__(params, {**defaults, **options.as_dict()})
         self._number_parameters()
+        self._packing.check_prunable()
 
     def _attach(self, options: PruningOptions) -> None:
         """The parts that torch neither copies nor pickles."""
         self._buckets = BucketCache()
+        self._warned = False
         # The packing is this optimizer's own; a Pruner on its hooks, as in adamwspam-movement, takes the public name.
         self.pruning = self._packing = self.make_pruning(options)
 
@@ -158,8 +161,8 @@ class PackedOptimizer(Optimizer):
             how, packed, step = self._implementation(parameter), "offsets" in state, int(state["step"])
             if not packed and self._moment_dtype(parameter) is not torch.float32:
                 how = "reference"  # torch's fused update takes no bfloat16 moments of float32 weights
-            if how != "reference":
-                flat_view(to_local(parameter))  # refuses gaps: the kernels walk over memory
+            if how != "reference" and not self._is_dense(parameter):
+                how = "reference"
             bucket = buckets.setdefault((how, packed, step), Bucket(how, packed, step))
             bucket.sharded |= hasattr(parameter, "to_local")
             bucket.owners.append(parameter)
@@ -167,6 +170,19 @@ class PackedOptimizer(Optimizer):
             bucket.states.append(state)
             bucket.param_indices.append(self._indices.setdefault(parameter, len(self._indices) + 1))
         return buckets.values()
+
+    def _is_dense(self, parameter: Tensor) -> bool:
+        """Whether a 1-D view lists its elements, as fast code needs. Raises ValueError where it must be and is not."""
+        try:
+            flat_view(to_local(parameter))
+        except ValueError:
+            if self.schedule.enabled or self.defaults["implementation"] != "auto":
+                raise
+            if not self._warned:
+                get_logger().warning("a parameter has gaps in memory: the reference update takes it, slower")
+                self._warned = True
+            return False
+        return True
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters. Raises ValueError where the group asks for pruning options of its own."""
@@ -207,8 +223,13 @@ class PackedOptimizer(Optimizer):
         return state
 
     def _moment_dtype(self, parameter: Tensor) -> torch.dtype:
-        chosen = STATE_DTYPES[self.defaults["state_dtype"]]
-        return parameter.dtype if chosen is torch.float32 else chosen
+        chosen = self.defaults["state_dtype"]
+        return parameter.dtype if chosen is None else STATE_DTYPES[chosen]
+
+    def _compute_dtype(self, parameter: Tensor) -> torch.dtype:
+        """The parameter's, as in torch; float32 or wider where a dtype of the state was asked for."""
+        chosen = self.defaults["state_dtype"]
+        return parameter.dtype if chosen is None else torch.promote_types(parameter.dtype, torch.float32)
 
     def _implementation(self, parameter: Tensor) -> str:
         if not self.FAST:
@@ -231,22 +252,31 @@ class PackedOptimizer(Optimizer):
         grads = self.gradients(bucket, group)
         columns = (bucket.parameters, grads, bucket.states, bucket.param_indices)
         for parameter, grad, state, index in zip(*columns, strict=True):
+            # 1. In the dtype to compute in (no copies where it is the parameter's), survivors only once packed.
+            dtype = self._compute_dtype(parameter)
             kept = {key: state[key] for key in self.moment_keys(group)}
-            rounds = self._moment_dtype(parameter) != parameter.dtype
-            moments = {key: value.to(parameter.dtype) for key, value in kept.items()} if rounds else kept
-            if "offsets" in state:
-                weight, mask = flat_view(parameter), state["mask"]
+            moments = {key: value.to(dtype) for key, value in kept.items()}
+            weight, mask = parameter, state["mask"] if "offsets" in state else None
+            if mask is not None:
                 count = next(iter(moments.values())).numel()
-                survivors = pack(weight, mask, count)
-                self.update(survivors, pack(flat_view(grad), mask, count), moments, group, bucket.step)
-                weight.copy_(unpack(survivors, mask, weight.numel()))  # pruned places are 0 again
-            else:
-                self.update(parameter, grad, moments, group, bucket.step)
-            if rounds:
-                for number, (key, value) in enumerate(moments.items()):
-                    # In memory order, so that the noise does not depend on the layout's logical shape.
-                    seed = (bucket.step * 65_537 + index) * 3 + number
-                    flat_view(kept[key]).copy_(round_to_bfloat16(flat_view(value), seed))
+                weight, grad = pack(flat_view(parameter), mask, count), pack(flat_view(grad), mask, count)
+            new = weight.to(dtype)
+            # 2. The rule.
+            self.update(new, grad.to(dtype), moments, group, bucket.step)
+            # 3. Put back what is not updated in place; pruned places become 0 again.
+            if mask is not None:
+                flat_view(parameter).copy_(unpack(new, mask, parameter.numel()))
+            elif new is not parameter:
+                parameter.copy_(new)
+            for number, (key, value) in enumerate(moments.items()):
+                if value is kept[key]:
+                    continue
+                if kept[key].dtype is not torch.bfloat16:
+                    kept[key].copy_(value)
+                    continue
+                # In memory order, so that the noise does not depend on the layout's logical shape.
+                seed = (bucket.step * 65_537 + index) * 3 + number
+                flat_view(kept[key]).copy_(round_to_bfloat16(flat_view(value), seed))
 
     def state_dict(self) -> dict[str, Any]:
         """The plain optimizer's form: moments dense and shaped like the parameter, the mask as bool."""
@@ -265,6 +295,7 @@ class PackedOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the form `state_dict` gives, or the plain optimizer's, and pack again."""
         super().load_state_dict(state_dict)
+        saved = saved_states(self, state_dict)
         for group in self.param_groups:
             # What the plain optimizer does not know, and the pruning options in force here.
             known = {key: value for key, value in self.defaults.items() if key not in ("differentiable", "pruning")}
@@ -274,13 +305,13 @@ class PackedOptimizer(Optimizer):
             if state:
                 # torch's SGD counts no steps; its buffers have begun. A number is taken as torch takes it.
                 state["step"] = torch.as_tensor(state.get("step", 1.0), dtype=torch.float32)
-            self._pack_loaded(parameter, state)
+            self._pack_loaded(parameter, state, saved.get(parameter, {}))
         self._packing.note_load()
         if self._packing.after_repack is not None:
             self._packing.after_repack()
 
-    def _pack_loaded(self, parameter: Tensor, state: dict[str, Tensor]) -> None:
-        """The dense form of a parameter's state -> what is kept."""
+    def _pack_loaded(self, parameter: Tensor, state: dict[str, Tensor], saved: Mapping[str, Any]) -> None:
+        """The dense form of a parameter's state -> what is kept. Moments as `saved`, before torch cast them."""
         part = to_local(parameter)
         mask, survivors = None, 0
         if "mask" in state and self.pruning is self._packing:  # a Pruner's mask is its own
@@ -289,8 +320,9 @@ class PackedOptimizer(Optimizer):
             state["offsets"], survivors = block_offsets(mask, part.numel())
             self._packing.note_strides(parameter)
         for key in [key for key in self.MOMENTS if key in state]:
-            # In the parameter's own memory order, whatever the order it was saved in; torch has cast it.
-            dense = torch.empty_like(part, dtype=self._moment_dtype(parameter)).copy_(to_local(state[key]))
+            # In the parameter's own memory order, whatever the order it was saved in.
+            value = to_local(saved.get(key, state[key]))
+            dense = torch.empty_like(part, dtype=self._moment_dtype(parameter)).copy_(value)
             state[key] = dense if mask is None else pack(flat_view(dense), mask, survivors)
 
     def survivors(self, parameter: Tensor) -> int:

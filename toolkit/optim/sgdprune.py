@@ -33,7 +33,7 @@ class SGDPrune(PackedOptimizer):
         score: what a weight is worth; magnitude or saliency. See toolkit.prune.scores.
         scope: where weights compete: global (all layers together), layer, or erk.
         regrow: share of the survivors that make way for pruned weights with the largest gradients, decayed by a cosine.
-        state_dtype: float32, or bfloat16 with stochastic rounding.
+        state_dtype: of the moments: float32, or bfloat16 with stochastic rounding; None is the parameter's own.
         implementation: auto, reference, native (C++ on CPU) or triton (GPU).
 
     Raises ValueError on a value out of range, TypeError that lists the options for an unknown one.

@@ -18,7 +18,7 @@ from toolkit.prune.groups import prunable_parameters
 from toolkit.prune.mask import flat_view, pack_bits, zero_pruned
 from toolkit.prune.options import OPTION_NAMES, PruningOptions
 from toolkit.prune.packing import dense_state
-from toolkit.prune.pruning import Pruning
+from toolkit.prune.pruning import Pruning, saved_states
 from toolkit.prune.scores import MAGNITUDE, MOVEMENT_SCORES, movement_increment
 from toolkit.prune.stores import MaskedStore
 
@@ -119,10 +119,8 @@ class Pruner(Pruning):
         return state_dict
 
     def _note_saved_scores(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-        """Scores as they were saved: torch casts what it loads to the parameter's dtype, sums need float32."""
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
-        saved = {p: state_dict["state"].get(number, {}) for p, number in zip(parameters, numbers, strict=False)}
+        """The sums need float32, whatever the parameter's dtype."""
+        saved = saved_states(optimizer, state_dict)
         self._first = {p: {"scores": state["scores"]} for p, state in saved.items() if "scores" in state}
 
     def _masks_to_bits(self, optimizer: Optimizer) -> None:
@@ -164,6 +162,7 @@ def pruned_by_hooks(base: type[Optimizer], method: str) -> type[Optimizer]:
             # Under one key of its own in defaults: AdamWSPAM as base has a `sparsity` that must stay 0.
             self.defaults["pruning"] = {key: getattr(checked, key) for key in _OPTIONS}
             self.pruning = Pruner(self, checked)
+            self.pruning.check_prunable()
 
         def __getstate__(self) -> dict[str, Any]:
             return {**super().__getstate__(), "keeps_zeros": self.pruning.keeps_zeros}

@@ -32,7 +32,7 @@ class PruningKeywords(TypedDict, total=False):
     score: str | None
     scope: str
     regrow: float
-    state_dtype: str
+    state_dtype: str | None
     implementation: str
 
 
@@ -46,7 +46,7 @@ class PruningOptions:
     score: what a weight is worth (toolkit.prune.scores); None is the optimizer's first.
     scope: where weights compete: global, layer or erk.
     regrow: share of the survivors that make way for pruned weights with the largest gradients, decayed by a cosine.
-    state_dtype: float32, or bfloat16 with stochastic rounding.
+    state_dtype: of the moments: float32, or bfloat16 with stochastic rounding; None is the parameter's own.
     implementation: auto, reference, native or triton.
     """
 
@@ -57,13 +57,13 @@ class PruningOptions:
     score: str | None = None
     scope: str = "global"
     regrow: float = 0.0
-    state_dtype: str = "float32"
+    state_dtype: str | None = None
     implementation: str = "auto"
 
     def __post_init__(self) -> None:
         for name, valid in (("scope", SCOPES), ("state_dtype", STATE_DTYPES), ("implementation", IMPLEMENTATIONS)):
             value = getattr(self, name)
-            if value not in valid:
+            if value not in valid and not (name == "state_dtype" and value is None):
                 raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(valid)}")
         if not 0.0 <= self.regrow < 1.0:
             raise ValueError(f"regrow={self.regrow} is a share of the survivors; use 0 (off) to below 1")

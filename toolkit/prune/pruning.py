@@ -16,7 +16,7 @@ from toolkit.prune.options import OPTION_NAMES, PruningOptions
 from toolkit.prune.schedule import Schedule
 from toolkit.prune.update import Member, Store, update_masks
 
-__all__ = ["Pruning", "check_same_options"]
+__all__ = ["Pruning", "check_same_options", "saved_states"]
 
 _STEP = "prune_step"  # counted in each group: ZeRO shows one group per call of step(), a fused backward one parameter
 
@@ -57,6 +57,14 @@ class Pruning:
         """Weights that are 0 at the first step are pruned from then on: a pruned model goes on."""
         self.keeps_zeros = True
 
+    def check_prunable(self) -> None:
+        """Raise ValueError where there is nothing to prune."""
+        if self.schedule.enabled and not prunable_parameters(self.optimizer.param_groups):
+            raise ValueError(
+                f"sparsity={self.schedule.sparsity}, but no parameter is prunable; give weights of more than one "
+                "dimension, or groups marked prunable=True (toolkit.optim.param_groups makes them)"
+            )
+
     def masks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(parameter, bit mask) of every parameter that has one."""
         for parameter, state in self.optimizer.state.items():
@@ -78,6 +86,10 @@ class Pruning:
     def count_step(self) -> int:
         """Count an optimizer step in the groups shown; returns its number. Counts that a load left out are made up."""
         groups = [group for group in self.optimizer.param_groups if group["params"]]
+        if any("lookahead_k" in group for group in groups):
+            raise ValueError(
+                "Lookahead revives pruned weights, its slow weights know no mask; use the optimizer without lookahead_"
+            )
         known = max((group[_STEP] for group in groups if _STEP in group), default=None)
         for group in groups:
             if _STEP not in group:  # the state of a plain optimizer, or a group that was added
@@ -154,6 +166,14 @@ class Pruning:
     def note_strides(self, parameter: Tensor) -> None:
         """This parameter's mask was made anew, in its memory order of now."""
         self._strides[parameter] = to_local(parameter).stride()
+
+
+def saved_states(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> dict[Tensor, Mapping[str, Any]]:
+    """Each parameter's state as it was saved; torch casts what it loads to the parameter's dtype."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+    states = state_dict["state"]
+    return {parameter: states.get(number, {}) for parameter, number in zip(parameters, numbers, strict=False)}
 
 
 def check_same_options(group: Mapping[str, Any], options: PruningOptions) -> None:
