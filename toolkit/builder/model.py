@@ -1,6 +1,7 @@
 """The model, its loss, and which of its weights may be pruned."""
 
 import difflib
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ def create_model(config: Config, num_classes: int) -> nn.Module:
     if config.initial_checkpoint:  # after the input size, on which position embeddings depend
         try:
             _load_weights(model, Path(config.initial_checkpoint))
-        except (RuntimeError, KeyError) as error:
+        except (RuntimeError, KeyError, pickle.UnpicklingError) as error:  # the last: it holds code
             reason = str(error).splitlines()[0]
             raise ValueError(
                 f"--initial-checkpoint {config.initial_checkpoint} does not fit {config.model}: {reason}"

@@ -201,7 +201,7 @@ NEGATIVE = b"\xff" * 10 + b"\xfe\x00"  # -512: tarfile would read the same heade
 
 
 @pytest.mark.parametrize("size", [TERABYTES, NEGATIVE])
-@pytest.mark.parametrize("first", ["a.jpg", "a.cls", "a.txt", "type:L", "type:x", "type:g", "type:S"])
+@pytest.mark.parametrize("first", ["a.jpg", "a.cls", "a.txt", "type:L", "type:x", "type:g", "type:S", "type:Z"])
 @pytest.mark.parametrize("checksums", [True, False])
 def test_a_tar_header_that_claims_terabytes_is_an_error(tmp_path, first, size, checksums):
     tar_of(tmp_path / "x.tar", (first, b"1"), ("a.jpg", b"1"), ("a.cls", b"1"), raw_size=size)
