@@ -1,13 +1,17 @@
 """Files that are whole or not there, where the toolkit keeps what it can make again, and how processes take turns."""
 
 import contextlib
+import csv
 import fcntl
+import io
+import json
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-__all__ = ["cache_folder", "locked", "replacing", "sync_to_disk", "write_atomically"]
+__all__ = ["cache_folder", "csv_text", "locked", "replacing", "sync_to_disk", "write_atomically", "write_json"]
 
 
 def cache_folder() -> Path:
@@ -52,6 +56,20 @@ def write_atomically(path: Path, content: str | bytes, sync: bool = False) -> No
     """Write a whole file, so that a reader finds the old content or the new. Makes the folder; see `replacing`."""
     with replacing(path, sync) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def write_json(path: Path, content: Any, indent: int | None = None) -> None:
+    """Write a JSON file whole or not at all."""
+    write_atomically(path, json.dumps(content, indent=indent) + "\n")
+
+
+def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
+    """A table as CSV, its header first."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns)
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def sync_to_disk(path: Path) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from toolkit.files import cache_folder, locked
+from toolkit.files import cache_folder, locked, write_atomically
 from toolkit.log import get_logger
 
 __all__ = [
@@ -114,11 +114,8 @@ class ShardIndex:
         if not self.has_checksums:
             facts |= {"has_checksums": False, "modified_ns": self.modified_ns}
         shards = json.dumps(facts)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # ranks may scan at once
         content = save(arrays, metadata={"shards": shards})
-        temporary.write_bytes(content)
-        temporary.replace(path)
+        write_atomically(path, content)
         return hashlib.sha256(content).hexdigest()
 
 
