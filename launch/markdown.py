@@ -5,8 +5,6 @@ from typing import Any
 
 from toolkit.files import write_atomically, write_json
 
-__all__ = ["write_result"]
-
 
 def write_result(folder: Path, name: str, result: dict[str, Any], text: str) -> None:
     """Write `<name>.json` and `<name>.md`; the folder is made."""

@@ -5,8 +5,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["ROOT", "accelerate_launch", "environment", "installed"]
-
 ROOT = Path(__file__).parents[1]
 
 

@@ -5,9 +5,9 @@ on the number of processes nor on what was there before: a killed build that is 
 """
 
 import hashlib
+import itertools
 import json
 import multiprocessing
-import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
@@ -20,11 +20,11 @@ import numpy as np
 from shards.clean import Cleaning, clean_jpeg
 from shards.sources import Catalogue, SourceImage
 from shards.writer import Sample, index_split, write_info, write_shard
+from toolkit.command import say
 from toolkit.data.decode import BadImageError
 from toolkit.data.index import INFO_NAME, scan_shards
+from toolkit.files import write_json
 from toolkit.progress import Progress
-
-__all__ = ["BuildSettings", "build"]
 
 _PLAN_NAME = "_build.json"  # there while a build is unfinished: what it was asked for
 
@@ -110,31 +110,24 @@ def _write(shard: _Shard, cleaning: Cleaning, leave_out_bad: bool) -> list[str]:
 
 def _write_missing(shards: Sequence[_Shard], settings: BuildSettings, workers: int) -> list[str]:
     """Write the shards that are not there yet; returns what was left out."""
-    done = [shard for shard in shards if shard.path.is_file()]
-    missing = [shard for shard in shards if not shard.path.is_file()]
-    progress = Progress(sum(len(shard.rows) for shard in shards), "images", settings.name)
-    progress.skip(sum(len(shard.rows) for shard in done))
     bad: list[str] = []
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork")) as pool:
-        waiting: dict[Future[list[str]], _Shard] = {}
-        todo = iter(missing)
+    waiting: dict[Future[list[str]], _Shard] = {}
+    todo = iter([shard for shard in shards if not shard.path.is_file()])
+    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork"))
+    with Progress(sum(len(shard.rows) for shard in shards), "images", settings.name) as progress, pool:
+        progress.skip(sum(len(shard.rows) for shard in shards if shard.path.is_file()))
         try:
             while True:
-                for shard in todo:  # no more at once than keeps the processes busy
+                for shard in itertools.islice(todo, 2 * workers - len(waiting)):  # no more than keeps them busy
                     waiting[pool.submit(_write, shard, settings.cleaning, settings.partial)] = shard
-                    if len(waiting) >= 2 * workers:
-                        break
                 if not waiting:
-                    break
+                    return bad
                 for future in wait(waiting, return_when=FIRST_COMPLETED).done:
                     bad += future.result()
                     progress.advance(len(waiting.pop(future).rows))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-        finally:
-            progress.close()
-    return bad
 
 
 def _index(out: Path, shards: Sequence[_Shard], split: str, workers: int) -> dict[str, Any]:
@@ -159,13 +152,14 @@ def build(out: Path, catalogue: Catalogue, settings: BuildSettings, workers: int
                 raise ValueError(f"{out} holds another data set or build ({name}); use another --out, or delete it")
             if name == INFO_NAME:
                 return dict(there)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / _PLAN_NAME).write_text(json.dumps({"build_fingerprint": fingerprint, **asdict(settings)}, indent=1) + "\n")
+    write_json(out / _PLAN_NAME, {"build_fingerprint": fingerprint, **asdict(settings)}, indent=1)
+    for stray in out.glob("*.tmp"):  # of a build that was killed
+        stray.unlink()
     left_out = _write_missing(shards, settings, workers)
     splits = {split: _index(out, shards, split, workers) for split in catalogue.splits}
     for split, images in catalogue.splits.items():
         splits[split]["left_out"] = len(images) - splits[split]["num_samples"]  # also by a run that was stopped
-    (out / "classes.json").write_text(json.dumps(catalogue.classes, indent=0) + "\n")
+    write_json(out / "classes.json", catalogue.classes, indent=0)
     write_info(
         out,
         settings.name,
@@ -179,5 +173,5 @@ def build(out: Path, catalogue: Catalogue, settings: BuildSettings, workers: int
     )
     (out / _PLAN_NAME).unlink()
     for reason in left_out:
-        print(f"left out: {reason}", file=sys.stderr)  # noqa: T201
+        say(f"left out: {reason}")
     return dict(json.loads((out / INFO_NAME).read_text()))

@@ -14,8 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Catalogue", "SourceImage", "from_archives", "from_image_folder", "from_shards"]
-
 _IMAGE = re.compile(r"\.(jpe?g|png|webp)$", re.IGNORECASE)
 _VALIDATION_FOLDERS = ("validation", "val")
 

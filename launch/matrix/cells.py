@@ -21,8 +21,6 @@ from launch.matrix import menu
 from launch.start import accelerate_launch
 from toolkit.config import Config, parse
 
-__all__ = ["Cell", "Matrix", "add_selection", "load_matrix", "selected"]
-
 _NEEDED = ("name", "recipe", "seeds", "cells")
 _KEYS = (*_NEEDED, "accelerate_config", "ranks", "settings", "per_opt", "jobs")
 # Settings of a cell that its short name shows already; the others follow by name.

@@ -8,8 +8,6 @@ from pathlib import Path
 from launch.matrix.menu import DEFCONFIGS, defconfig_names, load, open_menu
 from toolkit.command import one_line_errors, say
 
-__all__ = ["main"]
-
 
 def _menuconfig(config: Path) -> int:
     if not sys.stdin.isatty() or os.environ.get("TERM", "dumb") == "dumb":

@@ -6,8 +6,6 @@ from typing import Any
 
 from launch.start import ROOT
 
-__all__ = ["DEFCONFIGS", "arguments", "defconfig_names", "is_kconfig", "load", "open_menu", "to_matrix"]
-
 DEFCONFIGS = ROOT / "launch" / "defconfigs"
 _SPARSITIES = (50, 70, 90, 95, 99)
 _OPTIMIZERS = ("momentum", "adam", "adamw", "adamwadv", "adamwspam", "adamwprune", "sgdprune")  # order of the runs

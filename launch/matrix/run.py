@@ -19,8 +19,6 @@ from toolkit.files import write_json
 from toolkit.process import die_with_parent
 from toolkit.progress import Progress
 
-__all__ = ["failed_cells", "run_matrix"]
-
 _POLL_S = 2.0
 _STOP_S = 60.0
 
@@ -68,47 +66,48 @@ class _Job:
             self.seen = epochs
         return ended
 
-    def stop(self, deadline: float) -> None:
-        """Wait for the end after SIGINT, then put an end to it."""
-        try:
-            self.process.wait(max(0.0, deadline - time.monotonic()))
-        except (subprocess.TimeoutExpired, KeyboardInterrupt):
-            self.process.kill()  # the ranks die with it
-
 
 def run_matrix(matrix: Matrix, cells: Sequence[Cell], runs: Path, jobs: int = 1) -> list[str]:
     """Run the cells that are not complete, `jobs` at a time. Returns the names of those that failed.
 
     They are also in runs/failed.json, each with its exit status and log.
     """
-    progress = Progress(sum(cell.config.epochs for cell in cells), "epochs", matrix.name)
-    waiting = [cell for cell in cells if not is_complete(runs / cell.name)]
-    for cell in cells:
-        if cell not in waiting:
-            progress.skip(cell.config.epochs, f"{cell.name} was complete")
-    failed, running = [], list[_Job]()
-    try:
-        while waiting or running:
-            while waiting and len(running) < jobs:
-                cell = waiting.pop(0)
-                label = f"cell {len(cells) - len(waiting)}/{len(cells)} {cell.name}"
-                running.append(_Job(matrix, cell, runs, label, jobs))
-                progress.skip(running[-1].seen)
-            time.sleep(_POLL_S)
-            for job in [job for job in running if job.report(progress)]:
-                running.remove(job)
-                if not _record(runs, job):
-                    failed.append(job.cell.name)
-    except KeyboardInterrupt:
-        say(f"stopping {', '.join(job.cell.name for job in running)}: checkpoints are saved, the same command goes on")
-        for job in running:
-            os.killpg(job.process.pid, signal.SIGINT)  # one rank: its launcher passes nothing on
-        deadline = time.monotonic() + _STOP_S
-        for job in running:
-            job.stop(deadline)
-        raise
-    progress.close()
+    failed, running, waiting = [], list[_Job](), list[Cell]()
+    with Progress(sum(cell.config.epochs for cell in cells), "epochs", matrix.name) as progress:
+        for cell in cells:
+            if is_complete(runs / cell.name):
+                progress.skip(cell.config.epochs, f"{cell.name} was complete")
+            else:
+                waiting.append(cell)
+        try:
+            while waiting or running:
+                while waiting and len(running) < jobs:
+                    cell = waiting.pop(0)
+                    label = f"cell {len(cells) - len(waiting)}/{len(cells)} {cell.name}"
+                    running.append(_Job(matrix, cell, runs, label, jobs))
+                    progress.skip(running[-1].seen)
+                time.sleep(_POLL_S)
+                for job in [job for job in running if job.report(progress)]:
+                    running.remove(job)
+                    if not _record(runs, job):
+                        failed.append(job.cell.name)
+        except KeyboardInterrupt:
+            _stop(running)
+            raise
     return failed
+
+
+def _stop(jobs: Sequence[_Job]) -> None:
+    """End what runs; the checkpoints let the same command go on."""
+    say(f"stopping {', '.join(job.cell.name for job in jobs)}: checkpoints are saved, the same command goes on")
+    for job in jobs:
+        os.killpg(job.process.pid, signal.SIGINT)  # one rank: its launcher passes nothing on
+    deadline = time.monotonic() + _STOP_S
+    for job in jobs:
+        try:
+            job.process.wait(max(0.0, deadline - time.monotonic()))
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):
+            job.process.kill()  # the ranks die with it
 
 
 def failed_cells(runs: Path) -> dict[str, Any]:

@@ -5,8 +5,6 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-__all__ = ["to_html"]
-
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b1b1b; --paper: #fff; --rule: #c8c8c8; --band: #f3f3f3; --link: #0645ad; }
 @media (prefers-color-scheme: dark) {

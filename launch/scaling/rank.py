@@ -27,8 +27,6 @@ from toolkit.engine.run import Run
 from toolkit.engine.stops import StopRequest
 from toolkit.log import start_logging
 
-__all__ = ["main", "measure_loops"]
-
 
 class BareLoop:
     """What one would write by hand with torch alone: model in DDP, optimizer, loss and batches, and nothing else.
