@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     """Parse the flags and write the report, or the run folders."""
     parser = argparse.ArgumentParser(prog="python -m launch.report", description=__doc__)
     parser.add_argument("runs", type=Path, help="folder of run folders, for example runs/demo, or a runs.jsonl.gz")
-    parser.add_argument("--out", type=Path, help="folder of the report, for example results/demo")
+    parser.add_argument("--out", type=Path, help="folder of the report, or a file FILE.md for its tables alone")
     parser.add_argument(
         "--brief", action="store_true", help="only report.md, its pictures, summary.json, runs.jsonl.gz"
     )
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         if options.out:
             write_report(runs, options.out, options.runs, brief=options.brief)
             print(printed_table(group_by_method(runs)))  # noqa: T201
-            say(f"\n{options.out / 'report.md'}")
+            say(f"\n{options.out if options.out.suffix == '.md' else options.out / 'report.md'}")
     return 0
 
 

@@ -22,13 +22,19 @@ _SYNTHETIC = "> **SYNTHETIC images**: accuracy says nothing about photographs."
 
 
 def write_report(runs: Sequence[CellRun], out: Path, source: Path, *, brief: bool = False) -> None:
-    """Write the report of `runs` into `out`; `brief`: only report.md, its pictures, summary.json and the runs."""
+    """Write the report of `runs` into the folder `out`, or its tables into a file `out` that ends in .md.
+
+    `brief`: only report.md, its pictures, summary.json and the runs.
+    """
     from launch.report.pictures import draw_all
 
+    groups, made_by = group_by_method(runs), _made_by(runs, source, out, brief)
+    if out.suffix == ".md":
+        write_atomically(out, "\n".join([*_markdown(runs, groups, [], out), made_by]) + "\n")
+        return
     out.mkdir(parents=True, exist_ok=True)
-    groups = group_by_method(runs)
     pictures = draw_all(groups, out)
-    text = "\n".join([*_markdown(runs, groups, pictures, out), _made_by(runs, source, out, brief)]) + "\n"
+    text = "\n".join([*_markdown(runs, groups, pictures, out), *_kept(out), made_by]) + "\n"
     write_atomically(out / "report.md", text)
     write_json(out / "summary.json", summary(runs, groups), indent=1)
     write_runs(runs, out / RUNS_FILE)
@@ -50,7 +56,7 @@ def _markdown(runs: Sequence[CellRun], groups: Groups, pictures: Sequence[tuple[
     shared = environment(runs)
     on_cpu = any(run.metrics["device_type"] == "cpu" for run in runs)
     return [
-        f"# {out.name}: {_said(shared['model'])} on {_said(shared['dataset'])}",
+        f"# {out.name.removesuffix('.md')}: {_said(shared['model'])} on {_said(shared['dataset'])}",
         "",
         *([_ON_CPU] if on_cpu else []),
         *(["", _SYNTHETIC] if shared["dataset_synthetic"] else []),
@@ -63,7 +69,7 @@ def _markdown(runs: Sequence[CellRun], groups: Groups, pictures: Sequence[tuple[
         *_speed_section(groups),
         *memory_section(groups),
         *[line for name, caption in pictures for line in (f"![{caption}]({name})", "", f"*{caption}*", "")],
-        *_settings_section(groups, out),
+        *_settings_section(groups),
     ]
 
 
@@ -116,7 +122,7 @@ def _speed_section(groups: Groups) -> list[str]:
     ]
 
 
-def _settings_section(groups: Groups, out: Path) -> list[str]:
+def _settings_section(groups: Groups) -> list[str]:
     rows = [
         [
             name,
@@ -134,10 +140,12 @@ def _settings_section(groups: Groups, out: Path) -> list[str]:
         "",
         *table(["method", "lr", "weight decay", "global batch", "epochs", "schedule", "run"], rows),
         "",
-        f"Every run's settings, metrics and memory are in {RUNS_FILE}; `python -m launch.report {out / RUNS_FILE} "
-        "--unpack FOLDER` makes folders of it again.",
-        "",
     ]
+
+
+def _kept(out: Path) -> list[str]:
+    unpack_again = f"`python -m launch.report {out / RUNS_FILE} --unpack FOLDER` makes folders of it again."
+    return [f"Every run's settings, metrics and memory are in {RUNS_FILE}; {unpack_again}", ""]
 
 
 def printed_table(groups: Groups) -> str:
