@@ -19,7 +19,7 @@ import numpy as np
 
 from shards.clean import Cleaning, clean_jpeg
 from shards.sources import Catalogue, SourceImage
-from shards.writer import Sample, index_split, write_info, write_shard
+from shards.writer import Sample, index_split, shard_parts, write_info, write_shard
 from toolkit.command import say
 from toolkit.data.decode import BadImageError
 from toolkit.data.index import INFO_NAME, scan_shards
@@ -63,16 +63,11 @@ def _plan(out: Path, catalogue: Catalogue, settings: BuildSettings) -> list[_Sha
     shards = []
     for number, (split, images) in enumerate(catalogue.splits.items()):
         count = settings.train_shards if split == "train" else settings.validation_shards
-        if not 1 <= count <= len(images):
-            raise ValueError(
-                f"{count} {split} shards for {len(images)} images; use --{split}-shards between 1 and {len(images)}"
-            )
         order = np.random.default_rng((settings.seed, number)).permutation(len(images)).tolist()
         taken: set[str] = set()
         rows = [(_key(images[place], taken), images[place]) for place in order]
-        for shard in range(count):
-            part = rows[shard * len(rows) // count : (shard + 1) * len(rows) // count]
-            shards.append(_Shard(split, out / f"{settings.name}-{split}-{shard:04d}.tar", tuple(part)))
+        for name, part in shard_parts(settings.name, split, rows, count).items():
+            shards.append(_Shard(split, out / name, tuple(part)))
     return shards
 
 

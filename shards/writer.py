@@ -8,11 +8,13 @@ import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from toolkit.data.index import INFO_NAME, ShardIndex, index_path, scan_shards
 from toolkit.files import replacing, write_json
 from toolkit.progress import Progress
+
+Row = TypeVar("Row")
 
 
 @dataclass(frozen=True)
@@ -62,13 +64,18 @@ def write_split(
 
     Returns the split's entry for `_info.json`. Raises ValueError for fewer samples than shards.
     """
-    if not 1 <= num_shards <= len(samples):
-        raise ValueError(f"{num_shards} shards for {len(samples)} {split} images; use between 1 and {len(samples)}")
-    names = [f"{prefix}-{split}-{number:04d}.tar" for number in range(num_shards)]
-    for number, name in enumerate(names):
-        part = samples[number * len(samples) // num_shards : (number + 1) * len(samples) // num_shards]
+    parts = shard_parts(prefix, split, samples, num_shards)
+    for name, part in parts.items():
         write_shard(folder / name, part, on_sample)
-    return index_split(folder, split, scan_shards(folder, names, checksums=True))
+    return index_split(folder, split, scan_shards(folder, list(parts), checksums=True))
+
+
+def shard_parts(prefix: str, split: str, rows: Sequence[Row], num_shards: int) -> dict[str, Sequence[Row]]:
+    """File name -> its part of the rows, in order and of nearly equal length. Raises ValueError for too many shards."""
+    if not 1 <= num_shards <= len(rows):
+        raise ValueError(f"{num_shards} shards for {len(rows)} {split} images; use between 1 and {len(rows)}")
+    cuts = [number * len(rows) // num_shards for number in range(num_shards + 1)]
+    return {f"{prefix}-{split}-{n:04d}.tar": rows[cuts[n] : cuts[n + 1]] for n in range(num_shards)}
 
 
 def index_split(folder: Path, split: str, index: ShardIndex) -> dict[str, Any]:

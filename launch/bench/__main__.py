@@ -9,11 +9,19 @@ from pathlib import Path
 from launch.markdown import write_result
 from toolkit.command import spelled
 
+# What is measured, by a function bench_<what> of launch.bench.<what>, and the flags it is given.
+_NEEDS = {
+    "optim": ("model", "rounds"),
+    "equivalence": ("model", "steps"),
+    "data": ("rounds",),
+    "memory": ("model", "batch_size"),
+}
+
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the flags and measure."""
     parser = argparse.ArgumentParser(prog="python -m launch.bench", description=__doc__)
-    parser.add_argument("what", choices=("optim", "equivalence", "data", "memory"), help="what to measure")
+    parser.add_argument("what", choices=tuple(_NEEDS), help="what to measure")
     parser.add_argument("--model", default="resnet50", help="timm model whose shapes are used (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=15, help="of optim and data, default %(default)s")
     parser.add_argument("--steps", type=int, default=200, help="of equivalence, default %(default)s")
@@ -22,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder for the .json and .md files, for example results/bench")
     options = parser.parse_args(argv)
     bench = importlib.import_module(f"launch.bench.{options.what}")
-    result = bench.measure(options)
+    result = getattr(bench, f"bench_{options.what}")(*(getattr(options, name) for name in _NEEDS[options.what]))
     text = bench.to_markdown(result, spelled("launch.bench", argv))
     if options.out:
         name = f"{options.what}-{options.model}" if options.what == "equivalence" else options.what

@@ -5,7 +5,6 @@ All methods take turns on small pieces of the same images in one process; figure
 over the rounds, and medians of the ratios within a round. Limits are this project's own bars.
 """
 
-import argparse
 import statistics
 import tempfile
 from collections.abc import Sequence
@@ -96,11 +95,6 @@ def bench_data(rounds: int, num_images: int = 200) -> dict[str, Any]:
         **result,
         "bars": _bars(result),
     }
-
-
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """For the command's flags."""
-    return bench_data(options.rounds)
 
 
 def _bars(result: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -5,7 +5,6 @@ the masks taken from the reference path, where only rounding may differ; once wi
 may be kept by one and pruned by the other only if its score lies at the threshold, which is counted.
 """
 
-import argparse
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -143,11 +142,6 @@ def bench_equivalence(model: str, steps: int) -> dict[str, Any]:
         "prunable_weights": sum(shape.numel() for shape in shapes if len(shape) > 1 and shape[0] > 1),
         "optimizers": {kind.__name__: _compare(kind, shapes, steps) for kind in (AdamWPrune, SGDPrune)},
     }
-
-
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """For the command's flags."""
-    return bench_equivalence(options.model, options.steps)
 
 
 def to_markdown(result: dict[str, Any], command: str) -> str:

@@ -3,7 +3,6 @@
 Bytes of tensors are the same on any device, so this runs on CPU; what only a GPU's allocator has stays empty there.
 """
 
-import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -113,7 +112,7 @@ def _train_until_buckets_stand(step: Callable[[int], None], owners: Callable[[],
     return tracker
 
 
-def bench_memory(model_name: str, batch_size: int, size: int) -> dict[str, Any]:
+def bench_memory(model_name: str, batch_size: int, size: int = 224) -> dict[str, Any]:
     """Probe every case once. Byte counts do not vary, so there are no rounds."""
     if not dist.is_initialized():  # one rank has the buckets that many have
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -136,11 +135,6 @@ def bench_memory(model_name: str, batch_size: int, size: int) -> dict[str, Any]:
         "savings": savings,
         "cache_released_bytes": None,  # the allocator's, after the last mask update: needs a GPU
     }
-
-
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """For the command's flags."""
-    return bench_memory(options.model, options.batch_size, 224)
 
 
 def _cells(entry: dict[str, Any], where: str) -> list[str]:

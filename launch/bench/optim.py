@@ -5,7 +5,6 @@ steps every candidate once; the figures are medians over the rounds and medians 
 SGD) of the same round. Limits are this project's own bars; a row without one is shown for orientation.
 """
 
-import argparse
 import contextlib
 import importlib.util
 import statistics
@@ -232,11 +231,6 @@ def _row(row: Candidate, times: dict[str, list[float]], count: int) -> dict[str,
         "other_state_bytes_per_prunable_weight": row.other_bytes / count,
         "transient_bytes": row.transient_bytes,
     }
-
-
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """For the command's flags."""
-    return bench_optim(options.model, options.rounds)
 
 
 def to_markdown(result: dict[str, Any], command: str) -> str:
