@@ -180,3 +180,21 @@ def test_a_browser_shows_it_on_a_phone(report, tmp_path):
         colours = shot.convert("L").getcolors()
     assert colours is not None
     assert len(colours) > 20  # text and not an empty page
+
+
+def test_a_file_takes_the_tables_alone(runs, tmp_path):
+    out = tmp_path / "rounds" / "tuning.md"
+    assert main([str(runs), "--out", str(out)]) == 0
+    assert [path.name for path in out.parent.iterdir()] == ["tuning.md"]
+    text = out.read_text()
+    assert text.startswith("# tuning: resnet18 on digits")
+    assert "## Ranking" in text
+    assert "![" not in text
+
+
+def test_a_brief_report_keeps_its_runs_too(runs, tmp_path):
+    assert main([str(runs), "--out", str(tmp_path / "brief"), "--brief"]) == 0
+    names = {path.name for path in (tmp_path / "brief").iterdir() if path.suffix != ".png"}
+    assert names == {"report.md", "summary.json", "runs.jsonl.gz"}
+    again = read_runs(tmp_path / "brief" / "runs.jsonl.gz")[0]
+    assert [run.metrics for run in again] == [run.metrics for run in read_runs(runs)[0]]
