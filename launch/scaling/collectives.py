@@ -18,8 +18,6 @@ from toolkit.engine.run import Run
 from toolkit.engine.scalars import NUM_MEMORY_COLUMNS
 from toolkit.engine.step import train_step
 
-__all__ = ["WHAT", "Traffic", "count_of_run", "formulas", "traffic_of", "wire_bytes"]
-
 WHAT = ("gradients", "weights", "buffers", "control", "mask update")
 _ITEMSIZE = {"float": 4, "double": 8, "long int": 8, "int": 4, "unsigned char": 1}
 _BACKENDS = ("gloo:", "nccl:")

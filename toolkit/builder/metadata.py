@@ -13,6 +13,7 @@ from toolkit.builder.data import DataSet, shuffle_window
 from toolkit.config import Config
 from toolkit.dist import World
 from toolkit.engine.run import Plan
+from toolkit.files import write_atomically
 from toolkit.prune.schedule import Schedule
 
 __all__ = ["cpu_name", "describe", "run_facts", "write_args"]
@@ -64,9 +65,7 @@ def write_args(folder: Path, config: Config) -> None:
     settings = config.to_dict()
     if config.global_batch_size is not None:
         del settings["batch_size"]  # either sets the batch; a recipe may hold one
-    temporary = folder / "args.yaml.tmp"
-    temporary.write_text(yaml.safe_dump(settings, sort_keys=False))
-    temporary.replace(folder / "args.yaml")
+    write_atomically(folder / "args.yaml", yaml.safe_dump(settings, sort_keys=False))
 
 
 def describe(facts: dict[str, Any], lr: float, folder: Path, model: nn.Module, prunable: set[str]) -> str:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from toolkit.dist import World
+from toolkit.markdown import MIB
 
 __all__ = ["MIB", "NUM_MEMORY_COLUMNS", "SCALARS", "Scalars", "memory_columns", "memory_scalars"]
 
-MIB = 2**20
 # Scalars over all ranks, and the reading each is made of. The tag without a suffix is the highest of the ranks.
 _MEMORY = {
     "memory/ledger_total(MiB)": "ledger",

@@ -6,7 +6,6 @@ the primary figure. It is exact on any device; host RSS is shown beside it and i
 
 import csv
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,9 +15,10 @@ from typing import Any
 import torch
 
 from toolkit.dist import World
+from toolkit.files import csv_text, write_atomically, write_json
 from toolkit.memory.ledger import optimizer_bytes
 from toolkit.memory.markdown import to_markdown
-from toolkit.memory.recorder import RANKS_FOLDER, TIMELINE_COLUMNS, MemoryLog, replace_json
+from toolkit.memory.recorder import RANKS_FOLDER, TIMELINE_COLUMNS, MemoryLog
 from toolkit.memory.reduce import phase_ledgers, reduce_ranks
 
 __all__ = ["SCHEMA", "merge_ranks", "write_report", "write_report_of_survivors"]
@@ -71,15 +71,9 @@ def write_report_of_survivors(
 
 
 def _write(report: dict[str, Any], folder: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    replace_json(folder / "memory.json", report, indent=1)
-    table, text = folder / f"memory_timeline.csv.tmp{os.getpid()}", folder / f"memory.md.tmp{os.getpid()}"
-    with open(table, "w", newline="") as file:
-        writer = csv.DictWriter(file, TIMELINE_COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-    table.replace(folder / "memory_timeline.csv")
-    text.write_text(to_markdown(report))
-    text.replace(folder / "memory.md")
+    write_json(folder / "memory.json", report, indent=1)
+    write_atomically(folder / "memory_timeline.csv", csv_text(TIMELINE_COLUMNS, rows))
+    write_atomically(folder / "memory.md", to_markdown(report))
 
 
 def merge_ranks(

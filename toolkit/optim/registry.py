@@ -4,6 +4,7 @@ Names use hyphens: timm splits on `_` and silently drops what stands before it.
 """
 
 import dataclasses
+import functools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,6 +50,16 @@ class OptimizerSpec:
     def counts_steps(self) -> bool:
         """Whether each parameter has a step counter in its state."""
         return self.method == "state" or "exp_avg" in self.moments
+
+    @property
+    def family(self) -> str:
+        """Whose update rule it is at heart: SGD or Adam."""
+        return "SGD" if self.base in ("sgd", "momentum") else "Adam"
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is one of the optimizers made for pruning by state, under its own name: adamwprune, sgdprune."""
+        return self.method == "state" and "-" not in self.name
 
 
 def _state_spec(base: str, opt_class: Any, what: str, moments: tuple[str, ...], **rest: Any) -> OptimizerSpec:
@@ -107,7 +118,8 @@ def _base_specs() -> list[OptimizerSpec]:
     ]
 
 
-def specs() -> list[OptimizerSpec]:
+@functools.cache
+def specs() -> tuple[OptimizerSpec, ...]:
     """Every name of ours, and the four of timm's they build on, bases first."""
     bases = _base_specs()
     state = [
@@ -149,7 +161,7 @@ def specs() -> list[OptimizerSpec]:
         for base in bases
         for method in HOOK_METHODS
     ]
-    return [*bases, *state, *hooked]
+    return (*bases, *state, *hooked)
 
 
 def register_all() -> None:
