@@ -69,11 +69,14 @@ def measure_memory(
     import timm
     import torch
 
+    from toolkit.builder.predict import Prediction
+    from toolkit.config import Config
     from toolkit.memory.allocator import read_device, reset_peaks
-    from toolkit.memory.predict import Prediction, Question
+    from toolkit.optim.registry import find_spec
 
-    prediction = Prediction(Question(model_name, opt, sparsity=0.7, amp=amp, img_size=size), lambda text: None)
-    final = 0.7 if prediction.method != "none" else None
+    spec = find_spec(opt)
+    sparsity = None if spec is None or spec.method == "none" else 0.7
+    prediction = Prediction(Config(model=model_name, opt=opt, sparsity=sparsity, amp=amp, img_size=size))
     row: dict[str, Any] = {
         "model": model_name,
         "opt": opt,
@@ -110,10 +113,7 @@ def measure_memory(
                 row["reserved_peak_bytes"] = reading["reserved_peak_bytes"]
     except torch.OutOfMemoryError as error:
         row["error"] = str(error).splitlines()[0]
-    row["predicted_ledger"] = {
-        "dense": prediction.ledger(batch_size, None),
-        "final": prediction.ledger(batch_size, final),
-    }
+    row["predicted_ledger"] = prediction.ledgers(batch_size)
     return row
 
 

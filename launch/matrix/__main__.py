@@ -19,7 +19,7 @@ from typing import Any
 
 from launch.matrix.cells import Cell, Matrix, add_selection, selected
 from launch.report.runs import COMMAND_FILE
-from toolkit.config import check_same_settings
+from toolkit.builder.resume import check_same_settings
 from toolkit.engine.history import is_complete
 from toolkit.process import die_with_parent
 from toolkit.progress import Progress

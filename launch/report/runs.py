@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from toolkit.config import FREE_ON_RESUME
+from toolkit.builder.resume import FREE_ON_RESUME
 from toolkit.engine.history import is_complete
 
 __all__ = ["COMMAND_FILE", "CellRun", "read_runs"]

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from launch.scaling.report import draw, model_to_markdown, to_markdown
-from toolkit.config import check_same_settings, parse
+from toolkit.builder.resume import check_same_settings
+from toolkit.config import parse
 from toolkit.engine.history import is_complete
 from toolkit.progress import Progress
 

@@ -9,7 +9,6 @@ keeps its index as a pickle, which can.)
 import contextlib
 import io
 import json
-import os
 import re
 import shutil
 import warnings
@@ -24,7 +23,9 @@ from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from toolkit.dist import World
+from toolkit.files import sync_to_disk, write_atomically
 from toolkit.log import get_logger
+from toolkit.memory.ledger import storage_key
 
 __all__ = [
     "CheckpointStore",
@@ -143,9 +144,9 @@ def _write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     apart = {}
     for key, tensor in tensors.items():  # safetensors takes contiguous tensors that share no memory
         tensor = tensor.contiguous()
-        storage = tensor.untyped_storage()
-        apart[key] = tensor.clone() if storage._cdata in seen or storage.nbytes() != tensor.nbytes else tensor
-        seen.add(storage._cdata)
+        shares = storage_key(tensor) in seen or tensor.untyped_storage().nbytes() != tensor.nbytes
+        apart[key] = tensor.clone() if shares else tensor
+        seen.add(storage_key(tensor))
     with _quiet():
         dcp.save(apart, storage_writer=HuggingFaceStorageWriter(str(folder)), no_dist=True)
 
@@ -186,8 +187,9 @@ class CheckpointStore:
             try:
                 final = self._write(state, tensors or {}, step, facts)
                 if best:
-                    self._write_best(final.name, metric)
-                _sync(self._folder)
+                    content = {"checkpoint": final.name, "metric": metric}
+                    write_atomically(self._folder / _BEST, json.dumps(content) + "\n")
+                sync_to_disk(self._folder)
                 self._prune()
             except (OSError, dcp.api.CheckpointException) as error:
                 refusal, written = _refusal_of_the_disk(error), False
@@ -215,16 +217,11 @@ class CheckpointStore:
         sums = {str(path.relative_to(temporary)): _checksum(path) for path in files}
         (temporary / _COMPLETE).write_text(json.dumps({**facts, "files": sums}) + "\n")
         for path in (*files, temporary / _COMPLETE, *(p for p in (temporary / _TENSORS,) if p.is_dir()), temporary):
-            _sync(path)
+            sync_to_disk(path)
         if final.exists():  # out of the way whole: a half-removed folder must not look complete
             final.rename(self._folder / f"tmp-old-{step:08d}")
         temporary.rename(final)
         return final
-
-    def _write_best(self, name: str, metric: float | None) -> None:
-        temporary = self._folder / (_BEST + ".tmp")
-        temporary.write_text(json.dumps({"checkpoint": name, "metric": metric}) + "\n")
-        temporary.replace(self._folder / _BEST)
 
     def _prune(self) -> None:
         best = self._folder / _BEST
@@ -243,11 +240,3 @@ def _refusal_of_the_disk(error: BaseException) -> OSError:
     if isinstance(inner, OSError):
         return inner
     raise inner
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -5,14 +5,34 @@ parameter at a time; where its masks change, which takes all gradients or scores
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from toolkit.engine.engines.ddp import DdpEngine
 from toolkit.memory.probe import StepProbe
 
-__all__ = ["FusedBackward"]
+__all__ = ["FusedBackward", "FusedEngine"]
+
+
+class FusedEngine(DdpEngine):
+    """See Engine: one rank's, with the update inside backward where no mask update is due."""
+
+    def __init__(self, *parts: Any, mask_update_due: Callable[[int], bool], **options: Any) -> None:
+        super().__init__(*parts, **options)
+        self._due = mask_update_due
+        self._fused = FusedBackward(self.inner_optimizer, mask_update_due)
+
+    def updates_in_backward(self, step: int) -> bool:
+        return not self._due(step)
+
+    def backward(self, loss: Tensor, step: int, *, last: bool, probe: StepProbe | None = None) -> None:
+        self._fused.backward(step, partial(super().backward, loss, step, last=last), probe)
+
+    def update(self, step: int, want_norm: bool) -> Tensor | None:
+        return None if self.updates_in_backward(step) else super().update(step, want_norm)
 
 
 class FusedBackward:
@@ -23,8 +43,9 @@ class FusedBackward:
         self._due = mask_update_due
         self._active = False
         self._probe: StepProbe | None = None
-        # Each parameter as a group of its own, with its group's settings of the step at hand.
-        self._alone: dict[Tensor, tuple[int, dict[str, Any]]] = {}  # (its group's number, which outlives a load)
+        # Each parameter as a group of its own, with its group's settings of the step at hand; and its group by number,
+        # for a load puts new dictionaries in the groups' place.
+        self._alone: dict[Tensor, tuple[int, dict[str, Any]]] = {}
         for position, group in enumerate(optimizer.param_groups):
             names = group.get("param_names")
             for number, parameter in enumerate(group["params"]):
@@ -46,8 +67,6 @@ class FusedBackward:
             backward()
         finally:
             self._active, self._probe = False, None
-        if probe is not None:
-            probe.backward_done()
         return True
 
     def _update(self, parameter: Tensor) -> None:
