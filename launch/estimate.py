@@ -46,12 +46,11 @@ def _probe(cell: Cell) -> dict[str, Any]:
                 torch.cuda.synchronize()
             taken.append(time.perf_counter() - start)
         start = time.perf_counter()
-        images = evaluate(run, run.bare_model).num_samples
+        images = evaluate(run, run.engine.module).num_samples
         evaluation_s = time.perf_counter() - start
         evaluations = len({*range(plan.val_interval, plan.epochs + 1, plan.val_interval), plan.epochs})
         step_s = statistics.median(taken[min(_WARM_UP, len(taken) - 1) :])
         _, peaks = run.predict_memory()
-        run.scalars.close()
         run.memory.close()
         if run.lock is not None:
             run.lock.release()

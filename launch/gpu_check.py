@@ -23,10 +23,11 @@ from torch.nn.functional import cross_entropy, interpolate
 
 from launch.bench.optim import to_markdown as optim_to_markdown
 from launch.markdown import write_result
+from toolkit.builder.predict import Prediction
 from toolkit.command import say, spelled
+from toolkit.config import Config
 from toolkit.markdown import mib, table
 from toolkit.memory.allocator import read_device, reset_peaks
-from toolkit.memory.predict import Prediction, Question
 from toolkit.optim.registry import find_spec, specs
 
 # Dense, pruned by state, then with the pruning that the study gave them. Not twice the same: momentum is SGD's ledger,
@@ -49,8 +50,9 @@ def measure_memory(
     model_name: str, opt: str, batch_size: int, amp: str | None, size: int, device: torch.device
 ) -> dict[str, Any]:
     """Allocator's peak of a step, dense and at 70 %, beside the prediction; None without an allocator (on CPU)."""
-    prediction = Prediction(Question(model_name, opt, sparsity=0.7, amp=amp, img_size=size), lambda text: None)
-    final = 0.7 if prediction.method != "none" else None
+    spec = find_spec(opt)
+    sparsity = None if spec is None or spec.method == "none" else 0.7
+    prediction = Prediction(Config(model=model_name, opt=opt, sparsity=sparsity, amp=amp, img_size=size))
     row: dict[str, Any] = {
         "model": model_name,
         "opt": opt,
@@ -87,10 +89,7 @@ def measure_memory(
                 row["reserved_peak_bytes"] = reading["reserved_peak_bytes"]
     except torch.OutOfMemoryError as error:
         row["error"] = str(error).splitlines()[0]
-    row["predicted_ledger"] = {
-        "dense": prediction.ledger(batch_size, None),
-        "final": prediction.ledger(batch_size, final),
-    }
+    row["predicted_ledger"] = prediction.ledgers(batch_size)
     return row
 
 

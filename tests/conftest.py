@@ -1,15 +1,12 @@
 import os
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from flags import train_flags
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported: its kernels run on CPU
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(scope="session")
@@ -41,6 +38,12 @@ def few_digits(tmp_path_factory):
     }
     write_info(folder, "few", 10, splits, synthetic=False, note="a few digits")
     return folder
+
+
+@pytest.fixture
+def flags(few_digits, tmp_path):
+    """Of a short run that writes below tmp_path."""
+    return train_flags(few_digits, tmp_path)
 
 
 @pytest.fixture(autouse=True)

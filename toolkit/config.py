@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from toolkit.files import check_name
 
-__all__ = ["Config", "batch_size_per_rank", "check_same_settings", "parse"]
+__all__ = ["Config", "parse"]
 
 
 def _flag(default: Any, help_text: str, **options: Any) -> Any:
@@ -209,47 +209,7 @@ def flags() -> list[dataclasses.Field[Any]]:
     return [item for item in fields(Config) if item.name != "given"]
 
 
-# Settings a resumed run may change: where it writes, how fast it reads, how often it speaks. The batch is compared as
-# the global one, the data by fingerprint.
-FREE_ON_RESUME = {
-    "output",
-    "experiment",
-    "resume",
-    "data_dir",
-    "workers",
-    "pin_mem",
-    "log_interval",
-    "checkpoint_hist",
-    "checkpoint_interval",
-    "dist_timeout",
-    "max_bad_images",
-    "batch_size",
-    "global_batch_size",
-    "grad_accum_steps",
-    "validation_batch_size",
-    "auto_batch_size",
-    "shard_cache",
-    "shard_cache_gib",
-}
-
-
 _BATCH = {"batch_size", "global_batch_size", "auto_batch_size"}
-
-
-def check_same_settings(folder: Path, config: Config) -> None:
-    """Raise ValueError where a run folder's args.yaml has other settings than `config`; no args.yaml is no clash."""
-    import yaml
-
-    path = folder / "args.yaml"
-    if not path.exists():
-        return
-    before, now = yaml.safe_load(path.read_text()), config.to_dict()
-    for key in sorted(before.keys() & now.keys() - FREE_ON_RESUME):
-        if before[key] != now[key]:
-            raise ValueError(
-                f"{folder} was made with {key}={before[key]}, now {now[key]}; give the settings of its args.yaml to go "
-                "on, or write elsewhere (another --experiment or --out)"
-            )
 
 
 def _list(choices: Sequence[str]) -> str:
@@ -258,22 +218,6 @@ def _list(choices: Sequence[str]) -> str:
 
 def _name(item: dataclasses.Field[Any]) -> str:
     return "--" + item.name.replace("_", "-")
-
-
-def batch_size_per_rank(config: Config, num_ranks: int) -> int:
-    """Images per rank and micro-batch. Raises ValueError where --global-batch-size does not divide evenly."""
-    wanted = config.global_batch_size
-    if wanted is None:
-        return config.batch_size
-    share = num_ranks * config.grad_accum_steps
-    if wanted < 1 or wanted % share:
-        below, above = wanted // share * share, (wanted // share + 1) * share
-        near = f"{below} or {above}" if below > 0 else str(above)
-        raise ValueError(
-            f"{num_ranks} ranks × accumulation {config.grad_accum_steps} do not divide --global-batch-size {wanted}; "
-            f"use {near}"
-        )
-    return wanted // share
 
 
 class _Parser(argparse.ArgumentParser):

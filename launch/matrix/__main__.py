@@ -13,8 +13,8 @@ from pathlib import Path
 from launch.matrix.cells import add_selection, selected
 from launch.matrix.run import failed_cells, run_matrix
 from launch.report.archive import COMMAND_FILE
+from toolkit.builder.resume import check_same_settings
 from toolkit.command import one_line_errors, say, spelled
-from toolkit.config import check_same_settings
 from toolkit.files import write_atomically
 
 

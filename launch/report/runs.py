@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.report.significance import mean_and_spread
-from toolkit.config import FREE_ON_RESUME
+from toolkit.builder.resume import FREE_ON_RESUME
 
 
 @dataclass(frozen=True)

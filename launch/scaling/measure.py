@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from launch.start import ROOT, accelerate_launch, environment, installed
-from toolkit.config import check_same_settings, parse
+from toolkit.builder.resume import check_same_settings
+from toolkit.config import parse
 from toolkit.engine.history import is_complete
 from toolkit.files import write_json
 from toolkit.progress import Progress

@@ -23,8 +23,9 @@ from toolkit.config import parse
 from toolkit.dist import leave_group
 from toolkit.engine.history import History
 from toolkit.engine.loop import train_epoch
+from toolkit.engine.metrics import Metrics
 from toolkit.engine.run import Run
-from toolkit.engine.stops import StopRequest
+from toolkit.engine.signals import StopRequest
 from toolkit.log import start_logging
 
 
@@ -35,7 +36,7 @@ class BareLoop:
     """
 
     def __init__(self, run: Run) -> None:
-        self._model, self._optimizer = run.model, run.bare_optimizer
+        self._model, self._optimizer = run.model, run.engine.inner_optimizer
         self._loader, self._to_inputs, self._loss = run.train_loader, run.to_inputs, run.train_loss
 
     def epoch(self, epoch: int) -> None:
@@ -58,7 +59,7 @@ def measure_loops(run: Run, rounds: int) -> dict[str, Any]:
     """Seconds of an epoch of each loop, interleaved; the first round is not counted. Call on all ranks."""
     bare = BareLoop(run)
     passes: dict[str, Callable[[int], None]] = {
-        "ours": lambda number: train_epoch(run, History(epoch=number), StopRequest(), None),
+        "ours": _our_epoch(run),
         "bare": bare.epoch,
     }
     if run.world.num_ranks > 1:
@@ -92,6 +93,15 @@ def measure_loops(run: Run, rounds: int) -> dict[str, Any]:
     }
 
 
+def _our_epoch(run: Run) -> Callable[[int], None]:
+    metrics = Metrics(run)
+
+    def epoch(number: int) -> None:
+        train_epoch(run, History(epoch=number), StopRequest(), metrics)
+
+    return epoch
+
+
 def main(argv: list[str] | None = None) -> int:
     """Build the run of the train flags, measure, and write the result on rank 0."""
     parser = argparse.ArgumentParser(prog="python -m launch.scaling.rank", description=__doc__)
@@ -106,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.what == "loop":
         result = measure_loops(run, options.rounds)
     elif options.what == "collectives":
-        result = {"engine": run.sharding.name, "ranks": run.world.num_ranks, "counted": count_of_run(run)}
+        result = {"engine": run.engine.name, "ranks": run.world.num_ranks, "counted": count_of_run(run)}
     else:
         result = vars(traffic_of(run))
     if run.world.is_main:

@@ -10,7 +10,7 @@ from ranks import run_ranks
 from torch import nn
 
 from toolkit.optim.adamwprune import AdamWPrune
-from toolkit.optim.zero import attach_to_zero
+from toolkit.engine.engines.zero import attach_to_zero
 
 pytest.importorskip("deepspeed")
 

@@ -1,4 +1,4 @@
-"""The optimizer by name: pruning options, parameter groups, learning rate, and its memory by arithmetic."""
+"""The optimizer by name: pruning options, parameter groups, learning rate."""
 
 import dataclasses
 import fnmatch
@@ -11,21 +11,15 @@ from torch import Tensor, nn
 
 from toolkit.builder.model import prunable_names
 from toolkit.config import Config
-from toolkit.dist import World
-from toolkit.engine.engines.fused import FusedBackward
 from toolkit.log import get_logger
-from toolkit.memory.arithmetic import ParameterFacts, predict_optimizer_rows
 from toolkit.optim.registry import check_optimizer_name, find_spec, resolve_name
-from toolkit.prune.mask import unpack_bits
 from toolkit.prune.schedule import Schedule
 
 __all__ = [
     "apply_recipe",
     "base_learning_rate",
     "create_optimizer",
-    "fused_backward",
     "keep_zeros",
-    "predict_memory",
     "pruning_schedule",
     "resolve_optimizer",
     "total_epochs",
@@ -142,56 +136,4 @@ def keep_zeros(optimizer: torch.optim.Optimizer, model: nn.Module, config: Confi
         config.initial_checkpoint,
         zeros,
         sum(weight.numel() for weight in weights),
-    )
-
-
-def fused_backward(config: Config, optimizer: torch.optim.Optimizer, opt: str, world: World) -> FusedBackward | None:
-    """--fused-backward, or None without it. Raises ValueError, with the reason, where it cannot be."""
-    if not config.fused_backward:
-        return None
-    reasons = {
-        f"{world.num_ranks} ranks: gradients are summed over the ranks before the update": world.num_ranks > 1,
-        f"--grad-accum-steps {config.grad_accum_steps}: gradients must outlive backward": config.grad_accum_steps > 1,
-        f"--clip-grad {config.clip_grad}: clipping needs all gradients before the first update": config.clip_grad,
-        "--amp fp16: the scaler looks at all gradients before the first update": config.mixed_precision == "fp16",
-        "--torchcompile: it was not tried": config.torchcompile,
-        f"--opt {opt}: it may look at all gradients together; see python -m toolkit.optim --list": not find_spec(opt),
-    }
-    for reason, holds in reasons.items():
-        if holds:
-            raise ValueError(f"--fused-backward does not go with {reason}; leave one of them out")
-    return FusedBackward(optimizer)
-
-
-def predict_memory(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    opt: str,
-    method: str,
-    config: Config,
-    ema: Any,
-    num_ranks: int,
-) -> dict[str, int]:
-    """Ledger rows between steps by arithmetic, for the rows where arithmetic is exact."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    weights = sum(p.nbytes for p in model.parameters())
-    buffers = sum(b.nbytes for b in model.buffers())
-    gradients = sum(p.nbytes for p in trained)
-    rows = {
-        "weights": weights,
-        "buffers": buffers,
-        "gradients": 0 if num_ranks > 1 or config.fused_backward else gradients,
-        "ddp_buckets": gradients if num_ranks > 1 else 0,
-        "ema": weights + buffers if ema is not None else 0,
-    }
-    spec = find_spec(opt)
-    if spec is None:
-        return rows
-    facts = []
-    for parameter in trained:
-        mask = optimizer.state.get(parameter, {}).get("mask")
-        survivors = parameter.numel() if mask is None else int(unpack_bits(mask, parameter.numel()).sum())
-        facts.append(ParameterFacts(parameter.numel(), mask is not None, survivors, parameter.itemsize))
-    return rows | predict_optimizer_rows(
-        facts, spec.moments, counts_steps=spec.counts_steps, method=method, score=config.prune_score
     )

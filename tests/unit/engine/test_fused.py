@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import timm
 import torch
+from flags import train_flags
 from ranks import reset_accelerate
 from timm.optim import create_optimizer_v2
 from torch import nn
@@ -93,32 +94,7 @@ def test_only_the_largest_gradients_live():
 
 @pytest.fixture
 def flags(few_digits, tmp_path):
-    return [
-        "--data-dir",
-        str(few_digits),
-        "--model",
-        "test_resnet",
-        "--img-size",
-        "32",
-        "-b",
-        "16",
-        "--epochs",
-        "2",
-        "--lr",
-        "3e-3",
-        "--warmup-epochs",
-        "0",
-        "--color-jitter",
-        "0",
-        "-j",
-        "0",
-        "--log-interval",
-        "2",
-        "--prune-frequency",
-        "2",
-        "--output",
-        str(tmp_path),
-    ]
+    return train_flags(few_digits, tmp_path, "--epochs", "2")
 
 
 def test_a_run(flags, tmp_path):
