@@ -7,12 +7,20 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["cache_folder", "locked", "replacing", "sync_to_disk", "write_atomically"]
+__all__ = ["cache_folder", "locked", "replacing", "shipped_folder", "sync_to_disk", "write_atomically"]
+
+_IN_CHECKOUT = {"accelerate_configs": "accelerate_configs", "recipes": "launch/recipes"}
 
 
 def cache_folder() -> Path:
     """The toolkit's folder under the user's cache folder; it need not exist."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "adamwprune-toolkit"
+
+
+def shipped_folder(name: str) -> Path:
+    """`accelerate_configs` or `recipes`: package data where the toolkit is installed, else the checkout's folder."""
+    installed = Path(__file__).parent / name
+    return installed if installed.is_dir() else Path(__file__).parents[1] / _IN_CHECKOUT[name]
 
 
 @contextlib.contextmanager

@@ -54,9 +54,9 @@ class Prediction:
         import torch
         from timm.data import resolve_data_config
 
-        from toolkit.builder.model import prunable_names
         from toolkit.memory.activations import track_step
         from toolkit.optim.registry import find_spec, resolve_name
+        from toolkit.prune.groups import prunable_names
 
         self.question = question
         self.opt, self.method = resolve_name(question.opt, question.pruning)
