@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from importlib.util import find_spec
 
 from toolkit.config import Config, parse
 
@@ -10,6 +11,9 @@ from toolkit.config import Config, parse
 def main(argv: list[str] | None = None) -> int:
     """Run; returns the exit status: 0 done, 1 failed, 2 bad setting, 130 stopped on request."""
     config = parse(argv)
+    if find_spec("accelerate") is None:
+        sys.stderr.write("train.py: error: accelerate is not installed; install this package with its [train] extra\n")
+        return 2
     from torch.distributed.elastic.multiprocessing.errors import record
 
     return record(_train)(config) or 0  # record: the launcher shows the traceback of the rank that failed

@@ -103,3 +103,11 @@ def test_the_launch_files_can_be_found(capsys):
     folder = Path(capsys.readouterr().out.removesuffix("\n"))
     assert folder == shipped_folder("accelerate_configs")
     assert (folder / "cpu.yaml").exists()
+
+
+def test_without_the_training_stack_one_line_says_what_is_missing():
+    code = "import sys; sys.modules['accelerate'] = None; from toolkit.train import main; sys.exit(main([]))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.startswith("train.py: error: accelerate is not installed; install this package with its [train]")
+    assert done.stderr.count("\n") == 1
