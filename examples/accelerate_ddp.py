@@ -1,8 +1,7 @@
 """AdamWPrune on several ranks through Accelerate, without train.py.
 
 Run: accelerate launch --config_file accelerate_configs/cpu.yaml examples/accelerate_ddp.py
-Gradients are the same on all ranks, so each rank prunes the same weights without a word to the others. FSDP2 goes the
-same way with accelerate_configs/fsdp2.yaml, on GPUs.
+Gradients are the same on all ranks, so each rank prunes the same weights without a word to the others.
 """
 
 import timm

@@ -20,6 +20,15 @@ RANKS = ["accelerate_ddp", "fully_shard"]
 NOT_INSTALLED = "not installed; requirements-dev.txt has it"
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Small operations gain nothing from two, and wait for each other on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def load(name):
     spec = importlib.util.spec_from_file_location(f"example_{name}", FOLDER / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
@@ -91,10 +100,9 @@ def _without_compiling(rank, stage):
     return load("deepspeed_zero").main(stage)
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_deepspeed(stage):
+def test_deepspeed():
     pytest.importorskip("deepspeed")
-    found = run_ranks(_without_compiling, 2, stage, join_group=False)
+    found = run_ranks(_without_compiling, 2, 2, join_group=False)  # tests/dist/test_attach.py has the other stages
     assert found == [(math.floor(0.7 * VIT), VIT)] * 2
 
 

@@ -70,6 +70,15 @@ def test_transformers_conv1d_is_known_by_its_name_and_module(monkeypatch):
     assert prunable_names(Derived(2, 2)) == {"weight"}
 
 
+def test_gpt2s_layers_are_prunable_and_its_tables_are_not():
+    transformers = pytest.importorskip("transformers", reason="not installed; requirements-dev.txt has it")
+    config = transformers.GPT2Config(vocab_size=9, n_positions=4, n_embd=4, n_layer=1, n_head=1)
+    model = transformers.GPT2LMHeadModel(config)
+    layers = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    assert prunable_names(model) == {f"transformer.h.0.{layer}.weight" for layer in layers}
+    assert tied_names(model) == {"lm_head.weight": "transformer.wte.weight"}
+
+
 def test_a_head_tied_to_an_embedding_is_not_prunable():
     model = Language(tie=True)
     assert prunable_names(model) == ATTENTION
