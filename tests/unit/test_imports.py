@@ -27,12 +27,13 @@ ALLOWED = {
     "launch": {"toolkit", "shards"},
     "toolkit.train": {"toolkit"},  # a command
     "train": {"toolkit.train"},
+    "examples": {"toolkit.optim", "toolkit.engine"},  # what others are shown
 }
 
 
 def files():
     found = [ROOT / "train.py"]
-    for folder in ("toolkit", "shards", "launch"):
+    for folder in ("toolkit", "shards", "launch", "examples"):
         found += sorted((ROOT / folder).rglob("*.py"))
     return found
 

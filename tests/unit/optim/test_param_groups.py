@@ -1,7 +1,5 @@
 """The public way to parameter groups: timm's rule of decay, our mark, every trainable parameter once."""
 
-import logging
-
 import pytest
 import timm
 import torch
@@ -92,8 +90,7 @@ def test_an_embedding_and_the_head_tied_to_it_stay_dense():
     assert int((model[1].weight == 0).sum()) == 32
 
 
-def test_a_tied_head_is_said_once(caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("toolkit"), "propagate", True)  # a run's log keeps its lines to itself
+def test_a_tied_head_is_said_once(caplog):
     model = nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 10, bias=False))
     model[1].weight = model[0].weight
     with caplog.at_level("INFO", logger="toolkit"):

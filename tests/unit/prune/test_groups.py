@@ -45,9 +45,8 @@ ATTENTION = {
 
 
 @pytest.fixture
-def said(caplog, monkeypatch):
+def said(caplog):
     """Warnings of the toolkit's logger."""
-    monkeypatch.setattr(logging.getLogger("toolkit"), "propagate", True)  # a run's log keeps its lines to itself
     with caplog.at_level("WARNING", logger="toolkit"):
         yield caplog
 
