@@ -83,4 +83,4 @@ lint: .venv/.installed-dev  ## ruff and mypy
 	$(BIN)/mypy
 
 clean:  ## forget caches, runs and shards; .venv stays
-	rm -rf runs shards/data .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf runs shards/data build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-from toolkit.files import check_name
+from toolkit.files import check_name, shipped_folder
 
 __all__ = ["Config", "parse"]
 
@@ -245,6 +245,14 @@ class _KeyValues(argparse.Action):
         setattr(namespace, self.dest, pairs)
 
 
+class _LaunchFiles(argparse.Action):
+    """Prints the folder of the launch files, which an installed toolkit keeps among its modules."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        print(shipped_folder("accelerate_configs"))  # noqa: T201  for $(...)
+        parser.exit()
+
+
 def _build_parser(prog: str) -> _Parser:
     parser = _Parser(
         prog=prog,
@@ -253,7 +261,8 @@ def _build_parser(prog: str) -> _Parser:
         description="Train an image model on WebDataset shards with an optimizer that may prune. "
         "Start it with: accelerate launch --config_file accelerate_configs/<machine>.yaml train.py <flags>",
     )
-    parser.add_argument("-c", "--config", metavar="FILE", help="recipe: YAML of the settings below")
+    parser.add_argument("-c", "--config", metavar="FILE", help="recipe: YAML of the settings below, or a shipped one's")
+    parser.add_argument("--launch-files", action=_LaunchFiles, nargs=0, help="print where accelerate's files are, exit")
     group: Any = parser
     for item in flags():
         meta = item.metadata
@@ -284,10 +293,15 @@ def _build_parser(prog: str) -> _Parser:
 def _read_recipe(path: str) -> dict[str, Any]:
     import yaml
 
+    shipped = {file.name: file for file in sorted(shipped_folder("recipes").glob("*.yaml"))}
+    file = Path(path)
     try:
-        settings = yaml.safe_load(Path(path).read_text()) or {}
+        settings = yaml.safe_load((file if file.exists() else shipped.get(path, file)).read_text()) or {}
     except OSError as error:
-        raise ValueError(f"-c {path} cannot be read ({error.strerror}); check the path") from None
+        raise ValueError(
+            f"-c {path} cannot be read ({error.strerror}); check the path, or take a shipped recipe: "
+            f"{', '.join(shipped)}"
+        ) from None
     except yaml.YAMLError as error:
         raise ValueError(f"-c {path} is not YAML ({' '.join(str(error).split())})") from None
     if not isinstance(settings, dict):

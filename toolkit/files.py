@@ -25,6 +25,7 @@ __all__ = [
     "read_json",
     "refuse_links_out",
     "replacing",
+    "shipped_folder",
     "sync_to_disk",
     "write_atomically",
     "write_json",
@@ -94,9 +95,18 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is not JSON ({error}); make or fetch it again") from None
 
 
+_IN_CHECKOUT = {"accelerate_configs": "accelerate_configs", "recipes": "launch/recipes"}
+
+
 def cache_folder() -> Path:
     """The toolkit's folder under the user's cache folder; it need not exist."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "adamwprune-toolkit"
+
+
+def shipped_folder(name: str) -> Path:
+    """`accelerate_configs` or `recipes`: package data where the toolkit is installed, else the checkout's folder."""
+    installed = Path(__file__).parent / name
+    return installed if installed.is_dir() else Path(__file__).parents[1] / _IN_CHECKOUT[name]
 
 
 @contextlib.contextmanager

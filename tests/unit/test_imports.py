@@ -33,7 +33,9 @@ ALLOWED = {
     "toolkit.builder": {"toolkit"},
     "shards": LEAVES | {"toolkit.data"},
     "launch": {"toolkit", "shards"},
-    "train": {"toolkit.config", "toolkit.builder", "toolkit.dist", "toolkit.engine", "toolkit.errors", "toolkit.log"},
+    "toolkit.train": {"toolkit"},  # a command
+    "train": {"toolkit.train"},
+    "examples": {"toolkit.optim", "toolkit.engine"},  # what others are shown
 }
 # Who may import accelerate or deepspeed: the builder, the engines, and a benchmark of DeepSpeed's own optimizer.
 LAUNCHERS_ROOMS = ("toolkit.builder", "toolkit.engine.engines", "launch.bench.optim")
@@ -41,7 +43,7 @@ LAUNCHERS_ROOMS = ("toolkit.builder", "toolkit.engine.engines", "launch.bench.op
 
 def files():
     found = [ROOT / "train.py"]
-    for folder in ("toolkit", "shards", "launch"):
+    for folder in ("toolkit", "shards", "launch", "examples"):
         found += sorted((ROOT / folder).rglob("*.py"))
     return found
 

@@ -22,9 +22,8 @@ from toolkit.engine.engines import Engine
 from toolkit.engine.engines.ddp import DdpEngine
 from toolkit.engine.engines.fsdp2 import Fsdp2Engine
 from toolkit.engine.engines.fused import FusedEngine
-from toolkit.engine.engines.zero import ZeroEngine, attach_to_zero
+from toolkit.engine.engines.zero import ZeroEngine, attach
 from toolkit.optim.registry import find_spec
-from toolkit.prune.pruning import Pruning
 
 __all__ = ["check_engine", "create_engine", "launched_engine", "new_accelerator", "stay_on_this_host"]
 
@@ -197,7 +196,7 @@ def _check_fused_backward(config: Config, opt: str, world: World) -> None:
 
 
 def _zero_engine(stage: int, *parts: Any, **options: Any) -> ZeroEngine:
-    _, _, module, wrapped, optimizer, _ = parts
+    wrapped, optimizer = parts[3:5]
     base = wrapped
     while hasattr(base, "optimizer"):
         base = base.optimizer
@@ -205,13 +204,5 @@ def _zero_engine(stage: int, *parts: Any, **options: Any) -> ZeroEngine:
     if stage == 0:
         raise ValueError("zero_stage: 0 is plain DDP; launch with accelerate_configs/multi_gpu.yaml")
     engine = ZeroEngine(*parts, **options, stage=stage)
-    if len([group for group in optimizer.param_groups if group.get("prunable")]) > 1:
-        raise ValueError(
-            f"{type(module).__name__} spares some prunable weights from weight decay; ZeRO shows the optimizer one "
-            "group at a time, so they cannot be pruned together: launch with FSDP2 or DDP"
-        )
-    pruning: Pruning | None = getattr(optimizer, "pruning", None)
-    if pruning is not None:
-        group = torch.distributed.distributed_c10d._get_default_group()
-        attach_to_zero(pruning, module, group, engine.flat_slices())
+    attach(engine.model)
     return engine

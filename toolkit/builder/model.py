@@ -1,4 +1,4 @@
-"""The model, its loss, and which of its weights may be pruned."""
+"""The model and its loss."""
 
 import difflib
 import pickle
@@ -19,7 +19,7 @@ from toolkit.engine.checkpoint import load_checkpoint as read_checkpoint
 from toolkit.engine.checkpoint import newest_checkpoint
 from toolkit.log import get_logger
 
-__all__ = ["amp_dtype", "compile_model", "create_model", "place_model", "prunable_names", "train_loss"]
+__all__ = ["amp_dtype", "compile_model", "create_model", "place_model", "train_loss"]
 
 
 def amp_dtype(config: Config) -> torch.dtype | None:
@@ -101,16 +101,6 @@ def compile_model(model: nn.Module, config: Config) -> nn.Module:
     if not config.torchcompile:
         return model
     return torch.compile(model, backend=config.torchcompile)  # type: ignore[return-value]
-
-
-def prunable_names(model: nn.Module) -> set[str]:
-    """Names of the weights of convolution and linear layers, stem and classifier included."""
-    layers = (nn.modules.conv._ConvNd, nn.Linear)
-    return {
-        f"{name}.weight".lstrip(".")
-        for name, module in model.named_modules()
-        if isinstance(module, layers) and isinstance(getattr(module, "weight", None), nn.Parameter)
-    }
 
 
 def train_loss(config: Config) -> Callable[[Tensor, Tensor], Tensor]:

@@ -1,18 +1,17 @@
 """The optimizer by name: pruning options, parameter groups, learning rate."""
 
 import dataclasses
-import fnmatch
-from typing import Any
 
 import torch
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
-from torch import Tensor, nn
+from torch import nn
 
-from toolkit.builder.model import prunable_names
 from toolkit.config import Config
 from toolkit.log import get_logger
+from toolkit.optim.param_groups import param_groups
 from toolkit.optim.registry import check_optimizer_name, find_spec, resolve_name
+from toolkit.prune.groups import prunable_names
 from toolkit.prune.schedule import Schedule
 
 __all__ = [
@@ -84,22 +83,6 @@ def pruning_schedule(config: Config, method: str, total_steps: int) -> Schedule:
     return Schedule(config.sparsity, begin, end, config.prune_frequency)
 
 
-def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Groups by (prunable, decayed): timm's rule for decay, our mark for pruning, names for messages."""
-    prunable = prunable_names(model)
-    exempt: set[str] = set(getattr(model, "no_weight_decay", set)())
-    groups: dict[tuple[bool, bool], list[tuple[str, Tensor]]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            spared = any(fnmatch.fnmatch(name, pattern) for pattern in exempt)
-            decays = parameter.ndim > 1 and not name.endswith(".bias") and not spared
-            groups.setdefault((name in prunable, decays), []).append((name, parameter))
-    return [
-        {"params": named, "weight_decay": weight_decay if decays else 0.0, "prunable": may_prune}
-        for (may_prune, decays), named in sorted(groups.items(), key=lambda item: item[0])
-    ]
-
-
 def create_optimizer(
     config: Config, model: nn.Module, opt: str, lr: float, schedule: Schedule
 ) -> torch.optim.Optimizer:
@@ -114,9 +97,7 @@ def create_optimizer(
         if config.prune_score is not None:
             arguments["score"] = config.prune_score
     try:
-        return create_optimizer_v2(
-            model, **arguments, param_group_fn=lambda m: _parameter_groups(m, config.weight_decay)
-        )
+        return create_optimizer_v2(model, **arguments, param_group_fn=lambda m: param_groups(m, config.weight_decay))
     except TypeError as error:
         raise ValueError(f"--opt {opt} does not take one of its arguments ({error}); see --opt-kwargs") from None
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from toolkit.builder.data import batch_size_per_rank, input_settings
-from toolkit.builder.model import amp_dtype, create_model, prunable_names
+from toolkit.builder.model import amp_dtype, create_model
 from toolkit.builder.optimizer import resolve_optimizer
 from toolkit.builder.recompute import checkpoint_activations
 from toolkit.config import Config
@@ -26,6 +26,7 @@ from toolkit.memory.activations import track_step
 from toolkit.memory.arithmetic import ParameterFacts, predict_optimizer_rows
 from toolkit.memory.ledger import is_optimizer_row
 from toolkit.optim.registry import OptimizerSpec, find_spec
+from toolkit.prune.groups import prunable_names
 from toolkit.prune.mask import unpack_bits
 
 __all__ = ["Prediction", "parse_bytes", "predict", "predict_run", "rows_between_steps", "to_text"]

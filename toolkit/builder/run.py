@@ -15,7 +15,7 @@ from toolkit.builder.accelerator import create_engine
 from toolkit.builder.batch import confirm_batch_size, with_automatic_batch_size
 from toolkit.builder.data import augment, create_loaders, input_settings, open_data, to_inputs
 from toolkit.builder.metadata import describe, run_facts, write_args
-from toolkit.builder.model import create_model, place_model, prunable_names, train_loss
+from toolkit.builder.model import create_model, place_model, train_loss
 from toolkit.builder.optimizer import (
     apply_recipe,
     base_learning_rate,
@@ -37,6 +37,7 @@ from toolkit.log import get_logger
 from toolkit.memory.ledger import Owners, find_owners
 from toolkit.memory.phases import Phase, plan_phases
 from toolkit.memory.recorder import RANKS_FOLDER, MemoryLog
+from toolkit.prune.groups import prunable_names
 from toolkit.prune.schedule import Schedule
 
 __all__ = ["build_run"]

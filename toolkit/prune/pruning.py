@@ -10,7 +10,7 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from toolkit.prune.distributed import FlatSlices, shard_group, sum_over, to_local
-from toolkit.prune.groups import prunable_parameters
+from toolkit.prune.groups import announce_unmarked, prunable_parameters
 from toolkit.prune.mask import flat_view
 from toolkit.prune.options import OPTION_NAMES, PruningOptions
 from toolkit.prune.schedule import Schedule
@@ -58,12 +58,15 @@ class Pruning:
         self.keeps_zeros = True
 
     def check_prunable(self) -> None:
-        """Raise ValueError where there is nothing to prune."""
-        if self.schedule.enabled and not prunable_parameters(self.optimizer.param_groups):
+        """Raise ValueError where there is nothing to prune; say what will be pruned where no group is marked."""
+        if not self.schedule.enabled:
+            return
+        if not prunable_parameters(self.optimizer.param_groups):
             raise ValueError(
                 f"sparsity={self.schedule.sparsity}, but no parameter is prunable; give weights of more than one "
                 "dimension, or groups marked prunable=True (toolkit.optim.param_groups makes them)"
             )
+        announce_unmarked(self.optimizer.param_groups)
 
     def masks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(parameter, bit mask) of every parameter that has one."""
@@ -75,13 +78,14 @@ class Pruning:
     def sparsity(self) -> tuple[int, int]:
         """(zeros, prunable weights) of the model as it is, over the ranks it is sharded over; call on all of them."""
         members = self._members()
-        group = self._group(members)
+        if self.flat_slices:  # ZeRO-3 shows its optimizer a slice only while it steps
+            members = [Member("", flat, {}, ranges) for flat, ranges in self.flat_slices.items()]
         parts = [flat_view(member.part)[first:last] for member in members for _, first, last in member.ranges]
         zeros = sum(int((part == 0).sum()) for part in parts)
-        weights = sum(member.num_weights for member in members)
-        if members:
-            zeros, weights = sum_over(group, [zeros, weights], members[0].part.device)
-        return zeros, weights
+        if not members:
+            return 0, 0
+        counts = [zeros, sum(part.numel() for part in parts)]
+        return tuple(sum_over(self._group(members), counts, members[0].part.device))  # type: ignore[return-value]
 
     def count_step(self) -> int:
         """Count an optimizer step in the groups shown; returns its number. Counts that a load left out are made up."""

@@ -13,12 +13,12 @@ from torch import nn
 
 import toolkit.optim  # noqa: F401
 import train
-from toolkit.builder.model import prunable_names
 from toolkit.engine.engines.fused import FusedBackward
 from toolkit.memory.activations import track_step
 from toolkit.memory.ledger import find_owners
 from toolkit.memory.probe import StepProbe
 from toolkit.optim.registry import specs
+from toolkit.prune.groups import prunable_names
 
 NAMES = [(spec.name, spec.method) for spec in specs()]
 STEPS = 9

@@ -17,18 +17,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.distributed import ProcessGroup
+import torch.distributed as dist
+from torch import Tensor
 
 from toolkit.dist import World
 from toolkit.engine.engines import States
 from toolkit.engine.engines.ddp import DdpEngine, parameter_names
 from toolkit.memory.probe import StepProbe
-from toolkit.prune.distributed import FlatSlices
 from toolkit.prune.packing import dense_state
-from toolkit.prune.pruning import Pruning
 
-__all__ = ["Segment", "ZeroEngine", "attach_to_zero", "slice_map"]
+__all__ = ["Segment", "ZeroEngine", "attach", "slice_map"]
 
 
 @dataclass(frozen=True)
@@ -70,24 +68,6 @@ def slice_map(optimizer: Any, stage: int, names: Mapping[int, str], world: World
     return found
 
 
-def attach_to_zero(
-    pruning: Pruning, model: nn.Module, group: ProcessGroup, flat_slices: Mapping[Tensor, FlatSlices]
-) -> None:
-    """Tell what prunes who holds the other slices and what a slice is made of, and make DeepSpeed let go of moments.
-
-    After the first step and after a load, ZeRO-1 and 2 keep views of every state tensor shaped like the flat slice, in
-    each model parameter's `_hp_mapping.optim_fragment`; through them the dense moments would live on.
-    """
-
-    def release_views() -> None:
-        for parameter in model.parameters():
-            mapping = getattr(parameter, "_hp_mapping", None)
-            if mapping is not None and mapping.optim_fragment is not None:
-                mapping.optim_fragment.clear()
-
-    pruning.shard_group, pruning.flat_slices, pruning.after_repack = group, flat_slices, release_views
-
-
 class ZeroEngine(DdpEngine):
     """See Engine. `model` is DeepSpeed's engine around the module; it clips as its own settings say."""
 
@@ -108,14 +88,6 @@ class ZeroEngine(DdpEngine):
         self._deepspeed.step()
         norm = self._deepspeed.get_global_grad_norm() if want_norm else None
         return None if norm is None else torch.as_tensor(float(norm))
-
-    def flat_slices(self) -> dict[Tensor, FlatSlices]:
-        """What pruning must know of each slice: every parameter's place in it, in the group's order."""
-        found: dict[Tensor, FlatSlices] = {}
-        for number, (flat, segments) in enumerate(self.slices):
-            places = {segment.name: (segment.place, segment.place + segment.length) for segment in segments}
-            found[flat] = [(name, *places.get(name, (0, 0))) for name in self._names_of(number)]
-        return found
 
     def count_zeros(self, prunable: Iterable[tuple[str, Tensor]]) -> tuple[int, int]:
         names = {name for name, _ in prunable}
@@ -208,3 +180,49 @@ class ZeroEngine(DdpEngine):
         self.inner_optimizer.load_state_dict({"state": flats, "param_groups": settings})
         for group, parameters in zip(self.inner_optimizer.param_groups, shown, strict=True):
             group["params"] = parameters
+
+
+def attach(engine: Any) -> None:
+    """Tell a pruning optimizer under `deepspeed.initialize` what its flat slices hold, and who holds the others.
+
+        engine, _, _, _ = deepspeed.initialize(model=model, optimizer=AdamWPrune(param_groups(model), ...), config=...)
+        attach(engine)  # once, before the first step
+
+    For ZeRO-1, 2 and 3; without ZeRO, or without pruning, there is nothing to tell. It also has DeepSpeed let go of
+    moments: after the first step and after a load, ZeRO-1 and 2 keep views of every state tensor shaped like the flat
+    slice in each model parameter's `_hp_mapping.optim_fragment`, and through them the dense moments would live on.
+    Raises ValueError where ZeRO cannot prune as DDP does.
+    """
+    zero, stage, model = engine.optimizer, engine.zero_optimization_stage(), engine.module
+    base = zero
+    while hasattr(base, "optimizer"):
+        base = base.optimizer
+    pruning = getattr(base, "pruning", None)
+    if pruning is None or not pruning.schedule.enabled or base is zero:
+        return
+    world = World.detect(engine.device)
+    marked = [group for group in base.param_groups if group.get("prunable")]
+    refused = {
+        f"zero_optimization stage {stage} with mixed precision": stage == 0,
+        f"{engine.dp_world_size} of {world.num_ranks} ranks as data parallel": engine.dp_world_size != world.num_ranks,
+        f"scope={pruning.options.scope!r}": pruning.options.scope != "global",
+        f"{len(marked)} groups marked prunable, where param_groups(model) makes the one it takes": len(marked) != 1,
+    }
+    for what, is_so in refused.items():
+        if is_so:
+            raise ValueError(f"{type(base).__name__} under DeepSpeed does not go with {what}; use FSDP2 or DDP")
+    names, slices = parameter_names(model), {}
+    groups = zero.fp16_groups if stage == 3 else zero.round_robin_bit16_groups
+    flats = slice_map(zero, stage, names, world)
+    for group, (flat, segments), parameters in zip(base.param_groups, flats, groups, strict=True):
+        if group.get("prunable"):
+            places = {segment.name: (segment.place, segment.place + segment.length) for segment in segments}
+            slices[flat] = [(name, *places.get(name, (0, 0))) for name in (names[id(one)] for one in parameters)]
+
+    def release_views() -> None:
+        for parameter in model.parameters():
+            mapping = getattr(parameter, "_hp_mapping", None)
+            if mapping is not None and mapping.optim_fragment is not None:
+                mapping.optim_fragment.clear()
+
+    pruning.shard_group, pruning.flat_slices, pruning.after_repack = dist.group.WORLD, slices, release_views
