@@ -12,11 +12,12 @@ import argparse
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from shards.writer import Sample, encoded, write_data_set
 from toolkit.command import one_line_errors
+
+if TYPE_CHECKING:
+    import numpy as np
 
 SIZE = 32
 QUALITY = 95
@@ -24,9 +25,12 @@ VALIDATION_SHARE = 0.2
 TRAIN_PER_CLASS, TUNING_PER_CLASS, SHIFT, NOISE = 30, 50, 3, 96.0  # of --hard; the noise in grey levels of 255
 
 
-def digit_jpeg(scan: np.ndarray, disturb: Sequence[int] | None = None) -> bytes:
+def digit_jpeg(scan: "np.ndarray", disturb: Sequence[int] | None = None) -> bytes:
     """8×8 scan with values 0..16 -> JPEG bytes; `disturb` seeds a shift and noise."""
+    import numpy as np
     from PIL import Image
+
+    from shards.writer import encoded
 
     grey = Image.fromarray(np.round(scan * (255 / 16)).astype(np.uint8))
     large = grey.resize((SIZE, SIZE), Image.Resampling.BICUBIC)
@@ -38,8 +42,10 @@ def digit_jpeg(scan: np.ndarray, disturb: Sequence[int] | None = None) -> bytes:
     return encoded(large.convert("RGB"), "JPEG", quality=QUALITY)
 
 
-def stratified_split(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def stratified_split(labels: "np.ndarray", seed: int) -> "tuple[np.ndarray, np.ndarray]":
     """(train, validation) positions, VALIDATION_SHARE of each class in the latter, both shuffled by `seed`."""
+    import numpy as np
+
     rng = np.random.default_rng(seed)
     train, validation = [], []
     for label in np.unique(labels):
@@ -50,8 +56,10 @@ def stratified_split(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndar
     return rng.permutation(np.concatenate(train)), rng.permutation(np.concatenate(validation))
 
 
-def hard_splits(labels: np.ndarray, train: np.ndarray, validation: np.ndarray) -> dict[str, np.ndarray]:
+def hard_splits(labels: "np.ndarray", train: "np.ndarray", validation: "np.ndarray") -> "dict[str, np.ndarray]":
     """Few of the training positions train, some tune; the others join the validation positions, the unseen ones."""
+    import numpy as np
+
     parts: dict[str, list[np.ndarray]] = {"train": [], "tuning": [], "validation": [validation]}
     for label in np.unique(labels):
         members = train[labels[train] == label]
@@ -65,6 +73,8 @@ def hard_splits(labels: np.ndarray, train: np.ndarray, validation: np.ndarray) -
 def build(out: Path, seed: int, train_shards: int, validation_shards: int, *, hard: bool = False) -> None:
     """Write the data set to `out`."""
     from sklearn.datasets import load_digits
+
+    from shards.writer import Sample, write_data_set
 
     digits = load_digits()
     train, validation = stratified_split(digits.target, seed)

@@ -9,15 +9,15 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
-from shards.drawing import draw
-from shards.writer import Sample, encoded, write_data_set
 from toolkit.command import one_line_errors
 
 
 def _jpeg(split: int, number: int, label: int, size: int, seed: int, quality: int) -> bytes:
+    import numpy as np
     from PIL import Image
+
+    from shards.drawing import draw
+    from shards.writer import encoded
 
     rng = np.random.default_rng((seed, split, number))
     height, width = (round(size * rng.uniform(1.0, 1.35)) for _ in range(2))
@@ -28,6 +28,10 @@ def build(
     out: Path, classes: int, images: int, validation: int, size: int, seed: int, quality: int, shards: int
 ) -> None:
     """Write the data set to `out`."""
+    import numpy as np
+
+    from shards.writer import Sample, write_data_set
+
     splits = {}
     parts = {"train": (images, shards), "validation": (validation, max(1, shards // 8))}
     for number, (split, (count, num_shards)) in enumerate(parts.items()):

@@ -128,13 +128,6 @@ def test_marked_groups_are_not_announced(said):
     assert said.messages == []
 
 
-@pytest.mark.parametrize("mark", [{}, {"prunable": False}])
-def test_nothing_to_prune_is_said_too(said, mark):
-    announce_unmarked([{"params": [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(4))], **mark}])
-    (line,) = said.messages
-    assert line.startswith("none of the optimizer's 2 parameters is prunable")
-
-
 def _warnings(rank):
     lines = []
     handler = logging.Handler()
