@@ -16,10 +16,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from toolkit.command import one_line_errors
 from toolkit.engine.checkpoint import best_checkpoint, complete_checkpoints, load_checkpoint, newest_checkpoint
-from toolkit.prune.mask import flat, mask_bytes, pack_bits, unpack_bits
-
-__all__ = ["load_packed", "main", "pack_weights"]
+from toolkit.files import replacing
+from toolkit.markdown import mib
+from toolkit.prune.mask import flat_view, mask_bytes, pack_bits, unpack_bits
 
 _FORMAT = "packed-weights/1"
 
@@ -28,7 +29,7 @@ def pack_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """name -> tensor, or name.mask (bits), name.values (what is not +0) and name.shape where that is smaller."""
     packed: dict[str, Tensor] = {}
     for name, weight in weights.items():
-        values = flat(weight.contiguous())
+        values = flat_view(weight.contiguous())
         # By bits: -0.0 is a value of its own, or the way back would not be exact.
         keep = values.view(torch.int32) != 0 if values.dtype is torch.float32 else torch.ones(0, dtype=torch.bool)
         left = int(keep.sum())
@@ -95,13 +96,10 @@ def export(run: Path, out: Path, *, packed: bool, which: str, ema: bool | None) 
     }
     dense_bytes = sum(weight.nbytes for weight in weights.values())
     content = pack_weights(weights) if packed else weights
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(out.name + ".tmp")
+    facts = json.dumps({"format": _FORMAT if packed else "dense", "of": source.name})
     # One key: with several, the order in the file would change from time to time.
-    save_file(
-        content, temporary, {"adamwprune": json.dumps({"format": _FORMAT if packed else "dense", "of": source.name})}
-    )
-    temporary.replace(out)
+    with replacing(out) as temporary:
+        save_file(content, temporary, {"adamwprune": facts})
     stored = sum(tensor.nbytes for tensor in content.values())
     return {
         "file": str(out),
@@ -123,11 +121,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model-ema", action=argparse.BooleanOptionalAction, help="the average; the default if kept")
     parser.add_argument("--json", action="store_true", help="one JSON object on one line on stdout")
     options = parser.parse_args(argv)
-    try:
+    with one_line_errors(parser):
         done = export(options.run, options.out, packed=options.packed, which=options.which, ema=options.model_ema)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"launch.export: error: {error}\n")
-    size = f"{done['stored_bytes'] / 2**20:.2f} MiB, {done['share']:.3f} of dense"
+    size = f"{mib(done['stored_bytes'])} MiB, {done['share']:.3f} of dense"
     print(json.dumps(done) if options.json else f"{done['file']}: {size}, from {done['checkpoint']}")  # noqa: T201
     return 0
 

@@ -16,8 +16,6 @@ from typing import Any
 from toolkit.data.tar import MAX_IMAGE_BYTES, tar_members
 from toolkit.files import read_json
 
-__all__ = ["Catalogue", "SourceImage", "from_archives", "from_image_folder", "from_shards"]
-
 _IMAGE = re.compile(r"\.(jpe?g|png|webp)$", re.IGNORECASE)
 _VALIDATION_FOLDERS = ("validation", "val")
 _DEVKIT_BYTES = 2**24  # of a file in the devkit's archive, once unpacked; the larger one has 0.4 MB

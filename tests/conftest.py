@@ -1,15 +1,12 @@
 import os
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from flags import train_flags
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported: its kernels run on CPU
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(scope="session")
@@ -29,18 +26,24 @@ def few_digits(tmp_path_factory):
 
     from sklearn.datasets import load_digits
 
-    from shards.digits import _jpeg
+    from shards.digits import digit_jpeg
     from shards.writer import Sample, write_info, write_split
 
     folder = tmp_path_factory.mktemp("few")
     scans = load_digits()
-    samples = [Sample(f"d{i}", int(scans.target[i]), partial(_jpeg, scans.images[i])) for i in range(136)]
+    samples = [Sample(f"d{i}", int(scans.target[i]), partial(digit_jpeg, scans.images[i])) for i in range(136)]
     splits = {
         "train": write_split(folder, "train", "few", samples[:96], 3),
         "validation": write_split(folder, "validation", "few", samples[96:], 3),
     }
     write_info(folder, "few", 10, splits, synthetic=False, note="a few digits")
     return folder
+
+
+@pytest.fixture
+def flags(few_digits, tmp_path):
+    """Of a short run that writes below tmp_path."""
+    return train_flags(few_digits, tmp_path)
 
 
 @pytest.fixture(autouse=True)

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-from toolkit.files import check_name
+from toolkit.files import check_name, shipped_folder
 
-__all__ = ["Config", "batch_size_per_rank", "check_same_settings", "parse"]
+__all__ = ["Config", "parse"]
 
 
 def _flag(default: Any, help_text: str, **options: Any) -> Any:
@@ -209,47 +209,7 @@ def flags() -> list[dataclasses.Field[Any]]:
     return [item for item in fields(Config) if item.name != "given"]
 
 
-# Settings a resumed run may change: where it writes, how fast it reads, how often it speaks. The batch is compared as
-# the global one, the data by fingerprint.
-FREE_ON_RESUME = {
-    "output",
-    "experiment",
-    "resume",
-    "data_dir",
-    "workers",
-    "pin_mem",
-    "log_interval",
-    "checkpoint_hist",
-    "checkpoint_interval",
-    "dist_timeout",
-    "max_bad_images",
-    "batch_size",
-    "global_batch_size",
-    "grad_accum_steps",
-    "validation_batch_size",
-    "auto_batch_size",
-    "shard_cache",
-    "shard_cache_gib",
-}
-
-
 _BATCH = {"batch_size", "global_batch_size", "auto_batch_size"}
-
-
-def check_same_settings(folder: Path, config: Config) -> None:
-    """Raise ValueError where a run folder's args.yaml has other settings than `config`; no args.yaml is no clash."""
-    import yaml
-
-    path = folder / "args.yaml"
-    if not path.exists():
-        return
-    before, now = yaml.safe_load(path.read_text()), config.to_dict()
-    for key in sorted(before.keys() & now.keys() - FREE_ON_RESUME):
-        if before[key] != now[key]:
-            raise ValueError(
-                f"{folder} was made with {key}={before[key]}, now {now[key]}; give the settings of its args.yaml to go "
-                "on, or write elsewhere (another --experiment or --out)"
-            )
 
 
 def _list(choices: Sequence[str]) -> str:
@@ -258,22 +218,6 @@ def _list(choices: Sequence[str]) -> str:
 
 def _name(item: dataclasses.Field[Any]) -> str:
     return "--" + item.name.replace("_", "-")
-
-
-def batch_size_per_rank(config: Config, num_ranks: int) -> int:
-    """Images per rank and micro-batch. Raises ValueError where --global-batch-size does not divide evenly."""
-    wanted = config.global_batch_size
-    if wanted is None:
-        return config.batch_size
-    share = num_ranks * config.grad_accum_steps
-    if wanted < 1 or wanted % share:
-        below, above = wanted // share * share, (wanted // share + 1) * share
-        near = f"{below} or {above}" if below > 0 else str(above)
-        raise ValueError(
-            f"{num_ranks} ranks × accumulation {config.grad_accum_steps} do not divide --global-batch-size {wanted}; "
-            f"use {near}"
-        )
-    return wanted // share
 
 
 class _Parser(argparse.ArgumentParser):
@@ -301,6 +245,14 @@ class _KeyValues(argparse.Action):
         setattr(namespace, self.dest, pairs)
 
 
+class _LaunchFiles(argparse.Action):
+    """Prints the folder of the launch files, which an installed toolkit keeps among its modules."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        print(shipped_folder("accelerate_configs"))  # noqa: T201  for $(...)
+        parser.exit()
+
+
 def _build_parser(prog: str) -> _Parser:
     parser = _Parser(
         prog=prog,
@@ -309,7 +261,8 @@ def _build_parser(prog: str) -> _Parser:
         description="Train an image model on WebDataset shards with an optimizer that may prune. "
         "Start it with: accelerate launch --config_file accelerate_configs/<machine>.yaml train.py <flags>",
     )
-    parser.add_argument("-c", "--config", metavar="FILE", help="recipe: YAML of the settings below")
+    parser.add_argument("-c", "--config", metavar="FILE", help="recipe: YAML of the settings below, or a shipped one's")
+    parser.add_argument("--launch-files", action=_LaunchFiles, nargs=0, help="print where accelerate's files are, exit")
     group: Any = parser
     for item in flags():
         meta = item.metadata
@@ -340,10 +293,15 @@ def _build_parser(prog: str) -> _Parser:
 def _read_recipe(path: str) -> dict[str, Any]:
     import yaml
 
+    shipped = {file.name: file for file in sorted(shipped_folder("recipes").glob("*.yaml"))}
+    file = Path(path)
     try:
-        settings = yaml.safe_load(Path(path).read_text()) or {}
+        settings = yaml.safe_load((file if file.exists() else shipped.get(path, file)).read_text()) or {}
     except OSError as error:
-        raise ValueError(f"-c {path} cannot be read ({error.strerror}); check the path") from None
+        raise ValueError(
+            f"-c {path} cannot be read ({error.strerror}); check the path, or take a shipped recipe: "
+            f"{', '.join(shipped)}"
+        ) from None
     except yaml.YAMLError as error:
         raise ValueError(f"-c {path} is not YAML ({' '.join(str(error).split())})") from None
     if not isinstance(settings, dict):

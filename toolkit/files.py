@@ -4,12 +4,14 @@ And what others' files may say: which names are taken, and how much JSON. docs/s
 """
 
 import contextlib
+import csv
 import fcntl
+import io
 import json
 import os
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,16 @@ __all__ = [
     "UnsafeNameError",
     "cache_folder",
     "check_name",
+    "csv_text",
     "inside",
     "locked",
     "read_json",
     "refuse_links_out",
     "replacing",
+    "shipped_folder",
     "sync_to_disk",
     "write_atomically",
+    "write_json",
 ]
 
 # 100,000 shards' names take 5 MB. Parsed, JSON may take 20 times its bytes.
@@ -90,9 +95,18 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is not JSON ({error}); make or fetch it again") from None
 
 
+_IN_CHECKOUT = {"accelerate_configs": "accelerate_configs", "recipes": "launch/recipes"}
+
+
 def cache_folder() -> Path:
     """The toolkit's folder under the user's cache folder; it need not exist."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "adamwprune-toolkit"
+
+
+def shipped_folder(name: str) -> Path:
+    """`accelerate_configs` or `recipes`: package data where the toolkit is installed, else the checkout's folder."""
+    installed = Path(__file__).parent / name
+    return installed if installed.is_dir() else Path(__file__).parents[1] / _IN_CHECKOUT[name]
 
 
 @contextlib.contextmanager
@@ -136,6 +150,20 @@ def write_atomically(path: Path, content: str | bytes, sync: bool = False) -> No
     """Write a whole file, so that a reader finds the old content or the new. Makes the folder; see `replacing`."""
     with replacing(path, sync) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def write_json(path: Path, content: Any, indent: int | None = None) -> None:
+    """Write a JSON file whole or not at all."""
+    write_atomically(path, json.dumps(content, indent=indent) + "\n")
+
+
+def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
+    """A table as CSV, its header first."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns)
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def sync_to_disk(path: Path) -> None:

@@ -13,8 +13,6 @@ from typing import Any
 
 from toolkit.log import printable
 
-__all__ = ["as_code", "as_text", "to_html"]
-
 _MARKUP = re.compile(r"[\\`*\[\]|<>&$~#]|(?<!\w)_|_(?!\w)")
 _LINK = re.compile(r"https?://|#|[^:]*$", re.IGNORECASE)  # to the web, within the page, beside it
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # should a script get in, it does not run

@@ -14,11 +14,9 @@ import torch
 from torch import nn
 
 from toolkit.engine.masks import check_masks
+from toolkit.engine.metrics import NUM_MEMORY_COLUMNS
 from toolkit.engine.run import Run
-from toolkit.engine.scalars import NUM_MEMORY_COLUMNS
 from toolkit.engine.step import train_step
-
-__all__ = ["WHAT", "Traffic", "count_of_run", "formulas", "traffic_of", "wire_bytes"]
 
 WHAT = ("gradients", "weights", "buffers", "control", "mask update")
 _ITEMSIZE = {"float": 4, "double": 8, "long int": 8, "int": 4, "unsigned char": 1}
@@ -48,14 +46,14 @@ class Traffic:
 
 def traffic_of(run: Run) -> Traffic:
     """The facts of a model that is not sharded, or of one under FSDP2. Call on all ranks, before the first step."""
-    buffers = list(run.bare_model.buffers())
+    buffers = list(run.engine.module.buffers())
     return Traffic(
-        [tuple(parameter.shape) for parameter in run.bare_model.parameters()],
-        [sum(p.numel() for p in group["params"]) for group in run.bare_optimizer.param_groups],
+        [tuple(parameter.shape) for parameter in run.engine.module.parameters()],
+        [sum(p.numel() for p in group["params"]) for group in run.engine.inner_optimizer.param_groups],
         len(run.prunable),
         sum(b.nbytes for b in buffers if b.is_floating_point()),
         sum(b.nbytes for b in buffers if not b.is_floating_point()),
-        _kept_by_fsdp2(run.model) if run.sharding.name == "fsdp2" else (),
+        _kept_by_fsdp2(run.model) if run.engine.name == "fsdp2" else (),
     )
 
 
@@ -138,7 +136,7 @@ def count_of_run(run: Run) -> dict[str, dict[str, int]]:
 
     The first two steps pass uncounted: DDP puts its buckets together anew after the first.
     """
-    due = next(update for update in range(4, run.plan.total_steps) if run.schedule.due(update))
+    due = next(update for update in range(4, run.plan.total_steps) if run.schedule.is_update_step(update))
     batches = _endless(run)
 
     def step(update: int) -> None:

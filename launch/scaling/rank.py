@@ -23,11 +23,10 @@ from toolkit.config import parse
 from toolkit.dist import leave_group
 from toolkit.engine.history import History
 from toolkit.engine.loop import train_epoch
+from toolkit.engine.metrics import Metrics
 from toolkit.engine.run import Run
-from toolkit.engine.stops import StopRequest
+from toolkit.engine.signals import StopRequest
 from toolkit.log import start_logging
-
-__all__ = ["main", "measure_loops"]
 
 
 class BareLoop:
@@ -37,7 +36,7 @@ class BareLoop:
     """
 
     def __init__(self, run: Run) -> None:
-        self._model, self._optimizer = run.model, run.bare_optimizer
+        self._model, self._optimizer = run.model, run.engine.inner_optimizer
         self._loader, self._to_inputs, self._loss = run.train_loader, run.to_inputs, run.train_loss
 
     def epoch(self, epoch: int) -> None:
@@ -59,7 +58,10 @@ class BareLoop:
 def measure_loops(run: Run, rounds: int) -> dict[str, Any]:
     """Seconds of an epoch of each loop, interleaved; the first round is not counted. Call on all ranks."""
     bare = BareLoop(run)
-    passes: dict[str, Callable[[int], None]] = {"ours": _our_epoch(run), "bare": bare.epoch}
+    passes: dict[str, Callable[[int], None]] = {
+        "ours": _our_epoch(run),
+        "bare": bare.epoch,
+    }
     if run.world.num_ranks > 1:
         passes["alone"] = bare.epoch_alone
     seconds: dict[str, list[float]] = {name: [] for name in passes}
@@ -76,25 +78,26 @@ def measure_loops(run: Run, rounds: int) -> dict[str, Any]:
         order = order[1:] + order[:1]
     run.memory.close()
     seconds = {name: taken[1:] for name, taken in seconds.items()}
-    ratios = [ours / theirs for ours, theirs in zip(seconds["ours"], seconds["bare"], strict=True)]
-    result: dict[str, Any] = {
+
+    def ratios(name: str) -> list[float]:
+        return [taken / bare for taken, bare in zip(seconds[name], seconds["bare"], strict=True)]
+
+    return {
         "ranks": run.world.num_ranks,
         "steps": run.plan.steps_per_epoch,
         "rounds": rounds,
         "epoch_s": seconds,
-        "overhead": statistics.median(ratios) - 1,
-        "overhead_rounds": [ratio - 1 for ratio in ratios],
-        "communication_share": None,
+        "overhead": statistics.median(ratios("ours")) - 1,
+        "overhead_rounds": [ratio - 1 for ratio in ratios("ours")],
+        "communication_share": 1 - statistics.median(ratios("alone")) if "alone" in seconds else None,
     }
-    if "alone" in seconds:
-        shares = [1 - alone / bare for alone, bare in zip(seconds["alone"], seconds["bare"], strict=True)]
-        result["communication_share"] = statistics.median(shares)
-    return result
 
 
 def _our_epoch(run: Run) -> Callable[[int], None]:
+    metrics = Metrics(run)
+
     def epoch(number: int) -> None:
-        train_epoch(run, History(epoch=number), StopRequest(), None)
+        train_epoch(run, History(epoch=number), StopRequest(), metrics)
 
     return epoch
 
@@ -113,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.what == "loop":
         result = measure_loops(run, options.rounds)
     elif options.what == "collectives":
-        result = {"engine": run.sharding.name, "ranks": run.world.num_ranks, "counted": count_of_run(run)}
+        result = {"engine": run.engine.name, "ranks": run.world.num_ranks, "counted": count_of_run(run)}
     else:
         result = vars(traffic_of(run))
     if run.world.is_main:

@@ -3,6 +3,7 @@
 import os
 
 import pytest
+from flags import train_flags
 from ranks import run_ranks
 
 pytest.importorskip("deepspeed")  # here, once: it takes five seconds
@@ -12,15 +13,7 @@ from test_engines import ENGINES
 from launch.scaling.collectives import WHAT, count_of_run, formulas, log_line_bytes, traffic_of, wire_bytes
 from toolkit.builder import build
 from toolkit.config import parse
-from toolkit.engine.scalars import memory_columns
-
-
-def flags_for(model, data, out):
-    return [
-        "--data-dir", str(data), "--model", model, "--img-size", "32", "--global-batch-size", "12", "--epochs", "2",
-        "--lr", "3e-3", "--warmup-epochs", "0", "--color-jitter", "0", "-j", "0", "--opt", "adamwprune", "--sparsity",
-        "0.7", "--prune-begin", "0", "--prune-frequency", "5", "--output", str(out),
-    ]
+from toolkit.engine.metrics import memory_columns
 
 
 def facts(rank, engine, flags):
@@ -35,7 +28,10 @@ def counted(rank, engine, flags):
 
 @pytest.mark.parametrize(("model", "ranks"), [("test_vit", 3), ("test_resnet", 2)])
 def test_counted_bytes_are_those_of_the_formulas(few_digits, tmp_path, model, ranks):
-    flags = flags_for(model, few_digits, tmp_path)
+    flags = train_flags(
+        few_digits, tmp_path, "--model", model, "--global-batch-size", "12", "--epochs", "2", "--opt", "adamwprune",
+        "--sparsity", "0.7", "--prune-begin", "0", "--prune-frequency", "5",
+    )
     plain = run_ranks(facts, 2, "ddp", flags, join_group=False)[0]
     sharded = run_ranks(facts, 2, "fsdp2", flags, join_group=False)[0]
     for engine in ENGINES:

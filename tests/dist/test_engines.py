@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+from flags import vit_flags
 from ranks import run_ranks
 
 pytest.importorskip("deepspeed")  # here, once: it takes five seconds
@@ -33,24 +34,19 @@ ENGINES = {
 
 @pytest.fixture
 def flags(few_digits, tmp_path):
-    return [
-        "--data-dir", str(few_digits), "--model", "test_vit", "--img-size", "32", "--global-batch-size", "12",
-        "--epochs", "7", "--lr", "3e-3", "--warmup-epochs", "0", "--sched-on-updates", "--color-jitter", "0",
-        "--hflip", "0", "-j", "0", "--log-interval", "10", "--prune-frequency", "5", "--output", str(tmp_path),
-        "--val-interval", "7",
-    ]
+    return vit_flags(few_digits, tmp_path, "--epochs", "7", "--log-interval", "10", "--prune-frequency", "5", "--val-interval", "7")
 
 
 def train(rank, engine, flags):
     os.environ.update(ENGINES[engine])
     run = build(parse(flags))
-    assert run.sharding.name == engine
+    assert run.engine.name == engine
     train_loop(run)
     return {
-        "weights": dict(run.sharding.weights()),
-        "states": {(name, key): value for name, key, value in run.sharding.optimizer_states()},
+        "weights": dict(run.engine.weights()),
+        "states": {(name, key): value for name, key, value in run.engine.optimizer_states()},
         "sparsity": run.sparsity(),
-        "kind": type(run.bare_optimizer).__name__,
+        "kind": type(run.engine.inner_optimizer).__name__,
         "ledger": run.memory.end,
     }
 

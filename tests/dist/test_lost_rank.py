@@ -7,21 +7,18 @@ import time
 
 import pytest
 import torch
+from flags import vit_flags
 from ranks import exit_codes
 
 from toolkit.builder import build
 from toolkit.config import parse
 from toolkit.engine.loop import train as train_loop
-from toolkit.engine.stops import LostRankError
+from toolkit.errors import LostRankError
 
 
 @pytest.fixture
 def flags(few_digits, tmp_path):
-    return [
-        "--data-dir", str(few_digits), "--model", "test_vit", "--img-size", "32", "--global-batch-size", "12",
-        "--epochs", "3", "--lr", "3e-3", "--warmup-epochs", "0", "--color-jitter", "0", "-j", "0", "--log-interval",
-        "2", "--opt", "adamwprune", "--sparsity", "0.7", "--prune-frequency", "2", "--output", str(tmp_path),
-    ]
+    return vit_flags(few_digits, tmp_path, "--opt", "adamwprune", "--sparsity", "0.7")
 
 
 def _killed(rank, flags):

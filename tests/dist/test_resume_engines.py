@@ -5,6 +5,7 @@ import signal
 
 import pytest
 import torch
+from flags import vit_flags
 from ranks import run_ranks
 from test_engines import ENGINES, far
 
@@ -12,24 +13,19 @@ from toolkit.builder import build
 from toolkit.config import parse
 from toolkit.engine.checkpoint import load_checkpoint, newest_checkpoint
 from toolkit.engine.loop import train as train_loop
-from toolkit.engine.stops import InterruptedRunError
+from toolkit.errors import InterruptedRunError
 from toolkit.engine.snapshot import load_snapshot
 
 
 @pytest.fixture
 def flags(few_digits, tmp_path):
-    return [
-        "--data-dir", str(few_digits), "--model", "test_vit", "--img-size", "32", "--global-batch-size", "12",
-        "--epochs", "3", "--lr", "3e-3", "--warmup-epochs", "0", "--sched-on-updates", "--color-jitter", "0",
-        "--hflip", "0", "-j", "0", "--log-interval", "10", "--prune-frequency", "3", "--output", str(tmp_path),
-        "--val-interval", "3",
-    ]
+    return vit_flags(few_digits, tmp_path, "--log-interval", "10", "--prune-frequency", "3", "--val-interval", "3")
 
 
 def held(run):
     """Copies: on CPU the tensors are the run's own."""
-    weights = {name: tensor.clone() for name, tensor in run.sharding.weights()}
-    return weights, {(name, key): value.clone() for name, key, value in run.sharding.optimizer_states()}
+    weights = {name: tensor.clone() for name, tensor in run.engine.weights()}
+    return weights, {(name, key): value.clone() for name, key, value in run.engine.optimizer_states()}
 
 
 def stop_at_11(rank, engine, flags):

@@ -29,7 +29,7 @@ def make(parameters, kind, options):
 
 def train(parameters, gradients, kind, options, group=None):
     optimizer = make(parameters, kind, options)
-    optimizer.shard_group = group
+    optimizer.pruning.shard_group = group
     for step in gradients:
         for parameter, gradient in zip(parameters, step, strict=True):
             parameter.grad = gradient

@@ -1,12 +1,14 @@
 """The real loop on two forked ranks: equal to one rank, and together in every stop."""
 
 import json
+import math
 import os
 import signal
 from types import SimpleNamespace
 
 import pytest
 import torch
+from flags import vit_flags
 from ranks import run_ranks
 
 from toolkit.builder import build
@@ -14,19 +16,12 @@ from toolkit.builder.accelerator import stay_on_this_host
 from toolkit.config import parse
 from toolkit.engine.checkpoint import load_checkpoint, newest_checkpoint
 from toolkit.engine.loop import train as train_loop
-from toolkit.engine.masks import MasksDifferError
-from toolkit.engine.stops import InterruptedRunError
-from toolkit.engine.step import NonFiniteLossError
-from toolkit.prune.mask import mask_of
+from toolkit.errors import InterruptedRunError, MasksDifferError, NonFiniteLossError
 
 
 @pytest.fixture
 def flags(few_digits, tmp_path):
-    return [
-        "--data-dir", str(few_digits), "--model", "test_vit", "--img-size", "32", "--global-batch-size", "12",
-        "--epochs", "3", "--lr", "3e-3", "--warmup-epochs", "0", "--sched-on-updates", "--color-jitter", "0",
-        "--hflip", "0", "-j", "0", "--log-interval", "2", "--prune-frequency", "2", "--output", str(tmp_path),
-    ]
+    return vit_flags(few_digits, tmp_path)
 
 
 def _train(rank, flags, dtype, poison=None):
@@ -37,9 +32,9 @@ def _train(rank, flags, dtype, poison=None):
             poison(run)
         train_loop(run)
         return {
-            "weights": {name: p.detach().clone() for name, p in run.bare_model.named_parameters()},
-            "masks": [mask_of(run.bare_optimizer.state[p]).clone() for _, p in run.prunable
-                      if mask_of(run.bare_optimizer.state[p]) is not None],
+            "weights": {name: p.detach().clone() for name, p in run.engine.module.named_parameters()},
+            "masks": [run.engine.inner_optimizer.state[p]["mask"].clone() for _, p in run.prunable
+                      if "mask" in run.engine.inner_optimizer.state[p]],
             "sparsity": run.sparsity(),
         }
     finally:
@@ -75,6 +70,42 @@ def test_n_ranks_equal_one(flags, tmp_path, method, ranks):
     for row in memory["ledger"]["rows"]:
         if row["name"] != "optim.step":  # float64 here, for torch's default dtype is; float32 in real runs
             assert row["measured_bytes"] == row["predicted_bytes"], row
+
+
+def _train_frozen(rank, flags):
+    import toolkit.builder.predict
+    import toolkit.builder.run
+
+    original = toolkit.builder.run.create_model
+
+    def create_frozen(*asked):
+        model = original(*asked)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad = not name.startswith(("conv1", "bn1", "layer1"))
+        return model
+
+    toolkit.builder.run.create_model = toolkit.builder.predict.create_model = create_frozen
+    run = build(parse(flags))
+    train_loop(run)
+    trained = [p for p in run.engine.module.parameters() if p.requires_grad]
+    return run.sparsity(), sum(p.numel() for p in trained if p.ndim > 1), sum(p.nbytes for p in trained)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_frozen_weights_are_neither_pruned_nor_counted(flags, tmp_path, ranks):
+    more = ["--model", "test_resnet", *METHODS["adamwprune"], "--model-ema", "--experiment", "r"]
+    (zeros, weights), prunable, trained_bytes = run_ranks(_train_frozen, ranks, [*flags, *more], join_group=False)[0]
+    assert weights == prunable
+    assert zeros == math.floor(0.7 * weights)
+    report = json.loads((tmp_path / "r" / "memory.json").read_text())
+    rows = {row["name"]: row for row in report["ledger"]["rows"]}
+    for row in rows.values():
+        assert row["measured_bytes"] == row["predicted_bytes"], row
+    assert rows["gradients" if ranks == 1 else "ddp_buckets"]["measured_bytes"] == trained_bytes
+    for phase in ("dense", "final"):
+        for row in report["phases"][phase]["rows"]:
+            if row["name"] not in ("input", "activations", "workspace"):  # of a step
+                assert row["difference_bytes"] == 0, (phase, row)
 
 
 def _stop_at(step, rank_that_is_told):
@@ -154,7 +185,7 @@ def _poisoned(rank, flags):
             images, labels = original(batch)
             seen += 1
             if seen == 4:
-                before.update({name: p.detach().clone() for name, p in run.bare_model.named_parameters()})
+                before.update({name: p.detach().clone() for name, p in run.engine.module.named_parameters()})
                 before["run"] = run
                 if rank == 1:
                     images[0] = float("inf")
@@ -165,7 +196,7 @@ def _poisoned(rank, flags):
     with pytest.raises(NonFiniteLossError, match="step 4 on rank 1"):
         _train(rank, flags, torch.float32, poison)
     run = before.pop("run")
-    return all(torch.equal(p, before[name]) for name, p in run.bare_model.named_parameters())
+    return all(torch.equal(p, before[name]) for name, p in run.engine.module.named_parameters())
 
 
 def test_non_finite_loss_on_one_rank_stops_all_before_the_update(flags, tmp_path):
@@ -192,15 +223,15 @@ def test_processes_that_do_not_know_each_other_are_noticed(flags, monkeypatch):
 
 def _with_another_mask(rank, flags):
     run = build(parse([*flags, "--opt", "adamwprune", "--sparsity", "0.7", "--experiment", "r"]))
-    original = run.optimizer.step
+    original = run.engine.update
 
-    def step(*arguments):
+    def update(*arguments):
         original(*arguments)
         for parameter, mask in list(run.masked_parameters())[2:3]:
             if rank == 1:
                 mask[0] ^= 1
 
-    run.optimizer.step = step
+    run.engine.update = update
     with pytest.raises(MasksDifferError, match=r"rank 1 has another mask of blocks\.\d\.attn"):
         train_loop(run)
     return True

@@ -10,7 +10,7 @@ from ranks import run_ranks
 from torch import nn
 
 from toolkit.optim.adamwprune import AdamWPrune
-from toolkit.optim.zero import attach_to_zero
+from toolkit.engine.engines.zero import attach
 
 pytest.importorskip("deepspeed")
 
@@ -43,7 +43,7 @@ def _train(rank, stage):
             "zero_allow_untested_optimizer": True,
         },
     )
-    attach_to_zero(optimizer, model, dist.group.WORLD, {})
+    attach(engine)
     dense = []
     for step in range(12):
         engine.backward(loss_of(engine, step))

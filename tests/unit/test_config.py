@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from toolkit.config import Config, batch_size_per_rank, parse
+from toolkit.builder.data import batch_size_per_rank
+from toolkit.config import Config, parse
 
 ROOT = Path(__file__).parents[2]
 
@@ -149,6 +150,6 @@ def test_help_loads_no_torch(command):
 
 
 def test_light_packages_stay_light():
-    probe = "import sys, toolkit, toolkit.memory, toolkit.config; print('torch' in sys.modules)"
+    probe = "import sys, toolkit, toolkit.memory, toolkit.builder.resume; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

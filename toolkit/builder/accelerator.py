@@ -7,7 +7,6 @@ that both decide are a trap.
 import datetime
 import os
 import sys
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -16,16 +15,17 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType, Ini
 from torch import nn
 from torch.optim import Optimizer
 
+from toolkit.builder.model import amp_dtype, compile_model
 from toolkit.config import Config
 from toolkit.dist import World
-from toolkit.engine.engines import Sharding
-from toolkit.engine.engines.ddp import PlainSharding
-from toolkit.engine.engines.fsdp2 import Fsdp2Sharding
-from toolkit.engine.engines.zero import ZeroSharding
-from toolkit.optim.packed import PackedOptimizer
-from toolkit.optim.zero import attach_to_zero
+from toolkit.engine.engines import Engine
+from toolkit.engine.engines.ddp import DdpEngine
+from toolkit.engine.engines.fsdp2 import Fsdp2Engine
+from toolkit.engine.engines.fused import FusedEngine
+from toolkit.engine.engines.zero import ZeroEngine, attach
+from toolkit.optim.registry import find_spec
 
-__all__ = ["autocast", "check_engine", "create_sharding", "launched_engine", "new_accelerator", "stay_on_this_host"]
+__all__ = ["check_engine", "create_engine", "launched_engine", "new_accelerator", "stay_on_this_host"]
 
 
 def launched_engine() -> str:
@@ -63,6 +63,7 @@ def check_engine(config: Config) -> None:
         "--amp fp16": config.mixed_precision == "fp16",
         "--torchcompile": config.torchcompile is not None,
         "--sync-bn": config.sync_bn,
+        "--fused-backward": config.fused_backward,
         f"--clip-mode {config.clip_mode}": config.clip_grad is not None and config.clip_mode != "norm",
         f"--prune-scope {config.prune_scope}": launched_engine() == "deepspeed" and config.prune_scope != "global",
     }
@@ -153,37 +154,55 @@ def _deepspeed_plugin(config: Config, on_cpu: bool) -> Any:
     return plugin
 
 
-def autocast(accelerator: Accelerator, config: Config, device: torch.device) -> AbstractContextManager[Any]:
-    """The forward pass's precision. Under FSDP2 and ZeRO Accelerate would cast the weights themselves."""
-    if launched_engine() == "ddp":
-        return accelerator.autocast()
-    dtype = {"no": None, "bf16": torch.bfloat16}[config.mixed_precision]
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
-
-
-def create_sharding(
-    accelerator: Accelerator, prepared: Any, model: nn.Module, wrapped: Any, optimizer: Optimizer, world: World
-) -> Sharding:
-    """The engine's way for a prepared model and optimizer. Raises ValueError where ZeRO cannot prune this model."""
+def create_engine(
+    config: Config,
+    opt: str,
+    accelerator: Accelerator,
+    module: nn.Module,
+    optimizer: Optimizer,
+    world: World,
+) -> Engine:
+    """The engine around a placed model and its optimizer. Raises ValueError where it cannot train these."""
+    model, wrapped = accelerator.prepare(module, optimizer)
+    parts = (accelerator, compile_model(model, config), module, wrapped, optimizer, world)
+    options: dict[str, Any] = {
+        "amp_dtype": amp_dtype(config),
+        "clip_grad": config.clip_grad,
+        "clip_mode": config.clip_mode,
+    }
     if accelerator.distributed_type == DistributedType.FSDP:
-        return Fsdp2Sharding(accelerator, model, optimizer, world)
-    if accelerator.distributed_type != DistributedType.DEEPSPEED:
-        return PlainSharding(accelerator, model, optimizer)
+        return Fsdp2Engine(*parts, **options)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return _zero_engine(accelerator.state.deepspeed_plugin.zero_stage, *parts, **options)
+    if config.fused_backward:
+        _check_fused_backward(config, opt, world)
+        return FusedEngine(*parts, **options)
+    return DdpEngine(*parts, **options)
+
+
+def _check_fused_backward(config: Config, opt: str, world: World) -> None:
+    """Raise ValueError, with the reason, where --fused-backward cannot be."""
+    reasons = {
+        f"{world.num_ranks} ranks: gradients are summed over the ranks before the update": world.num_ranks > 1,
+        f"--grad-accum-steps {config.grad_accum_steps}: gradients must outlive backward": config.grad_accum_steps > 1,
+        f"--clip-grad {config.clip_grad}: clipping needs all gradients before the first update": config.clip_grad,
+        "--amp fp16: the scaler looks at all gradients before the first update": config.mixed_precision == "fp16",
+        "--torchcompile: it was not tried": config.torchcompile,
+        f"--opt {opt}: it may look at all gradients together; see python -m toolkit.optim --list": not find_spec(opt),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise ValueError(f"--fused-backward does not go with {reason}; leave one of them out")
+
+
+def _zero_engine(stage: int, *parts: Any, **options: Any) -> ZeroEngine:
+    wrapped, optimizer = parts[3:5]
     base = wrapped
     while hasattr(base, "optimizer"):
         base = base.optimizer
     assert base is optimizer, f"DeepSpeed runs {type(base).__name__} instead of {type(optimizer).__name__}"
-    stage = accelerator.state.deepspeed_plugin.zero_stage
     if stage == 0:
         raise ValueError("zero_stage: 0 is plain DDP; launch with accelerate_configs/multi_gpu.yaml")
-    sharding = ZeroSharding(accelerator, prepared, model, optimizer, world, stage)
-    if len([group for group in optimizer.param_groups if group.get("prunable")]) > 1:
-        raise ValueError(
-            f"{type(model).__name__} spares some prunable weights from weight decay; ZeRO shows the optimizer one "
-            "group at a time, so they cannot be pruned together: launch with FSDP2 or DDP"
-        )
-    # SPAM's class can pack, but with hook-based pruning its pruner decides.
-    target = getattr(optimizer, "pruner", optimizer if isinstance(optimizer, PackedOptimizer) else None)
-    if target is not None:
-        attach_to_zero(target, model, torch.distributed.distributed_c10d._get_default_group(), sharding.spans())
-    return sharding
+    engine = ZeroEngine(*parts, **options, stage=stage)
+    attach(engine.model)
+    return engine

@@ -12,7 +12,7 @@ from timm.data import Mixup, create_transform, resolve_data_config
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
 
-from toolkit.config import Config, batch_size_per_rank
+from toolkit.config import Config
 from toolkit.data.decode import EvalTransform, TimmTransform, TrainTransform, Transform
 from toolkit.data.index import ShardIndex, load_split
 from toolkit.data.info import MAX_CLASSES, read_info
@@ -21,7 +21,16 @@ from toolkit.data.remote import fetch_info, is_remote, remote_folder
 from toolkit.data.shard_cache import ShardCache, load_remote_split
 from toolkit.dist import World
 
-__all__ = ["DataSet", "augment", "create_loaders", "input_settings", "open_data", "shuffle_window", "to_inputs"]
+__all__ = [
+    "DataSet",
+    "augment",
+    "batch_size_per_rank",
+    "create_loaders",
+    "input_settings",
+    "open_data",
+    "shuffle_window",
+    "to_inputs",
+]
 
 _REMOTE_WINDOW = 16  # shards; a window and the next should fit the cache, and a batch mixes 16 × 1,250 images
 
@@ -66,6 +75,22 @@ def open_data(config: Config) -> DataSet:
         load_remote_split(config.data_dir, info, name, folder, limit_bytes) for name in names
     )
     return DataSet(info, train, evaluation, train_cache, evaluation_cache)
+
+
+def batch_size_per_rank(config: Config, num_ranks: int) -> int:
+    """Images per rank and micro-batch. Raises ValueError where --global-batch-size does not divide evenly."""
+    wanted = config.global_batch_size
+    if wanted is None:
+        return config.batch_size
+    share = num_ranks * config.grad_accum_steps
+    if wanted < 1 or wanted % share:
+        below, above = wanted // share * share, (wanted // share + 1) * share
+        near = f"{below} or {above}" if below > 0 else str(above)
+        raise ValueError(
+            f"{num_ranks} ranks × accumulation {config.grad_accum_steps} do not divide --global-batch-size {wanted}; "
+            f"use {near}"
+        )
+    return wanted // share
 
 
 def create_loaders(

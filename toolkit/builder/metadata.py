@@ -2,24 +2,26 @@
 
 import os
 import platform
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from toolkit.builder.data import DataSet, shuffle_window
 from toolkit.config import Config
 from toolkit.dist import World
 from toolkit.engine.run import Plan
+from toolkit.files import write_atomically
 from toolkit.prune.schedule import Schedule
 
 __all__ = ["cpu_name", "describe", "run_facts", "write_args"]
 
 
 def run_facts(
-    config: Config, data: DataSet, opt: str, method: str, schedule: Schedule, plan: Plan, world: World
+    config: Config, data: DataSet, opt: str, method: str, lr: float, schedule: Schedule, plan: Plan, world: World
 ) -> dict[str, Any]:
     """Fixed entries of metrics.json, and what a checkpoint must agree on."""
     info = data.info
@@ -44,6 +46,8 @@ def run_facts(
         "device_type": world.device.type,
         "threads_per_rank": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "timm": timm.__version__},
+        "lr": lr,
+        "weight_decay": config.weight_decay,
     }
 
 
@@ -58,25 +62,26 @@ def cpu_name() -> str:
 
 
 def write_args(folder: Path, config: Config) -> None:
-    """Write args.yaml: `-c args.yaml` repeats the run."""
+    """Write args.yaml: `-c args.yaml` repeats the run, with the batch size that --auto-batch-size found."""
     import yaml
 
-    settings = config.to_dict()
+    settings = config.to_dict() | {"auto_batch_size": ""}
     if config.global_batch_size is not None:
         del settings["batch_size"]  # either sets the batch; a recipe may hold one
-    temporary = folder / "args.yaml.tmp"
-    temporary.write_text(yaml.safe_dump(settings, sort_keys=False))
-    temporary.replace(folder / "args.yaml")
+    write_atomically(folder / "args.yaml", yaml.safe_dump(settings, sort_keys=False))
 
 
-def describe(facts: dict[str, Any], lr: float, folder: Path, model: nn.Module, prunable: set[str]) -> str:
+def describe(facts: dict[str, Any], folder: Path, model: nn.Module, prunable: Iterable[tuple[str, Tensor]]) -> str:
     """The run in one line."""
-    # ZeRO-3 leaves empty parameters and their size beside them.
-    sizes = {name: getattr(parameter, "ds_numel", parameter.numel()) for name, parameter in model.named_parameters()}
+    every, may_go = (sum(map(_numel, weights)) for weights in (model.parameters(), (weight for _, weight in prunable)))
     return (
-        f"{facts['model']} ({sum(sizes.values()):,} parameters, {sum(sizes[name] for name in prunable):,} prunable) "
-        f"on {facts['dataset']}{' (SYNTHETIC)' if facts['dataset_synthetic'] else ''}; {facts['opt']}, lr {lr:g}, "
-        f"sparsity {facts['target_sparsity']:g}; {facts['world_size']} ranks on {facts['device']}, global batch "
-        f"{facts['global_batch_size']}, {facts['epochs']} epochs of {facts['steps_per_epoch']} steps; "
+        f"{facts['model']} ({every:,} parameters, {may_go:,} prunable) "
+        f"on {facts['dataset']}{' (SYNTHETIC)' if facts['dataset_synthetic'] else ''}; {facts['opt']}, "
+        f"lr {facts['lr']:g}, sparsity {facts['target_sparsity']:g}; {facts['world_size']} ranks on {facts['device']}, "
+        f"global batch {facts['global_batch_size']}, {facts['epochs']} epochs of {facts['steps_per_epoch']} steps; "
         f"writes to {folder}"
     )
+
+
+def _numel(weight: Tensor) -> int:
+    return int(getattr(weight, "ds_numel", weight.numel()))  # ZeRO-3 leaves empty parameters, their size beside them

@@ -1,4 +1,4 @@
-"""The model, its loss, and which of its weights may be pruned."""
+"""The model and its loss."""
 
 import difflib
 import pickle
@@ -19,15 +19,12 @@ from toolkit.engine.checkpoint import load_checkpoint as read_checkpoint
 from toolkit.engine.checkpoint import newest_checkpoint
 from toolkit.log import get_logger
 
-__all__ = ["compile_model", "create_model", "model_options", "place_model", "prunable_names", "train_loss"]
+__all__ = ["amp_dtype", "compile_model", "create_model", "place_model", "train_loss"]
 
 
-def model_options(config: Config) -> dict[str, Any]:
-    """Arguments of the model beside its name and number of classes."""
-    options: dict[str, Any] = {"drop_rate": config.drop, **config.model_kwargs}
-    if config.drop_path is not None:
-        options["drop_path_rate"] = config.drop_path
-    return options
+def amp_dtype(config: Config) -> torch.dtype | None:
+    """The dtype of forward passes under mixed precision, None without it."""
+    return {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}[config.mixed_precision]
 
 
 def create_model(config: Config, num_classes: int) -> nn.Module:
@@ -40,10 +37,11 @@ def create_model(config: Config, num_classes: int) -> nn.Module:
     num_classes = config.num_classes or num_classes
     if num_classes < 1:
         raise ValueError(f"{config.data_dir} does not say how many classes it has; add --num-classes")
+    options: dict[str, Any] = {"drop_rate": config.drop, **config.model_kwargs}
+    if config.drop_path is not None:
+        options["drop_path_rate"] = config.drop_path
     try:
-        model = timm.create_model(
-            config.model, pretrained=config.pretrained, num_classes=num_classes, **model_options(config)
-        )
+        model = timm.create_model(config.model, pretrained=config.pretrained, num_classes=num_classes, **options)
     except TypeError as error:
         raise ValueError(
             f"--model {config.model} does not take one of its arguments ({error}); see --model-kwargs"
@@ -103,16 +101,6 @@ def compile_model(model: nn.Module, config: Config) -> nn.Module:
     if not config.torchcompile:
         return model
     return torch.compile(model, backend=config.torchcompile)  # type: ignore[return-value]
-
-
-def prunable_names(model: nn.Module) -> set[str]:
-    """Names of the weights of convolution and linear layers, stem and classifier included."""
-    layers = (nn.modules.conv._ConvNd, nn.Linear)
-    return {
-        f"{name}.weight".lstrip(".")
-        for name, module in model.named_modules()
-        if isinstance(module, layers) and isinstance(getattr(module, "weight", None), nn.Parameter)
-    }
 
 
 def train_loss(config: Config) -> Callable[[Tensor, Tensor], Tensor]:

@@ -1,32 +1,24 @@
-"""The optimizer by name: pruning options, parameter groups, learning rate, and its memory by arithmetic."""
+"""The optimizer by name: pruning options, parameter groups, learning rate."""
 
 import dataclasses
-import fnmatch
-from typing import Any
 
 import torch
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
-from torch import Tensor, nn
+from torch import nn
 
-from toolkit.builder.model import prunable_names
 from toolkit.config import Config
-from toolkit.dist import World
-from toolkit.engine.engines.fused import FusedBackward
 from toolkit.log import get_logger
-from toolkit.memory.arithmetic import ParameterFacts, predict_optimizer_rows
-from toolkit.optim.packed import PackedOptimizer
+from toolkit.optim.param_groups import param_groups
 from toolkit.optim.registry import check_optimizer_name, find_spec, resolve_name
-from toolkit.prune.mask import mask_of, unpack_bits
+from toolkit.prune.groups import prunable_names
 from toolkit.prune.schedule import Schedule
 
 __all__ = [
     "apply_recipe",
     "base_learning_rate",
     "create_optimizer",
-    "fused_backward",
     "keep_zeros",
-    "predict_memory",
     "pruning_schedule",
     "resolve_optimizer",
     "total_epochs",
@@ -91,22 +83,6 @@ def pruning_schedule(config: Config, method: str, total_steps: int) -> Schedule:
     return Schedule(config.sparsity, begin, end, config.prune_frequency)
 
 
-def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Groups by (prunable, decayed): timm's rule for decay, our mark for pruning, names for messages."""
-    prunable = prunable_names(model)
-    exempt: set[str] = set(getattr(model, "no_weight_decay", set)())
-    groups: dict[tuple[bool, bool], list[tuple[str, Tensor]]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            spared = any(fnmatch.fnmatch(name, pattern) for pattern in exempt)
-            decays = parameter.ndim > 1 and not name.endswith(".bias") and not spared
-            groups.setdefault((name in prunable, decays), []).append((name, parameter))
-    return [
-        {"params": named, "weight_decay": weight_decay if decays else 0.0, "prunable": may_prune}
-        for (may_prune, decays), named in sorted(groups.items(), key=lambda item: item[0])
-    ]
-
-
 def create_optimizer(
     config: Config, model: nn.Module, opt: str, lr: float, schedule: Schedule
 ) -> torch.optim.Optimizer:
@@ -121,84 +97,24 @@ def create_optimizer(
         if config.prune_score is not None:
             arguments["score"] = config.prune_score
     try:
-        return create_optimizer_v2(
-            model, **arguments, param_group_fn=lambda m: _parameter_groups(m, config.weight_decay)
-        )
+        return create_optimizer_v2(model, **arguments, param_group_fn=lambda m: param_groups(m, config.weight_decay))
     except TypeError as error:
         raise ValueError(f"--opt {opt} does not take one of its arguments ({error}); see --opt-kwargs") from None
 
 
 def keep_zeros(optimizer: torch.optim.Optimizer, model: nn.Module, config: Config, schedule: Schedule) -> None:
     """Have a pruned --initial-checkpoint stay pruned, from the first step on."""
-    if not (config.initial_checkpoint and schedule.on):
+    if not (config.initial_checkpoint and schedule.enabled):
         return
     names = prunable_names(model)
     weights = [parameter for name, parameter in model.named_parameters() if name in names]
     zeros = sum(int((weight == 0).sum()) for weight in weights)
     if not zeros:
         return
-    if isinstance(optimizer, PackedOptimizer) and not hasattr(optimizer, "pruner"):
-        optimizer.keeps_zeros = True
-    else:
-        optimizer.pruner.keep_zeros()  # type: ignore[attr-defined]
+    optimizer.pruning.keep_zeros()  # type: ignore[attr-defined]
     _log.info(
         "%s: its %d zeros among %d prunable weights stay zeros",
         config.initial_checkpoint,
         zeros,
         sum(weight.numel() for weight in weights),
-    )
-
-
-def fused_backward(
-    config: Config, optimizer: torch.optim.Optimizer, opt: str, schedule: Schedule, world: World
-) -> FusedBackward | None:
-    """--fused-backward, or None without it. Raises ValueError, with the reason, where it cannot be."""
-    if not config.fused_backward:
-        return None
-    reasons = {
-        f"{world.num_ranks} ranks: gradients are summed over the ranks before the update": world.num_ranks > 1,
-        f"--grad-accum-steps {config.grad_accum_steps}: gradients must outlive backward": config.grad_accum_steps > 1,
-        f"--clip-grad {config.clip_grad}: clipping needs all gradients before the first update": config.clip_grad,
-        "--amp fp16: the scaler looks at all gradients before the first update": config.mixed_precision == "fp16",
-        "--torchcompile: it was not tried": config.torchcompile,
-        f"--opt {opt}: it may look at all gradients together; see python -m toolkit.optim --list": not find_spec(opt),
-    }
-    for reason, holds in reasons.items():
-        if holds:
-            raise ValueError(f"--fused-backward does not go with {reason}; leave one of them out")
-    own = getattr(optimizer, "mask_update_due", schedule.due)  # SPAM moves updates out of its warm-ups
-    return FusedBackward(optimizer, lambda step: own(step) or schedule.due(step))
-
-
-def predict_memory(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    opt: str,
-    method: str,
-    config: Config,
-    ema: Any,
-    num_ranks: int,
-) -> dict[str, int]:
-    """Ledger rows between steps by arithmetic, for the rows where arithmetic is exact."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    weights = sum(p.nbytes for p in model.parameters())
-    buffers = sum(b.nbytes for b in model.buffers())
-    gradients = sum(p.nbytes for p in trained)
-    rows = {
-        "weights": weights,
-        "buffers": buffers,
-        "gradients": 0 if num_ranks > 1 or config.fused_backward else gradients,
-        "ddp_buckets": gradients if num_ranks > 1 else 0,
-        "ema": weights + buffers if ema is not None else 0,
-    }
-    spec = find_spec(opt)
-    if spec is None:
-        return rows
-    facts = []
-    for parameter in trained:
-        mask = mask_of(optimizer.state.get(parameter, {}))
-        survivors = parameter.numel() if mask is None else int(unpack_bits(mask, parameter.numel()).sum())
-        facts.append(ParameterFacts(parameter.numel(), mask is not None, survivors, parameter.itemsize))
-    return rows | predict_optimizer_rows(
-        facts, spec.moments, counts_steps=spec.counts_steps, method=method, score=config.prune_score
     )

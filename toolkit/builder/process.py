@@ -11,7 +11,8 @@ import torch
 from accelerate import Accelerator
 
 from toolkit.builder.accelerator import check_engine, new_accelerator
-from toolkit.config import Config, check_same_settings
+from toolkit.builder.resume import check_same_settings
+from toolkit.config import Config
 from toolkit.dist import World
 from toolkit.engine.checkpoint import (
     complete_checkpoints,
@@ -24,13 +25,12 @@ from toolkit.engine.checkpoint import (
 from toolkit.engine.history import is_complete
 from toolkit.engine.lock import FolderLock
 from toolkit.engine.snapshot import IDENTITY
+from toolkit.errors import RunCompleteError
 from toolkit.files import inside, refuse_links_out
 from toolkit.log import get_logger, start_logging
 from toolkit.process import die_with_parent
 
 __all__ = [
-    "RunCompleteError",
-    "check_identity",
     "create_accelerator",
     "die_with_launcher",
     "run_folder",
@@ -86,11 +86,9 @@ def seed_rank(seed: int, rank: int) -> None:
     torch.manual_seed(seed + rank)
 
 
-class RunCompleteError(Exception):
-    """The run to resume is finished."""
-
-
-def run_folder(config: Config, opt: str, world: World) -> tuple[Path, Path | None, FolderLock | None]:
+def run_folder(
+    config: Config, opt: str, facts: dict[str, Any], world: World
+) -> tuple[Path, Path | None, FolderLock | None]:
     """The run's folder, made, with logging started; the checkpoint to resume from, if any; the lock, on rank 0.
 
     Raises ValueError where the folder holds another run or one is going on in it, RunCompleteError where it holds this
@@ -111,6 +109,8 @@ def run_folder(config: Config, opt: str, world: World) -> tuple[Path, Path | Non
     start_logging(world.rank, folder / "train.log")
     if config.resume == "auto" and checkpoint is None:
         _log.info("--resume auto: no complete checkpoint in %s, starting afresh", folder)
+    if checkpoint is not None:
+        _check_identity(checkpoint, facts, folder, world)
     return folder, checkpoint, lock
 
 
@@ -161,7 +161,7 @@ def _newest_sound_checkpoint(folder: Path, world: World) -> Path | None:
     return next((path for path in complete_checkpoints(folder)[::-1] if path.name not in damaged), None)
 
 
-def check_identity(checkpoint: Path, facts: dict[str, Any], folder: Path, world: World) -> None:
+def _check_identity(checkpoint: Path, facts: dict[str, Any], folder: Path, world: World) -> None:
     """Raise ValueError unless the checkpoint is of this very run; then drop the later ones that it departs from."""
     identity = read_identity(checkpoint)
     for key in IDENTITY:

@@ -9,7 +9,6 @@ keeps its index as a pickle, which can.)
 import contextlib
 import io
 import json
-import os
 import pickle
 import re
 import shutil
@@ -27,8 +26,9 @@ from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from toolkit.dist import World
-from toolkit.files import inside, read_json
+from toolkit.files import inside, read_json, sync_to_disk, write_atomically
 from toolkit.log import get_logger
+from toolkit.memory.ledger import storage_key
 
 __all__ = [
     "CheckpointStore",
@@ -186,9 +186,9 @@ def _write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     apart = {}
     for key, tensor in tensors.items():  # safetensors takes contiguous tensors that share no memory
         tensor = tensor.contiguous()
-        storage = tensor.untyped_storage()
-        apart[key] = tensor.clone() if storage._cdata in seen or storage.nbytes() != tensor.nbytes else tensor
-        seen.add(storage._cdata)
+        shares = storage_key(tensor) in seen or tensor.untyped_storage().nbytes() != tensor.nbytes
+        apart[key] = tensor.clone() if shares else tensor
+        seen.add(storage_key(tensor))
     with _quiet():
         dcp.save(apart, storage_writer=HuggingFaceStorageWriter(str(folder)), no_dist=True)
 
@@ -229,8 +229,9 @@ class CheckpointStore:
             try:
                 final = self._write(state, tensors or {}, step, facts)
                 if best:
-                    self._write_best(final.name, metric)
-                _sync(self._folder)
+                    content = {"checkpoint": final.name, "metric": metric}
+                    write_atomically(self._folder / _BEST, json.dumps(content) + "\n")
+                sync_to_disk(self._folder)
                 self._prune()
             except (OSError, dcp.api.CheckpointException) as error:
                 refusal, written = _refusal_of_the_disk(error), False
@@ -258,16 +259,11 @@ class CheckpointStore:
         sums = {str(path.relative_to(temporary)): _checksum(path) for path in files}
         (temporary / _COMPLETE).write_text(json.dumps({**facts, "files": sums}) + "\n")
         for path in (*files, temporary / _COMPLETE, *(p for p in (temporary / _TENSORS,) if p.is_dir()), temporary):
-            _sync(path)
+            sync_to_disk(path)
         if final.exists():  # out of the way whole: a half-removed folder must not look complete
             final.rename(self._folder / f"tmp-old-{step:08d}")
         temporary.rename(final)
         return final
-
-    def _write_best(self, name: str, metric: float | None) -> None:
-        temporary = self._folder / (_BEST + ".tmp")
-        temporary.write_text(json.dumps({"checkpoint": name, "metric": metric}) + "\n")
-        temporary.replace(self._folder / _BEST)
 
     def _prune(self) -> None:
         best = best_checkpoint(self._folder)
@@ -285,11 +281,3 @@ def _refusal_of_the_disk(error: BaseException) -> OSError:
     if isinstance(inner, OSError):
         return inner
     raise inner
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -35,7 +35,7 @@ def evaluate(run: Run, model: nn.Module, between: Callable[[], None] = lambda: N
     for number, batch in enumerate(run.eval_loader, 1):
         images, labels = run.to_inputs(batch)
         weights = batch.weights.to(run.world.device, torch.float64)
-        with run.autocast():
+        with run.engine.autocast():
             logits = model(images)
         logits = logits.float()
         losses = nn.functional.cross_entropy(logits, labels, reduction="none").double()

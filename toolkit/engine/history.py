@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from toolkit.files import read_json
+from toolkit.files import read_json, replacing, write_atomically
 
 __all__ = ["SUMMARY_COLUMNS", "History", "is_complete", "write_records"]
 
@@ -68,12 +68,10 @@ def write_records(folder: Path, history: History, facts: dict[str, Any], *, targ
         {"epoch": epoch, **{key: getattr(history, key)[epoch] for key in SUMMARY_COLUMNS[1:]}}
         for epoch in range(len(history.train_loss))
     ]
-    temporary = folder / "summary.csv.tmp"
-    with open(temporary, "w", newline="") as file:
+    with replacing(folder / "summary.csv") as temporary, open(temporary, "w", newline="") as file:
         writer = csv.DictWriter(file, SUMMARY_COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
-    temporary.replace(folder / "summary.csv")
 
     evaluated = [(top1, epoch) for epoch, top1 in enumerate(history.eval_top1) if top1 is not None]
     rates = history.images_per_sec
@@ -94,6 +92,4 @@ def write_records(folder: Path, history: History, facts: dict[str, Any], *, targ
         **facts,
         "completed": completed,
     }
-    temporary = folder / "metrics.json.tmp"
-    temporary.write_text(json.dumps(metrics, indent=1) + "\n")
-    temporary.replace(folder / "metrics.json")
+    write_atomically(folder / "metrics.json", json.dumps(metrics, indent=1) + "\n")

@@ -2,42 +2,31 @@
 
 import contextlib
 import math
-import os
 import time
 from typing import Any, NoReturn
 
 import torch
 from timm.utils import distribute_bn
-from torch import Tensor
 
 from toolkit.engine.evaluate import EvalResult, evaluate
 from toolkit.engine.history import History, write_records
-from toolkit.engine.masks import MasksDifferError, check_masks
+from toolkit.engine.masks import AverageMasks, check_masks
+from toolkit.engine.metrics import Metrics
 from toolkit.engine.run import Run
-from toolkit.engine.scalars import MIB, memory_columns, memory_scalars
+from toolkit.engine.signals import StopRequest
 from toolkit.engine.snapshot import load_snapshot, save_snapshot
-from toolkit.engine.step import NonFiniteLossError, StepResult, train_step
-from toolkit.engine.stops import (
-    InterruptedRunError,
-    LostRankError,
-    SparsityError,
-    StopRequest,
-    TooManyBadImagesError,
-    check_bad,
-)
+from toolkit.engine.step import train_step
+from toolkit.errors import InterruptedRunError, LostRankError, RunError, SparsityError, TooManyBadImagesError
 from toolkit.log import get_logger
-from toolkit.memory.allocator import read_device, read_host
+from toolkit.markdown import MIB
 from toolkit.memory.ledger import count_bytes, optimizer_bytes
 from toolkit.memory.probe import StepProbe
 from toolkit.memory.report import write_report, write_report_of_survivors
 from toolkit.progress import Progress, duration
-from toolkit.prune.mask import flat, zero_pruned
 
 __all__ = ["train", "train_epoch"]
 
 _log = get_logger()
-
-_SLOW_DATA = 0.2  # share of the time spent waiting for data above which the log says what to change
 
 
 def train(run: Run) -> History:
@@ -50,20 +39,22 @@ def train(run: Run) -> History:
     history = load_snapshot(run)
     done = history.epoch * run.plan.steps_per_epoch + history.step
     bar = Progress(run.plan.total_steps, "steps", "train", done, lambda line: None) if run.world.is_main else None
+    metrics = Metrics(run)
     with StopRequest() as stop:  # around all: the launcher sends SIGTERM when a rank is lost
         try:
             while history.epoch < run.plan.epochs:
-                train_epoch(run, history, stop, bar)
-                if run.plan.dist_bn and run.world.num_ranks > 1:  # before a stop, whose checkpoint has one rank's
-                    distribute_bn(run.bare_model, run.world.num_ranks, run.plan.dist_bn == "reduce")
+                train_epoch(run, history, stop, metrics, bar)
+                if run.plan.dist_bn and run.world.num_ranks > 1:
+                    # Also before a stop: its checkpoint has rank 0's statistics, which are now everyone's.
+                    distribute_bn(run.engine.module, run.world.num_ranks, run.plan.dist_bn == "reduce")
                 _stop_if_asked(run, history, stop)
-                _finish_epoch(run, history, stop)
+                _finish_epoch(run, history, stop, metrics)
             _check_sparsity(run)
             _write_memory(run)
-            run.scalars.write_settings(run.facts)
+            metrics.write_settings(run.facts)
             _write(run, history, completed=True)  # last: it says that everything else is there
-        except (InterruptedRunError, MasksDifferError, NonFiniteLossError, SparsityError, TooManyBadImagesError):
-            _write_memory(run)  # all ranks raise these together; after any other error a gather could wait for ever
+        except RunError:
+            _write_memory(run)  # all ranks raise it together; after any other error a gather could wait for ever
             raise
         except Exception as error:
             lost = _write_memory_of_survivors(run, error)
@@ -73,7 +64,7 @@ def train(run: Run) -> History:
         finally:
             if bar is not None:
                 bar.close()
-            run.scalars.close()
+            metrics.close()
             run.memory.close()
             if run.lock is not None:
                 run.lock.release()
@@ -98,7 +89,7 @@ def _interrupt(run: Run, history: History) -> NoReturn:
     )
 
 
-def train_epoch(run: Run, history: History, stop: StopRequest, bar: Progress | None) -> None:
+def train_epoch(run: Run, history: History, stop: StopRequest, metrics: Metrics, bar: Progress | None = None) -> None:
     """Train from `history.step` to the end of the epoch, without its evaluation. Call on all ranks."""
     plan, begin = run.plan, time.perf_counter()
     run.model.train()
@@ -107,7 +98,8 @@ def train_epoch(run: Run, history: History, stop: StopRequest, bar: Progress | N
     own = sums[run.world.rank] if len(sums) == ranks else sum(sums) * ranks / max(len(sums), 1) * run.world.is_main
     loss_sum = torch.full((), float(own), dtype=torch.float64, device=run.world.device)
     batches = run.train_loader.epoch(history.epoch, history.step)
-    window, masks = _Window(run), _AverageMasks(run)
+    average_masks = AverageMasks(run)
+    metrics.begin_window()
 
     def account() -> None:
         nonlocal begin
@@ -126,20 +118,21 @@ def train_epoch(run: Run, history: History, stop: StopRequest, bar: Progress | N
         if run.scheduler is not None:
             run.scheduler.step_update(num_updates=update)
         if run.ema is not None:
-            run.ema.update(run.bare_model, step=update)
-            masks.apply()
+            run.ema.update(run.engine.module, step=update)
+            average_masks.apply()
         loss_sum += result.loss
-        if run.schedule.due(update):
+        if run.schedule.is_update_step(update):
             check_masks(run)
             if update == run.schedule.end_step:
                 _release_memory(run)
         history.step += 1
         history.bad_so_far += result.num_bad
-        window.add(result)
+        metrics.add(result)
         if bar is not None:
             bar.advance()
         if logs:
-            window.report(update, history)
+            bad = metrics.report(update, history)
+            _check_bad(bad, len(run.train_loader.index), plan.max_bad_images, "training")
         if result.stop and history.step < plan.steps_per_epoch:  # else after the epoch's end, which is here
             account()
             _interrupt(run, history)
@@ -169,113 +162,46 @@ def _release_memory(run: Run) -> None:
     )
 
 
-class _Window:
-    """What happened since the last log line, and the line and scalars made of it."""
-
-    def __init__(self, run: Run) -> None:
-        self._run = run
-        self._advised = False
-        self._clear()
-
-    def _clear(self) -> None:
-        self._begin = time.perf_counter()
-        self._results: list[StepResult] = []
-
-    def add(self, result: StepResult) -> None:
-        self._results.append(result)
-
-    def report(self, update: int, history: History) -> None:
-        """One vector sum over the ranks, then a log line and the scalars. Call on all ranks."""
-        run, plan, results = self._run, self._run.plan, self._results
-        elapsed = time.perf_counter() - self._begin
-        losses = torch.stack([result.loss for result in results]).double().mean()
-        device = read_device(run.world.device)  # before the sample, whose record begins new peaks
-        ledger = run.memory.sample(update)
-        rest = torch.tensor(
-            [sum(r.wait_s for r in results) / elapsed, history.bad_so_far],
-            dtype=torch.float64,
-            device=losses.device,
+def _check_bad(bad: int, total: int, share: float, what: str) -> None:
+    """Raise TooManyBadImagesError where `bad` of `total` images are more than `share` of them, and than ten."""
+    limit = max(10, int(share * total))
+    if bad > limit:
+        raise TooManyBadImagesError(
+            f"{bad} of {total} {what} images could not be read, more than {limit}; the log names the first ones, "
+            "python -m shards.verify finds all, --max-bad-images lets more by"
         )
-        columns = memory_columns(run.world, {"ledger": sum(ledger.values()), **device}).to(losses.device)
-        sums = run.world.sum(torch.cat([losses[None], rest, columns.flatten()]))
-        loss, wait, bad = sums[:3].tolist()
-        loss, wait = loss / run.world.num_ranks, wait / run.world.num_ranks
-        zeros, weights = run.sparsity()
-        rate = len(results) * plan.global_batch_size / elapsed
-        grad_norm = results[-1].grad_norm
-        learning_rate = _learning_rate(run)
-        run.scalars.write(
-            {
-                "train/loss": loss,
-                "train/lr": learning_rate,
-                "train/images_per_sec": rate,
-                "train/grad_norm": None if grad_norm is None else float(grad_norm),
-                "train/data_wait(%)": 100 * wait,
-                "train/epoch": update / plan.steps_per_epoch,
-                "train/bad_images": bad,
-                "pruning/sparsity": zeros / max(weights, 1),
-                "pruning/target_sparsity": run.schedule.target(update),
-                **memory_scalars(sums[3:].view_as(columns), on_gpu=run.world.device.type == "cuda"),
-                "memory/num_alloc_retries": device["alloc_retries"],
-                "memory/num_ooms": device["ooms"],
-                "memory/rss(MiB)": read_host()["rss_bytes"] / MIB,
-                **{f"memory/ledger/{row}(MiB)": size / MIB for row, size in ledger.items()},
-            },
-            update,
-        )
-        left = (plan.total_steps - update) * elapsed / len(results)
-        pruned = f"  Sparsity: {100 * zeros / max(weights, 1):.2f} %" if run.schedule.on else ""
-        _log.info(
-            "Train: %d [%4d/%d (%3.0f%%)]  Loss: %.4g  Time: %.3fs, %7.2f/s  LR: %.3e  Data: %.0f %%%s  Left: %s",
-            history.epoch,
-            history.step,
-            plan.steps_per_epoch,
-            100 * history.step / plan.steps_per_epoch,
-            loss,
-            elapsed / len(results),
-            rate,
-            learning_rate,
-            100 * wait,
-            pruned,
-            duration(left),
-        )
-        if wait > _SLOW_DATA and not self._advised:
-            self._advised = True
-            _log.info(
-                "training waits %.0f %% of its time for data: raise --workers (now %d a rank; this host has %d cores), "
-                "leave out --color-jitter and --aa, or make smaller images (python -m shards.imagenet --max-short)",
-                100 * wait,
-                run.train_loader.workers,
-                os.cpu_count() or 1,
-            )
-        check_bad(int(bad), len(run.train_loader.index), plan.max_bad_images, "training")
-        self._clear()
 
 
-def _finish_epoch(run: Run, history: History, stop: StopRequest) -> None:
+def _evaluate(run: Run, history: History, stop: StopRequest, metrics: Metrics, update: int) -> EvalResult:
+    """The epoch's evaluation, of the average of the weights where there is one; written and logged."""
+    plan, begin = run.plan, time.perf_counter()
+    if run.ema is not None and plan.dist_bn and run.world.num_ranks > 1:
+        # Rank 0's statistics, which the checkpoint holds: a mean over ranks would differ after a resume.
+        distribute_bn(run.ema, run.world.num_ranks, reduce=False)
+    with run.memory.during("evaluation"):
+        model = run.engine.module if run.ema is None else run.ema.module
+        result = evaluate(run, model, between=lambda: _stop_if_asked(run, history, stop))
+    metrics.write({"eval/loss": result.loss, "eval/top1": result.top1, "eval/top5": result.top5}, update)
+    _log.info(
+        "Test: %d  Loss: %.4f  Acc@1: %.3f  Acc@5: %.3f  (%d images, %d unreadable, %s)",
+        history.epoch,
+        result.loss,
+        result.top1,
+        result.top5,
+        result.num_samples,
+        result.num_bad,
+        duration(time.perf_counter() - begin),
+    )
+    _check_bad(result.num_bad, result.num_samples + result.num_bad, plan.max_bad_images, "evaluation")
+    return result
+
+
+def _finish_epoch(run: Run, history: History, stop: StopRequest, metrics: Metrics) -> None:
     """Evaluate, record and save; `history` moves on to the next epoch, and is as before after a stop."""
     plan, begin, update = run.plan, time.perf_counter(), (history.epoch + 1) * run.plan.steps_per_epoch
-    epoch = history.epoch
-    result: EvalResult | None = None
+    epoch, result = history.epoch, None
     if (epoch + 1) % plan.val_interval == 0 or epoch + 1 == plan.epochs:
-        if run.ema is not None and plan.dist_bn and run.world.num_ranks > 1:
-            # Rank 0's statistics, which the checkpoint holds: a mean over ranks would differ after a resume.
-            distribute_bn(run.ema, run.world.num_ranks, reduce=False)
-        with run.memory.during("evaluation"):
-            model = run.bare_model if run.ema is None else run.ema.module
-            result = evaluate(run, model, between=lambda: _stop_if_asked(run, history, stop))
-        run.scalars.write({"eval/loss": result.loss, "eval/top1": result.top1, "eval/top5": result.top5}, update)
-        _log.info(
-            "Test: %d  Loss: %.4f  Acc@1: %.3f  Acc@5: %.3f  (%d images, %d unreadable, %s)",
-            epoch,
-            result.loss,
-            result.top1,
-            result.top5,
-            result.num_samples,
-            result.num_bad,
-            duration(time.perf_counter() - begin),
-        )
-        check_bad(result.num_bad, result.num_samples + result.num_bad, plan.max_bad_images, "evaluation")
+        result = _evaluate(run, history, stop, metrics, update)
     zeros, weights = run.sparsity()
     images = plan.steps_per_epoch * plan.global_batch_size
     loss_sums = history.loss_sums_so_far
@@ -283,7 +209,7 @@ def _finish_epoch(run: Run, history: History, stop: StopRequest) -> None:
     history.eval_loss.append(None if result is None else result.loss)
     history.eval_top1.append(None if result is None else result.top1)
     history.eval_top5.append(None if result is None else result.top5)
-    history.lr.append(_learning_rate(run))
+    history.lr.append(run.learning_rate)
     history.sparsity.append(zeros / max(weights, 1))
     history.epoch_s.append(history.seconds_so_far + time.perf_counter() - begin)
     history.images_per_sec.append(images / history.train_seconds_so_far)
@@ -292,7 +218,8 @@ def _finish_epoch(run: Run, history: History, stop: StopRequest) -> None:
     metric = getattr(result, plan.eval_metric) if result is not None else None
     if run.scheduler is not None:
         run.scheduler.step(epoch + 1, metric)
-    best = metric is not None and (history.best is None or _better(metric, history.best, plan.eval_metric))
+    sign = -1 if plan.eval_metric == "loss" else 1
+    best = metric is not None and (history.best is None or sign * metric > sign * history.best)
     if best:
         history.best = metric
         _log.info("*** Best metric: %s (epoch %d)", metric, epoch)
@@ -303,42 +230,9 @@ def _finish_epoch(run: Run, history: History, stop: StopRequest) -> None:
     _write(run, history, completed=False)
 
 
-def _better(metric: float, best: float, name: str) -> bool:
-    return metric < best if name == "loss" else metric > best
-
-
-def _learning_rate(run: Run) -> float:
-    rates = [float(group["lr"]) for group in run.bare_optimizer.param_groups]
-    return sum(rates) / len(rates)
-
-
-class _AverageMasks:
-    """Puts new masks on the averaged weights.
-
-    Once a pruned weight's average is 0 it stays 0, for the weight is; so a mask is applied when it is new, and the
-    average does not depend on when it is evaluated or saved.
-    """
-
-    def __init__(self, run: Run) -> None:
-        self._run = run
-        self._applied: dict[int, Tensor] = {}
-        if run.ema is not None:
-            names = {id(parameter): name for name, parameter in run.bare_model.named_parameters()}
-            averages = dict(run.ema.module.named_parameters())
-            self._averages = {key: averages[name] for key, name in names.items()}
-
-    @torch.no_grad()
-    def apply(self) -> None:
-        for parameter, mask in self._run.masked_parameters():
-            if self._applied.get(id(parameter)) is not mask:
-                average = self._averages[id(parameter)]
-                zero_pruned(flat(average), mask)
-                self._applied[id(parameter)] = mask
-
-
 def _check_sparsity(run: Run) -> None:
     """Fail loudly unless the zeros are those asked for."""
-    if not run.schedule.on:
+    if not run.schedule.enabled:
         return
     zeros, weights = run.sparsity()
     wanted = math.floor(run.schedule.sparsity * weights)

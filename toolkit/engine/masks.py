@@ -1,31 +1,31 @@
-"""Every rank of DDP must prune the same weights: an 8-byte digest of its masks, compared at every mask update."""
+"""Masks beside the optimizer: those of all ranks compared at every update, and put on the averaged weights."""
 
 import hashlib
 
 import torch
+from torch import Tensor
 
 from toolkit.engine.run import Run
+from toolkit.errors import MasksDifferError
+from toolkit.prune.mask import flat_view, zero_pruned
 
-__all__ = ["MasksDifferError", "check_masks"]
-
-
-class MasksDifferError(RuntimeError):
-    """Ranks have pruned different weights. Raised on all ranks together."""
+__all__ = ["AverageMasks", "check_masks"]
 
 
 def _digest(parts: list[bytes]) -> int:
     digest = hashlib.blake2b(digest_size=8)
     for part in parts:
         digest.update(part)
-    return int.from_bytes(digest.digest(), "little", signed=True) >> 1  # so that its negative is one too
+    return int.from_bytes(digest.digest(), "little", signed=True) >> 1  # 63 bits: the comparison negates it
 
 
 def check_masks(run: Run) -> None:
     """Raise MasksDifferError, naming rank and parameter, where the ranks' masks differ. Call on all ranks.
 
-    With FSDP2 and ZeRO each rank holds the masks of its own share, chosen by one threshold over all of them.
+    Every rank of DDP must prune the same weights; 8 bytes say whether it did. With FSDP2 and ZeRO each rank holds the
+    masks of its own share, chosen by one threshold over all of them.
     """
-    if run.world.num_ranks == 1 or run.sharding.name != "ddp":
+    if run.world.num_ranks == 1 or run.engine.name != "ddp":
         return
     names = {id(parameter): name for name, parameter in run.prunable}
     masks = {
@@ -48,3 +48,27 @@ def check_masks(run: Run) -> None:
                 "differs. The last checkpoint is from before"
             )
     raise AssertionError("digests differ, masks do not")
+
+
+class AverageMasks:
+    """Puts new masks on the averaged weights.
+
+    Once a pruned weight's average is 0 it stays 0, for the weight is; so a mask is applied when it is new, and the
+    average does not depend on when it is evaluated or saved.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._applied: dict[int, Tensor] = {}
+        if run.ema is not None:
+            names = {id(parameter): name for name, parameter in run.engine.module.named_parameters()}
+            averages = dict(run.ema.module.named_parameters())
+            self._averages = {key: averages[name] for key, name in names.items()}
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Zero the averages of the weights that were pruned since the last call."""
+        for parameter, mask in self._run.masked_parameters():
+            if self._applied.get(id(parameter)) is not mask:
+                zero_pruned(flat_view(self._averages[id(parameter)]), mask)
+                self._applied[id(parameter)] = mask

@@ -1,24 +1,19 @@
 """What `build` hands to the loop: the components of one run, built and placed, and nothing of the configuration."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from toolkit.data.loader import Batch, EvalLoader, TrainLoader
 from toolkit.dist import World
 from toolkit.engine.checkpoint import CheckpointStore
-from toolkit.engine.engines import Sharding
-from toolkit.engine.engines.fused import FusedBackward
+from toolkit.engine.engines import Engine
 from toolkit.engine.lock import FolderLock
-from toolkit.engine.scalars import Scalars
 from toolkit.memory.recorder import MemoryLog
-from toolkit.prune.mask import mask_of
+from toolkit.prune.pruning import Pruning
 from toolkit.prune.schedule import Schedule
 
 __all__ = ["Plan", "Run"]
@@ -26,14 +21,12 @@ __all__ = ["Plan", "Run"]
 
 @dataclass(frozen=True)
 class Plan:
-    """Numbers of a run. Steps are optimizer updates; `clip_grad` None = off; `max_bad_images` is a share of a split."""
+    """Numbers of a run. Steps are optimizer updates; `max_bad_images` is a share of a split."""
 
     epochs: int
     steps_per_epoch: int
     accumulation: int
     global_batch_size: int
-    clip_grad: float | None
-    clip_mode: str
     log_interval: int
     val_interval: int
     checkpoint_interval: int
@@ -49,20 +42,13 @@ class Plan:
 
 @dataclass
 class Run:
-    """A run, ready to train. `model` and `optimizer` are Accelerate's, the `bare_` ones what they wrap."""
+    """A run, ready to train."""
 
     plan: Plan
-    accelerator: Accelerator
-    sharding: Sharding
-    autocast: Callable[[], AbstractContextManager[Any]]
+    engine: Engine
     world: World
     folder: Path
     lock: FolderLock | None
-    model: nn.Module
-    bare_model: nn.Module
-    optimizer: Any
-    bare_optimizer: torch.optim.Optimizer
-    fused: FusedBackward | None
     scheduler: Any
     ema: Any
     train_loader: TrainLoader
@@ -74,18 +60,26 @@ class Run:
     prunable: list[tuple[str, Tensor]]
     predict_memory: Callable[[], tuple[dict[str, int], dict[str, dict[str, int]]]]
     checkpoints: CheckpointStore
-    scalars: Scalars
     memory: MemoryLog
     facts: dict[str, Any]
     resume_from: Path | None
 
+    @property
+    def model(self) -> nn.Module:
+        """What is trained: `engine.module` as the engine wraps it, perhaps compiled."""
+        return self.engine.model
+
+    @property
+    def learning_rate(self) -> float:
+        """The mean of the optimizer groups' rates."""
+        rates = [float(group["lr"]) for group in self.engine.inner_optimizer.param_groups]
+        return sum(rates) / len(rates)
+
     def masked_parameters(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(parameter, bit mask) of every parameter that has one."""
-        for parameter, state in self.bare_optimizer.state.items():
-            mask = mask_of(state)
-            if mask is not None:
-                yield parameter, mask
+        pruning: Pruning | None = getattr(self.engine.inner_optimizer, "pruning", None)
+        return iter(()) if pruning is None else pruning.masks()
 
     def sparsity(self) -> tuple[int, int]:
         """(zeros, weights) over the prunable weights the model really has. Call on all ranks."""
-        return self.sharding.count_zeros(self.prunable)
+        return self.engine.count_zeros(self.prunable)

@@ -42,19 +42,19 @@ def _save(run: Run, history: History, update: int, metric: float | None, best: b
     identity = {key: run.facts[key] for key in IDENTITY}
     # Whole tensors one at a time, through all ranks; only rank 0, which writes, keeps them.
     tensors: dict[str, Tensor] = {}
-    for name, tensor in run.sharding.weights():
+    for name, tensor in run.engine.weights():
         if run.world.is_main:
             tensors[f"model.{name}"] = tensor
-    for name, key, tensor in run.sharding.optimizer_states():
+    for name, key, tensor in run.engine.optimizer_states():
         if run.world.is_main:
             tensors[f"optimizer.{key}.{name}"] = tensor
     if run.ema is not None and run.world.is_main:
         tensors |= {f"ema.{name}": tensor.cpu() for name, tensor in run.ema.module.state_dict().items()}
     groups = [
         {key: value for key, value in group.items() if key not in ("params", "param_names")}
-        for group in run.bare_optimizer.param_groups
+        for group in run.engine.inner_optimizer.param_groups
     ]
-    scaler = run.accelerator.scaler
+    scaler = run.engine.scaler
     state = {
         "history": {**history.to_dict(), "bad_so_far": bad_so_far},
         "model": {},
@@ -64,7 +64,7 @@ def _save(run: Run, history: History, update: int, metric: float | None, best: b
         "scaler": scaler.state_dict() if scaler is not None else None,
         "random": random_states,
         "memory": memory_states,
-        "engine": run.sharding.name,
+        "engine": run.engine.name,
         "versions": {name: str(version) for name, version in run.facts["versions"].items()},
     }
     return run.checkpoints.save(state, update, tensors=tensors, identity=identity, metric=metric, best=best)
@@ -83,16 +83,16 @@ def load_snapshot(run: Run) -> History:
     if run.resume_from is None:
         return History()
     state = load_checkpoint(run.resume_from)
-    run.sharding.load_weights(state["model"])
-    run.sharding.load_optimizer_states(state["optimizer"]["state"], state["optimizer"]["param_groups"])
+    run.engine.load_weights(state["model"])
+    run.engine.load_optimizer_states(state["optimizer"]["state"], state["optimizer"]["param_groups"])
     if run.scheduler is not None:
         run.scheduler.load_state_dict(state["scheduler"]["outer"])
         if state["scheduler"]["inner"] is not None:
             run.scheduler.lr_scheduler.load_state_dict(state["scheduler"]["inner"])
     if run.ema is not None:
         run.ema.module.load_state_dict(state["ema"])
-    if run.accelerator.scaler is not None and state["scaler"] is not None:
-        run.accelerator.scaler.load_state_dict(state["scaler"])
+    if run.engine.scaler is not None and state["scaler"] is not None:
+        run.engine.scaler.load_state_dict(state["scaler"])
     history = History(**state["history"])
     if not run.world.is_main:
         history.bad_so_far = 0  # rank 0 goes on with the count of all

@@ -16,6 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from toolkit.memory.ledger import storage_key
+
 __all__ = ["Lifetime", "StepMemory", "StorageTracker", "classify", "fullest_moment", "track_step"]
 
 
@@ -47,15 +49,16 @@ class StorageTracker(TorchDispatchMode):
         return result
 
     def _note(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self._alive and storage.nbytes():
-            self._follow(storage, Lifetime(storage.nbytes(), self.events, dtype=tensor.dtype))
+        if storage_key(tensor) not in self._alive and tensor.untyped_storage().nbytes():
+            self._follow(tensor, self.events)
             self.events += 1
 
-    def _follow(self, storage: torch.UntypedStorage, lifetime: Lifetime) -> None:
+    def _follow(self, tensor: Tensor, born: int) -> Lifetime:
+        storage, key = tensor.untyped_storage(), storage_key(tensor)
+        lifetime = self._alive[key] = Lifetime(storage.nbytes(), born, dtype=tensor.dtype)
         self.lifetimes.append(lifetime)
-        self._alive[storage._cdata] = lifetime
-        weakref.finalize(storage, self._died, storage._cdata, lifetime)
+        weakref.finalize(storage, self._died, key, lifetime)
+        return lifetime
 
     def _died(self, key: int, lifetime: Lifetime) -> None:
         lifetime.died = self.events
@@ -65,25 +68,20 @@ class StorageTracker(TorchDispatchMode):
 
     def of(self, tensor: Tensor) -> Lifetime | None:
         """The lifetime of a tensor's storage, None if it was there before."""
-        return self._alive.get(tensor.untyped_storage()._cdata)
+        return self._alive.get(storage_key(tensor))
 
     def stands(self, tensor: Tensor) -> Lifetime:
         """Count a tensor's storage as one that is there from the start, unless it is known already."""
-        known = self.of(tensor)
-        if known is None:
-            storage = tensor.untyped_storage()
-            known = Lifetime(storage.nbytes(), 0, dtype=tensor.dtype)
-            self._follow(storage, known)
-        return known
+        return self.of(tensor) or self._follow(tensor, 0)
 
     def forget(self, tensors: Iterator[Tensor]) -> None:
         """Leave out tensors that were there before."""
         for tensor in tensors:
-            self._alive[tensor.untyped_storage()._cdata] = Lifetime(0, 0)
+            self._alive[storage_key(tensor)] = Lifetime(0, 0)
 
 
 @dataclass(frozen=True)
-class _Piece:
+class _Storage:
     """A storage of the step: bytes at batch b are `fixed + slope * b`."""
 
     row: str
@@ -100,16 +98,16 @@ class _Piece:
 class StepMemory:
     """Forward and backward of one step: what lives when, at any batch size. `events` numbers their moments."""
 
-    pieces: tuple[_Piece, ...]
+    storages: tuple[_Storage, ...]
     events: int
 
     def peak(self, batch_size: int) -> dict[str, int]:
         """Bytes by row when most is allocated: gradients, input, activations, weight_casts, workspace."""
-        moment = fullest_moment([(p.born, p.died, p.size_bytes(batch_size)) for p in self.pieces], self.events)
+        moment = fullest_moment([(p.born, p.died, p.size_bytes(batch_size)) for p in self.storages], self.events)
         rows = dict.fromkeys(("gradients", "input", "activations", "weight_casts", "workspace"), 0)
-        for piece in self.pieces:
-            if piece.born <= moment < piece.died:
-                rows[piece.row] += piece.size_bytes(batch_size)
+        for storage in self.storages:
+            if storage.born <= moment < storage.died:
+                rows[storage.row] += storage.size_bytes(batch_size)
         return rows
 
 
@@ -152,15 +150,15 @@ def track_step(
     if len(first) != len(second) or events != other_events:
         raise ValueError("the model's operations depend on the batch size; its memory cannot be predicted from two")
     small, large = batch_sizes
-    pieces = []
+    storages = []
     for one, other, row in zip(first, second, rows, strict=True):
         slope = (other.size_bytes - one.size_bytes) / (large - small)
         died = events if one.died is None else one.died
         fixed = one.size_bytes - slope * small
         if row == "activations" and slope == 0 and amp_dtype is not None and one.dtype is amp_dtype:
             row = "weight_casts"
-        pieces.append(_Piece(row, fixed, slope, one.born, died))
-    return StepMemory(tuple(pieces), events)
+        storages.append(_Storage(row, fixed, slope, one.born, died))
+    return StepMemory(tuple(storages), events)
 
 
 def _track(

@@ -11,12 +11,18 @@ __all__ = ["ParameterFacts", "predict_optimizer_rows"]
 
 @dataclass(frozen=True)
 class ParameterFacts:
-    """A trained parameter: its weights, how many survive, and whether it may be pruned."""
+    """A parameter: its weights, how many survive, and whether it may be pruned and is trained at all."""
 
     numel: int
     prunable: bool
     survivors: int
     itemsize: int = 4
+    trained: bool = True
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the parameter itself."""
+        return self.numel * self.itemsize
 
 
 def predict_optimizer_rows(

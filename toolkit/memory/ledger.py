@@ -6,16 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from toolkit.prune.distributed import local
+from toolkit.prune.distributed import to_local
 
-__all__ = ["OPTIMIZER_ROWS", "Owners", "count_bytes", "find_owners", "optimizer_bytes", "row_of_state"]
+__all__ = ["Owners", "count_bytes", "find_owners", "is_optimizer_row", "optimizer_bytes", "row_of_state", "storage_key"]
 
 Owners = dict[str, list[Tensor]]
 
 # Rows that are not `optim.<state key>`: what pruning keeps in the optimizer's state.
-OPTIMIZER_ROWS = {
+_OPTIMIZER_ROWS = {
     "mask": "masks",
-    "keep": "masks",
     "offsets": "offsets",
     "scores": "scores",
     "initial_weights": "initial_weights",
@@ -24,7 +23,17 @@ OPTIMIZER_ROWS = {
 
 def row_of_state(key: str) -> str:
     """Ledger row of a key in an optimizer's state."""
-    return OPTIMIZER_ROWS.get(key, f"optim.{key}")
+    return _OPTIMIZER_ROWS.get(key, f"optim.{key}")
+
+
+def is_optimizer_row(row: str) -> bool:
+    """Whether a row is of the optimizer or its pruning: optim.*, masks, offsets, scores, initial_weights."""
+    return row.startswith("optim.") or row in _OPTIMIZER_ROWS.values()
+
+
+def storage_key(tensor: Tensor) -> int:
+    """Which storage a tensor is a view of. (A fake tensor's has no address; this number each storage has.)"""
+    return tensor.untyped_storage()._cdata
 
 
 def find_owners(
@@ -68,15 +77,13 @@ def count_bytes(owners: Owners) -> dict[str, int]:
     seen: set[int] = set()
     rows = dict.fromkeys(owners, 0)
     for row, tensors in owners.items():
-        for tensor in tensors:
-            storage = local(tensor).untyped_storage()
-            if storage._cdata not in seen:
-                seen.add(storage._cdata)
-                rows[row] += storage.nbytes()
+        for tensor in map(to_local, tensors):
+            if storage_key(tensor) not in seen:
+                seen.add(storage_key(tensor))
+                rows[row] += tensor.untyped_storage().nbytes()
     return rows
 
 
 def optimizer_bytes(ledger: Mapping[str, int]) -> int:
-    """What the optimizer and its pruning keep: the optim.* rows, masks, offsets, scores and initial weights."""
-    owned = set(OPTIMIZER_ROWS.values())
-    return sum(size for row, size in ledger.items() if row in owned or row.startswith("optim."))
+    """What the optimizer and its pruning keep."""
+    return sum(size for row, size in ledger.items() if is_optimizer_row(row))

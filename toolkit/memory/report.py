@@ -6,7 +6,6 @@ the primary figure. It is exact on any device; host RSS is shown beside it and i
 
 import csv
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,15 +15,17 @@ from typing import Any
 import torch
 
 from toolkit.dist import World
+from toolkit.files import csv_text, write_atomically, write_json
 from toolkit.memory.ledger import optimizer_bytes
 from toolkit.memory.markdown import to_markdown
-from toolkit.memory.recorder import RANKS_FOLDER, TIMELINE_COLUMNS, MemoryLog, replace_json
-from toolkit.memory.reduce import phase_ledgers, reduce_ranks
+from toolkit.memory.recorder import RANKS_FOLDER, TIMELINE_COLUMNS, MemoryLog
 
-__all__ = ["SCHEMA", "merge_ranks", "write_report", "write_report_of_survivors"]
+__all__ = ["SCHEMA", "merge_ranks", "phase_ledgers", "reduce_ranks", "write_report", "write_report_of_survivors"]
 
 SCHEMA = "memory-report/1"
 STANDIN_NOTE = "NO GPU: tensor-byte ledger and host RSS; not comparable with GPU memory"
+# The prediction that a phase's peak is set beside; the others have none.
+_PREDICTED_AS = {"warm_up": "dense", "dense": "dense", "final": "final"}
 _SETTLE_S = 2.0  # survivors' last words may lie this far apart
 
 Predict = Callable[[], tuple[dict[str, int], dict[str, dict[str, int]]]]
@@ -71,15 +72,9 @@ def write_report_of_survivors(
 
 
 def _write(report: dict[str, Any], folder: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    replace_json(folder / "memory.json", report, indent=1)
-    table, text = folder / f"memory_timeline.csv.tmp{os.getpid()}", folder / f"memory.md.tmp{os.getpid()}"
-    with open(table, "w", newline="") as file:
-        writer = csv.DictWriter(file, TIMELINE_COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-    table.replace(folder / "memory_timeline.csv")
-    text.write_text(to_markdown(report))
-    text.replace(folder / "memory.md")
+    write_json(folder / "memory.json", report, indent=1)
+    write_atomically(folder / "memory_timeline.csv", csv_text(TIMELINE_COLUMNS, rows))
+    write_atomically(folder / "memory.md", to_markdown(report))
 
 
 def merge_ranks(
@@ -139,3 +134,100 @@ def merge_ranks(
         "phases": phase_ledgers(first, predicted_peaks),
         "timeline": "memory_timeline.csv",
     }
+
+
+def phase_ledgers(record: Mapping[str, Any], predicted: Mapping[str, Mapping[str, int]]) -> dict[str, dict[str, Any]]:
+    """The ledger at the peak of each phase's probed step: measured, predicted, the difference, and what has no owner.
+
+    What the allocator and the device hold beyond the rows follows from the same step's readings, and is None where
+    there is no allocator: rows + rounding + unexplained = allocated, + cache = reserved, + context and others = the
+    whole device, whose peak is that of the run.
+    """
+    phases = {}
+    for name, phase in record["phases"].items():
+        expected = predicted.get(_PREDICTED_AS.get(name, ""), {})
+        rows = []
+        for row in dict.fromkeys([*phase["rows"], *expected]):
+            measured, wanted = phase["rows"].get(row, 0), expected.get(row, 0) if expected else None
+            if measured or wanted:
+                difference = None if wanted is None else measured - wanted
+                rows.append(
+                    {"name": row, "measured_bytes": measured, "predicted_bytes": wanted, "difference_bytes": difference}
+                )
+        total, peaks = sum(phase["rows"].values()), phase["peaks"]
+        phases[name] = {
+            "at": f"the peak within step {phase['step']}, in its {phase['part']}",
+            "rank": record["rank"],
+            "rows": rows,
+            "total_bytes": total,
+            "predicted_total_bytes": sum(expected.values()) if expected else None,
+            **_above(total, peaks, record["device_used_peak_bytes"]),
+        }
+    return phases
+
+
+def _above(total: int, peaks: Mapping[str, int], device_used: int | None) -> dict[str, int | None]:
+    allocated, requested = peaks.get("allocated_peak_bytes"), peaks.get("requested_peak_bytes")
+    reserved = peaks.get("reserved_peak_bytes")
+    rounding = None if allocated is None or requested is None else allocated - requested
+    return {
+        "rounding_bytes": rounding,
+        "unexplained_bytes": None if allocated is None else allocated - (rounding or 0) - total,
+        "allocated_peak_bytes": allocated,
+        "allocator_cache_bytes": None if reserved is None or allocated is None else reserved - allocated,
+        "reserved_peak_bytes": reserved,
+        "context_and_others_bytes": None if reserved is None or device_used is None else device_used - reserved,
+        "device_used_peak_bytes": device_used,
+    }
+
+
+def reduce_ranks(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float | int | None]]:
+    """min, mean, max, sum and argmax_rank of every byte figure over the ranks; None where a rank has no reading.
+
+    A ledger row that a rank does not have is 0 there. The sum of a whole device's use counts each device once, however
+    many ranks share it.
+    """
+    flat = [dict(_byte_figures(record)) for record in records]
+    reduced: dict[str, dict[str, float | int | None]] = {}
+    for key in dict.fromkeys(key for figures in flat for key in figures):
+        values = [figures.get(key, 0 if _is_row(key) else None) for figures in flat]
+        known = [value for value in values if value is not None]
+        if len(known) < len(values):
+            reduced[key] = dict.fromkeys(("min", "mean", "max", "sum", "argmax_rank"))
+            continue
+        reduced[key] = {
+            "min": min(known),
+            "mean": sum(known) / len(known),
+            "max": max(known),
+            "sum": sum(_once_a_device(records, known) if key.startswith("device_used") else known),
+            "argmax_rank": records[known.index(max(known))]["rank"],
+        }
+    return reduced
+
+
+def _is_row(key: str) -> bool:
+    return key.startswith(("ledger_", "phases."))
+
+
+def _once_a_device(records: Sequence[Mapping[str, Any]], values: Sequence[int]) -> list[int]:
+    """The highest reading of each device, by uuid and host."""
+    highest: dict[tuple[Any, Any], int] = {}
+    for record, value in zip(records, values, strict=True):
+        key = record.get("host_name"), record.get("device_uuid") or record["rank"]
+        highest[key] = max(value, highest.get(key, 0))
+    return list(highest.values())
+
+
+def _byte_figures(record: Mapping[str, Any], prefix: str = "") -> list[tuple[str, int | None]]:
+    """Every `_bytes` figure and ledger row, and the totals of the ledgers, by dotted name."""
+    figures: list[tuple[str, int | None]] = []
+    is_ledger = prefix.startswith("ledger_") or prefix.endswith(".rows.")
+    for key, value in record.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            figures += _byte_figures(value, f"{name}.")
+        elif key.endswith("_bytes") or is_ledger:
+            figures.append((name, value))
+    if is_ledger:
+        figures.append((f"{prefix}total", sum(record.values())))
+    return figures

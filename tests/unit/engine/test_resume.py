@@ -13,7 +13,7 @@ from test_train import PRUNED, assert_same, final_state, make
 import train
 from toolkit.engine.checkpoint import newest_checkpoint
 from toolkit.engine.loop import train as train_loop
-from toolkit.engine.stops import InterruptedRunError
+from toolkit.errors import InterruptedRunError
 
 
 def test_a_stop_in_the_middle_of_an_evaluation_is_acted_on_there(flags, tmp_path):

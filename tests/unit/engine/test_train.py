@@ -20,9 +20,8 @@ from toolkit.builder import build
 from toolkit.config import parse
 from toolkit.engine.checkpoint import load_checkpoint, newest_checkpoint
 from toolkit.engine.loop import train as train_loop
-from toolkit.engine.scalars import SCALARS
-from toolkit.engine.step import NonFiniteLossError
-from toolkit.engine.stops import SparsityError
+from toolkit.engine.metrics import SCALARS
+from toolkit.errors import NonFiniteLossError, SparsityError
 from toolkit.memory.allocator import read_device
 
 SCHEMA_FILE = Path(toolkit.memory.__file__).parent / "report_schema.json"
@@ -121,14 +120,14 @@ def test_non_finite_loss_stops_before_the_update(flags, tmp_path):
         images, labels = original(batch)
         seen += 1
         if seen == 5:
-            before.update({name: p.detach().clone() for name, p in run.bare_model.named_parameters()})
+            before.update({name: p.detach().clone() for name, p in run.engine.module.named_parameters()})
             images[0, 0, 0, 0] = float("nan")
         return images, labels
 
     run.to_inputs = poisoned
     with pytest.raises(NonFiniteLossError, match="step 5 on rank 0"):
         train_loop(run)
-    assert all(torch.equal(p, before[name]) for name, p in run.bare_model.named_parameters())
+    assert all(torch.equal(p, before[name]) for name, p in run.engine.module.named_parameters())
     assert (tmp_path / "r" / "memory.json").exists()
 
 
@@ -166,7 +165,7 @@ def test_evaluation_counts_unreadable_images_out(flags, few_digits, tmp_path):
         file.seek(index.offset[0])
         file.write(b"\0" * 100)
     run = make(flags, "--data-dir", str(folder), "--experiment", "r", "--opt", "adamw")
-    result = evaluate(run, run.bare_model)
+    result = evaluate(run, run.engine.module)
     assert (result.num_samples, result.num_bad) == (39, 1)
 
 
@@ -253,7 +252,7 @@ def test_weights_come_from_a_file_at_another_input_size(flags, tmp_path):
     more = ["--opt", "adamw", "--model", "test_vit", "--initial-checkpoint", str(source)]
     run = make(flags, *more, "--experiment", "b")
     saved = final_state(tmp_path / "a")["model"]
-    assert all(torch.equal(value, saved[key]) for key, value in run.bare_model.state_dict().items())
+    assert all(torch.equal(value, saved[key]) for key, value in run.engine.module.state_dict().items())
 
 
 def test_amp_and_compile_run_on_cpu(flags, tmp_path):
@@ -263,9 +262,9 @@ def test_amp_and_compile_run_on_cpu(flags, tmp_path):
 
 
 def test_recipe_of_an_optimizer_gives_way_to_flags(flags):
-    assert make(flags, "--opt", "adamwadv", "--experiment", "a").plan.clip_grad == 1.0
-    assert make(flags, "--opt", "adamwadv", "--clip-grad", "3", "--experiment", "b").plan.clip_grad == 3.0
-    assert make(flags, "--opt", "adamw", "--experiment", "c").plan.clip_grad is None
+    assert make(flags, "--opt", "adamwadv", "--experiment", "a").engine.clip_grad == 1.0
+    assert make(flags, "--opt", "adamwadv", "--clip-grad", "3", "--experiment", "b").engine.clip_grad == 3.0
+    assert make(flags, "--opt", "adamw", "--experiment", "c").engine.clip_grad is None
 
 
 def test_sparsity_0_equals_no_pruning_bit_for_bit(flags, tmp_path):
@@ -379,7 +378,7 @@ def test_the_ledger_of_a_steps_peak_is_what_was_predicted(flags, tmp_path, opt):
 
 
 def test_slow_data_is_said_once_with_what_to_change(flags, monkeypatch, capsys):
-    monkeypatch.setattr("toolkit.engine.loop._SLOW_DATA", -1.0)
+    monkeypatch.setattr("toolkit.engine.metrics._SLOW_DATA_PERCENT", -1.0)
     assert train.main([*flags, "--epochs", "1", "--experiment", "slow"]) == 0
     said = capsys.readouterr().err
     assert said.count("of its time for data: raise --workers (now 0 a rank") == 1
@@ -387,7 +386,7 @@ def test_slow_data_is_said_once_with_what_to_change(flags, monkeypatch, capsys):
 
 def test_peaks_are_read_before_a_record_begins_new_ones(flags, monkeypatch):
     order = []
-    monkeypatch.setattr("toolkit.engine.loop.read_device", lambda device: order.append("read") or read_device(device))
+    monkeypatch.setattr("toolkit.engine.metrics.read_device", lambda where: order.append("read") or read_device(where))
     run = make(flags, "--epochs", "1", "--experiment", "r")
     sample = run.memory.sample
     run.memory.sample = lambda step: order.append("sample") or sample(step)

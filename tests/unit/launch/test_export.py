@@ -122,4 +122,4 @@ def test_a_pruned_model_is_fine_tuned_at_unchanged_sparsity(flags, tmp_path, opt
     assert all(all(one) for one in seen)  # at every step, so no dense phase
     zeros, weights = run.sparsity()
     assert zeros == math.floor(0.7 * weights)
-    assert dict(run.bare_model.named_parameters())["fc.weight"].shape[0] == 12
+    assert dict(run.engine.module.named_parameters())["fc.weight"].shape[0] == 12

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launch.report.__main__ import main
+from launch.report.archive import read_runs
 from launch.report.html import as_code, as_text, to_html
-from launch.report.runs import read_runs
 
-CELLS = Path(__file__).parents[3] / "results" / "demo" / "cells"
+RUNS = Path(__file__).parents[3] / "results" / "demo" / "runs.jsonl.gz"
 SCRIPT = "<script>alert(1)</script>"
 MARKUP = " ".join(
     [
@@ -86,8 +86,9 @@ def assert_harmless(page, pictures=0):
 @pytest.fixture
 def runs(tmp_path):
     folder = tmp_path / "runs"
+    assert main([str(RUNS), "--unpack", str(tmp_path / "cells")]) == 0
     for name in ("resnet18_adamw_none_seed0", "resnet18_adamwprune_state_70_seed0"):
-        cell = shutil.copytree(CELLS / name, folder / name)
+        cell = shutil.copytree(tmp_path / "cells" / name, folder / name)
         (cell / "memory_timeline.csv").write_text(
             "rank,step,phase,ledger_bytes,optimizer_bytes,alloc_retries\n0,11,dense,1000,500,\n0,22,final,800,300,\n"
         )

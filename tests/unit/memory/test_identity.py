@@ -14,11 +14,12 @@ from torch import nn
 from torch.distributed._tools.mem_tracker import MemTracker
 
 import toolkit.optim  # noqa: F401
-from toolkit.builder.model import prunable_names
+from toolkit.builder.predict import Prediction
+from toolkit.config import Config
 from toolkit.memory.ledger import count_bytes, find_owners, optimizer_bytes
-from toolkit.memory.predict import Prediction, Question
 from toolkit.memory.probe import StepProbe
 from toolkit.optim.registry import specs
+from toolkit.prune.groups import prunable_names
 
 NAMES = [
     (spec.name, spec.method, score)
@@ -65,21 +66,22 @@ def step(model, optimizer, number, probe=None):
 @functools.cache
 def tracked():
     """Forward and backward do not depend on the optimizer: tracked once."""
-    return Prediction(Question("test_resnet", "adamw", img_size=SIZE, num_classes=10), lambda text: None).step
+    return Prediction(Config(model="test_resnet", opt="adamw", img_size=SIZE, num_classes=10)).step
 
 
-def predict(name, score, sparsity, monkeypatch):
+def predict(name, method, score, sparsity, monkeypatch):
     step_memory = tracked()
-    monkeypatch.setattr("toolkit.memory.activations.track_step", lambda *_, **__: step_memory)
-    question = Question("test_resnet", name, score=score, sparsity=0.7, img_size=SIZE, num_classes=10)
-    return Prediction(question, lambda text: None).ledger(BATCH, sparsity)
+    monkeypatch.setattr("toolkit.builder.predict.track_step", lambda *_, **__: step_memory)
+    final = None if method == "none" else 0.7
+    asked = {"model": "test_resnet", "img_size": SIZE, "num_classes": 10}
+    return Prediction(Config(opt=name, prune_score=score, sparsity=final, **asked)).ledger(BATCH, sparsity)
 
 
 @pytest.mark.parametrize(("name", "method", "score"), NAMES)
 def test_the_peak_to_the_byte(name, method, score, monkeypatch):
-    expected = {"dense": predict(name, score, None, monkeypatch)}
+    expected = {"dense": predict(name, method, score, None, monkeypatch)}
     if method != "none":
-        expected["final"] = predict(name, score, 0.7, monkeypatch)
+        expected["final"] = predict(name, method, score, 0.7, monkeypatch)
     torch.manual_seed(0)
     model = timm.create_model("test_resnet", num_classes=10).train()
     pruning = {} if method == "none" else {"sparsity": 0.7, "begin_step": BEGIN, "end_step": END, "frequency": 1}

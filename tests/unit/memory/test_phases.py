@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from toolkit.memory import allocator
 from toolkit.memory.allocator import PEAKS, read_device
 from toolkit.memory.phases import PeakWindows, phase_of, plan_phases
-from toolkit.memory.reduce import phase_ledgers
+from toolkit.memory.report import phase_ledgers
 from toolkit.prune.schedule import Schedule
 
 

@@ -9,8 +9,7 @@ from toolkit.dist import World
 from toolkit.memory.allocator import read_device, read_host
 from toolkit.memory.phases import Phase
 from toolkit.memory.recorder import TIMELINE_COLUMNS, MemoryLog
-from toolkit.memory.reduce import reduce_ranks
-from toolkit.memory.report import merge_ranks, write_report, write_report_of_survivors
+from toolkit.memory.report import merge_ranks, reduce_ranks, write_report, write_report_of_survivors
 
 
 def test_without_an_accelerator_device_figures_are_null_not_zero():

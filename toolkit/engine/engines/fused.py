@@ -5,26 +5,47 @@ parameter at a time; where its masks change, which takes all gradients or scores
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from toolkit.engine.engines.ddp import DdpEngine
 from toolkit.memory.probe import StepProbe
+from toolkit.prune.pruning import Pruning
 
-__all__ = ["FusedBackward"]
+__all__ = ["FusedBackward", "FusedEngine"]
+
+
+class FusedEngine(DdpEngine):
+    """See Engine: one rank's, with the update inside backward where no mask update is due."""
+
+    def __init__(self, *parts: Any, **options: Any) -> None:
+        super().__init__(*parts, **options)
+        self._fused = FusedBackward(self.inner_optimizer)
+
+    def updates_in_backward(self, step: int) -> bool:
+        return not self._fused.takes_all(step)
+
+    def backward(self, loss: Tensor, step: int, *, last: bool, probe: StepProbe | None = None) -> None:
+        self._fused.backward(step, partial(super().backward, loss, step, last=last), probe)
+
+    def update(self, step: int, want_norm: bool) -> Tensor | None:
+        return None if self.updates_in_backward(step) else super().update(step, want_norm)
 
 
 class FusedBackward:
-    """Updates `optimizer` within backward. `mask_update_due(step)` says at which steps not to."""
+    """Updates `optimizer` within backward, but at the steps at which its masks change."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, mask_update_due: Callable[[int], bool]) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
-        self._due = mask_update_due
+        self._pruning: Pruning | None = getattr(optimizer, "pruning", None)
         self._active = False
         self._probe: StepProbe | None = None
-        # Each parameter as a group of its own, with its group's settings of the step at hand.
-        self._alone: dict[Tensor, tuple[int, dict[str, Any]]] = {}  # (its group's number, which outlives a load)
+        # Each parameter as a group of its own, with its group's settings of the step at hand; and its group by number,
+        # for a load puts new dictionaries in the groups' place.
+        self._alone: dict[Tensor, tuple[int, dict[str, Any]]] = {}
         for position, group in enumerate(optimizer.param_groups):
             names = group.get("param_names")
             for number, parameter in enumerate(group["params"]):
@@ -36,7 +57,7 @@ class FusedBackward:
 
     def backward(self, step: int, backward: Callable[[], None], probe: StepProbe | None = None) -> bool:
         """Run `backward` of optimizer step `step`; returns whether the update was made in it."""
-        if self._due(step):
+        if self.takes_all(step):
             backward()
             return False
         for position, alone in self._alone.values():
@@ -46,9 +67,12 @@ class FusedBackward:
             backward()
         finally:
             self._active, self._probe = False, None
-        if probe is not None:
-            probe.backward_done()
         return True
+
+    def takes_all(self, step: int) -> bool:
+        """Whether all parameters are needed together; at the schedule's own steps the loop compares masks too."""
+        pruning = self._pruning
+        return pruning is not None and (pruning.is_due(step) or pruning.schedule.is_update_step(step))
 
     def _update(self, parameter: Tensor) -> None:
         if not self._active:

@@ -1,0 +1,281 @@
+"""What training will take of a GPU, row by row, before one is touched.
+
+Forward and backward are tracked on fake tensors, optimizer state, masks, averages and buckets follow by arithmetic. The
+figure is what torch's allocator has given out at its peak in forward and backward; the copies that torch's own
+optimizers make in their update are left out (they decide only where the batch is very small), cache and context come on
+top (see `fits`). The rows of FSDP2 and ZeRO are arithmetic that was not compared with a measurement.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from toolkit.builder.data import batch_size_per_rank, input_settings
+from toolkit.builder.model import amp_dtype, create_model
+from toolkit.builder.optimizer import resolve_optimizer
+from toolkit.builder.recompute import checkpoint_activations
+from toolkit.config import Config
+from toolkit.engine.engines import Engine
+from toolkit.log import get_logger
+from toolkit.memory.activations import track_step
+from toolkit.memory.arithmetic import ParameterFacts, predict_optimizer_rows
+from toolkit.memory.ledger import is_optimizer_row
+from toolkit.optim.registry import OptimizerSpec, find_spec
+from toolkit.prune.groups import prunable_names
+from toolkit.prune.mask import unpack_bits
+
+__all__ = ["Prediction", "parse_bytes", "predict", "predict_run", "rows_between_steps", "to_text"]
+
+# Reserved over allocated in replays of torch's allocator (12 to 19 %), and a GPU context.
+RESERVED_OVER_ALLOCATED = 1.18
+CONTEXT_BYTES = 512 * 2**20
+NUM_CLASSES = 1000  # ImageNet's, where nothing says how many
+_UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def rows_between_steps(
+    config: Config,
+    spec: OptimizerSpec | None,
+    method: str,
+    parameters: Sequence[ParameterFacts],
+    buffers_bytes: int,
+    num_ranks: int,
+) -> dict[str, int]:
+    """Ledger rows of a rank that holds everything (one rank, or DDP), between steps; of the optimizer where `spec` is.
+
+    With several ranks the gradients are views of DDP's buckets, which stand from the second step on.
+    """
+    weights = sum(one.nbytes for one in parameters)
+    trained = [one for one in parameters if one.trained]
+    gradients = sum(one.nbytes for one in trained)
+    rows = {
+        "weights": weights,
+        "buffers": buffers_bytes,
+        "gradients": 0 if num_ranks > 1 or config.fused_backward else gradients,
+        "ddp_buckets": gradients if num_ranks > 1 else 0,
+        "ema": weights + buffers_bytes if config.model_ema else 0,
+    }
+    if spec is None:
+        return rows
+    return rows | predict_optimizer_rows(
+        trained, spec.moments, counts_steps=spec.counts_steps, method=method, score=config.prune_score
+    )
+
+
+class Prediction:
+    """The ledger of a run at any batch size per rank; tracking is done once.
+
+    `engine` is ddp (also for one rank), fsdp2 or zero1 to zero3. `num_classes` counts where --num-classes is not given.
+    Raises ValueError for a model or optimizer that is not known.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        num_classes: int = NUM_CLASSES,
+        num_ranks: int = 1,
+        engine: str = "ddp",
+        log: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self.config = config = dataclasses.replace(config, pretrained=False, initial_checkpoint="")  # sizes only
+        self.num_ranks, self.engine = num_ranks, engine
+        self.opt, self.method = resolve_optimizer(config)
+        self.spec = find_spec(self.opt)
+        if self.spec is None:
+            raise ValueError(
+                f"--opt {config.opt}: only the state of our optimizers and timm's sgd, momentum, adam and adamw is "
+                "known; python -m toolkit.optim --list shows them"
+            )
+        num_classes = config.num_classes or num_classes
+
+        def make_model() -> nn.Module:
+            model = create_model(config, num_classes)
+            if config.grad_checkpointing:
+                checkpoint_activations(model, config.model)
+            return model
+
+        model = make_model()
+        self.input_size = tuple(input_settings(config, model)["input_size"])
+        prunable = prunable_names(model)
+        self.parameters = [
+            ParameterFacts(p.numel(), name in prunable, p.numel(), p.itemsize, p.requires_grad)
+            for name, p in model.named_parameters()
+        ]
+        self.buffers_bytes = sum(b.nbytes for b in model.buffers())
+        self.step = track_step(
+            make_model,
+            self.input_size,
+            num_classes,
+            amp_dtype=amp_dtype(config),
+            channels_last=config.channels_last,
+            frees_gradients=config.fused_backward,
+            on_progress=log,
+        )
+
+    @property
+    def final_sparsity(self) -> float | None:
+        """Sparsity at the end, None where nothing is ever pruned."""
+        return None if self.method == "none" else self.config.sparsity
+
+    def _parameters_at(self, sparsity: float) -> list[ParameterFacts]:
+        left = math.floor(sparsity * sum(one.numel for one in self.parameters if one.prunable and one.trained))
+        facts = []
+        for one in self.parameters:  # zeros to hand out; only their sum matters
+            zeros = min(left, one.numel) if one.prunable and one.trained else 0
+            left -= zeros
+            facts.append(dataclasses.replace(one, survivors=one.numel - zeros))
+        return facts
+
+    def ledger(self, batch_size: int, sparsity: float | None) -> dict[str, int]:
+        """Bytes by row at the peak of a step: before masks exist (None), or at a sparsity."""
+        method, sharded = self.method, self.engine != "ddp"
+        if sparsity is None and method in ("state", "magnitude"):
+            method = "none"  # dense until the first mask; movement's scores are there from the first step
+        facts, num_ranks = self._parameters_at(sparsity or 0.0), 1 if sharded else self.num_ranks
+        rows = rows_between_steps(self.config, self.spec, method, facts, self.buffers_bytes, num_ranks)
+        if sparsity is None:
+            rows.pop("masks", None)
+        step = self.step.peak(batch_size)
+        if num_ranks > 1:
+            step["gradients"] = 0  # DDP's buckets have them
+        if sharded:
+            rows |= self._shares(rows)
+        return {row: size for row, size in (rows | step).items() if size}
+
+    def _shares(self, rows: dict[str, int]) -> dict[str, int]:
+        """What a rank of a sharded engine holds instead."""
+        split = {row: -(-size // self.num_ranks) for row, size in rows.items() if is_optimizer_row(row)}
+        weights = -(-rows["weights"] // self.num_ranks)
+        if self.engine.startswith("zero"):
+            split["flat_copies"] = weights  # DeepSpeed's float32 copy of this rank's slice
+        return split | ({"weights": weights} if self.engine in ("fsdp2", "zero3") else {})
+
+    def ledgers(self, batch_size: int) -> dict[str, dict[str, int]]:
+        """The ledger at the peak in the dense phase and at final sparsity."""
+        return {"dense": self.ledger(batch_size, None), "final": self.ledger(batch_size, self.final_sparsity)}
+
+    def peaks(self, batch_size: int) -> dict[str, int]:
+        """Peak allocated bytes in the dense phase and at final sparsity."""
+        return {phase: sum(rows.values()) for phase, rows in self.ledgers(batch_size).items()}
+
+    def needed_bytes(self, batch_size: int) -> int:
+        """What a GPU should have: the higher peak with the allocator's usual cache, and a context."""
+        return round(max(self.peaks(batch_size).values()) * RESERVED_OVER_ALLOCATED) + CONTEXT_BYTES
+
+    def largest_batch(self, limit_bytes: int) -> int:
+        """The largest batch size whose `needed_bytes` stay within the limit; 0 where none does."""
+        low, high = 0, 1
+        while self.needed_bytes(high) <= limit_bytes:
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.needed_bytes(middle) <= limit_bytes else (low, middle)
+        return low
+
+
+def predict_run(
+    config: Config, engine: Engine, num_classes: int, num_ranks: int
+) -> tuple[dict[str, int], dict[str, dict[str, int]]]:
+    """Ledger rows between steps of a run as it stands, and those of a step's peaks, dense and final, for its report.
+
+    Empty for FSDP2 and ZeRO, whose shares are not predicted; the peaks also, and logged, where they cannot be.
+    """
+    if engine.name != "ddp":
+        return {}, {}
+    opt, method = resolve_optimizer(config)
+    facts = []
+    for parameter in engine.module.parameters():
+        mask, numel = engine.inner_optimizer.state.get(parameter, {}).get("mask"), parameter.numel()
+        survivors = numel if mask is None else int(unpack_bits(mask, numel).sum())
+        facts.append(ParameterFacts(numel, mask is not None, survivors, parameter.itemsize, parameter.requires_grad))
+    buffers = sum(b.nbytes for b in engine.module.buffers())
+    rows = rows_between_steps(config, find_spec(opt), method, facts, buffers, num_ranks)
+    try:
+        # Making a model draws its initial weights; a run's generator must not move for a report.
+        with torch.random.fork_rng(devices=[]):
+            prediction = Prediction(config, num_classes, num_ranks)
+        return rows, prediction.ledgers(batch_size_per_rank(config, num_ranks))
+    except (ValueError, RuntimeError, TypeError) as error:
+        get_logger().warning("the step's memory is not predicted: %s", str(error).splitlines()[0] or repr(error))
+        return rows, {}
+
+
+def parse_bytes(text: str) -> int:
+    """`48GiB`, `46.5 GB`, `1024MiB` -> bytes. Raises ValueError."""
+    match = re.fullmatch(r"\s*([\d.]+)\s*([KMG]?I?B?)\s*", text.upper())
+    if match is None or match.group(2) not in _UNITS:
+        raise ValueError(f"{text!r} is not a size; write it like 48GiB")
+    return int(float(match.group(1)) * _UNITS[match.group(2)])
+
+
+def predict(
+    config: Config,
+    num_ranks: int = 1,
+    engine: str = "ddp",
+    *,
+    limit_bytes: int | None = None,
+    max_bytes: int | None = None,
+    log: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """The prediction as one JSON object: peaks, both ledgers, and what `--fits` and `--max-batch-size` ask."""
+    if num_ranks < 1:
+        raise ValueError(f"--ranks {num_ranks} must be at least 1")
+    if config.auto_batch_size:
+        raise ValueError("--auto-batch-size is answered by --max-batch-size here; give that")
+    batch_size = batch_size_per_rank(config, num_ranks)
+    prediction = Prediction(config, num_ranks=num_ranks, engine=engine, log=log)
+    result: dict[str, Any] = {
+        "schema": "memory-prediction/1",
+        "unit": "bytes",
+        "model": config.model,
+        "opt": prediction.opt,
+        "pruning": prediction.method,
+        "sparsity": config.sparsity or 0.0,
+        "batch_size": batch_size,
+        "input_size": list(prediction.input_size),
+        "amp": None if config.mixed_precision == "no" else config.mixed_precision,
+        "ranks": num_ranks,
+        "zero": int(engine[4:]) if engine.startswith("zero") else 0,
+        "fsdp": engine == "fsdp2",
+        "peak_allocated_bytes": prediction.peaks(batch_size),
+        "ledger": prediction.ledgers(batch_size),
+        "needed_bytes": prediction.needed_bytes(batch_size),
+    }
+    if limit_bytes is not None:
+        result["fits"] = {"limit_bytes": limit_bytes, "fits": result["needed_bytes"] <= limit_bytes}
+    if max_bytes is not None:
+        result["max_batch_size"] = {"limit_bytes": max_bytes, "batch_size": prediction.largest_batch(max_bytes)}
+    return result
+
+
+def to_text(result: dict[str, Any]) -> str:
+    """The prediction as a table in MiB."""
+    mib = 2**20
+    dense, final = result["ledger"]["dense"], result["ledger"]["final"]
+    lines = [
+        f"{result['model']}, batch {result['batch_size']} a rank, {'x'.join(map(str, result['input_size']))}, "
+        f"{result['amp'] or 'float32'}, {result['opt']}, sparsity {result['sparsity']:g}: peak allocated, MiB",
+        "",
+        f"{'':18}{'dense phase':>14}{'final sparsity':>16}",
+    ]
+    for row in dict.fromkeys([*dense, *final]):
+        lines.append(f"{row:18}{dense.get(row, 0) / mib:14,.1f}{final.get(row, 0) / mib:16,.1f}")
+    peaks = result["peak_allocated_bytes"]
+    lines.append(f"{'peak allocated':18}{peaks['dense'] / mib:14,.1f}{peaks['final'] / mib:16,.1f}")
+    lines += [
+        "",
+        f"A GPU should have about {result['needed_bytes'] / mib:,.0f} MiB: the higher peak × {RESERVED_OVER_ALLOCATED} "
+        f"for the allocator's cache, and {CONTEXT_BYTES // mib} MiB of context (rules of thumb).",
+    ]
+    if "fits" in result:
+        limit, fits = result["fits"]["limit_bytes"], result["fits"]["fits"]
+        lines.append(f"{limit / 2**30:g} GiB: {'it fits' if fits else 'it does not fit'}.")
+    if "max_batch_size" in result:
+        found = result["max_batch_size"]
+        lines.append(f"Largest batch in {found['limit_bytes'] / 2**30:g} GiB: {found['batch_size']} a rank.")
+    return "\n".join(lines)

@@ -1,0 +1,46 @@
+"""What a run may change when it goes on in its folder. Standard library and yaml only: the matrix asks it too."""
+
+from pathlib import Path
+
+from toolkit.config import Config
+
+__all__ = ["FREE_ON_RESUME", "check_same_settings"]
+
+# Settings a resumed run may change: where it writes, how fast it reads, how often it speaks. The batch is compared as
+# the global one, the data by fingerprint.
+FREE_ON_RESUME = {
+    "output",
+    "experiment",
+    "resume",
+    "data_dir",
+    "workers",
+    "pin_mem",
+    "log_interval",
+    "checkpoint_hist",
+    "checkpoint_interval",
+    "dist_timeout",
+    "max_bad_images",
+    "batch_size",
+    "global_batch_size",
+    "grad_accum_steps",
+    "validation_batch_size",
+    "auto_batch_size",
+    "shard_cache",
+    "shard_cache_gib",
+}
+
+
+def check_same_settings(folder: Path, config: Config) -> None:
+    """Raise ValueError where a run folder's args.yaml has other settings than `config`; no args.yaml is no clash."""
+    import yaml
+
+    path = folder / "args.yaml"
+    if not path.exists():
+        return
+    before, now = yaml.safe_load(path.read_text()), config.to_dict()
+    for key in sorted(before.keys() & now.keys() - FREE_ON_RESUME):
+        if before[key] != now[key]:
+            raise ValueError(
+                f"{folder} was made with {key}={before[key]}, now {now[key]}; give the settings of its args.yaml to go "
+                "on, or write elsewhere (another --experiment or --out)"
+            )

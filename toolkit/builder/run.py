@@ -1,0 +1,151 @@
+"""Config -> Run, stage by stage."""
+
+import dataclasses
+import shutil
+from functools import partial
+from typing import Any
+
+from accelerate import Accelerator
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+import toolkit.optim  # noqa: F401  registers our optimizers
+from toolkit.builder.accelerator import create_engine
+from toolkit.builder.batch import confirm_batch_size, with_automatic_batch_size
+from toolkit.builder.data import augment, create_loaders, input_settings, open_data, to_inputs
+from toolkit.builder.metadata import describe, run_facts, write_args
+from toolkit.builder.model import create_model, place_model, train_loss
+from toolkit.builder.optimizer import (
+    apply_recipe,
+    base_learning_rate,
+    create_optimizer,
+    keep_zeros,
+    pruning_schedule,
+    resolve_optimizer,
+    total_epochs,
+)
+from toolkit.builder.predict import predict_run
+from toolkit.builder.process import create_accelerator, run_folder, seed_everything, seed_rank
+from toolkit.config import Config
+from toolkit.data.loader import TrainLoader
+from toolkit.dist import World
+from toolkit.engine.checkpoint import CheckpointStore
+from toolkit.engine.engines import Engine
+from toolkit.engine.run import Plan, Run
+from toolkit.log import get_logger
+from toolkit.memory.ledger import Owners, find_owners
+from toolkit.memory.phases import Phase, plan_phases
+from toolkit.memory.recorder import RANKS_FOLDER, MemoryLog
+from toolkit.prune.groups import prunable_names
+from toolkit.prune.schedule import Schedule
+
+__all__ = ["build_run"]
+
+
+def build_run(config: Config) -> Run:
+    """See `toolkit.builder.build`."""
+    opt, method = resolve_optimizer(config)
+    asked, config = config, apply_recipe(config, opt)  # args.yaml tells what was asked for
+
+    # Data, and the ranks that share it
+    data = open_data(config)
+    accelerator = create_accelerator(config)
+    world = World.detect(accelerator.device)
+    memory = MemoryLog(world)
+    config = with_automatic_batch_size(config, data, world.num_ranks)
+
+    # Model and batches
+    seed_everything(config.seed)
+    module = create_model(config, data.num_classes)
+    inputs = input_settings(config, module)
+    train_loader, eval_loader = create_loaders(config, data, inputs, world)
+    place_model(module, config, world)
+    confirm_batch_size(module, config, inputs["input_size"], world.device)
+    ema = ModelEmaV3(module, config.model_ema_decay, use_warmup=config.model_ema_warmup) if config.model_ema else None
+
+    # Optimizer, schedules, engine
+    plan = _plan(config, train_loader)
+    lr = base_learning_rate(config, opt, plan.global_batch_size)
+    schedule = pruning_schedule(config, method, plan.total_steps)
+    engine, scheduler = _engine(config, opt, lr, accelerator, module, schedule, train_loader.steps, world)
+    prunable = _prunable(module)
+
+    # The run's folder, and what the run says of itself
+    facts = run_facts(config, data, opt, method, lr, schedule, plan, world)
+    folder, resume_from, lock = run_folder(asked, opt, facts, world)
+    seed_rank(config.seed, world.rank)
+    if world.is_main:
+        shutil.rmtree(folder / RANKS_FOLDER, ignore_errors=True)  # of a run that was killed here
+        write_args(folder, dataclasses.replace(asked, batch_size=config.batch_size))
+        get_logger().info("%s", describe(facts, folder, module, prunable))
+    memory.begin(partial(_owners, engine, ema, world.num_ranks > 1), _phases(config, plan, schedule), folder)
+    return Run(
+        plan=plan,
+        engine=engine,
+        world=world,
+        folder=folder,
+        lock=lock,
+        scheduler=scheduler,
+        ema=ema,
+        train_loader=train_loader,
+        eval_loader=eval_loader,
+        train_loss=train_loss(config),
+        to_inputs=to_inputs(inputs, module, config.channels_last),
+        augment=augment(config, world, facts["num_classes"]),
+        schedule=schedule,
+        prunable=prunable,
+        predict_memory=lambda: predict_run(config, engine, facts["num_classes"], world.num_ranks),
+        checkpoints=CheckpointStore(folder / "checkpoints", world, config.checkpoint_hist),
+        memory=memory,
+        facts=facts,
+        resume_from=resume_from,
+    )
+
+
+def _engine(
+    config: Config,
+    opt: str,
+    lr: float,
+    accelerator: Accelerator,
+    module: nn.Module,
+    schedule: Schedule,
+    steps_per_epoch: int,
+    world: World,
+) -> tuple[Engine, Any]:
+    """The engine with model and optimizer in it, and timm's learning-rate schedule."""
+    optimizer = create_optimizer(config, module, opt, lr, schedule)
+    keep_zeros(optimizer, module, config, schedule)
+    scheduler, _ = create_scheduler_v2(optimizer, **scheduler_kwargs(config), updates_per_epoch=steps_per_epoch)
+    return create_engine(config, opt, accelerator, module, optimizer, world), scheduler
+
+
+def _prunable(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """The weights that pruning counts: frozen ones the optimizer does not see, and leaves alone."""
+    names = prunable_names(module)
+    return [(name, weight) for name, weight in module.named_parameters() if name in names and weight.requires_grad]
+
+
+def _owners(engine: Engine, ema: nn.Module | None, in_buckets: bool) -> Owners:
+    """Whose tensors the memory ledger counts. (The optimizer's state is looked up anew: a load replaces it.)"""
+    return find_owners(engine.module, engine.inner_optimizer.state, ema=ema, in_buckets=in_buckets)
+
+
+def _phases(config: Config, plan: Plan, schedule: Schedule) -> list[Phase]:
+    warmup_steps = 0 if config.sched == "none" else config.warmup_epochs * plan.steps_per_epoch
+    return plan_phases(plan.total_steps, warmup_steps, schedule)
+
+
+def _plan(config: Config, loader: TrainLoader) -> Plan:
+    return Plan(
+        epochs=total_epochs(config, loader.steps),
+        steps_per_epoch=loader.steps,
+        accumulation=config.grad_accum_steps,
+        global_batch_size=loader.global_batch_size,
+        log_interval=config.log_interval,
+        val_interval=config.val_interval,
+        checkpoint_interval=config.checkpoint_interval,
+        eval_metric=config.eval_metric,
+        dist_bn=config.dist_bn,
+        max_bad_images=config.max_bad_images,
+    )

@@ -1,0 +1,81 @@
+"""Why a run ends before its plan does: one family of errors, which says how the process is to end."""
+
+from typing import Any, ClassVar
+
+__all__ = [
+    "InterruptedRunError",
+    "LostRankError",
+    "MasksDifferError",
+    "NonFiniteLossError",
+    "RunCompleteError",
+    "RunError",
+    "SparsityError",
+    "TooManyBadImagesError",
+]
+
+
+class RunError(RuntimeError):
+    """A run ends. With `exit_status` 1 it has failed; `on_all_ranks` says that all ranks raise it together."""
+
+    exit_status: ClassVar[int] = 1
+    on_all_ranks: ClassVar[bool] = True
+
+
+class RunCompleteError(RunError):
+    """The run to resume is finished."""
+
+    exit_status = 0
+
+
+class InterruptedRunError(RunError):
+    """The run was asked to stop and has saved where it stands."""
+
+    exit_status = 130
+
+
+class MasksDifferError(RunError):
+    """Ranks have pruned different weights."""
+
+
+class NonFiniteLossError(RunError):
+    """A rank's loss is not finite; no rank made the update."""
+
+
+class SparsityError(RunError):
+    """The model does not have the zeros that were asked for."""
+
+
+class TooManyBadImagesError(RunError):
+    """More images cannot be read than a data set may have."""
+
+
+class LostRankError(RunError):
+    """Ranks died or hang: the others' collectives failed or ran out of time."""
+
+    on_all_ranks = False
+    # What torch's backends say of a collective that failed; anything else is a rank's own error.
+    SIGNS = (
+        "gloo",
+        "NCCL",
+        "Connection closed by peer",
+        "Connection reset by peer",
+        "Timed out waiting",
+        "Broken pipe",
+    )
+
+    @classmethod
+    def explains(cls, error: BaseException) -> bool:
+        """Whether an error may come from a lost rank."""
+        import torch.distributed
+
+        return isinstance(error, torch.distributed.DistError) or (
+            isinstance(error, RuntimeError) and any(sign in str(error) for sign in cls.SIGNS)
+        )
+
+    def __init__(self, lost: list[dict[str, Any]]) -> None:
+        """`lost` as in memory.json."""
+        ranks = ", ".join(f"rank {rank['rank']} (last heard of at step {rank['last_step']})" for rank in lost)
+        super().__init__(
+            f"lost {ranks}: it died or hangs, its own last lines say more; start again with --resume auto to go on "
+            "from the newest checkpoint"
+        )
