@@ -1,6 +1,7 @@
 """`_info.json`, indices and tars made up and damaged by hypothesis: a ValueError or an OSError, and nothing outside."""
 
 import contextlib
+import copy
 import hashlib
 import io
 import json
@@ -70,23 +71,28 @@ VALUES = st.recursive(
     lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(strange_names(), inner, max_size=3)),
     max_leaves=6,
 )
-ENTRY = st.fixed_dictionaries(
-    {},
-    optional={
-        "name": st.one_of(strange_names(), VALUES),
-        "filenames": st.one_of(st.just(NAMES), st.lists(strange_names(), max_size=4), VALUES),
-        "num_samples": st.one_of(st.just(96), VALUES),
-        "shard_lengths": VALUES,
-        "index_sha256": st.one_of(st.none(), st.just("0" * 64), VALUES),
-    },
-)
-INFO = st.one_of(
-    VALUES,
-    st.fixed_dictionaries(
-        {"splits": st.one_of(VALUES, st.dictionaries(st.one_of(st.just("train"), strange_names()), ENTRY, max_size=3))},
-        optional={"name": VALUES, "note": VALUES, "num_classes": VALUES, "synthetic": VALUES},
-    ),
-)
+PLACES = [(key,) for key in ("splits", "name", "note", "num_classes")]
+PLACES += [("splits", "train", key) for key in ("name", "filenames", "num_samples", "shard_lengths", "index_sha256")]
+PLACES += [("splits", "train"), ("splits", "train", "filenames", 1), ("splits", "new"), ("splits", "../new")]
+
+
+@st.composite
+def infos(draw):
+    """A good one with a value or two replaced, now and then something else altogether."""
+    if draw(st.integers(0, 9)) == 0:
+        return draw(VALUES)
+    entry = {"name": "train", "filenames": [*NAMES], "num_samples": 96}
+    info = {"name": "few", "note": "x", "num_classes": 10, "splits": {"train": entry}}
+    for place in draw(st.lists(st.sampled_from(PLACES), max_size=2, unique=True)):
+        holder = info
+        for key in place[:-1]:
+            holder = holder[key] if isinstance(holder, dict) and key in holder else {}
+        new = draw(
+            st.one_of(strange_names(), VALUES, st.lists(strange_names(), max_size=3), st.just(copy.deepcopy(entry)))
+        )
+        if isinstance(holder, dict) or (isinstance(holder, list) and isinstance(place[-1], int) and len(holder) > 1):
+            holder[place[-1]] = new
+    return info
 
 
 @pytest.fixture
@@ -94,14 +100,15 @@ def served(few_digits, monkeypatch):
     """What a server sends, by name; a transfer is a copy."""
     files = {path.name: path.read_bytes() for path in few_digits.iterdir() if path.is_file()}
 
-    def copy(url, target, limit_bytes):
+    def transfer(url, target, limit_bytes):
         name = url.removeprefix("http://host/")
         if name not in files:
             raise OSError("404")
-        assert len(files[name]) <= limit_bytes
+        if len(files[name]) > limit_bytes:
+            raise OSError("more came than was expected")
         Path(target).write_bytes(files[name])
 
-    monkeypatch.setattr(remote, "_transfer", copy)
+    monkeypatch.setattr(remote, "_transfer", transfer)
     monkeypatch.setattr(remote, "FIRST_PAUSE_S", 0)
     return files
 
@@ -116,7 +123,7 @@ def start(folder):
 
 
 @FUZZ
-@given(info=INFO)
+@given(info=infos())
 @example(info={"splits": {"train": {"filenames": ["../precious.tar"]}}})
 @example(info={"splits": {"../precious": {"filenames": NAMES}}})
 def test_any_info(served, info):
@@ -157,37 +164,27 @@ DTYPES = {"I32": np.int32, "I64": np.int64, "U32": np.uint32, "F64": np.float64,
 
 @st.composite
 def indices(draw):
+    """A good one of a few rows with one thing replaced: a number, a column's type or length, a fact."""
     rows = draw(st.integers(0, 3))
-    columns = {}
-    for key, usual in COLUMNS.items():
-        if draw(st.integers(0, 15)) == 0:
-            continue
-        kind = draw(st.one_of(st.just(usual), st.just(usual), st.sampled_from(list(DTYPES))))
-        length = draw(st.one_of(st.just(rows), st.just(rows), st.integers(0, 4)))
-        numbers = st.one_of(st.integers(0, 3), st.integers(0, 20_000), st.integers(-(2**63), 2**64 - 1))
-        values = np.array(draw(st.lists(numbers, min_size=length, max_size=length)), dtype=object)
-        with np.errstate(all="ignore"):
-            columns[key] = (
-                kind,
-                (values.astype(np.float64) if kind == "F64" else values % 2**64)
-                .astype(np.float64 if kind == "F64" else np.uint64)
-                .astype(DTYPES[kind]),
-            )
-    names = draw(st.one_of(st.just(NAMES), st.lists(strange_names(), max_size=3), VALUES))
-    sizes = draw(
-        st.one_of(
-            st.lists(st.integers(0, 2**65), min_size=3, max_size=3), st.just([20_480] * 3), st.just([1] * 3), VALUES
-        )
-    )
-    facts = {
-        "schema": "shard-index/1",
-        "names": names,
-        "bytes": sizes,
-        **draw(st.fixed_dictionaries({}, optional={"has_checksums": VALUES, "modified_ns": VALUES})),
-    }
-    return index_bytes(
-        columns, draw(st.one_of(st.just(json.dumps(facts)), VALUES.map(json.dumps), st.text(max_size=5)))
-    )
+    fault = draw(st.sampled_from(["none", "number", "number", "column", "facts", "facts"]))
+    numbers = {"shard": st.integers(0, 2), "offset": st.integers(0, 9_000), "size": st.integers(0, 900)}
+    lists = {key: draw(st.lists(numbers.get(key, st.integers(0, 9)), min_size=rows, max_size=rows)) for key in COLUMNS}
+    kinds = dict(COLUMNS)
+    if fault == "number" and rows:
+        lists[draw(st.sampled_from(list(COLUMNS)))][0] = draw(st.integers(-(2**63), 2**63 - 1))
+    if fault == "column":
+        key = draw(st.sampled_from(list(COLUMNS)))
+        kinds[key] = draw(st.sampled_from(list(DTYPES)))
+        lists[key] = lists[key][:-1] if draw(st.booleans()) else lists[key] * draw(st.integers(1, 2))
+    columns = {key: (kind, np.array(lists[key], np.int64).astype(DTYPES[kind])) for key, kind in kinds.items()}
+    if fault == "column" and draw(st.booleans()):
+        del columns[draw(st.sampled_from(list(COLUMNS)))]
+    facts = {"schema": "shard-index/1", "names": NAMES, "bytes": [10_240] * 3}
+    if fault == "facts":
+        key = draw(st.sampled_from(["names", "bytes", "has_checksums", "modified_ns"]))
+        names, sizes = st.lists(strange_names(), min_size=3, max_size=3), st.lists(st.integers(0, 2**65), max_size=4)
+        facts[key] = draw(st.one_of(VALUES, names if key == "names" else sizes))
+    return index_bytes(columns, json.dumps(facts) if draw(st.integers(0, 19)) else draw(st.text(max_size=5)))
 
 
 @FUZZ
