@@ -31,7 +31,7 @@ def _probe(cell: Cell) -> dict[str, Any]:
     import torch
 
     from toolkit.builder import build
-    from toolkit.config import parse
+    from toolkit.cli import parse
     from toolkit.engine.evaluate import evaluate
     from toolkit.engine.step import train_step
 

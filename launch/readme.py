@@ -14,8 +14,6 @@ from toolkit.command import one_line_errors
 from toolkit.files import read_json, write_atomically
 from toolkit.markdown import table
 
-__all__ = ["main", "with_table"]
-
 ROOT = Path(__file__).parents[1]
 _BEGIN, _END = "<!-- the table begins: python -m launch.readme -->\n", "<!-- the table ends -->\n"
 # Optimizer and sparsity in the study, row of the bench: each family, what it is compared with first.

@@ -8,8 +8,6 @@ from collections.abc import Iterator, Sequence
 
 from toolkit.log import printable
 
-__all__ = ["one_line_errors", "say", "spelled"]
-
 
 @contextlib.contextmanager
 def one_line_errors(parser: argparse.ArgumentParser) -> Iterator[None]:

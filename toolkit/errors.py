@@ -2,17 +2,6 @@
 
 from typing import Any, ClassVar
 
-__all__ = [
-    "InterruptedRunError",
-    "LostRankError",
-    "MasksDifferError",
-    "NonFiniteLossError",
-    "RunCompleteError",
-    "RunError",
-    "SparsityError",
-    "TooManyBadImagesError",
-]
-
 
 class RunError(RuntimeError):
     """A run ends. With `exit_status` 1 it has failed; `on_all_ranks` says that all ranks raise it together."""

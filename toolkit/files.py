@@ -15,22 +15,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = [
-    "UnsafeNameError",
-    "cache_folder",
-    "check_name",
-    "csv_text",
-    "inside",
-    "locked",
-    "read_json",
-    "refuse_links_out",
-    "replacing",
-    "shipped_folder",
-    "sync_to_disk",
-    "write_atomically",
-    "write_json",
-]
-
 # 100,000 shards' names take 5 MB. Parsed, JSON may take 20 times its bytes.
 JSON_LIMIT_BYTES = 2**24
 _SHOWN = 200  # characters of a name in an error

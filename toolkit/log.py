@@ -4,8 +4,6 @@ import logging
 import sys
 from pathlib import Path
 
-__all__ = ["get_logger", "printable", "start_logging"]
-
 
 def printable(text: str) -> str:
     """`text` with what a terminal would obey (a data set's name may hold it) shown as an escape; lines stay."""

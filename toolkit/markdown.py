@@ -2,8 +2,6 @@
 
 from collections.abc import Collection, Iterable, Sequence
 
-__all__ = ["MIB", "mib", "table"]
-
 MIB = 2**20
 
 

@@ -5,8 +5,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
-__all__ = ["Progress", "duration", "tracked"]
-
 Item = TypeVar("Item")
 _LINE_EVERY_S = 10.0
 

@@ -5,7 +5,8 @@ import sys
 import time
 from importlib.util import find_spec
 
-from toolkit.config import Config, parse
+from toolkit.cli import parse
+from toolkit.config import Config
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -19,7 +19,8 @@ import yaml
 
 from launch.matrix import menu
 from launch.start import accelerate_launch
-from toolkit.config import Config, parse
+from toolkit.cli import parse
+from toolkit.config import Config
 from toolkit.files import check_name
 
 _NEEDED = ("name", "recipe", "seeds", "cells")

@@ -11,7 +11,7 @@ from typing import Any
 
 from launch.start import ROOT, accelerate_launch, environment, installed
 from toolkit.builder.resume import check_same_settings
-from toolkit.config import parse
+from toolkit.cli import parse
 from toolkit.engine.history import is_complete
 from toolkit.files import write_json
 from toolkit.progress import Progress

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from launch.scaling.collectives import count_of_run, traffic_of
 from toolkit.builder import build
-from toolkit.config import parse
+from toolkit.cli import parse
 from toolkit.dist import leave_group
 from toolkit.engine.history import History
 from toolkit.engine.loop import train_epoch

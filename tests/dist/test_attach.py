@@ -30,7 +30,7 @@ def _train(rank, stage):
     zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
     config = {
         "train_micro_batch_size_per_gpu": 16, "zero_optimization": zero, "zero_allow_untested_optimizer": True,
-    }  # fmt: skip
+    }
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, dist_init_required=False, config=config)
     attach(engine)
     for step in range(12):

@@ -12,7 +12,7 @@ from test_engines import ENGINES
 
 from launch.scaling.collectives import WHAT, count_of_run, formulas, log_line_bytes, traffic_of, wire_bytes
 from toolkit.builder import build
-from toolkit.config import parse
+from toolkit.cli import parse
 from toolkit.engine.metrics import memory_columns
 
 

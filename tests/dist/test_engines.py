@@ -11,7 +11,7 @@ from ranks import run_ranks
 pytest.importorskip("deepspeed")  # here, once: it takes five seconds
 
 from toolkit.builder import build
-from toolkit.config import parse
+from toolkit.cli import parse
 from toolkit.engine.loop import train as train_loop
 
 ENGINES = {

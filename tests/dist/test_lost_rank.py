@@ -11,7 +11,7 @@ from flags import vit_flags
 from ranks import exit_codes
 
 from toolkit.builder import build
-from toolkit.config import parse
+from toolkit.cli import parse
 from toolkit.engine.loop import train as train_loop
 from toolkit.errors import LostRankError
 

@@ -10,7 +10,7 @@ from ranks import run_ranks
 from test_engines import ENGINES, far
 
 from toolkit.builder import build
-from toolkit.config import parse
+from toolkit.cli import parse
 from toolkit.engine.checkpoint import load_checkpoint, newest_checkpoint
 from toolkit.engine.loop import train as train_loop
 from toolkit.errors import InterruptedRunError

@@ -13,7 +13,7 @@ from ranks import run_ranks
 
 from toolkit.builder import build
 from toolkit.builder.accelerator import stay_on_this_host
-from toolkit.config import parse
+from toolkit.cli import parse
 from toolkit.engine.checkpoint import load_checkpoint, newest_checkpoint
 from toolkit.engine.loop import train as train_loop
 from toolkit.errors import InterruptedRunError, MasksDifferError, NonFiniteLossError

@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from toolkit.builder.data import batch_size_per_rank
-from toolkit.config import Config, parse
+from toolkit.cli import parse
+from toolkit.config import Config
 
 ROOT = Path(__file__).parents[2]
 

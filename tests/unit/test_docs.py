@@ -153,7 +153,7 @@ def test_the_readmes_loop_prunes_as_it_says():
 def test_the_readmes_engines_are_what_train_py_takes(monkeypatch):
     """Each "no" of FSDP2 and ZeRO is refused, each "yes" and every kind of precision is not."""
     from toolkit.builder.accelerator import check_engine
-    from toolkit.config import parse
+    from toolkit.cli import parse
 
     lines = README.read_text().split("## What goes with what\n\n")[1].split("\n\n")[0].splitlines()
     header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]

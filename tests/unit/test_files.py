@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from launch.matrix.cells import make_matrix
 from toolkit.builder.process import run_folder
-from toolkit.config import Config, parse
+from toolkit.cli import parse
+from toolkit.config import Config
 from toolkit.dist import World
 from toolkit.files import (
     UnsafeNameError,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import toolkit
-from toolkit.config import parse
+from toolkit.cli import parse
 from toolkit.files import shipped_folder
 
 ROOT = Path(__file__).parents[2]

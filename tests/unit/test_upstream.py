@@ -33,7 +33,6 @@ NAMES = (
     "torch.nn.modules.conv._ConvNd",
     "torch.nn.modules.batchnorm._BatchNorm",
     "torch._dynamo.OptimizedModule._orig_mod",
-    "torch.distributed.distributed_c10d._get_default_group",
     "torch.utils.data.DataLoader._iterator",
     "torch.utils.data.dataloader._MultiProcessingDataLoaderIter._workers",
     "torch.distributed.fsdp.FSDPModule._get_fsdp_state",

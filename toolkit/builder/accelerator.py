@@ -25,8 +25,6 @@ from toolkit.engine.engines.fused import FusedEngine
 from toolkit.engine.engines.zero import ZeroEngine, attach
 from toolkit.optim.registry import find_spec
 
-__all__ = ["check_engine", "create_engine", "launched_engine", "new_accelerator", "stay_on_this_host"]
-
 
 def launched_engine() -> str:
     """ddp, fsdp2 or deepspeed, by the launcher's environment."""

@@ -21,17 +21,6 @@ from toolkit.data.remote import fetch_info, is_remote, remote_folder
 from toolkit.data.shard_cache import ShardCache, load_remote_split
 from toolkit.dist import World
 
-__all__ = [
-    "DataSet",
-    "augment",
-    "batch_size_per_rank",
-    "create_loaders",
-    "input_settings",
-    "open_data",
-    "shuffle_window",
-    "to_inputs",
-]
-
 _REMOTE_WINDOW = 16  # shards; a window and the next should fit the cache, and a batch mixes 16 × 1,250 images
 
 Augment = Callable[[Tensor, Tensor, int, int], tuple[Tensor, Tensor]]

@@ -19,8 +19,6 @@ from toolkit.engine.checkpoint import load_checkpoint as read_checkpoint
 from toolkit.engine.checkpoint import newest_checkpoint
 from toolkit.log import get_logger
 
-__all__ = ["amp_dtype", "compile_model", "create_model", "place_model", "train_loss"]
-
 
 def amp_dtype(config: Config) -> torch.dtype | None:
     """The dtype of forward passes under mixed precision, None without it."""

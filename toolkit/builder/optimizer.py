@@ -14,16 +14,6 @@ from toolkit.optim.registry import check_optimizer_name, find_spec, resolve_name
 from toolkit.prune.groups import prunable_names
 from toolkit.prune.schedule import Schedule
 
-__all__ = [
-    "apply_recipe",
-    "base_learning_rate",
-    "create_optimizer",
-    "keep_zeros",
-    "pruning_schedule",
-    "resolve_optimizer",
-    "total_epochs",
-]
-
 _log = get_logger()
 
 

@@ -29,8 +29,6 @@ from toolkit.optim.registry import OptimizerSpec, find_spec
 from toolkit.prune.groups import prunable_names
 from toolkit.prune.mask import unpack_bits
 
-__all__ = ["Prediction", "parse_bytes", "predict", "predict_run", "rows_between_steps", "to_text"]
-
 # Reserved over allocated in replays of torch's allocator (12 to 19 %), and a GPU context.
 RESERVED_OVER_ALLOCATED = 1.18
 CONTEXT_BYTES = 512 * 2**20

@@ -30,14 +30,6 @@ from toolkit.files import inside, refuse_links_out
 from toolkit.log import get_logger, start_logging
 from toolkit.process import die_with_parent
 
-__all__ = [
-    "create_accelerator",
-    "die_with_launcher",
-    "run_folder",
-    "seed_everything",
-    "seed_rank",
-]
-
 _log = get_logger()
 
 

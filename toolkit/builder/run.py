@@ -40,8 +40,6 @@ from toolkit.memory.recorder import RANKS_FOLDER, MemoryLog
 from toolkit.prune.groups import prunable_names
 from toolkit.prune.schedule import Schedule
 
-__all__ = ["build_run"]
-
 
 def build_run(config: Config) -> Run:
     """See `toolkit.builder.build`."""

@@ -36,8 +36,6 @@ except ImportError:
         "simplejpeg is not installed: PIL decodes, same pixels, about 0.5 ms an image more"
     )
 
-__all__ = ["BadImageError", "EvalTransform", "TimmTransform", "TrainTransform", "decode_rgb", "sample_generator"]
-
 # PIL's own warning limit; 266 MB once decoded.
 MAX_PIXELS = 89_478_485
 # PIL has readers for forty more formats, one of which starts Ghostscript on what it is given.

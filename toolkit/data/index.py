@@ -22,8 +22,6 @@ from toolkit.data.tar import MAX_IMAGE_BYTES, scan_shard
 from toolkit.files import cache_folder, locked, write_atomically
 from toolkit.log import get_logger
 
-__all__ = ["ShardIndex", "check_count", "index_path", "load_split", "read_index", "scan_shards"]
-
 _SCAN_ALONE = 16  # shards that one process scans; more are shared by several
 _DTYPES = {"shard": np.int32, "offset": np.int64, "size": np.int32, "label": np.int32, "crc32": np.uint32}
 _STORED = {"shard": "I32", "offset": "I64", "size": "I32", "label": "I32", "crc32": "U32"}  # safetensors' names

@@ -6,8 +6,6 @@ from typing import Any
 
 from toolkit.files import check_name, read_json
 
-__all__ = ["INFO_NAME", "check_shard_names", "read_info", "split_entry"]
-
 INFO_NAME = "_info.json"
 # A classifier is made of that many rows before the first image is read: 2,048 channels × 2**20 classes are 8 GiB.
 MAX_CLASSES = 2**20

@@ -28,9 +28,6 @@ from toolkit.data.order import (
 from toolkit.data.shard_cache import ShardCache
 from toolkit.log import get_logger
 
-__all__ = ["Batch", "EvalLoader", "TrainLoader"]
-
-
 _OPEN_FILES = 64  # of a worker; 1,024 shards would use up what a process may open
 _COMPLAINTS = 5
 

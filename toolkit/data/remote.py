@@ -29,8 +29,6 @@ from toolkit.files import (
 )
 from toolkit.log import get_logger
 
-__all__ = ["fetch", "fetch_info", "file_url", "is_remote", "remote_folder", "remote_index"]
-
 ATTEMPTS = 6
 FIRST_PAUSE_S = 0.5  # doubled after each failed try: 0.5 + 1 + 2 + 4 + 8 s in all
 STALL_S = 30.0  # without a byte for so long, a transfer is given up

@@ -22,8 +22,6 @@ from toolkit.data.remote import fetch, file_url, remote_index
 from toolkit.files import inside, locked
 from toolkit.log import get_logger
 
-__all__ = ["ShardCache", "load_remote_split"]
-
 _UNDER_WAY = re.compile(r"(?P<shard>.+\.tar)\.(?P<process>\d{1,9})\.\d+\.(?:tmp|room)")
 
 

@@ -9,8 +9,6 @@ from typing import BinaryIO
 
 from toolkit.files import UnsafeNameError, check_name
 
-__all__ = ["IMAGE_SUFFIXES", "MAX_IMAGE_BYTES", "MAX_LABEL", "scan_shard", "tar_members"]
-
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 MAX_IMAGE_BYTES = 2**28  # read in one piece; the largest photographs have a fifth of it
 MAX_LABEL = 2**31 - 1  # labels are kept as int32

@@ -30,20 +30,6 @@ from toolkit.files import inside, read_json, sync_to_disk, write_atomically
 from toolkit.log import get_logger
 from toolkit.memory.ledger import storage_key
 
-__all__ = [
-    "CheckpointStore",
-    "best_checkpoint",
-    "complete_checkpoints",
-    "damage_of",
-    "discard_after",
-    "load_checkpoint",
-    "newest_checkpoint",
-    "random_state",
-    "read_identity",
-    "restore_random_state",
-    "step_of",
-]
-
 _STATE, _TENSORS, _COMPLETE, _BEST = "state.pt", "tensors", "COMPLETE", "best.json"
 
 

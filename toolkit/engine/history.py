@@ -8,8 +8,6 @@ from typing import Any
 
 from toolkit.files import read_json, replacing, write_atomically
 
-__all__ = ["SUMMARY_COLUMNS", "History", "is_complete", "write_records"]
-
 # timm's columns first, in timm's order.
 SUMMARY_COLUMNS = (
     "epoch",

@@ -24,8 +24,6 @@ from toolkit.memory.probe import StepProbe
 from toolkit.memory.report import write_report, write_report_of_survivors
 from toolkit.progress import Progress, duration
 
-__all__ = ["train", "train_epoch"]
-
 _log = get_logger()
 
 

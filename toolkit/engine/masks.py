@@ -9,8 +9,6 @@ from toolkit.engine.run import Run
 from toolkit.errors import MasksDifferError
 from toolkit.prune.mask import flat_view, zero_pruned
 
-__all__ = ["AverageMasks", "check_masks"]
-
 
 def _digest(parts: list[bytes]) -> int:
     digest = hashlib.blake2b(digest_size=8)

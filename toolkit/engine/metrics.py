@@ -21,8 +21,6 @@ from toolkit.markdown import MIB
 from toolkit.memory.allocator import read_device, read_host
 from toolkit.progress import duration
 
-__all__ = ["MIB", "NUM_MEMORY_COLUMNS", "SCALARS", "Metrics", "memory_columns", "memory_scalars"]
-
 _SLOW_DATA_PERCENT = 20  # of the time spent waiting for data, above which the log says what to change
 # Scalars over all ranks, and the reading each is made of. The tag without a suffix is the highest of the ranks.
 _MEMORY = {

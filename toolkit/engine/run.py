@@ -16,8 +16,6 @@ from toolkit.memory.recorder import MemoryLog
 from toolkit.prune.pruning import Pruning
 from toolkit.prune.schedule import Schedule
 
-__all__ = ["Plan", "Run"]
-
 
 @dataclass(frozen=True)
 class Plan:

@@ -9,8 +9,6 @@ from toolkit.engine.history import History
 from toolkit.engine.run import Run
 from toolkit.log import get_logger
 
-__all__ = ["IDENTITY", "load_snapshot", "save_snapshot"]
-
 _log = get_logger()
 
 # What must be the same for a resumed run to be the same run. The number of ranks may change.

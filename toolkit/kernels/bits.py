@@ -10,8 +10,6 @@ from torch import Tensor
 from toolkit.kernels.compiled import available
 from toolkit.kernels.native import native_code
 
-__all__ = ["add_histogram", "block_offsets", "compress", "fits", "pack_bits", "thin", "zero_pruned"]
-
 
 def fits(tensor: Tensor) -> bool:
     """Whether the native code takes this tensor: float32, uint8 or bool, on CPU, without gaps."""

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from toolkit.kernels.compiled import library
 
-__all__ = ["ISAS", "PackedTensor", "best_isa", "check_memory", "native_code", "packed_adam", "packed_sgd"]
-
 # weight and grad: float32, n elements in the same memory order without gaps; mask and offsets as
 # toolkit.prune.packing makes them; moments: float32 [survivors] each.
 PackedTensor = tuple[Tensor, Tensor, Tensor, Tensor, Sequence[Tensor]]

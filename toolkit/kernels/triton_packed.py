@@ -22,8 +22,6 @@ from torch import Tensor
 
 from toolkit.kernels.native import PackedTensor, check_memory
 
-__all__ = ["AddressTable", "interpreted", "packed_adam", "packed_sgd"]
-
 _BLOCK = tl.constexpr(1024)  # as toolkit.prune.packing; a table entry of the offsets covers one
 _ROW = tl.constexpr(10)  # numel, weight, grad, mask, offsets, three moments, first block, place
 

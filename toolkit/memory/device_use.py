@@ -16,8 +16,6 @@ import torch
 
 from toolkit.markdown import MIB
 
-__all__ = ["DeviceUse", "find_device_use", "first_that_answers", "pci_address", "read_or_none"]
-
 _SYSFS = Path("/sys/class/drm")
 _ROCM_SMI = ("rocm-smi", "--showmeminfo", "vram", "--showbus", "--json")
 

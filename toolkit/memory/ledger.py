@@ -8,8 +8,6 @@ from torch import Tensor, nn
 
 from toolkit.prune.distributed import to_local
 
-__all__ = ["Owners", "count_bytes", "find_owners", "is_optimizer_row", "optimizer_bytes", "row_of_state", "storage_key"]
-
 Owners = dict[str, list[Tensor]]
 
 # Rows that are not `optim.<state key>`: what pruning keeps in the optimizer's state.

@@ -5,8 +5,6 @@ from typing import Any
 
 from toolkit.markdown import mib, table
 
-__all__ = ["to_markdown"]
-
 _ABOVE = (
     ("rounding_bytes", "rounding to the allocator's blocks"),
     ("unexplained_bytes", "unexplained"),

@@ -9,8 +9,6 @@ import torch
 from toolkit.memory.allocator import PEAKS, DeviceReading, read_device, reset_peaks
 from toolkit.prune.schedule import Schedule
 
-__all__ = ["PHASES", "PeakWindows", "Phase", "phase_of", "plan_phases"]
-
 # In this order; build, evaluation and checkpoint are not made of training steps.
 PHASES = ("build", "first_step", "warm_up", "dense", "ramp", "final", "evaluation", "checkpoint")
 

@@ -11,8 +11,6 @@ from toolkit.memory.activations import Lifetime, StorageTracker, classify, fulle
 from toolkit.memory.ledger import Owners
 from toolkit.prune.distributed import to_local
 
-__all__ = ["STEP_ROWS", "StepProbe"]
-
 # Rows that live within a step only; the others of the ledger stand between steps.
 STEP_ROWS = ("gradients", "input", "activations", "weight_casts", "workspace")
 

@@ -23,8 +23,6 @@ from toolkit.memory.phases import PeakWindows, Phase, phase_of
 from toolkit.memory.probe import StepProbe
 from toolkit.memory.sampler import MemorySampler
 
-__all__ = ["RANKS_FOLDER", "TIMELINE_COLUMNS", "MemoryLog"]
-
 RANKS_FOLDER = "memory_ranks"
 TIMELINE_COLUMNS = (
     "rank",

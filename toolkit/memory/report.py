@@ -20,8 +20,6 @@ from toolkit.memory.ledger import optimizer_bytes
 from toolkit.memory.markdown import to_markdown
 from toolkit.memory.recorder import RANKS_FOLDER, TIMELINE_COLUMNS, MemoryLog
 
-__all__ = ["SCHEMA", "merge_ranks", "phase_ledgers", "reduce_ranks", "write_report", "write_report_of_survivors"]
-
 SCHEMA = "memory-report/1"
 STANDIN_NOTE = "NO GPU: tensor-byte ledger and host RSS; not comparable with GPU memory"
 # The prediction that a phase's peak is set beside; the others have none.

@@ -7,8 +7,6 @@ from toolkit.markdown import MIB
 from toolkit.memory.allocator import resident_bytes
 from toolkit.memory.device_use import DeviceUse, read_or_none
 
-__all__ = ["MemorySampler"]
-
 
 class MemorySampler:
     """Samples until `stop` and keeps sums and peaks, not the samples: a run may take weeks.

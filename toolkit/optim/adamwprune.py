@@ -17,8 +17,6 @@ from toolkit.optim.buckets import Bucket
 from toolkit.optim.packed import PackedOptimizer, check_adam_options, rate_for
 from toolkit.prune.options import PruningKeywords
 
-__all__ = ["AdamWPrune"]
-
 
 class AdamWPrune(PackedOptimizer):
     """AdamW with pruning by moments and packed state.

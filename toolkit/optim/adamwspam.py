@@ -23,8 +23,6 @@ from toolkit.prune.options import PruningKeywords, PruningOptions
 from toolkit.prune.pruning import Pruning
 from toolkit.prune.stores import PackedStore
 
-__all__ = ["GRACE_STEPS", "AdamWSPAM", "spam_clip", "spam_warmup_scale"]
-
 GRACE_STEPS = 20  # the paper's code does not clip this soon after the start or a reset: v is still near 0
 
 _logger = logging.getLogger("toolkit")

@@ -26,8 +26,6 @@ from toolkit.prune.pruning import Pruning, check_same_options, saved_states
 from toolkit.prune.schedule import Schedule
 from toolkit.prune.stores import PackedStore
 
-__all__ = ["PackedOptimizer", "check_adam_options", "rate_for"]
-
 
 def check_adam_options(lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
     """Raise ValueError for a hyper-parameter outside its range."""

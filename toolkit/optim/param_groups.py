@@ -8,8 +8,6 @@ from torch import Tensor, nn
 from toolkit.log import get_logger
 from toolkit.prune.groups import prunable_names, tied_names
 
-__all__ = ["param_groups"]
-
 
 def param_groups(model: nn.Module, weight_decay: float | None = None) -> list[dict[str, Any]]:
     """A model's trainable parameters in groups by two questions: is it pruned, and does it decay?

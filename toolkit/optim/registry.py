@@ -19,8 +19,6 @@ from toolkit.optim.adamwspam import AdamWSPAM
 from toolkit.optim.sgdprune import SGDPrune
 from toolkit.prune.hooks import HOOK_METHODS, pruned_by_hooks
 
-__all__ = ["METHODS", "OptimizerSpec", "check_optimizer_name", "find_spec", "register_all", "resolve_name", "specs"]
-
 METHODS = ("none", "magnitude", "movement", "state")
 _ADAM = ("exp_avg", "exp_avg_sq")
 _AMSGRAD = (*_ADAM, "max_exp_avg_sq")

@@ -16,8 +16,6 @@ from toolkit.optim.buckets import Bucket
 from toolkit.optim.packed import PackedOptimizer, rate_for
 from toolkit.prune.options import PruningKeywords
 
-__all__ = ["SGDPrune"]
-
 
 class SGDPrune(PackedOptimizer):
     """SGD with momentum, pruned by weight or momentum, packed. What is prunable, and an example: see AdamWPrune.

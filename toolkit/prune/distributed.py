@@ -12,9 +12,6 @@ import torch.distributed
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-__all__ = ["FlatSlices", "gather_over", "shard_group", "sum_over", "to_dtensor", "to_local"]
-
-
 # The weights within a flat slice that holds several parameters: (name, start, stop) of each parameter of the group, in
 # order, also of those of which the slice holds nothing. What no span covers is padding, no weights.
 FlatSlices = Sequence[tuple[str, int, int]]

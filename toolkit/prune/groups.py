@@ -8,8 +8,6 @@ from torch import Tensor, nn
 
 from toolkit.log import get_logger
 
-__all__ = ["announce_unmarked", "prunable_names", "prunable_parameters", "tied_names"]
-
 _ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")  # of nn.MultiheadAttention
 _SHOWN = 8  # parameters that a message names one by one
 

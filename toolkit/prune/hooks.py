@@ -22,8 +22,6 @@ from toolkit.prune.pruning import Pruning, saved_states
 from toolkit.prune.scores import MAGNITUDE, MOVEMENT_SCORES, movement_increment
 from toolkit.prune.stores import MaskedStore
 
-__all__ = ["HOOK_METHODS", "Pruner", "pruned_by_hooks"]
-
 HOOK_METHODS: dict[str, tuple[str, ...]] = {"magnitude": tuple(MAGNITUDE), "movement": MOVEMENT_SCORES}
 _NOT_OFFERED = ("regrow", "state_dtype", "implementation")
 _OPTIONS = tuple(name for name in OPTION_NAMES if name not in _NOT_OFFERED)

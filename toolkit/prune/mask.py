@@ -5,8 +5,6 @@ from torch import Tensor
 
 from toolkit.kernels import bits as native_bits
 
-__all__ = ["drop_survivors", "flat_view", "mask_bytes", "pack_bits", "unpack_bits", "zero_pruned"]
-
 
 def mask_bytes(numel: int) -> int:
     """Bytes of the bit mask of `numel` weights."""

@@ -17,8 +17,6 @@ from toolkit.prune.distribution import SCOPES
 from toolkit.prune.schedule import Schedule
 from toolkit.prune.scores import check_score
 
-__all__ = ["OPTION_NAMES", "STATE_DTYPES", "PruningKeywords", "PruningOptions"]
-
 STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 

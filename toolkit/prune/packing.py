@@ -15,8 +15,6 @@ from torch import Tensor
 from toolkit.kernels import bits as native_bits
 from toolkit.prune.mask import flat_view, unpack_bits
 
-__all__ = ["BLOCK", "block_offsets", "dense_state", "offset_bytes", "pack", "pack_range", "survivors_before", "unpack"]
-
 # Weights a table entry covers. One int32 for 1,024 weights costs 0.0039 bytes a weight, and lets a kernel start at
 # any block without counting the bits before it.
 BLOCK = 1024

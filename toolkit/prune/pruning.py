@@ -16,8 +16,6 @@ from toolkit.prune.options import OPTION_NAMES, PruningOptions
 from toolkit.prune.schedule import Schedule
 from toolkit.prune.update import Member, Store, update_masks
 
-__all__ = ["Pruning", "check_same_options", "saved_states"]
-
 _STEP = "prune_step"  # counted in each group: ZeRO shows one group per call of step(), a fused backward one parameter
 
 

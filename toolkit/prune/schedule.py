@@ -5,8 +5,6 @@ import operator
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Schedule"]
-
 
 @dataclass(frozen=True)
 class Schedule:

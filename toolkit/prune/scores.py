@@ -10,8 +10,6 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-__all__ = ["MAGNITUDE", "MOVEMENT_SCORES", "STATE_SCORES", "check_score", "displacement", "movement_increment"]
-
 Score = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
 
 

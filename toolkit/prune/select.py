@@ -18,8 +18,6 @@ from torch.distributed import ProcessGroup
 from toolkit.kernels import bits as native_bits
 from toolkit.prune.distributed import gather_over, sum_over
 
-__all__ = ["CHUNK", "Threshold", "choose_lowest", "find_threshold"]
-
 CHUNK = 262_144  # scores made at a time: 1 MiB of float32
 _PASSES = ((21, 11), (10, 11), (0, 10))  # (bits to the right of the digit, bits of the digit)
 

@@ -10,8 +10,6 @@ from toolkit.prune.packing import block_offsets, pack, pack_range, survivors_bef
 from toolkit.prune.scores import MAGNITUDE, STATE_SCORES, displacement
 from toolkit.prune.update import Member, chunk_borders, gradient_of
 
-__all__ = ["MaskedStore", "PackedStore"]
-
 
 def _chunks_of_survivors(
     member: Member, first: int, last: int, score: Callable[[Tensor, int, int], Tensor]

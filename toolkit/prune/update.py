@@ -29,8 +29,6 @@ from toolkit.prune.options import PruningOptions
 from toolkit.prune.packing import pack_range, survivors_before
 from toolkit.prune.select import CHUNK, Chunks, choose_lowest, find_threshold
 
-__all__ = ["Member", "Store", "chunk_borders", "gradient_of", "update_masks"]
-
 
 class Member:
     """A prunable tensor in a mask update: the optimizer's parameter, this rank's part of it, its state."""

@@ -13,7 +13,7 @@ from hostile import change_info, changed_index
 from PIL import Image
 
 from toolkit.builder.data import open_data
-from toolkit.config import parse
+from toolkit.cli import parse
 from toolkit.data import decode
 from toolkit.data.decode import BadImageError, EvalTransform, decode_rgb
 from toolkit.data.index import index_path, load_split, read_index, scan_shards

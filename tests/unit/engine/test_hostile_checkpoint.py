@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from launch.export import load_packed, main
 from toolkit.builder.model import create_model
-from toolkit.config import parse
+from toolkit.cli import parse
 from toolkit.dist import World
 from toolkit.engine.checkpoint import (
     CheckpointStore,

@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import toolkit.memory
 import train
 from toolkit.builder import build
-from toolkit.config import parse
+from toolkit.cli import parse
 from toolkit.engine.checkpoint import load_checkpoint, newest_checkpoint
 from toolkit.engine.loop import train as train_loop
 from toolkit.engine.metrics import SCALARS

@@ -18,8 +18,6 @@ from toolkit.memory.probe import StepProbe
 from toolkit.prune.distributed import to_dtensor, to_local
 from toolkit.prune.packing import dense_state
 
-__all__ = ["DdpEngine", "parameter_names"]
-
 
 def parameter_names(model: nn.Module) -> dict[int, str]:
     """Name of each parameter by id."""

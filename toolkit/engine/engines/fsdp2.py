@@ -9,8 +9,6 @@ from toolkit.engine.engines.ddp import DdpEngine
 from toolkit.memory.probe import StepProbe
 from toolkit.prune.distributed import to_local
 
-__all__ = ["Fsdp2Engine"]
-
 
 class Fsdp2Engine(DdpEngine):
     """See Engine."""

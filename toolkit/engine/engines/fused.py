@@ -15,8 +15,6 @@ from toolkit.engine.engines.ddp import DdpEngine
 from toolkit.memory.probe import StepProbe
 from toolkit.prune.pruning import Pruning
 
-__all__ = ["FusedBackward", "FusedEngine"]
-
 
 class FusedEngine(DdpEngine):
     """See Engine: one rank's, with the update inside backward where no mask update is due."""

@@ -26,8 +26,6 @@ from toolkit.engine.engines.ddp import DdpEngine, parameter_names
 from toolkit.memory.probe import StepProbe
 from toolkit.prune.packing import dense_state
 
-__all__ = ["Segment", "ZeroEngine", "attach", "slice_map"]
-
 
 @dataclass(frozen=True)
 class Segment:
