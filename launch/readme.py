@@ -25,7 +25,6 @@ _ROWS = (
     ("adamwprune", 0.9, "adamwprune 90%"),
     ("adamwprune", 0.95, None),
     ("momentum", 0.0, "torch SGD fused"),
-    ("momentum-magnitude", 0.7, None),
     ("sgdprune", 0.7, "sgdprune 70%"),
     ("sgdprune", 0.9, "sgdprune 90%"),
     ("sgdprune", 0.95, None),
@@ -73,11 +72,11 @@ def _notes(study: Mapping[str, Any], bench: Mapping[str, Any]) -> Sequence[str]:
     run = study["environment"]
     packed = next(row for row in bench["rows"] if row["name"] == "adamwprune 70%")
     return [
-        f"State is bytes a weight that optimizer and pruning keep; at {bench['model']}'s size `adamwprune` ends at "
+        f"State: bytes a weight that optimizer and pruning keep; on {bench['model']} `adamwprune` ends at "
         f"{packed['state_bytes_per_prunable_weight']:.2f} for 70 %.",
-        f"State, top-1: {run['model']}, {run['epochs']} epochs, on {run['device']} (CPU): "
+        f"State and top-1: {run['model']}, {run['epochs']} epochs, {run['device']} (CPU); by "
         "`python -m launch.matrix launch/matrices/digits.yaml`.",
-        f"Step: {bench['model']}, median of {bench['rounds']} rounds, on {bench['device'].removeprefix('CPU: ')} (CPU): "
+        f"Step: {bench['model']}, median of {bench['rounds']} rounds, {bench['device'].removeprefix('CPU: ')} (CPU); by "
         "`python -m launch.bench optim`.",
     ]
 
