@@ -1,4 +1,4 @@
-"""`python -m launch.readme`: write the table of README.md from results/digits/summary.json and results/bench/optim.json.
+"""`python -m launch.readme`: write the table of README.md from the digits study and the bench of the optimizers.
 
 Run it after a study or a bench was measured again; a test holds the README to what it writes.
 """
@@ -6,10 +6,11 @@ Run it after a study or a bench was measured again; a test holds the README to w
 import argparse
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from toolkit.command import one_line_errors
 from toolkit.files import read_json, write_atomically
 from toolkit.markdown import table
 
@@ -33,33 +34,38 @@ _HEADER = ("optimizer", "sparsity", "state, peak", "state, end", "step / fused A
 
 
 def with_table(readme: str, study: Mapping[str, Any], bench: Mapping[str, Any]) -> str:
-    """The README with its table between the two marks made anew. Raises ValueError where a mark is missing."""
+    """The README with its table between the two marks made anew. Raises ValueError where a mark or a row is missing."""
     if not 0 <= readme.find(_BEGIN) < readme.find(_END):
-        raise ValueError(f"README.md lacks the lines {_BEGIN.strip()} and {_END.strip()}; put them where the table goes")
+        raise ValueError(f"README.md lacks {_BEGIN.strip()} and {_END.strip()}; put them where the table goes")
     before, _, rest = readme.partition(_BEGIN)
-    steps = {row["name"]: row for row in bench["rows"]}
-    rows = [_row(study, steps, *which) for which in _ROWS]
+    rows = [_row(study, bench, *which) for which in _ROWS]
     made = "\n".join([*table(_HEADER, rows, text=(0, 6)), "", *_notes(study, bench), ""])
     return f"{before}{_BEGIN}{made}{_END}{rest.partition(_END)[2]}"
 
 
-def _row(study: Mapping[str, Any], steps: Mapping[str, Any], opt: str, sparsity: float, step: str | None) -> list[str]:
+def _row(study: Mapping[str, Any], bench: Mapping[str, Any], opt: str, sparsity: float, step: str | None) -> list[str]:
     cells = [cell for cell in study["cells"] if cell["opt"] == opt and cell["target_sparsity"] == sparsity]
     if not cells:
         raise ValueError(f"results/digits/summary.json has no run of {opt} at sparsity {sparsity}; run the study again")
-    end = statistics.mean(cell["optimizer_bytes_per_weight"] for cell in cells)
-    peak = end * max(cell["optimizer_peak_bytes"] for cell in cells) / cells[0]["optimizer_end_bytes"]
+    end = cells[0]["optimizer_bytes_per_weight"]  # bytes are the same for every seed
     top1 = [cell["final_top1"] for cell in cells]
-    measured = f"[digits](results/digits/report.md), {len(cells)} seeds"
     return [
         f"`{opt}`",
         f"{100 * sparsity:g} %" if sparsity else "–",
-        f"{peak:.2f}",
+        f"{end * cells[0]['optimizer_peak_bytes'] / cells[0]['optimizer_end_bytes']:.2f}",
         f"{end:.2f}",
-        _ratio(steps[step]) if step else "–",
+        _ratio(_step(bench, step)) if step else "–",
         f"{statistics.mean(top1):.1f} ± {statistics.stdev(top1):.1f}",
-        measured + (", [bench](results/bench/optim.md)" if step else ""),
+        f"[digits](results/digits/report.md), {len(cells)} seeds"
+        + (", [bench](results/bench/optim.md)" if step else ""),
     ]
+
+
+def _step(bench: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    found = [row for row in bench["rows"] if row["name"] == name]
+    if not found:
+        raise ValueError(f"results/bench/optim.json has no row {name!r}; run launch.bench optim again")
+    return found[0]
 
 
 def _ratio(step: Mapping[str, Any]) -> str:
@@ -68,25 +74,28 @@ def _ratio(step: Mapping[str, Any]) -> str:
     return f"{step['ratio_to_peer'] or 1:.2f}" + (" of fused SGD" if "SGD" in peer else "")
 
 
-def _notes(study: Mapping[str, Any], bench: Mapping[str, Any]) -> Sequence[str]:
+def _notes(study: Mapping[str, Any], bench: Mapping[str, Any]) -> list[str]:
     run = study["environment"]
-    packed = next(row for row in bench["rows"] if row["name"] == "adamwprune 70%")
+    end = _step(bench, "adamwprune 70%")["state_bytes_per_prunable_weight"]
+    trained = f"{run['device']} ({run['device_type'].upper()})"
+    stepped = f"{bench['device'].removeprefix('CPU: ')} ({bench['kind'].upper()})"
     return [
-        f"State: bytes a weight that optimizer and pruning keep; on {bench['model']} `adamwprune` ends at "
-        f"{packed['state_bytes_per_prunable_weight']:.2f} for 70 %.",
-        f"State and top-1: {run['model']}, {run['epochs']} epochs, {run['device']} (CPU); by "
+        f"State: bytes a weight that optimizer and pruning keep; on {bench['model']} `adamwprune` ends at {end:.2f} "
+        "for 70 %.",
+        f"State and top-1: {run['model']}, {run['epochs']} epochs, {trained}; by "
         "`python -m launch.matrix launch/matrices/digits.yaml`.",
-        f"Step: {bench['model']}, median of {bench['rounds']} rounds, {bench['device'].removeprefix('CPU: ')} (CPU); by "
-        "`python -m launch.bench optim`.",
+        f"Step: {bench['model']}, median of {bench['rounds']} rounds, {stepped}; by `python -m launch.bench optim`.",
     ]
 
 
 def main(argv: list[str] | None = None) -> int:
     """Write the table."""
-    argparse.ArgumentParser(prog="python -m launch.readme", description=__doc__).parse_args(argv)
+    parser = argparse.ArgumentParser(prog="python -m launch.readme", description=__doc__)
+    parser.parse_args(argv)
     path = ROOT / "README.md"
-    study, bench = (read_json(ROOT / "results" / name) for name in ("digits/summary.json", "bench/optim.json"))
-    write_atomically(path, with_table(path.read_text(), study, bench))
+    with one_line_errors(parser):
+        study, bench = (read_json(ROOT / "results" / name) for name in ("digits/summary.json", "bench/optim.json"))
+        write_atomically(path, with_table(path.read_text(), study, bench))
     return 0
 
 

@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 
 import pytest
-
 from docs_text import table_after
 
 ROOT = Path(__file__).parents[2]
