@@ -49,6 +49,9 @@ def _row(study: Mapping[str, Any], bench: Mapping[str, Any], opt: str, sparsity:
         raise ValueError(f"results/digits/summary.json has no run of {opt} at sparsity {sparsity}; run the study again")
     end = cells[0]["optimizer_bytes_per_weight"]  # bytes are the same for every seed
     top1 = [cell["final_top1"] for cell in cells]
+    where = ["[digits](results/digits/report.md)", f"{len(cells)} seeds"]
+    if step:
+        where.append("[bench](results/bench/optim.md)")
     return [
         f"`{opt}`",
         f"{100 * sparsity:g} %" if sparsity else "–",
@@ -56,8 +59,7 @@ def _row(study: Mapping[str, Any], bench: Mapping[str, Any], opt: str, sparsity:
         f"{end:.2f}",
         _ratio(_step(bench, step)) if step else "–",
         f"{statistics.mean(top1):.1f} ± {statistics.stdev(top1):.1f}",
-        f"[digits](results/digits/report.md), {len(cells)} seeds"
-        + (", [bench](results/bench/optim.md)" if step else ""),
+        ", ".join(where),
     ]
 
 
