@@ -1,7 +1,7 @@
 """What goes between the ranks: counted as torch's profiler sees it, and as formulas of the number of ranks.
 
 A payload is the bytes of the tensor one rank hands in. The formulas hold for float32 weights and the settings of the
-files in accelerate_configs/; tests/dist/test_collectives.py holds them against counted ones, byte for byte.
+files in accelerate_configs/; tests/distributed/test_collectives.py holds them against counted ones, byte for byte.
 """
 
 import math

@@ -89,8 +89,8 @@ def model_to_markdown(result: Mapping[str, Any], command: str) -> str:
         f"{counts['model']}: P = {facts.weights_bytes // 4:,} parameters in {len(facts.shapes)} tensors, S = "
         f"{facts.prunable} of them prunable, B = {facts.float_buffer_bytes + facts.int_buffer_bytes:,} bytes of "
         "buffers; float32; AdamWPrune. Counted by torch's profiler on gloo ranks on CPU "
-        f"(`{command}`; `tests/dist/test_collectives.py` holds two more models to the same formulas). There are bytes "
-        "and collectives here and no times: none was measured on GPUs.",
+        f"(`{command}`; `tests/distributed/test_collectives.py` holds two more models to the same formulas). There are "
+        "bytes and collectives here and no times: none was measured on GPUs.",
         "",
         "## Payload of one rank, in bytes",
         "",

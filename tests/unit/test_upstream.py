@@ -41,6 +41,7 @@ NAMES = (
     f"{_FSDP}_fsdp_param.FSDPParam._orig_size",
     "timm.optim._optim_factory.OptimInfo",
     "timm.optim._optim_factory.default_registry",
+    "timm.optim.lookahead.Lookahead._base_optimizer",
     "accelerate.PartialState._shared_state",
     "accelerate.utils.DeepSpeedPlugin.set_deepspeed_weakref",
     "deepspeed.ops.__compatible_ops__",

@@ -3,7 +3,7 @@
 import dataclasses
 
 import torch
-from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.optim import create_optimizer_v2, get_optimizer_info, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from torch import nn
 
@@ -21,6 +21,9 @@ def resolve_optimizer(config: Config) -> tuple[str, str]:
     """Name in timm's factory and pruning method; checks that they and --sparsity fit together."""
     name, method = resolve_name(config.opt, config.pruning)
     check_optimizer_name(name)
+    refusal = _cannot_train(name)
+    if refusal:
+        raise ValueError(f"--opt {config.opt} cannot train here: {refusal}; choose another, --help lists them")
     if method != "none":
         if config.sparsity is None:
             raise ValueError(
@@ -37,6 +40,16 @@ def resolve_optimizer(config: Config) -> tuple[str, str]:
             "or state, or use --opt adamwprune"
         )
     return name, method
+
+
+def _cannot_train(name: str) -> str | None:
+    """Why an optimizer of timm's does not work with the training step, if so."""
+    name = name.removeprefix("lookahead_")
+    if get_optimizer_info(name).second_order:
+        return "it needs second derivatives, which backward does not keep the graph for"
+    if name in ("kron", "kronc", "kronw"):
+        return "it compiles parts of itself at the first step, which the memory probe watches and breaks"
+    return None
 
 
 def apply_recipe(config: Config, opt: str) -> Config:

@@ -188,7 +188,7 @@ def predict_run(
     opt, method = resolve_optimizer(config)
     facts = []
     for parameter in engine.module.parameters():
-        mask, numel = engine.inner_optimizer.state.get(parameter, {}).get("mask"), parameter.numel()
+        mask, numel = engine.optimizer_state.get(parameter, {}).get("mask"), parameter.numel()
         survivors = numel if mask is None else int(unpack_bits(mask, numel).sum())
         facts.append(ParameterFacts(numel, mask is not None, survivors, parameter.itemsize, parameter.requires_grad))
     buffers = sum(b.nbytes for b in engine.module.buffers())

@@ -126,7 +126,7 @@ def _prunable(module: nn.Module) -> list[tuple[str, Tensor]]:
 
 def _owners(engine: Engine, ema: nn.Module | None, in_buckets: bool) -> Owners:
     """Whose tensors the memory ledger counts. (The optimizer's state is looked up anew: a load replaces it.)"""
-    return find_owners(engine.module, engine.inner_optimizer.state, ema=ema, in_buckets=in_buckets)
+    return find_owners(engine.module, engine.optimizer_state, ema=ema, in_buckets=in_buckets)
 
 
 def _phases(config: Config, plan: Plan, schedule: Schedule) -> list[Phase]:

@@ -102,7 +102,7 @@ def _without_compiling(rank, stage):
 
 def test_deepspeed():
     pytest.importorskip("deepspeed")
-    found = run_ranks(_without_compiling, 2, 2, join_group=False)  # tests/dist/test_attach.py has the other stages
+    found = run_ranks(_without_compiling, 2, 2, join_group=False)  # the other stages: test_attach.py
     assert found == [(math.floor(0.7 * VIT), VIT)] * 2
 
 

@@ -118,10 +118,17 @@ class DdpEngine:
         own = self.module.state_dict()
         self.module.load_state_dict({name: _scatter(tensor, own.get(name)) for name, tensor in weights.items()})
 
-    def optimizer_states(self) -> Iterator[tuple[str, str, Tensor]]:
+    @property
+    def optimizer_state(self) -> Mapping[Tensor, dict[str, Any]]:
+        optimizer: Any = self.inner_optimizer
+        return getattr(optimizer, "_base_optimizer", optimizer).state  # timm's Lookahead has a state apart, unused
+
+    def optimizer_states(self) -> Iterator[tuple[str, str, Any]]:
         names = parameter_names(self.module)
-        for parameter, state in self.inner_optimizer.state.items():
+        for parameter, state in self.optimizer_state.items():
             tensors = {key: to_local(value) for key, value in state.items() if torch.is_tensor(value)}
+            for key in state.keys() - tensors.keys():
+                yield names[id(parameter)], key, state[key]
             for key, value in dense_state(to_local(parameter), tensors).items():
                 shaped = value.ndim > 0 and value.shape == to_local(parameter).shape
                 yield names[id(parameter)], key, _gather(to_dtensor(value, parameter) if shaped else value)
@@ -134,8 +141,9 @@ class DdpEngine:
             numbered.append({**settings, "params": list(range(first, position))})
             for number, parameter in enumerate(group["params"], first):
                 if saved := states.get(names[id(parameter)]):
+                    shaped = {key for key, value in saved.items() if getattr(value, "shape", ()) == parameter.shape}
                     state[number] = {
-                        key: _scatter(value, parameter if value.ndim and value.shape == parameter.shape else None)
+                        key: _scatter(value, parameter) if key in shaped and value.ndim else value
                         for key, value in saved.items()
                     }
         optimizer.load_state_dict({"state": state, "param_groups": numbered})

@@ -66,6 +66,11 @@ def slice_map(optimizer: Any, stage: int, names: Mapping[int, str], world: World
     return found
 
 
+def _is_shaped(value: Any) -> bool:
+    """Whether it is a tensor with an entry a weight, not a number or a counter."""
+    return torch.is_tensor(value) and value.ndim > 0
+
+
 class ZeroEngine(DdpEngine):
     """See Engine. `model` is DeepSpeed's engine around the module; it clips as its own settings say."""
 
@@ -134,16 +139,18 @@ class ZeroEngine(DdpEngine):
         for name, buffer in self.module.named_buffers():
             buffer.copy_(weights[name])
 
-    def optimizer_states(self) -> Iterator[tuple[str, str, Tensor]]:
+    def optimizer_states(self) -> Iterator[tuple[str, str, Any]]:
         parameters = dict(self.module.named_parameters())
         for number, (flat, segments) in enumerate(self.slices):
-            state = self.inner_optimizer.state.get(flat, {})
-            dense = dense_state(flat.detach(), {key: value for key, value in state.items() if torch.is_tensor(value)})
+            state = self.optimizer_state.get(flat, {})
+            tensors = {key: value for key, value in state.items() if torch.is_tensor(value)}
+            numbers = {key: value for key, value in state.items() if key not in tensors}
+            dense = {**numbers, **dense_state(flat.detach(), tensors)}
             held = {segment.name: segment for segment in segments}
             for name in self._names_of(number):
                 for key, value in dense.items():
-                    if value.ndim == 0:
-                        yield name, key, value.detach().cpu()
+                    if not _is_shaped(value):
+                        yield name, key, value.detach().cpu() if torch.is_tensor(value) else value
                         continue
                     own = (held[name], value) if name in held else None
                     yield name, key, self._whole(own, parameters[name], value.dtype)
@@ -160,12 +167,12 @@ class ZeroEngine(DdpEngine):
             # The group's keys and counters, also where this rank's slice is nothing but padding.
             first: Mapping[str, Tensor] = next((states[name] for name in self._names_of(number) if name in states), {})
             made = {
-                key: value if value.ndim == 0 else torch.zeros(flat.shape, dtype=value.dtype, device=flat.device)
+                key: torch.zeros(flat.shape, dtype=value.dtype, device=flat.device) if _is_shaped(value) else value
                 for key, value in first.items()
             }
             for segment in segments:
                 for key, value in states.get(segment.name, {}).items():
-                    if value.ndim:
+                    if _is_shaped(value):
                         part = value.reshape(-1)[segment.start : segment.start + segment.length]
                         segment.of(made[key]).copy_(part)
             if made:

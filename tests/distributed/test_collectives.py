@@ -29,8 +29,22 @@ def counted(rank, engine, flags):
 @pytest.mark.parametrize(("model", "ranks"), [("test_vit", 3), ("test_resnet", 2)])
 def test_counted_bytes_are_those_of_the_formulas(few_digits, tmp_path, model, ranks):
     flags = train_flags(
-        few_digits, tmp_path, "--model", model, "--global-batch-size", "12", "--epochs", "2", "--opt", "adamwprune",
-        "--sparsity", "0.7", "--prune-begin", "0", "--prune-frequency", "5",
+        few_digits,
+        tmp_path,
+        "--model",
+        model,
+        "--global-batch-size",
+        "12",
+        "--epochs",
+        "2",
+        "--opt",
+        "adamwprune",
+        "--sparsity",
+        "0.7",
+        "--prune-begin",
+        "0",
+        "--prune-frequency",
+        "5",
     )
     plain = run_ranks(facts, 2, "ddp", flags, join_group=False)[0]
     sharded = run_ranks(facts, 2, "fsdp2", flags, join_group=False)[0]

@@ -29,7 +29,9 @@ def _train(rank, stage):
     model, optimizer = build()
     zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
     config = {
-        "train_micro_batch_size_per_gpu": 16, "zero_optimization": zero, "zero_allow_untested_optimizer": True,
+        "train_micro_batch_size_per_gpu": 16,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
     }
     engine, _, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, dist_init_required=False, config=config)
     attach(engine)

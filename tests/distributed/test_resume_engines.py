@@ -1,4 +1,4 @@
-"""A checkpoint of any engine goes on with any other, on any number of ranks: exact as loaded, then equal to rounding."""
+"""A checkpoint of any engine goes on with any other, on any number of ranks: exact, then equal to rounding."""
 
 import os
 import signal
@@ -13,8 +13,8 @@ from toolkit.builder import build
 from toolkit.cli import parse
 from toolkit.engine.checkpoint import load_checkpoint, newest_checkpoint
 from toolkit.engine.loop import train as train_loop
-from toolkit.errors import InterruptedRunError
 from toolkit.engine.snapshot import load_snapshot
+from toolkit.errors import InterruptedRunError
 
 
 @pytest.fixture
@@ -71,7 +71,9 @@ WAYS = [
 
 
 @pytest.mark.parametrize(("saved_by", "ranks", "ways"), WAYS)
-@pytest.mark.parametrize("method", [["--opt", "adamwprune", "--sparsity", "0.7", "--opt-kwargs", "implementation=reference"]])
+@pytest.mark.parametrize(
+    "method", [["--opt", "adamwprune", "--sparsity", "0.7", "--opt-kwargs", "implementation=reference"]]
+)
 def test_any_engine_goes_on_from_any_other(flags, tmp_path, saved_by, ranks, ways, method):
     import shutil
 

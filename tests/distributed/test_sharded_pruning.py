@@ -139,7 +139,11 @@ def test_ties_go_in_the_same_order_on_any_number_of_ranks(num_ranks):
 def _nan(rank):
     mine = torch.tensor([1.0, float("nan") if rank else 2.0])
     with pytest.raises(ValueError, match=r"conv2\.weight is NaN"):
-        list(choose_lowest([lambda: [mine[:1]], lambda: [mine]], ["conv1.weight", "conv2.weight"], [1, 2], 1, dist.group.WORLD))
+        list(
+            choose_lowest(
+                [lambda: [mine[:1]], lambda: [mine]], ["conv1.weight", "conv2.weight"], [1, 2], 1, dist.group.WORLD
+            )
+        )
     return True
 
 

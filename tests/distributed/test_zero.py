@@ -1,16 +1,15 @@
-"""ZeRO-1 and 2 with real DeepSpeed on gloo: exact sparsity, one rank's masks, and dense moments that are really gone."""
+"""ZeRO-1 and 2 with real DeepSpeed on gloo: exact sparsity, one rank's masks, dense moments really gone."""
 
 import gc
 import weakref
 
 import pytest
 import torch
-import torch.distributed as dist
 from ranks import run_ranks
 from torch import nn
 
-from toolkit.optim.adamwprune import AdamWPrune
 from toolkit.engine.engines.zero import attach
+from toolkit.optim.adamwprune import AdamWPrune
 
 pytest.importorskip("deepspeed")
 
@@ -36,7 +35,9 @@ def _train(rank, stage):
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # built for two minutes on first use, not needed
     model, optimizer, weights = build()
     engine, _, _, _ = deepspeed.initialize(
-        model=model, optimizer=optimizer, dist_init_required=False,
+        model=model,
+        optimizer=optimizer,
+        dist_init_required=False,
         config={
             "train_micro_batch_size_per_gpu": 16,
             "zero_optimization": {"stage": stage},
@@ -49,7 +50,11 @@ def _train(rank, stage):
         engine.backward(loss_of(engine, step))
         engine.step()
         if step == 2:
-            dense = [weakref.ref(s["exp_avg"].untyped_storage()) for s in optimizer.state.values() if s["exp_avg"].numel() > 200]
+            dense = [
+                weakref.ref(s["exp_avg"].untyped_storage())
+                for s in optimizer.state.values()
+                if s["exp_avg"].numel() > 200
+            ]
             assert len(dense) == 1
             assert dense[0]() is not None
     gc.collect()

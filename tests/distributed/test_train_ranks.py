@@ -33,8 +33,11 @@ def _train(rank, flags, dtype, poison=None):
         train_loop(run)
         return {
             "weights": {name: p.detach().clone() for name, p in run.engine.module.named_parameters()},
-            "masks": [run.engine.inner_optimizer.state[p]["mask"].clone() for _, p in run.prunable
-                      if "mask" in run.engine.inner_optimizer.state[p]],
+            "masks": [
+                run.engine.inner_optimizer.state[p]["mask"].clone()
+                for _, p in run.prunable
+                if "mask" in run.engine.inner_optimizer.state[p]
+            ],
             "sparsity": run.sparsity(),
         }
     finally:
@@ -129,16 +132,16 @@ def _interrupted(rank, flags, step):
         _train(rank, flags, torch.float32, _stop_at(step, rank_that_is_told=1))
 
 
-@pytest.mark.parametrize(("model", "step"), [("test_vit", 11), ("test_resnet", 11), ("test_resnet", 8)])  # 8: an epoch ends
+@pytest.mark.parametrize(
+    ("model", "step"), [("test_vit", 11), ("test_resnet", 11), ("test_resnet", 8)]
+)  # 8: an epoch ends
 def test_two_ranks_stop_together_and_resume_bit_for_bit(flags, tmp_path, model, step):
     more = [*flags, "--model", model, *METHODS["adamwprune"], "--drop", "0.1", "--model-ema"]
     run_ranks(_train, 2, [*more, "--experiment", "whole"], torch.float32, join_group=False)
     run_ranks(_interrupted, 2, [*more, "--experiment", "parts"], step, join_group=False)
     assert newest_checkpoint(tmp_path / "parts" / "checkpoints").name == f"step-{step:08d}"
     run_ranks(_train, 2, [*more, "--experiment", "parts", "--resume", "auto"], torch.float32, join_group=False)
-    whole, parts = (
-        load_checkpoint(newest_checkpoint(tmp_path / name / "checkpoints")) for name in ("whole", "parts")
-    )
+    whole, parts = (load_checkpoint(newest_checkpoint(tmp_path / name / "checkpoints")) for name in ("whole", "parts"))
     for part in ("model", "ema"):
         assert all(torch.equal(value, parts[part][key]) for key, value in whole[part].items())
     for index, state in whole["optimizer"]["state"].items():
@@ -200,7 +203,10 @@ def _poisoned(rank, flags):
 
 
 def test_non_finite_loss_on_one_rank_stops_all_before_the_update(flags, tmp_path):
-    assert run_ranks(_poisoned, 2, [*flags, *METHODS["adamwprune"], "--experiment", "r"], join_group=False) == [True, True]
+    assert run_ranks(_poisoned, 2, [*flags, *METHODS["adamwprune"], "--experiment", "r"], join_group=False) == [
+        True,
+        True,
+    ]
     assert (tmp_path / "r" / "memory.json").exists()
 
 
@@ -227,7 +233,7 @@ def _with_another_mask(rank, flags):
 
     def update(*arguments):
         original(*arguments)
-        for parameter, mask in list(run.masked_parameters())[2:3]:
+        for _, mask in list(run.masked_parameters())[2:3]:
             if rank == 1:
                 mask[0] ^= 1
 
