@@ -156,7 +156,10 @@ def build(out: Path, catalogue: Catalogue, settings: BuildSettings, workers: int
     left_out = _write_missing(shards, settings, workers)
     splits = {split: _index(out, shards, split, workers) for split in catalogue.splits}
     for split, images in catalogue.splits.items():
-        splits[split]["left_out"] = len(images) - splits[split]["num_samples"]  # also by a run that was stopped
+        counts = {reason: count for reason, (count, _) in catalogue.left_out.get(split, {}).items()}
+        bad = len(images) - splits[split]["num_samples"]  # also by a run that was stopped
+        splits[split]["left_out"] = bad + sum(counts.values())
+        splits[split]["left_out_reasons"] = ({"images that cannot be decoded": bad} if bad else {}) | counts
     write_json(out / "classes.json", catalogue.classes, indent=0)
     write_info(
         out,
@@ -172,4 +175,7 @@ def build(out: Path, catalogue: Catalogue, settings: BuildSettings, workers: int
     (out / _PLAN_NAME).unlink()
     for reason in left_out:
         say(f"left out: {reason}")
+    for split, reasons in catalogue.left_out.items():
+        for reason, (count, first) in reasons.items():
+            say(printable(f"left out of {split}: {count:,} {reason}, first {first}"))
     return dict(json.loads((out / INFO_NAME).read_text()))

@@ -56,12 +56,12 @@ def open_data(config: Config) -> DataSet:
     names = (config.train_split, config.val_split)
     if not is_remote(config.data_dir):
         info = read_info(config.data_dir)
-        train, evaluation = (load_split(Path(config.data_dir), name) for name in names)
+        train, evaluation = (load_split(Path(config.data_dir), name, config.max_bad_images) for name in names)
         return DataSet(info, train, evaluation)
     folder = Path(config.shard_cache) if config.shard_cache else remote_folder(config.data_dir)
     info, limit_bytes = fetch_info(config.data_dir, folder), int(config.shard_cache_gib * 2**30)
     (train, train_cache), (evaluation, evaluation_cache) = (
-        load_remote_split(config.data_dir, info, name, folder, limit_bytes) for name in names
+        load_remote_split(config.data_dir, info, name, folder, limit_bytes, config.max_bad_images) for name in names
     )
     return DataSet(info, train, evaluation, train_cache, evaluation_cache)
 

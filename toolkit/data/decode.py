@@ -23,6 +23,7 @@ from PIL import (
     Image,
     JpegImagePlugin,
     PngImagePlugin,
+    PpmImagePlugin,
     TiffImagePlugin,
     WebPImagePlugin,
 )
@@ -46,6 +47,7 @@ _READERS = (
     BmpImagePlugin.BmpImageFile,
     GifImagePlugin.GifImageFile,
     TiffImagePlugin.TiffImageFile,
+    PpmImagePlugin.PpmImageFile,
 )
 
 Transform = Callable[[np.ndarray, np.random.Generator], Tensor]
@@ -59,7 +61,7 @@ def decode_rgb(data: bytes) -> np.ndarray:
     """Image bytes -> uint8 [height, width, 3]. Raises BadImageError.
 
     simplejpeg is strict: it refuses truncated JPEGs. What it refuses PIL may still take (PNG, CMYK, extra bytes).
-    Images of more than MAX_PIXELS are refused before they are decoded.
+    Images of more than MAX_PIXELS are refused before they are decoded. 16-bit pixels keep their upper byte.
     """
     if simplejpeg is not None:
         try:
@@ -71,9 +73,19 @@ def decode_rgb(data: bytes) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(data), formats=[reader.format for reader in _READERS]) as image:
             _check_pixels(*image.size)
-            return np.array(image.convert("RGB"))  # a copy: torch wants memory it may write to
+            return _to_rgb(image)
     except _DAMAGE as error:
         raise BadImageError(str(error)) from error
+
+
+def _to_rgb(image: Image.Image) -> np.ndarray:
+    # PIL takes the upper byte of 16-bit colour, but cuts 16-bit grey off at 255.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        grey = np.asarray(image)  # in the file's byte order, which the shift minds
+        return np.repeat((grey >> 8).astype(np.uint8)[..., np.newaxis], 3, axis=2)
+    if image.mode in ("I", "F"):
+        raise BadImageError(f"pixels of 32 bits (mode {image.mode}) have no known white; save it with 8 or 16")
+    return np.array(image.convert("RGB"))  # a copy: torch wants memory it may write to
 
 
 def _check_pixels(width: int, height: int) -> None:

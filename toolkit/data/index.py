@@ -11,22 +11,23 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from toolkit.data.info import INFO_NAME, check_shard_names, read_info, split_entry
-from toolkit.data.tar import MAX_IMAGE_BYTES, scan_shard
+from toolkit.data.tar import LOST, MAX_IMAGE_BYTES, LeftOut, leave_out, scan_shard
 from toolkit.files import cache_folder, locked, write_atomically
-from toolkit.log import get_logger
+from toolkit.log import get_logger, printable
 
 _SCAN_ALONE = 16  # shards that one process scans; more are shared by several
 _DTYPES = {"shard": np.int32, "offset": np.int64, "size": np.int32, "label": np.int32, "crc32": np.uint32}
 _STORED = {"shard": "I32", "offset": "I64", "size": "I32", "label": "I32", "crc32": "U32"}  # safetensors' names
 # 24 bytes a row: 44 million images. It is read whole, so more than that is not taken.
 INDEX_LIMIT_BYTES = 2**30
+MAX_LEFT_OUT = 1e-4  # share of images that may be left out, as --max-bad-images; ten are always let by
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class ShardIndex:
     """One row per sample, in shard order: shard number, offset and size in bytes of the image, label, crc32 of it.
 
     `folder` holds the files `names`, of `shard_bytes` bytes each. An index made by a scan of headers has no checksums
-    (crc32 is 0), and in `modified_ns` the times at which the shards it read had last been changed.
+    (crc32 is 0), and in `modified_ns` the times at which the shards it read had last been changed. `left_out` counts
+    what the shards hold and no row stands for, by reason.
     """
 
     folder: Path
@@ -47,6 +49,7 @@ class ShardIndex:
     crc32: np.ndarray
     has_checksums: bool = True
     modified_ns: tuple[int, ...] = ()
+    left_out: LeftOut = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.shard)
@@ -78,6 +81,7 @@ class ShardIndex:
             **columns,
             has_checksums=all(part.has_checksums for part in parts),
             modified_ns=sum((part.modified_ns for part in parts), ()),
+            left_out=_summed(part.left_out for part in parts),
         )
 
     def check_files(self) -> None:
@@ -102,6 +106,8 @@ class ShardIndex:
         facts: dict[str, Any] = {"schema": "shard-index/1", "names": self.names, "bytes": self.shard_bytes}
         if not self.has_checksums:
             facts |= {"has_checksums": False, "modified_ns": self.modified_ns}
+        if self.left_out:
+            facts["left_out"] = self.left_out
         shards = json.dumps(facts)
         content = save(arrays, metadata={"shards": shards})
         write_atomically(path, content)  # ranks may scan at once
@@ -113,8 +119,10 @@ def index_path(folder: Path, split: str) -> Path:
     return folder / f"{split}.index.safetensors"
 
 
-def load_split(folder: Path, split: str) -> ShardIndex:
+def load_split(folder: Path, split: str, max_left_out: float = MAX_LEFT_OUT) -> ShardIndex:
     """Open a split: its index, made by one scan of the shards' headers where there is none, checked against the files.
+
+    What the shards hold and the index does not is said; more images than `max_left_out` of all are a ValueError.
 
     A scanned index is kept beside the shards, or in a cache folder where that cannot be written to, and made again when
     a shard has changed. One that was built with the shards is never: a shard that differs from it is an error.
@@ -131,12 +139,24 @@ def load_split(folder: Path, split: str) -> ShardIndex:
                 index = scan_shards(folder, names, run=_in_processes if len(names) > _SCAN_ALONE else map)
                 index.save(path)
     index.check_files()
-    check_count(index, entry, str(folder))
+    check_count(index, entry, str(folder), max_left_out)
     return index
 
 
-def check_count(index: ShardIndex, entry: dict[str, Any], place: str) -> None:
-    """Raise ValueError where a split has another number of samples than its `_info.json` says."""
+def check_count(index: ShardIndex, entry: dict[str, Any], place: str, max_left_out: float = MAX_LEFT_OUT) -> None:
+    """Raise ValueError where a split has another number of samples than its `_info.json` says, or lost too many.
+
+    What was left out is said by reason.
+    """
+    lines = [f"{count:,} {reason}, first {first}" for reason, (count, first) in index.left_out.items()]
+    lost = sum(count for reason, (count, _) in index.left_out.items() if reason in LOST)
+    if lost > max(10, max_left_out * (len(index) + lost)) or (lost and not len(index)):
+        raise ValueError(
+            printable(f"split {entry['name']!r} of {place} would leave out {'; '.join(lines)}; ")
+            + "name each sample's files KEY.jpg and KEY.cls, KEY without dots, or raise --max-bad-images"
+        )
+    for line in lines:
+        get_logger().warning("split %r of %s: left out %s", entry["name"], place, printable(line))
     expected = entry.get("num_samples", len(index))
     if len(index) != expected:
         raise ValueError(
@@ -218,7 +238,27 @@ def _with_facts(folder: Path, facts: dict[str, Any], arrays: dict[str, np.ndarra
         **arrays,
         has_checksums=facts.get("has_checksums", True) is True,
         modified_ns=numbers["modified_ns"],
+        left_out=_checked_left_out(facts.get("left_out", {}), path),
     )
+
+
+def _checked_left_out(left_out: Any, path: Path) -> LeftOut:
+    try:
+        checked = {str(reason): (count, first) for reason, (count, first) in left_out.items()}
+        sound = all(type(n) is int and 0 <= n < 2**63 and isinstance(first, str) for n, first in checked.values())
+    except (AttributeError, TypeError, ValueError):
+        sound = False
+    if not sound:
+        raise ValueError(f"{path}: left_out is no count by reason; delete it, or build the shards again")
+    return checked
+
+
+def _summed(parts: Iterable[LeftOut]) -> LeftOut:
+    total: LeftOut = {}
+    for part in parts:
+        for reason, (count, first) in part.items():
+            leave_out(total, reason, first, count)
+    return total
 
 
 def _check_rows(index: ShardIndex, path: Path) -> None:
@@ -253,8 +293,8 @@ def scan_shards(
         if not path.is_file():
             raise ValueError(f"shard {path} is missing; build it again or take the split out of {INFO_NAME}")
     stats = [path.stat() for path in paths]
-    found = run(functools.partial(scan_shard, checksums=checksums), paths)
-    rows = [(number, *sample) for number, samples in enumerate(found) for sample in samples]
+    found = list(run(functools.partial(scan_shard, checksums=checksums), paths))
+    rows = [(number, *sample) for number, (samples, _) in enumerate(found) for sample in samples]
     columns = np.array(rows, dtype=np.int64).reshape(-1, len(_DTYPES)).T
     arrays = {key: column.astype(dtype) for (key, dtype), column in zip(_DTYPES.items(), columns, strict=True)}
     return ShardIndex(
@@ -264,4 +304,5 @@ def scan_shards(
         **arrays,
         has_checksums=checksums,
         modified_ns=() if checksums else tuple(stat.st_mtime_ns for stat in stats),
+        left_out=_summed(left_out for _, left_out in found),
     )

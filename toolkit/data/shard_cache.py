@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from toolkit.data.index import ShardIndex, check_count
+from toolkit.data.index import MAX_LEFT_OUT, ShardIndex, check_count
 from toolkit.data.info import split_entry
 from toolkit.data.remote import fetch, file_url, remote_index
 from toolkit.files import inside, locked
@@ -26,12 +26,18 @@ _UNDER_WAY = re.compile(r"(?P<shard>.+\.tar)\.(?P<process>\d{1,9})\.\d+\.(?:tmp|
 
 
 def load_remote_split(
-    prefix: str, info: dict[str, Any], split: str, folder: Path, limit_bytes: int
+    prefix: str,
+    info: dict[str, Any],
+    split: str,
+    folder: Path,
+    limit_bytes: int,
+    max_left_out: float = MAX_LEFT_OUT,
 ) -> tuple[ShardIndex, "ShardCache"]:
     """The index of a split behind a URL prefix, and the cache in `folder` that fetches its shards.
 
     Shards that have no index there are fetched once each to make one. Raises ValueError for what is missing, damaged or
-    unsafe, and where a shard would take the place of a file that is not the cache's.
+    unsafe, for too many images left out (see `load_split`), and where a shard would take the place of a file that is
+    not the cache's.
     """
     entry = split_entry(info, split, prefix)
     _check_places(prefix, folder, entry["filenames"])
@@ -39,7 +45,7 @@ def load_remote_split(
         index = remote_index(prefix, entry, folder, limit_bytes)
         _check_places(prefix, folder, index.names)
         _drop_other_shards(folder, split, index)
-    check_count(index, entry, prefix)
+    check_count(index, entry, prefix, max_left_out)
     return index, ShardCache(prefix, index, limit_bytes)
 
 
