@@ -129,8 +129,6 @@ def shuffle_window(config: Config) -> int | None:
     window = config.shuffle_window
     if window is None:
         return _REMOTE_WINDOW if is_remote(config.data_dir) else None
-    if window < 0:
-        raise ValueError(f"--shuffle-window {window} must be a number of shards, or 0 for all")
     return window or None
 
 
