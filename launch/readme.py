@@ -7,14 +7,13 @@ import argparse
 import statistics
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+from launch.start import ROOT
 from toolkit.command import one_line_errors
 from toolkit.files import read_json, write_atomically
 from toolkit.markdown import table
 
-ROOT = Path(__file__).parents[1]
 _BEGIN, _END = "<!-- the table begins: python -m launch.readme -->\n", "<!-- the table ends -->\n"
 # Optimizer and sparsity in the study, row of the bench: each family, what it is compared with first.
 _ROWS = (

@@ -42,6 +42,7 @@ class Trial:
         self.data, self.out, self.name, self.wanted = data, out, name, wanted or {}
         self.folder, self.log = out / name, out / f"{name}.log"
         self._parts = f"{name}.part"
+        out.mkdir(parents=True, exist_ok=True)
 
     def command(self, *more: str, output: Path | None = None, restarts: int = 0) -> list[str]:
         """The run under `accelerate launch`; `more` flags of train.py override its own."""
@@ -56,7 +57,6 @@ class Trial:
         """A process of the trial; it ends with the block."""
         # One thread a rank, gloo on the loopback, and where the ranks say what they are doing.
         variables = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "VICTIM_PARTS": str(self.out / self._parts)}
-        self.out.mkdir(parents=True, exist_ok=True)
         with open(self.log, "a") as log:
             process = subprocess.Popen(
                 command,
