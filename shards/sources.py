@@ -235,5 +235,5 @@ def from_shards(folder: Path, on_image: Callable[[], None] = lambda: None) -> Ca
     classes = classes or [str(number) for number in range(info.get("num_classes") or count)]
     if count > len(classes):
         raise ValueError(f"{folder} has label {count - 1}, but {len(classes)} classes; build the shards again")
-    facts = {key: info[key] for key in ("synthetic", "note") if key in info}
+    facts: dict[str, Any] = {key: info[key] for key in ("synthetic", "note") if key in info}
     return Catalogue(splits, classes, facts, left_out)
