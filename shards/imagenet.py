@@ -12,7 +12,6 @@ from pathlib import Path
 
 from shards import sources
 from toolkit.command import one_line_errors
-from toolkit.data.info import INFO_NAME
 from toolkit.progress import Progress
 
 EXPECTED = {"train": 1_281_167, "validation": 50_000}
@@ -28,7 +27,7 @@ def catalogue_of(source: Path) -> sources.Catalogue:
             return sources.from_archives(source, progress.advance)
         if (source / "train").is_dir():
             return sources.from_image_folder(source, progress.advance)
-        if (source / INFO_NAME).is_file() or any(source.glob("*.tar")):
+        if any(any(source.glob(pattern)) for pattern in ("*info.json", "*.tar", "*.tar.*", "*.tgz")):
             return sources.from_shards(source, progress.advance)
     raise ValueError(
         f"--source {source} has neither ILSVRC2012_img_train.tar nor train/ nor shards (*.tar); name a folder that has"

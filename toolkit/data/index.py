@@ -88,8 +88,7 @@ class ShardIndex:
         """Raise ValueError that names the first shard that is missing or has another size than the index says."""
         for name, expected in zip(self.names, self.shard_bytes, strict=True):
             path = self.folder / name
-            if not path.is_file():
-                raise ValueError(f"shard {path} is missing; build it again or take the split out of {INFO_NAME}")
+            _check_is_file(path)
             actual = path.stat().st_size
             if actual != expected:
                 raise ValueError(
@@ -275,6 +274,13 @@ def _check_rows(index: ShardIndex, path: Path) -> None:
         )
 
 
+def _check_is_file(path: Path) -> None:
+    if path.is_dir():
+        raise ValueError(f"shard {path} is a folder; pack its files into a tar of that name")
+    if not path.is_file():
+        raise ValueError(f"shard {path} is missing; build it again or take the split out of {INFO_NAME}")
+
+
 def _in_processes(function: Any, *iterables: Any) -> Iterator[Any]:
     with ProcessPoolExecutor(min(8, os.cpu_count() or 1), mp_context=multiprocessing.get_context("fork")) as pool:
         yield from pool.map(function, *iterables)
@@ -290,8 +296,7 @@ def scan_shards(
     """
     paths = [folder / name for name in names]
     for path in paths:
-        if not path.is_file():
-            raise ValueError(f"shard {path} is missing; build it again or take the split out of {INFO_NAME}")
+        _check_is_file(path)
     stats = [path.stat() for path in paths]
     found = list(run(functools.partial(scan_shard, checksums=checksums), paths))
     rows = [(number, *sample) for number, (samples, _) in enumerate(found) for sample in samples]

@@ -4,36 +4,47 @@ import re
 from pathlib import Path
 from typing import Any
 
+from toolkit.data.tar import UNPACK
 from toolkit.files import check_name, read_json
+from toolkit.log import get_logger
 
 INFO_NAME = "_info.json"
+_INFO_NAMES = (INFO_NAME, "info.json")  # timm takes both, in this order
+_DELETE = "write it so, or delete the file: splits are then seen from the shards' names"
+_COMPRESSED = re.compile(r"\.(tgz|tar\.(gz|bz2|xz|zst))$", re.IGNORECASE)
 # A classifier is made of that many rows before the first image is read: 2,048 channels × 2**20 classes are 8 GiB.
 MAX_CLASSES = 2**20
 
 
 def read_info(folder: str | Path) -> dict[str, Any]:
-    """The folder's `_info.json`, as timm's ReaderWds reads it, or one made up from the names of its shards.
+    """The folder's `_info.json` or `info.json`, as timm's ReaderWds reads it, or one made up from its shards' names.
 
     Each split's entry has its `name` and at least one of `filenames`. Raises ValueError where there are neither, or
     where it is broken.
     """
     if not folder:
         raise ValueError("--data-dir is missing; name a folder of shards (python -m shards.digits makes one)")
-    path = Path(folder) / INFO_NAME
-    try:
-        return _checked(read_json(path), path)
-    except FileNotFoundError:
-        return _checked(_info_from_names(Path(folder)), folder)
+    if Path(folder).is_file():
+        raise ValueError(f"--data-dir {folder} is a file; name the folder in which the shards lie")
+    for name in _INFO_NAMES:
+        if (path := Path(folder) / name).exists():
+            return _checked(read_json(path), path)
+    return _checked(_info_from_names(Path(folder)), folder)
 
 
 def _info_from_names(folder: Path) -> dict[str, Any]:
     """Splits by the words train and val in the shards' names."""
     splits: dict[str, dict[str, Any]] = {}
+    compressed = sorted(path for path in folder.glob("*") if _COMPRESSED.search(path.name))
+    if compressed:
+        raise ValueError(f"shard {compressed[0]} is compressed, one of {len(compressed)}; {UNPACK}")
     for path in sorted(folder.glob("*.tar")):
         words = path.stem.lower()
         split = "train" if "train" in words else "validation" if "val" in words else "test" if "test" in words else ""
         if split:
             splits.setdefault(split, {"filenames": []})["filenames"].append(path.name)
+        else:
+            get_logger().warning("left out %s: neither train, val nor test is in its name", path)
     if not splits:
         raise ValueError(
             f"--data-dir {folder} has no {INFO_NAME} and no shards named *train*.tar and *val*.tar; "
@@ -45,7 +56,7 @@ def _info_from_names(folder: Path) -> dict[str, Any]:
 def _checked(info: Any, place: Path | str) -> dict[str, Any]:
     """`info` with every value that is read anywhere of its type, and every name a safe one. Raises ValueError."""
     if not isinstance(info, dict) or not isinstance(info.get("splits"), dict):
-        raise ValueError(f"{place} has no splits; expected the layout of timm's ReaderWds")
+        raise ValueError(f"{place} has no splits; expected the layout of timm's ReaderWds; {_DELETE}")
     for key in ("name", "note"):
         if not isinstance(info.get(key, ""), str):
             raise ValueError(f"{place}: {key} {info[key]!r:.200} is no text; build the shards again")
@@ -60,7 +71,7 @@ def _checked_split(split: str, entry: Any, place: Path | str) -> dict[str, Any]:
     if "/" in check_name(split, f"{place}: split"):  # it becomes a part of file names
         raise ValueError(f"{where} has a slash in its name; rename it")
     if not isinstance(entry, dict):
-        raise ValueError(f"{where} is no mapping of name, num_samples and filenames")
+        raise ValueError(f"{where} is no mapping of name, num_samples and filenames; {_DELETE}")
     check_shard_names(entry.get("filenames"), where)
     samples, sha256 = entry.get("num_samples", 0), entry.get("index_sha256")
     if not _is_count(samples):

@@ -21,6 +21,8 @@ _NUMBER = re.compile(rb"\s*\+?[0-9]+\s*")  # int() takes 1_0 for ten
 _PIECE_BYTES = 2**20
 _HEADER_BYTES = 2**16  # of a long name or extended attributes, which tarfile reads in one piece
 
+UNPACK = "unpack it to a .tar (gunzip; its images are compressed already, and are read from any place in it)"
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 # Why something in a data set is not read. These are images, or may be:
 DOTTED = "images under a key with a dot (a key ends at the first dot)"
 FORMAT = "images of a format that is not read there"
@@ -75,6 +77,10 @@ def tar_members(
     naming `path`, for a tar that is damaged, cut short, claims what it has not, or has data after its end mark.
     """
     end = os.fstat(file.fileno()).st_size if end is None else end
+    first = os.pread(file.fileno(), 8, start)
+    for magic, kind in _COMPRESSED.items():
+        if first.startswith(magic):
+            raise ValueError(f"{path} is compressed with {kind}; {UNPACK}")
     file.seek(start)
     try:
         tar = tarfile.open(fileobj=_Headers(file, end), mode="r:")  # type: ignore[call-overload]  # noqa: SIM115
