@@ -3,11 +3,12 @@
 import dataclasses
 
 import torch
-from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.optim import create_optimizer_v2, get_optimizer_info, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from torch import nn
 
 from toolkit.config import Config
+from toolkit.errors import blaming
 from toolkit.log import get_logger
 from toolkit.optim.param_groups import param_groups
 from toolkit.optim.registry import check_optimizer_name, find_spec, resolve_name
@@ -21,6 +22,10 @@ def resolve_optimizer(config: Config) -> tuple[str, str]:
     """Name in timm's factory and pruning method; checks that they and --sparsity fit together."""
     name, method = resolve_name(config.opt, config.pruning)
     check_optimizer_name(name)
+    info = get_optimizer_info(name.removeprefix("lookahead_"))
+    betas = info.num_betas if info.has_betas else 0
+    if config.opt_betas is not None and len(config.opt_betas) != betas:
+        raise ValueError(f"--opt-betas: --opt {name} takes {betas or 'none'}; give as many, or leave the flag out")
     if method != "none":
         if config.sparsity is None:
             raise ValueError(
@@ -86,10 +91,9 @@ def create_optimizer(
         arguments |= {**dataclasses.asdict(schedule), "scope": config.prune_scope, "regrow": config.prune_regrow}
         if config.prune_score is not None:
             arguments["score"] = config.prune_score
-    try:
+    remedy = "see --opt-kwargs, --opt-betas and --opt-eps"
+    with blaming(f"--opt {opt} does not take one of its arguments", remedy):
         return create_optimizer_v2(model, **arguments, param_group_fn=lambda m: param_groups(m, config.weight_decay))
-    except TypeError as error:
-        raise ValueError(f"--opt {opt} does not take one of its arguments ({error}); see --opt-kwargs") from None
 
 
 def keep_zeros(optimizer: torch.optim.Optimizer, model: nn.Module, config: Config, schedule: Schedule) -> None:
