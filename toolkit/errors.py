@@ -24,7 +24,7 @@ def blaming(flag: str, remedy: str = "") -> Iterator[None]:
         yield
     except _REFUSALS as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{flag}: {reason}{f'; {remedy}' if remedy else ''}") from error
+        raise ValueError(f"{' '.join(flag.split())}: {reason}{f'; {remedy}' if remedy else ''}") from error
 
 
 class RunError(RuntimeError):
