@@ -17,7 +17,7 @@ def _flag(default: Any, help_text: str, **options: Any) -> Any:
     """A field with its flag's help.
 
     Options: group (once, at its first flag), kind, nargs, const, choices, short; and what `_check_value` holds a value
-    against: within (an interval), counts (of values that nargs="+" may have), ordered.
+    against: within (an interval), counts (of values that nargs="+" may have), ordered; at_build: timm judges the text.
     """
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata={"help": help_text, **options})
@@ -137,7 +137,7 @@ class Config:
     color_jitter: float = _flag(
         0.4, "strength of colour jitter; anything above 0 leaves the fast decoding path", within="[0, inf)"
     )
-    aa: str | None = _flag(None, "AutoAugment policy, timm's, for example rand-m9-mstd0.5")
+    aa: str | None = _flag(None, "AutoAugment policy, timm's, for example rand-m9-mstd0.5", at_build=True)
     train_interpolation: str = _flag("random", "resize of training crops", choices=("random", "bilinear", "bicubic"))
     reprob: float = _flag(0.0, "chance of random erasing", within="[0, 1]")
     remode: str = _flag("pixel", "fill of random erasing", choices=("const", "rand", "pixel"))
@@ -185,12 +185,12 @@ class Config:
     given: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
+        if self.experiment:
+            check_name(self.experiment, "--experiment")
         for item in flags():
             value = getattr(self, item.name)
             if value is not None:
                 _check_value(item, value)
-        if self.experiment:
-            check_name(self.experiment, "--experiment")
         if not 0 <= self.prune_begin < self.prune_end <= 1:
             raise ValueError(
                 f"--prune-begin {self.prune_begin} and --prune-end {self.prune_end} are fractions of all steps; "
@@ -255,7 +255,7 @@ def _check_value(item: dataclasses.Field[Any], value: Any) -> None:
     choices, many = meta.get("choices"), isinstance(value, (list, tuple))
     if choices and value not in choices:
         raise ValueError(f"{flag} {value!r} is not known; choose one of {_list(choices)}")
-    if isinstance(value, str) and _UNPRINTABLE.search(value):
+    if isinstance(value, str) and not meta.get("at_build") and _UNPRINTABLE.search(value):
         raise ValueError(f"{flag} {value!r} has a character that cannot be printed; use plain text on one line")
     if isinstance(value, dict):
         bad = [key for key in value if not (isinstance(key, str) and key.isidentifier())]

@@ -6,13 +6,17 @@ And what others' files may say: which names are taken, and how much JSON. docs/s
 import contextlib
 import csv
 import fcntl
+import functools
 import io
 import json
+import logging
 import os
 import re
+import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from stat import S_ISDIR
 from typing import Any
 
 # 100,000 shards' names take 5 MB. Parsed, JSON may take 20 times its bytes.
@@ -83,8 +87,29 @@ _IN_CHECKOUT = {"accelerate_configs": "accelerate_configs", "recipes": "launch/r
 
 
 def cache_folder() -> Path:
-    """The toolkit's folder under the user's cache folder; it need not exist."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "adamwprune-toolkit"
+    """The toolkit's folder under the user's cache folder; it need not exist.
+
+    A user without a home (a container's, by number alone) has a folder of its own below the temporary one; said once.
+    Raises ValueError where another user has made that.
+    """
+    if os.environ.get("XDG_CACHE_HOME"):
+        return Path(os.environ["XDG_CACHE_HOME"]) / "adamwprune-toolkit"
+    try:
+        return Path.home() / ".cache" / "adamwprune-toolkit"
+    except RuntimeError:  # neither HOME nor a line in passwd
+        return _homeless_cache(Path(tempfile.gettempdir()) / f"adamwprune-toolkit-{os.getuid()}")
+
+
+@functools.cache
+def _homeless_cache(folder: Path) -> Path:
+    folder.mkdir(mode=0o700, exist_ok=True)
+    stat = folder.lstat()  # native code is loaded from there: nobody else may have put it there
+    if not S_ISDIR(stat.st_mode) or stat.st_uid != os.getuid() or stat.st_mode & 0o022:
+        raise ValueError(f"{folder} is not this user's alone, and there is no home folder; set HOME or XDG_CACHE_HOME")
+    logging.getLogger("toolkit").warning(
+        "no home folder: the cache is in %s; set HOME or XDG_CACHE_HOME to keep it elsewhere", folder
+    )
+    return folder
 
 
 def shipped_folder(name: str) -> Path:

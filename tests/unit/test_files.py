@@ -1,6 +1,9 @@
 """Which names others may give to files, and how much JSON; where a link leads."""
 
+import logging
 import os
+import pwd
+import tempfile
 import unicodedata
 from pathlib import Path
 
@@ -9,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launch.matrix.cells import make_matrix
+from toolkit import files
 from toolkit.builder.process import run_folder
 from toolkit.cli import parse
 from toolkit.config import Config
@@ -155,7 +159,7 @@ def test_a_run_does_not_go_on_through_a_link_that_leads_out(tmp_path, link):
     (folder / link).symlink_to(tmp_path / "elsewhere") if link else folder.symlink_to(tmp_path / "elsewhere")
     config = parse(["--output", str(tmp_path / "runs"), "--experiment", "x", "--resume", "auto"])
     with pytest.raises(UnsafeNameError, match=r"leads out of .* by a link"):
-        run_folder(config, "sgd", World())
+        run_folder(config, "sgd", {}, World())
     assert not list((tmp_path / "elsewhere").iterdir())
 
 
@@ -170,3 +174,40 @@ def test_a_matrix_names_its_folders_below_runs(change):
 
 def test_a_terminal_is_shown_escapes_and_does_not_obey_them():
     assert printable("a\x1b]0;b\x07\x9b2J\u202ed\n\tcé") == "a\\x1b]0;b\\x07\\x9b2J\\u202ed\n\tcé"
+
+
+@pytest.fixture
+def no_home(tmp_path, monkeypatch):
+    """A user by number alone: no HOME, no line in passwd."""
+
+    def unknown(uid):
+        raise KeyError(uid)
+
+    files._homeless_cache.cache_clear()
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    return tmp_path / f"adamwprune-toolkit-{os.getuid()}"
+
+
+def test_without_a_home_the_cache_is_in_a_folder_of_ones_own(no_home, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("toolkit"), "propagate", True)
+    assert files.cache_folder() == files.cache_folder() == no_home
+    assert no_home.stat().st_mode & 0o777 == 0o700
+    assert [str(no_home) in record.getMessage() for record in caplog.records] == [True]
+
+
+@pytest.mark.parametrize("make", ["open to all", "a link", "another user's"])
+def test_without_a_home_a_folder_of_others_is_no_cache(no_home, tmp_path, monkeypatch, make):
+    if make == "a link":
+        no_home.symlink_to(tmp_path)
+    else:
+        no_home.mkdir()
+        no_home.chmod(0o777 if make == "open to all" else 0o700)
+    if make == "another user's":
+        uid = os.getuid()
+        monkeypatch.setattr(os, "getuid", lambda: uid + 1)
+        no_home.rename(tmp_path / f"adamwprune-toolkit-{uid + 1}")
+    with pytest.raises(ValueError, match=r"is not this user's alone.* set HOME or XDG_CACHE_HOME"):
+        files.cache_folder()

@@ -20,6 +20,7 @@ from toolkit.data.loader import Batch, EvalLoader, TrainLoader
 from toolkit.data.remote import fetch_info, is_remote, remote_folder
 from toolkit.data.shard_cache import ShardCache, load_remote_split
 from toolkit.dist import World
+from toolkit.errors import blaming
 
 _REMOTE_WINDOW = 16  # shards; a window and the next should fit the cache, and a batch mixes 16 × 1,250 images
 
@@ -140,20 +141,22 @@ def train_transform(config: Config, inputs: dict[str, Any]) -> Transform:
     scale, ratio = (config.scale[0], config.scale[1]), (config.ratio[0], config.ratio[1])
     if not config.aa and not config.color_jitter:
         return TrainTransform((height, width), scale, ratio, config.hflip, config.vflip, config.train_interpolation)
-    transform = create_transform(
-        (height, width),
-        is_training=True,
-        use_prefetcher=True,
-        scale=scale,
-        ratio=ratio,
-        hflip=config.hflip,
-        vflip=config.vflip,
-        color_jitter=config.color_jitter,
-        auto_augment=config.aa,
-        interpolation=config.train_interpolation,
-        mean=inputs["mean"],
-        std=inputs["std"],
-    )
+    asked = f"--aa {config.aa}" if config.aa else f"--color-jitter {config.color_jitter}"
+    with blaming(asked, "see timm's create_transform"):
+        transform = create_transform(
+            (height, width),
+            is_training=True,
+            use_prefetcher=True,
+            scale=scale,
+            ratio=ratio,
+            hflip=config.hflip,
+            vflip=config.vflip,
+            color_jitter=config.color_jitter,
+            auto_augment=config.aa,
+            interpolation=config.train_interpolation,
+            mean=inputs["mean"],
+            std=inputs["std"],
+        )
     return TimmTransform(transform)
 
 

@@ -8,6 +8,7 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from torch import nn
 
 from toolkit.config import Config
+from toolkit.errors import blaming
 from toolkit.log import get_logger
 from toolkit.optim.param_groups import param_groups
 from toolkit.optim.registry import check_optimizer_name, find_spec, resolve_name
@@ -24,6 +25,10 @@ def resolve_optimizer(config: Config) -> tuple[str, str]:
     refusal = _cannot_train(name)
     if refusal:
         raise ValueError(f"--opt {config.opt} cannot train here: {refusal}; choose another, --help lists them")
+    info = get_optimizer_info(name.removeprefix("lookahead_"))
+    betas = info.num_betas if info.has_betas else 0
+    if config.opt_betas is not None and len(config.opt_betas) != betas:
+        raise ValueError(f"--opt-betas: --opt {name} takes {betas or 'none'}; give as many, or leave the flag out")
     if method != "none":
         if config.sparsity is None:
             raise ValueError(
@@ -99,10 +104,9 @@ def create_optimizer(
         arguments |= {**dataclasses.asdict(schedule), "scope": config.prune_scope, "regrow": config.prune_regrow}
         if config.prune_score is not None:
             arguments["score"] = config.prune_score
-    try:
+    remedy = "see --opt-kwargs, --opt-betas and --opt-eps"
+    with blaming(f"--opt {opt} does not take one of its arguments", remedy):
         return create_optimizer_v2(model, **arguments, param_group_fn=lambda m: param_groups(m, config.weight_decay))
-    except TypeError as error:
-        raise ValueError(f"--opt {opt} does not take one of its arguments ({error}); see --opt-kwargs") from None
 
 
 def keep_zeros(optimizer: torch.optim.Optimizer, model: nn.Module, config: Config, schedule: Schedule) -> None:
