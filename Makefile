@@ -10,7 +10,7 @@ CHOSEN = .config $(if $(EPOCHS),--epochs $(EPOCHS)) $(if $(ONLY),--only '$(ONLY)
 MATRIX = $(BIN)/python -m launch.matrix $(CHOSEN)
 
 .PHONY: help setup demo demo-report menuconfig list-defconfigs savedefconfig test-matrix test-matrix-dry-run continue estimate \
-  test-rerun summary test chaos lint clean
+  test-rerun summary test test-long chaos lint clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -72,6 +72,9 @@ summary: .config setup  ## runs/<name>/ -> results/<name>/report.html, report.md
 
 test: setup .venv/.installed-dev  ## all tests (GPU tests are skipped where there is none)
 	$(BIN)/python -m pytest
+
+test-long: setup .venv/.installed-dev  ## all of make test, and the full products of engines, methods and ranks
+	$(BIN)/python -m pytest -m "long or not long"
 
 chaos: setup  ## kill ranks of real runs 20 times, try nine other faults -> results/chaos.md (20 minutes)
 	rm -rf runs/chaos

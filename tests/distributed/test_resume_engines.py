@@ -70,7 +70,11 @@ WAYS = [
 ]
 
 
-@pytest.mark.parametrize(("saved_by", "ranks", "ways"), WAYS)
+LONG = [pytest.param(*way, marks=pytest.mark.long) for way in WAYS]
+SHORT = [("ddp", 2, [("fsdp2", 2), ("zero2", 2)]), ("zero3", 2, [("ddp", 1)])]
+
+
+@pytest.mark.parametrize(("saved_by", "ranks", "ways"), [*SHORT, *LONG])
 @pytest.mark.parametrize(
     "method", [["--opt", "adamwprune", "--sparsity", "0.7", "--opt-kwargs", "implementation=reference"]]
 )

@@ -52,7 +52,7 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.long)])
 @pytest.mark.parametrize("method", list(METHODS))
 def test_n_ranks_equal_one(flags, tmp_path, method, ranks):
     """float64, no BatchNorm: weights within 1e-10 and the same masks."""
