@@ -74,6 +74,7 @@ class LostRankError(RunError):
         "Connection reset by peer",
         "Timed out waiting",
         "Broken pipe",
+        "Application timeout caused pair closure",
     )
 
     @classmethod

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from ranks import run_ranks
 from timm.optim import create_optimizer_v2
 from timm.utils import ParseKwargs
 from torch import nn
@@ -42,7 +41,6 @@ def prunable_weights(name, **options):
 
 
 RESNET = prunable_weights("test_resnet")
-VIT = prunable_weights("test_vit", img_size=32)
 
 
 def test_every_example_is_here():
@@ -81,29 +79,6 @@ def test_huggingface_trainer():
 def test_lightning_module():
     pytest.importorskip("lightning", reason=f"lightning is {NOT_INSTALLED}")
     assert load("lightning_module").main() == (math.floor(0.7 * RESNET), RESNET)
-
-
-def _main(rank, name, *arguments):
-    return load(name).main(*arguments)
-
-
-@pytest.mark.parametrize(("name", "weights"), [("accelerate_ddp", RESNET), ("fully_shard", VIT)])
-def test_several_ranks(name, weights):
-    found = run_ranks(_main, 2, name, join_group=False)
-    assert found == [(math.floor(0.7 * weights), weights)] * 2
-
-
-def _without_compiling(rank, stage):
-    import deepspeed
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # two minutes on first use, for what gloo has
-    return load("deepspeed_zero").main(stage)
-
-
-def test_deepspeed():
-    pytest.importorskip("deepspeed")
-    found = run_ranks(_without_compiling, 2, 2, join_group=False)  # the other stages: test_attach.py
-    assert found == [(math.floor(0.7 * VIT), VIT)] * 2
 
 
 def test_timms_command_line():
