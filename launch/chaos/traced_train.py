@@ -30,9 +30,8 @@ def _announce(owner: Any, name: str, part: str, write: Callable[[str], str]) -> 
 
 def main() -> None:
     """Run train.py, saying at each moment what it does; ends with its exit status."""
-    from toolkit.optim.mask_update import MaskUpdate
-
     from toolkit.engine import loop
+    from toolkit.prune.pruning import Pruning
 
     parts = Path(os.environ["VICTIM_PARTS"])
     file = os.open(parts.with_name(f"{parts.name}.{os.environ['RANK']}"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
@@ -47,7 +46,7 @@ def main() -> None:
 
     for owner, name, part in (
         (loop, "train_step", "step"),
-        (MaskUpdate, "run", "mask update"),
+        (Pruning, "update", "mask update"),
         (loop, "evaluate", "evaluation"),
         (loop, "save_snapshot", "checkpoint"),
     ):

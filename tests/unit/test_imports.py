@@ -126,3 +126,15 @@ def test_the_rule_would_notice():
     assert room("toolkit.prune.mask") == "toolkit.prune"
     assert "toolkit.optim" not in ALLOWED["toolkit.engine"]
     assert "toolkit.config" not in ALLOWED["toolkit.engine"]
+
+
+def test_every_import_of_ours_is_there():
+    """Lazy ones too, which no import of the module would notice."""
+    modules = {module_name(path) for path in files()} | {"toolkit", "launch", "shards"}
+    gone = {
+        (module_name(path), name)
+        for path in files()
+        for name in own_imports(path)
+        if name not in modules and not (ROOT / name.replace(".", "/")).is_dir()
+    }
+    assert not gone
