@@ -93,12 +93,9 @@ INLINE void scatter_bits(float* w, const uint8_t* mask, int64_t n, const float* 
   int k = 0;
   for (int64_t base = 0; base < n; base += 64) {
     const int64_t count = n - base < 64 ? n - base : 64;
-    const uint64_t bits = bits_of(mask + base / 8, count);
-    for (int64_t i = 0; i < count; ++i) {
-      const int alive = static_cast<int>(bits >> i & 1);
-      w[base + i] = alive ? ws[k] : 0.0f;
-      k += alive;
-    }
+    uint64_t bits = bits_of(mask + base / 8, count);
+    std::memset(w + base, 0, static_cast<size_t>(count) * sizeof(float));
+    for (; bits; bits &= bits - 1) w[base + __builtin_ctzll(bits)] = ws[k++];
   }
 }
 
