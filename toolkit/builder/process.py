@@ -34,7 +34,6 @@ __all__ = [
     "die_with_launcher",
     "run_folder",
     "seed_everything",
-    "seed_rank",
 ]
 
 _log = get_logger()
@@ -78,11 +77,6 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002  timm's model code may use it
     torch.manual_seed(seed)
-
-
-def seed_rank(seed: int, rank: int) -> None:
-    """From here on each rank draws its own dropout and erasing noise, as in timm."""
-    torch.manual_seed(seed + rank)
 
 
 def run_folder(
