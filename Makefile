@@ -3,13 +3,14 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 DIGITS := shards/data/digits/_info.json
 MODEL ?=
+DEMO = runs/demo$(if $(MODEL),-$(MODEL))
 
 STUDY = $(shell $(BIN)/python -m launch.matrix.kconfig name)
 CHOSEN = .config $(if $(EPOCHS),--epochs $(EPOCHS)) $(if $(ONLY),--only '$(ONLY)')
 MATRIX = $(BIN)/python -m launch.matrix $(CHOSEN)
 
-.PHONY: help setup demo menuconfig list-defconfigs savedefconfig test-matrix test-matrix-dry-run continue estimate \
-  test-rerun summary test chaos lint clean
+.PHONY: help setup demo demo-report menuconfig list-defconfigs savedefconfig test-matrix test-matrix-dry-run continue estimate \
+  test-rerun summary test test-long chaos lint clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -32,9 +33,12 @@ $(DIGITS): shards/digits.py shards/writer.py toolkit/data/index.py | .venv/.inst
 	$(BIN)/python -m shards.digits --out $(@D)
 	@touch $@
 
-demo: setup  ## the demo matrix on two CPU ranks -> results/demo/ (MODEL=resnet50 for the study's model)
-	$(BIN)/python -m launch.matrix launch/defconfigs/demo $(if $(MODEL),--model $(MODEL) --out runs/demo-$(MODEL))
-	$(BIN)/python -m launch.report runs/demo$(if $(MODEL),-$(MODEL)) --out results/demo$(if $(MODEL),-$(MODEL))
+demo: setup  ## the demo matrix on two CPU ranks -> runs/demo/report/ (MODEL=resnet50 for the study's model)
+	$(BIN)/python -m launch.matrix launch/defconfigs/demo $(if $(MODEL),--model $(MODEL) --out $(DEMO))
+	$(BIN)/python -m launch.report $(DEMO) --out $(DEMO)/report
+
+demo-report: demo  ## the demo's report that is kept in the repository -> results/demo/
+	$(BIN)/python -m launch.report runs/demo --out results/demo
 
 menuconfig: setup  ## choose models, optimizers, pruning, sparsities, seeds -> .config
 	$(BIN)/python -m launch.matrix.kconfig menuconfig
@@ -69,6 +73,9 @@ summary: .config setup  ## runs/<name>/ -> results/<name>/report.html, report.md
 test: setup .venv/.installed-dev  ## all tests (GPU tests are skipped where there is none)
 	$(BIN)/python -m pytest
 
+test-long: setup .venv/.installed-dev  ## all of make test, and the full products of engines, methods and ranks
+	$(BIN)/python -m pytest -m "long or not long"
+
 chaos: setup  ## kill ranks of real runs 20 times, try nine other faults -> results/chaos.md (20 minutes)
 	rm -rf runs/chaos
 	$(BIN)/python -m launch.chaos --trials 20 --out results
@@ -79,4 +86,4 @@ lint: .venv/.installed-dev  ## ruff and mypy
 	$(BIN)/mypy
 
 clean:  ## forget caches, runs and shards; .venv stays
-	rm -rf runs shards/data .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf runs shards/data build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

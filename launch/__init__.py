@@ -1,1 +1,1 @@
-"""Commands around training: test matrix, report."""
+"""Commands around training, a package each: matrix, report, bench, scaling, chaos; estimate, export, gpu_check."""

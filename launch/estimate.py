@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from launch.matrix.cells import Cell, add_selection, selected
-from toolkit.progress import Progress, duration
-
-__all__ = ["estimate", "main"]
+from toolkit.command import one_line_errors
+from toolkit.markdown import mib
+from toolkit.progress import duration, tracked
 
 _WARM_UP, _TIMED = 2, 5
 
@@ -31,15 +31,15 @@ def _probe(cell: Cell) -> dict[str, Any]:
     import torch
 
     from toolkit.builder import build
-    from toolkit.config import parse
+    from toolkit.cli import parse
     from toolkit.engine.evaluate import evaluate
     from toolkit.engine.step import train_step
 
     with tempfile.TemporaryDirectory() as folder:
         run = build(parse([*cell.arguments, "--output", folder, "--experiment", "estimate"]))
-        batches, taken = run.train_loader.epoch(0), []
-        begin = run.schedule.begin_step if run.schedule.on else 0
-        for number in range(1, min(_WARM_UP + _TIMED, run.plan.steps_per_epoch) + 1):
+        batches, taken, plan = run.train_loader.epoch(0), [], run.plan
+        begin = run.schedule.begin_step if run.schedule.enabled else 0
+        for number in range(1, min(_WARM_UP + _TIMED, plan.steps_per_epoch) + 1):
             start = time.perf_counter()
             train_step(run, batches, min(number, max(begin, 1)), 0, stop=False, want_grad_norm=False)
             if run.world.device.type == "cuda":
@@ -48,7 +48,6 @@ def _probe(cell: Cell) -> dict[str, Any]:
         start = time.perf_counter()
         images = evaluate(run, run.engine.module).num_samples
         evaluation_s = time.perf_counter() - start
-        plan = run.plan
         evaluations = len({*range(plan.val_interval, plan.epochs + 1, plan.val_interval), plan.epochs})
         step_s = statistics.median(taken[min(_WARM_UP, len(taken) - 1) :])
         _, peaks = run.predict_memory()
@@ -71,12 +70,10 @@ def estimate(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     kinds: dict[str, list[Cell]] = {}
     for cell in cells:
         kinds.setdefault(_kind(cell), []).append(cell)
-    bar, found = Progress(len(kinds), "kinds", "estimate"), []
-    for name, members in kinds.items():
-        found.append({"kind": name, "runs": len(members), **_probe(members[0])})
-        bar.advance(1, name)
-    bar.close()
-    return found
+    return [
+        {"kind": name, "runs": len(kinds[name]), **_probe(kinds[name][0])}
+        for name in tracked(list(kinds), "kinds", "estimate")
+    ]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -85,10 +82,8 @@ def main(argv: list[str] | None = None) -> int:
     add_selection(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object on one line on stdout")
     options = parser.parse_args(argv)
-    try:
+    with one_line_errors(parser):
         found = estimate(selected(options)[1])
-    except ValueError as error:
-        parser.exit(2, f"launch.estimate: error: {error}\n")
     total_s = sum(row["run_s"] * row["runs"] for row in found)
     if options.json:
         print(json.dumps({"schema": "estimate/1", "kinds": found, "total_s": total_s}))  # noqa: T201
@@ -96,10 +91,10 @@ def main(argv: list[str] | None = None) -> int:
     width = max(len(row["kind"]) for row in found)
     lines = [f"{'run':<{width}}  runs  step (ms)   a run  peak, dense (MiB)  peak, pruned (MiB)"]
     for row in found:
-        peaks = [f"{row['predicted_peak_bytes'].get(name, 0) / 2**20:,.0f}" for name in ("dense", "final")]
+        dense, pruned = (mib(row["predicted_peak_bytes"].get(name), 0) for name in ("dense", "final"))
         lines.append(
             f"{row['kind']:<{width}}  {row['runs']:>4}  {1e3 * row['step_s']:>9.1f}  {duration(row['run_s']):>6}  "
-            f"{peaks[0]:>17}  {peaks[1]:>18}"
+            f"{dense:>17}  {pruned:>18}"
         )
     lines.append(f"in all about {duration(total_s)} one after the other, start-up (some 5 s a run) not counted")
     print("\n".join(lines))  # noqa: T201

@@ -6,6 +6,7 @@ tensor that has enough zeros a bit mask and the other values, nothing else; `loa
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from toolkit.engine.checkpoint import complete_checkpoints, load_checkpoint, newest_checkpoint
-from toolkit.prune.mask import flat, mask_bytes, pack_bits, unpack_bits
-
-__all__ = ["load_packed", "main", "pack_weights"]
+from toolkit.command import one_line_errors
+from toolkit.engine.checkpoint import best_checkpoint, complete_checkpoints, load_checkpoint, newest_checkpoint
+from toolkit.files import replacing
+from toolkit.markdown import mib
+from toolkit.prune.mask import flat_view, mask_bytes, pack_bits, unpack_bits
 
 _FORMAT = "packed-weights/1"
 
@@ -27,7 +29,7 @@ def pack_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """name -> tensor, or name.mask (bits), name.values (what is not +0) and name.shape where that is smaller."""
     packed: dict[str, Tensor] = {}
     for name, weight in weights.items():
-        values = flat(weight.contiguous())
+        values = flat_view(weight.contiguous())
         # By bits: -0.0 is a value of its own, or the way back would not be exact.
         keep = values.view(torch.int32) != 0 if values.dtype is torch.float32 else torch.ones(0, dtype=torch.bool)
         left = int(keep.sum())
@@ -50,13 +52,24 @@ def load_packed(path: Path) -> dict[str, Tensor]:
     for key, tensor in stored.items():
         name, _, part = key.rpartition(".")
         if part == "mask" and f"{name}.values" in stored:
-            shape = stored[f"{name}.shape"].tolist()
-            dense = torch.zeros(shape)
-            dense.view(-1)[unpack_bits(tensor, dense.numel())] = stored[f"{name}.values"]
-            weights[name] = dense
+            weights[name] = _unpacked(tensor, stored[f"{name}.values"], stored.get(f"{name}.shape"), f"{path}: {name}")
         elif not (part in ("values", "shape") and f"{name}.mask" in stored):
             weights[key] = tensor
     return weights
+
+
+def _unpacked(mask: Tensor, values: Tensor, shape: Tensor | None, what: str) -> Tensor:
+    """The dense tensor. Raises ValueError where mask, values and shape, which may be claimed, do not go together."""
+    sizes = [] if shape is None else shape.tolist()
+    count = math.prod(sizes) if all(isinstance(size, int) and size >= 0 for size in sizes) else -1
+    if mask.dtype is not torch.uint8 or count < 0 or mask.shape != (mask_bytes(count),):
+        raise ValueError(f"{what} has a mask of {mask.numel()} bytes for the shape {sizes}; export it again")
+    keep = unpack_bits(mask, count)
+    if values.dtype is not torch.float32 or values.shape != (int(keep.sum()),):
+        raise ValueError(f"{what} has other values than its mask says; export it again")
+    dense = torch.zeros(sizes)
+    dense.view(-1)[keep] = values
+    return dense
 
 
 def _checkpoint_of(run: Path, which: str) -> Path:
@@ -64,10 +77,8 @@ def _checkpoint_of(run: Path, which: str) -> Path:
     if (run / "COMPLETE").is_file():
         return run
     folder = run / "checkpoints"
-    if which == "best" and (folder / "best.json").is_file():
-        return folder / json.loads((folder / "best.json").read_text())["checkpoint"]
-    found = newest_checkpoint(folder)
-    if found is None or which == "best":
+    found = best_checkpoint(folder) if which == "best" else newest_checkpoint(folder)
+    if found is None:
         names = ", ".join(path.name for path in complete_checkpoints(folder)) or "none"
         raise ValueError(f"{run} has no {which} checkpoint (complete ones: {names}); give a run folder")
     return found
@@ -85,13 +96,10 @@ def export(run: Path, out: Path, *, packed: bool, which: str, ema: bool | None) 
     }
     dense_bytes = sum(weight.nbytes for weight in weights.values())
     content = pack_weights(weights) if packed else weights
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(out.name + ".tmp")
+    facts = json.dumps({"format": _FORMAT if packed else "dense", "of": source.name})
     # One key: with several, the order in the file would change from time to time.
-    save_file(
-        content, temporary, {"adamwprune": json.dumps({"format": _FORMAT if packed else "dense", "of": source.name})}
-    )
-    temporary.replace(out)
+    with replacing(out) as temporary:
+        save_file(content, temporary, {"adamwprune": facts})
     stored = sum(tensor.nbytes for tensor in content.values())
     return {
         "file": str(out),
@@ -113,11 +121,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model-ema", action=argparse.BooleanOptionalAction, help="the average; the default if kept")
     parser.add_argument("--json", action="store_true", help="one JSON object on one line on stdout")
     options = parser.parse_args(argv)
-    try:
+    with one_line_errors(parser):
         done = export(options.run, options.out, packed=options.packed, which=options.which, ema=options.model_ema)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"launch.export: error: {error}\n")
-    size = f"{done['stored_bytes'] / 2**20:.2f} MiB, {done['share']:.3f} of dense"
+    size = f"{mib(done['stored_bytes'])} MiB, {done['share']:.3f} of dense"
     print(json.dumps(done) if options.json else f"{done['file']}: {size}, from {done['checkpoint']}")  # noqa: T201
     return 0
 

@@ -14,46 +14,30 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch
+import timm
+import torch
+from timm.optim import create_optimizer_v2
+from torch.nn.functional import cross_entropy, interpolate
 
-__all__ = ["compare_training", "main", "measure_memory", "to_markdown"]
+from launch.bench.optim import to_markdown as optim_to_markdown
+from launch.markdown import write_result
+from toolkit.builder.predict import Prediction
+from toolkit.command import say, spelled
+from toolkit.config import Config
+from toolkit.markdown import mib, table
+from toolkit.memory.allocator import read_device, reset_peaks
+from toolkit.optim.registry import find_spec, specs
 
-MIB = 2**20
-# The study's six optimizers without pruning, then with the pruning it gave them and with ours.
-MEMORY_ROWS = (
-    "sgd",
-    "adam",
-    "adamw",
-    "adamwadv",
-    "adamwspam",
-    "adamwprune",
-    "sgdprune",
-    "adamw-magnitude",
-    "adamw-movement",
-    "sgd-movement",
-    "adam-movement",
-    "adamwadv-movement",
-    "adamwspam-movement",
-    "sgd-magnitude",
-    "adam-magnitude",
-    "adamwadv-magnitude",
-    "adamwspam-magnitude",
-    "adam-state",
-    "adamwadv-state",
-    "adamwspam-state",
-)
+# Dense, pruned by state, then with the pruning that the study gave them. Not twice the same: momentum is SGD's ledger,
+# adamw-state is adamwprune.
+MEMORY_ROWS = tuple(spec.name for spec in specs() if spec.base != "momentum" and spec.name != "adamw-state")
 TRAINED = ("sgd", "adamw", "adamw-magnitude", "sgd-magnitude", "adamwprune", "sgdprune")
 _OPTIONAL = ("pytest", "hypothesis", "webdataset", "sklearn", "matplotlib", "torchao", "deepspeed")
 
 
-def _optimizer(model: "torch.nn.Module", name: str, begin_step: int, end_step: int, lr: float = 1e-3) -> Any:
-    from timm.optim import create_optimizer_v2
-
-    from toolkit.optim.registry import find_spec
-
+def _optimizer(model: torch.nn.Module, name: str, begin_step: int, end_step: int, lr: float = 1e-3) -> Any:
     spec = find_spec(name)
     assert spec is not None, name
     pruning: dict[str, Any] = {}
@@ -63,17 +47,9 @@ def _optimizer(model: "torch.nn.Module", name: str, begin_step: int, end_step: i
 
 
 def measure_memory(
-    model_name: str, opt: str, batch_size: int, amp: str | None, size: int, device: "torch.device"
+    model_name: str, opt: str, batch_size: int, amp: str | None, size: int, device: torch.device
 ) -> dict[str, Any]:
     """Allocator's peak of a step, dense and at 70 %, beside the prediction; None without an allocator (on CPU)."""
-    import timm
-    import torch
-
-    from toolkit.builder.predict import Prediction
-    from toolkit.config import Config
-    from toolkit.memory.allocator import read_device, reset_peaks
-    from toolkit.optim.registry import find_spec
-
     spec = find_spec(opt)
     sparsity = None if spec is None or spec.method == "none" else 0.7
     prediction = Prediction(Config(model=model_name, opt=opt, sparsity=sparsity, amp=amp, img_size=size))
@@ -98,7 +74,7 @@ def measure_memory(
             images = torch.randn(batch_size, 3, size, size, device=device)
             labels = torch.zeros(batch_size, dtype=torch.int64, device=device)
             with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-                loss = torch.nn.functional.cross_entropy(model(images), labels)
+                loss = cross_entropy(model(images), labels)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -117,14 +93,12 @@ def measure_memory(
     return row
 
 
-def _images(count: int, size: int, classes: int, seed: int, device: "torch.device") -> tuple[Any, Any]:
+def _images(count: int, size: int, classes: int, seed: int, device: torch.device) -> tuple[Any, Any]:
     """Drawn on the device: each class is a smooth pattern, each image a shifted, noisy copy of it."""
-    import torch
-
     generator = torch.Generator(device).manual_seed(seed)
     patterns_of = torch.Generator(device).manual_seed(12345)
     coarse = torch.randn(classes, 3, 8, 8, device=device, generator=patterns_of)
-    patterns = torch.nn.functional.interpolate(coarse, size=(size, size), mode="bicubic")
+    patterns = interpolate(coarse, size=(size, size), mode="bicubic")
     labels = torch.randint(0, classes, (count,), device=device, generator=generator)
     shift = torch.randint(0, size, (count, 2), device=device, generator=generator)
     rows = (torch.arange(size, device=device)[None] + shift[:, :1]) % size
@@ -142,13 +116,10 @@ def compare_training(
     steps: int,
     batch_size: int,
     size: int,
-    device: "torch.device",
+    device: torch.device,
     num_images: int = 2_000,
 ) -> dict[str, Any]:
     """Train on drawn images to 70 % sparsity; top-1 in percent on held-out ones, zeros counted, images per second."""
-    import timm
-    import torch
-
     torch.manual_seed(seed)
     classes = 100
     train_images, train_labels = _images(num_images, size, classes, 1, device)
@@ -162,7 +133,7 @@ def compare_training(
     for _ in range(steps):
         batch = torch.randint(0, len(train_labels), (batch_size,), generator=order).to(device)
         with torch.autocast(device.type, dtype=torch.bfloat16):
-            loss = torch.nn.functional.cross_entropy(model(train_images[batch]), train_labels[batch])
+            loss = cross_entropy(model(train_images[batch]), train_labels[batch])
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -188,24 +159,6 @@ def compare_training(
     }
 
 
-class _Report:
-    """The results so far, written after each part."""
-
-    def __init__(self, out: Path, facts: dict[str, Any]) -> None:
-        out.mkdir(parents=True, exist_ok=True)
-        self.out = out
-        self.result: dict[str, Any] = {"schema": "gpu-check/1", **facts, "memory": [], "training": []}
-
-    def save(self) -> None:
-        for name, text in (
-            ("gpu_check.json", json.dumps(self.result, indent=1)),
-            ("gpu_check.md", to_markdown(self.result)),
-        ):
-            temporary = self.out / f"{name}.tmp"
-            temporary.write_text(text + "\n")
-            temporary.replace(self.out / name)
-
-
 def to_markdown(result: dict[str, Any]) -> str:
     """The tables of a check."""
     lines = [
@@ -217,69 +170,60 @@ def to_markdown(result: dict[str, Any]) -> str:
         f"GPU tests: {result.get('tests', 'not run')}",
     ]
     if "optim" in result:
-        from launch.bench.optim import to_markdown as optim
-
-        lines += ["", optim(result["optim"], result["command"])]
+        lines += ["", optim_to_markdown(result["optim"], result["command"])]
     if result["memory"]:
-        lines += [
-            "",
-            "## Memory of a step, MiB allocated at its peak (synthetic batches, 224 px)",
-            "",
-            "| model | optimizer | batch | AMP | dense measured | predicted | 70 % measured | predicted | released "
-            "| reserved |",
-            "| --- | --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-        ]
-    for row in result["memory"]:
-        cells = [row["model"], row["opt"], str(row["batch_size"]), row["amp"] or "float32"]
-        for phase in ("dense", "final"):
-            cells += [_mib(row["measured_bytes"].get(phase)), _mib(row["predicted_bytes"][phase])]
-        cells.append(_mib(row["cache_released_bytes"]))
-        lines.append(f"| {' | '.join([*cells, row.get('error') or _mib(row['reserved_peak_bytes'])])} |")
+        header = ["model", "optimizer", "batch", "AMP", "dense measured", "predicted", "70 % measured", "predicted"]
+        title = "## Memory of a step, MiB allocated at its peak (synthetic batches, 224 px)"
+        cells = map(_memory_cells, result["memory"])
+        lines += ["", title, "", *table([*header, "released", "reserved"], cells, text=(0, 1, 3))]
     if result["training"]:
-        lines += [
-            "",
-            "## Training on images drawn on the device (SYNTHETIC: they rank nothing but this task)",
-            "",
-            "| model | optimizer | seed | steps | top-1 | sparsity | images/s |",
-            "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+        rows = [
+            [
+                *(row[key] for key in ("model", "opt", "seed", "steps")),
+                f"{row['top1']:.1f}",
+                f"{100 * row['sparsity']:.2f} %",
+                f"{row['images_per_sec']:.0f}",
+            ]
+            for row in result["training"]
         ]
-    for row in result["training"]:
-        lines.append(
-            f"| {row['model']} | {row['opt']} | {row['seed']} | {row['steps']} | {row['top1']:.1f} "
-            f"| {100 * row['sparsity']:.2f} % | {row['images_per_sec']:.0f} |"
-        )
-    return "\n".join(lines)
+        title = "## Training on images drawn on the device (SYNTHETIC: they rank nothing but this task)"
+        header = ["model", "optimizer", "seed", "steps", "top-1", "sparsity", "images/s"]
+        lines += ["", title, "", *table(header, rows, text=(0, 1))]
+    return "\n".join(lines) + "\n"
 
 
-def _mib(size: int | None) -> str:
-    return "" if size is None else f"{size / MIB:,.1f}"
+def _memory_cells(row: dict[str, Any]) -> list[object]:
+    sizes = [row[f"{how}_bytes"].get(phase) for phase in ("dense", "final") for how in ("measured", "predicted")]
+    return [
+        *(row["model"], row["opt"], row["batch_size"], row["amp"] or "float32"),
+        *(mib(size, 1) for size in (*sizes, row["cache_released_bytes"])),
+        row.get("error") or mib(row["reserved_peak_bytes"], 1),
+    ]
 
 
 def _command(arguments: list[str], limit_s: float) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True, timeout=limit_s)
 
 
-def _parts(report: _Report, left_s: Callable[[], float], device: "torch.device") -> Iterator[str]:
+def _parts(result: dict[str, Any], left_s: Callable[[], float], device: torch.device) -> Iterator[str]:
     """Run one part after the other; gives the name of each when it is done."""
-    import torch
-
     if importlib.util.find_spec("pytest"):
         done = _command(["pytest", "-q", "--no-header", "tests/gpu"], max(30.0, left_s()))
-        report.result["tests"] = (done.stdout.strip().splitlines() or ["no output"])[-1]
-        report.result["tests_output"] = done.stdout[-4000:]
+        result["tests"] = (done.stdout.strip().splitlines() or ["no output"])[-1]
+        result["tests_output"] = done.stdout[-4000:]
         yield "GPU tests"
     done = _command(["launch.bench", "optim", "--json", "--rounds", "30"], max(60.0, left_s()))
     if done.returncode == 0:
-        report.result["optim"] = json.loads(done.stdout.splitlines()[-1])
+        result["optim"] = json.loads(done.stdout.splitlines()[-1])
     else:
-        report.result["optim_error"] = done.stderr[-2000:]
+        result["optim_error"] = done.stderr[-2000:]
     yield "bench optim"
     for amp in (None, "bf16"):
         for batch_size in (128, 256):
             for opt in MEMORY_ROWS:
-                if left_s() < 0.35 * report.result["minutes"] * 60:
+                if left_s() < 0.35 * result["minutes"] * 60:
                     break
-                report.result["memory"].append(measure_memory("resnet50", opt, batch_size, amp, 224, device))
+                result["memory"].append(measure_memory("resnet50", opt, batch_size, amp, 224, device))
                 gc.collect()
                 torch.cuda.empty_cache()
                 yield f"memory of {opt}, batch {batch_size}, {amp or 'float32'}"
@@ -287,7 +231,7 @@ def _parts(report: _Report, left_s: Callable[[], float], device: "torch.device")
         for opt in TRAINED:
             if left_s() < 20:
                 return
-            report.result["training"].append(compare_training("resnet50", opt, seed, 300, 256, 64, device))
+            result["training"].append(compare_training("resnet50", opt, seed, 300, 256, 64, device))
             yield f"training with {opt}, seed {seed}"
 
 
@@ -297,38 +241,29 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=9.0, help="time to use, about (default %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="folder for gpu_check.json and gpu_check.md")
     options = parser.parse_args(argv)
-    import torch
-
-    import toolkit.optim  # noqa: F401  the names in timm's factory
-
     if not torch.cuda.is_available():
         parser.exit(2, "launch.gpu_check: error: torch sees no GPU here; nothing was measured\n")
-    begin = time.monotonic()
-
-    def left_s() -> float:
-        return options.minutes * 60 - (time.monotonic() - begin)
-
-    device = torch.device("cuda", 0)
-    report = _Report(
-        options.out,
-        {
-            "device": torch.cuda.get_device_name(device),
-            "torch": torch.__version__,
-            "minutes": options.minutes,
-            "total_bytes": torch.cuda.get_device_properties(device).total_memory,
-            "command": f"python -m launch.gpu_check --minutes {options.minutes:g} --out {options.out}",
-            "missing": [name for name in _OPTIONAL if importlib.util.find_spec(name) is None],
-        },
-    )
+    begin, device = time.monotonic(), torch.device("cuda", 0)
+    result: dict[str, Any] = {
+        "schema": "gpu-check/1",
+        "device": torch.cuda.get_device_name(device),
+        "torch": torch.__version__,
+        "minutes": options.minutes,
+        "total_bytes": torch.cuda.get_device_properties(device).total_memory,
+        "command": spelled("launch.gpu_check", argv),
+        "missing": [name for name in _OPTIONAL if importlib.util.find_spec(name) is None],
+        "memory": [],
+        "training": [],
+    }
     try:
-        for part in _parts(report, left_s, device):
-            report.save()
-            print(f"{time.monotonic() - begin:6.0f} s  {part}", file=sys.stderr, flush=True)  # noqa: T201
+        for part in _parts(result, lambda: options.minutes * 60 - (time.monotonic() - begin), device):
+            write_result(options.out, "gpu_check", result, to_markdown(result))
+            say(f"{time.monotonic() - begin:6.0f} s  {part}")
     except KeyboardInterrupt:
-        print("stopped; what was measured is written", file=sys.stderr)  # noqa: T201
+        say("stopped; what was measured is written")
     finally:
-        report.save()
-    print(to_markdown(report.result))  # noqa: T201
+        write_result(options.out, "gpu_check", result, to_markdown(result))
+    print(to_markdown(result))  # noqa: T201
     return 0
 
 

@@ -5,9 +5,8 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from toolkit.data.decode import BadImageError, decode_rgb
-
-__all__ = ["Cleaning", "clean_jpeg"]
+from shards.writer import encoded
+from toolkit.data.decode import decode_rgb
 
 
 @dataclass(frozen=True)
@@ -39,8 +38,4 @@ def clean_jpeg(data: bytes, cleaning: Cleaning) -> tuple[bytes, int, int]:
     if factor < 1.0:
         width, height = max(1, round(width * factor)), max(1, round(height * factor))
         picture = picture.resize((width, height), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=cleaning.quality)
-    if not buffer.tell():
-        raise BadImageError("nothing was encoded")
-    return buffer.getvalue(), width, height
+    return encoded(picture, "JPEG", quality=cleaning.quality), width, height

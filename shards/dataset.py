@@ -5,9 +5,9 @@ on the number of processes nor on what was there before: a killed build that is 
 """
 
 import hashlib
+import itertools
 import json
 import multiprocessing
-import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
@@ -19,12 +19,14 @@ import numpy as np
 
 from shards.clean import Cleaning, clean_jpeg
 from shards.sources import Catalogue, SourceImage
-from shards.writer import Sample, index_split, write_info, write_shard
+from shards.writer import Sample, index_split, shard_parts, write_info, write_shard
+from toolkit.command import say
 from toolkit.data.decode import BadImageError
-from toolkit.data.index import INFO_NAME, scan_shards
+from toolkit.data.index import scan_shards
+from toolkit.data.info import INFO_NAME
+from toolkit.files import check_name, write_json
+from toolkit.log import printable
 from toolkit.progress import Progress
-
-__all__ = ["BuildSettings", "build"]
 
 _PLAN_NAME = "_build.json"  # there while a build is unfinished: what it was asked for
 
@@ -63,16 +65,11 @@ def _plan(out: Path, catalogue: Catalogue, settings: BuildSettings) -> list[_Sha
     shards = []
     for number, (split, images) in enumerate(catalogue.splits.items()):
         count = settings.train_shards if split == "train" else settings.validation_shards
-        if not 1 <= count <= len(images):
-            raise ValueError(
-                f"{count} {split} shards for {len(images)} images; use --{split}-shards between 1 and {len(images)}"
-            )
         order = np.random.default_rng((settings.seed, number)).permutation(len(images)).tolist()
         taken: set[str] = set()
         rows = [(_key(images[place], taken), images[place]) for place in order]
-        for shard in range(count):
-            part = rows[shard * len(rows) // count : (shard + 1) * len(rows) // count]
-            shards.append(_Shard(split, out / f"{settings.name}-{split}-{shard:04d}.tar", tuple(part)))
+        for name, part in shard_parts(settings.name, split, rows, count).items():
+            shards.append(_Shard(split, out / name, tuple(part)))
     return shards
 
 
@@ -94,7 +91,7 @@ def _write(shard: _Shard, cleaning: Cleaning, leave_out_bad: bool) -> list[str]:
             try:
                 data, width, height = clean_jpeg(image.read(), cleaning)
             except BadImageError as error:
-                reason = f"{image.name} in {image.path}: {error}"
+                reason = printable(f"{image.name} in {image.path}: {error}")
                 if not leave_out_bad:
                     raise ValueError(
                         f"{reason}; fetch it again, or leave out what cannot be decoded with --partial"
@@ -110,31 +107,24 @@ def _write(shard: _Shard, cleaning: Cleaning, leave_out_bad: bool) -> list[str]:
 
 def _write_missing(shards: Sequence[_Shard], settings: BuildSettings, workers: int) -> list[str]:
     """Write the shards that are not there yet; returns what was left out."""
-    done = [shard for shard in shards if shard.path.is_file()]
-    missing = [shard for shard in shards if not shard.path.is_file()]
-    progress = Progress(sum(len(shard.rows) for shard in shards), "images", settings.name)
-    progress.skip(sum(len(shard.rows) for shard in done))
     bad: list[str] = []
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork")) as pool:
-        waiting: dict[Future[list[str]], _Shard] = {}
-        todo = iter(missing)
+    waiting: dict[Future[list[str]], _Shard] = {}
+    todo = iter([shard for shard in shards if not shard.path.is_file()])
+    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork"))
+    with Progress(sum(len(shard.rows) for shard in shards), "images", settings.name) as progress, pool:
+        progress.skip(sum(len(shard.rows) for shard in shards if shard.path.is_file()))
         try:
             while True:
-                for shard in todo:  # no more at once than keeps the processes busy
+                for shard in itertools.islice(todo, 2 * workers - len(waiting)):  # no more than keeps them busy
                     waiting[pool.submit(_write, shard, settings.cleaning, settings.partial)] = shard
-                    if len(waiting) >= 2 * workers:
-                        break
                 if not waiting:
-                    break
+                    return bad
                 for future in wait(waiting, return_when=FIRST_COMPLETED).done:
                     bad += future.result()
                     progress.advance(len(waiting.pop(future).rows))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-        finally:
-            progress.close()
-    return bad
 
 
 def _index(out: Path, shards: Sequence[_Shard], split: str, workers: int) -> dict[str, Any]:
@@ -150,6 +140,7 @@ def build(out: Path, catalogue: Catalogue, settings: BuildSettings, workers: int
     Raises ValueError where `out` holds a data set made with other settings or from other
     images, and for images that cannot be decoded unless `settings.partial`.
     """
+    check_name(settings.name, "--name")
     fingerprint = _fingerprint(catalogue, settings)
     shards = _plan(out, catalogue, settings)
     for name in (INFO_NAME, _PLAN_NAME):
@@ -159,13 +150,17 @@ def build(out: Path, catalogue: Catalogue, settings: BuildSettings, workers: int
                 raise ValueError(f"{out} holds another data set or build ({name}); use another --out, or delete it")
             if name == INFO_NAME:
                 return dict(there)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / _PLAN_NAME).write_text(json.dumps({"build_fingerprint": fingerprint, **asdict(settings)}, indent=1) + "\n")
+    write_json(out / _PLAN_NAME, {"build_fingerprint": fingerprint, **asdict(settings)}, indent=1)
+    for stray in out.glob("*.tmp"):  # of a build that was killed
+        stray.unlink()
     left_out = _write_missing(shards, settings, workers)
     splits = {split: _index(out, shards, split, workers) for split in catalogue.splits}
     for split, images in catalogue.splits.items():
-        splits[split]["left_out"] = len(images) - splits[split]["num_samples"]  # also by a run that was stopped
-    (out / "classes.json").write_text(json.dumps(catalogue.classes, indent=0) + "\n")
+        counts = {reason: count for reason, (count, _) in catalogue.left_out.get(split, {}).items()}
+        bad = len(images) - splits[split]["num_samples"]  # also by a run that was stopped
+        splits[split]["left_out"] = bad + sum(counts.values())
+        splits[split]["left_out_reasons"] = ({"images that cannot be decoded": bad} if bad else {}) | counts
+    write_json(out / "classes.json", catalogue.classes, indent=0)
     write_info(
         out,
         settings.name,
@@ -179,5 +174,8 @@ def build(out: Path, catalogue: Catalogue, settings: BuildSettings, workers: int
     )
     (out / _PLAN_NAME).unlink()
     for reason in left_out:
-        print(f"left out: {reason}", file=sys.stderr)  # noqa: T201
+        say(f"left out: {reason}")
+    for split, reasons in catalogue.left_out.items():
+        for reason, (count, first) in reasons.items():
+            say(printable(f"left out of {split}: {count:,} {reason}, first {first}"))
     return dict(json.loads((out / INFO_NAME).read_text()))

@@ -9,10 +9,12 @@ Those of them that validate without `--hard` too are also a split `unseen`, for 
 """
 
 import argparse
-import io
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from toolkit.command import one_line_errors
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,10 +25,12 @@ VALIDATION_SHARE = 0.2
 TRAIN_PER_CLASS, TUNING_PER_CLASS, SHIFT, NOISE = 30, 50, 3, 96.0  # of --hard; the noise in grey levels of 255
 
 
-def _jpeg(scan: "np.ndarray", disturb: Sequence[int] | None = None) -> bytes:
+def digit_jpeg(scan: "np.ndarray", disturb: Sequence[int] | None = None) -> bytes:
     """8×8 scan with values 0..16 -> JPEG bytes; `disturb` seeds a shift and noise."""
     import numpy as np
     from PIL import Image
+
+    from shards.writer import encoded
 
     grey = Image.fromarray(np.round(scan * (255 / 16)).astype(np.uint8))
     large = grey.resize((SIZE, SIZE), Image.Resampling.BICUBIC)
@@ -35,12 +39,10 @@ def _jpeg(scan: "np.ndarray", disturb: Sequence[int] | None = None) -> bytes:
         pixels = np.roll(np.asarray(large, np.float64), rng.integers(-SHIFT, SHIFT + 1, 2), (0, 1))
         pixels += rng.normal(0.0, NOISE, pixels.shape)
         large = Image.fromarray(np.clip(np.round(pixels), 0, 255).astype(np.uint8))
-    buffer = io.BytesIO()
-    large.convert("RGB").save(buffer, "JPEG", quality=QUALITY)
-    return buffer.getvalue()
+    return encoded(large.convert("RGB"), "JPEG", quality=QUALITY)
 
 
-def stratified_split(labels: "np.ndarray", seed: int) -> tuple["np.ndarray", "np.ndarray"]:
+def stratified_split(labels: "np.ndarray", seed: int) -> "tuple[np.ndarray, np.ndarray]":
     """(train, validation) positions, VALIDATION_SHARE of each class in the latter, both shuffled by `seed`."""
     import numpy as np
 
@@ -54,7 +56,7 @@ def stratified_split(labels: "np.ndarray", seed: int) -> tuple["np.ndarray", "np
     return rng.permutation(np.concatenate(train)), rng.permutation(np.concatenate(validation))
 
 
-def hard_splits(labels: "np.ndarray", train: "np.ndarray", validation: "np.ndarray") -> dict[str, "np.ndarray"]:
+def hard_splits(labels: "np.ndarray", train: "np.ndarray", validation: "np.ndarray") -> "dict[str, np.ndarray]":
     """Few of the training positions train, some tune; the others join the validation positions, the unseen ones."""
     import numpy as np
 
@@ -70,30 +72,25 @@ def hard_splits(labels: "np.ndarray", train: "np.ndarray", validation: "np.ndarr
 
 def build(out: Path, seed: int, train_shards: int, validation_shards: int, *, hard: bool = False) -> None:
     """Write the data set to `out`."""
-    from functools import partial
-
     from sklearn.datasets import load_digits
 
-    from shards.writer import Sample, write_info, write_split
-    from toolkit.progress import Progress
+    from shards.writer import Sample, write_data_set
 
     digits = load_digits()
     train, validation = stratified_split(digits.target, seed)
     parts = hard_splits(digits.target, train, validation) if hard else {"train": train, "validation": validation}
-    progress = Progress(sum(map(len, parts.values())), "images", "digits")
-    splits = {}
-    for split, positions in parts.items():
-        samples = [
-            Sample(
-                f"digit{position:04d}",
-                int(digits.target[position]),
-                partial(_jpeg, digits.images[position], (seed, position) if hard else None),
-            )
-            for position in positions.tolist()
-        ]
-        shards = train_shards if split == "train" else validation_shards
-        splits[split] = write_split(out, split, "digits", samples, shards, progress.advance)
-    progress.close()
+
+    def sample(position: int) -> Sample:
+        content = partial(digit_jpeg, digits.images[position], (seed, position) if hard else None)
+        return Sample(f"digit{position:04d}", int(digits.target[position]), content)
+
+    splits = {
+        split: (
+            [sample(position) for position in positions.tolist()],
+            train_shards if split == "train" else validation_shards,
+        )
+        for split, positions in parts.items()
+    }
     note = (
         "1,797 handwritten digit scans (scikit-learn, UCI Optical Recognition of Handwritten Digits), 8×8 pixels "
         f"enlarged to 32×32, JPEG quality 95, {'disturbed' if hard else 'stratified 80/20'}"
@@ -101,7 +98,7 @@ def build(out: Path, seed: int, train_shards: int, validation_shards: int, *, ha
     if hard:
         sizes = ", ".join(f"{len(parts[split])} {split}" for split in ("train", "tuning", "validation"))
         note += f": shifted by up to {SHIFT} pixels, Gaussian noise of {NOISE:g} grey levels; {sizes} images"
-    write_info(out, "digits-hard" if hard else "digits", 10, splits, synthetic=False, seed=seed, note=note)
+    write_data_set(out, "digits-hard" if hard else "digits", 10, splits, synthetic=False, seed=seed, note=note)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -113,11 +110,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--train-shards", type=int, default=8, help="default %(default)s")
     parser.add_argument("--validation-shards", type=int, default=2, help="default %(default)s")
     options = parser.parse_args(argv)
-    try:
-        out = options.out or Path("shards/data") / ("digits-hard" if options.hard else "digits")
+    out = options.out or Path("shards/data") / ("digits-hard" if options.hard else "digits")
+    with one_line_errors(parser):
         build(out, options.seed, options.train_shards, options.validation_shards, hard=options.hard)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"shards.digits: error: {error}\n")
 
 
 if __name__ == "__main__":

@@ -5,30 +5,25 @@ the order of a seeded shuffle.
 """
 
 import argparse
-import io
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-__all__ = ["NAMES", "build", "main"]
+import numpy as np
+
+from shards.writer import Sample, encoded, write_data_set
+from toolkit.command import one_line_errors
 
 NAMES = ("CIFAR10", "CIFAR100")  # sets of torchvision that come with train=True and train=False
 
 
 def _png(data: Any, position: int) -> bytes:
-    image, _ = data[position]
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
+    return encoded(data[position][0], "PNG")
 
 
 def build(name: str, root: Path, out: Path, seed: int, shards: int, *, download: bool = False) -> None:
     """Write the set to `out`. Raises ValueError where `root` does not hold it whole."""
-    import numpy as np
     import torchvision.datasets
-
-    from shards.writer import Sample, write_info, write_split
-    from toolkit.progress import Progress
 
     try:
         parts = {
@@ -37,7 +32,7 @@ def build(name: str, root: Path, out: Path, seed: int, shards: int, *, download:
         }
     except RuntimeError as error:  # torchvision's word for missing or damaged files
         raise ValueError(f"{root} does not hold {name} whole ({error}); add --download, or check --root") from None
-    progress, splits = Progress(sum(map(len, parts.values())), "images", name), {}
+    splits = {}
     for split, data in parts.items():
         order = np.random.default_rng((seed, split == "train")).permutation(len(data)).tolist()
         samples = [
@@ -46,18 +41,10 @@ def build(name: str, root: Path, out: Path, seed: int, shards: int, *, download:
             )
             for position in order
         ]
-        splits[split] = write_split(
-            out,
-            split,
-            name.lower(),
-            samples,
-            min(shards if split == "train" else max(1, shards // 8), len(samples)),
-            progress.advance,
-        )
-    progress.close()
+        splits[split] = samples, min(shards if split == "train" else max(1, shards // 8), len(samples))
     classes = list(parts["train"].classes)
     note = f"{name} by torchvision, {len(parts['train'])} train and {len(parts['validation'])} test images, PNG"
-    write_info(out, name.lower(), len(classes), splits, synthetic=False, seed=seed, class_names=classes, note=note)
+    write_data_set(out, name.lower(), len(classes), splits, synthetic=False, seed=seed, class_names=classes, note=note)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -71,10 +58,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--shards", type=int, default=32, help="of the training split (default %(default)s)")
     options = parser.parse_args(argv)
     out = options.out or Path("shards/data") / options.name.lower()
-    try:
+    with one_line_errors(parser):
         build(options.name, options.root, out, options.seed, options.shards, download=options.download)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"shards.from_torchvision: error: {error}\n")
 
 
 if __name__ == "__main__":

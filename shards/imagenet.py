@@ -9,39 +9,32 @@ that was stopped goes on where it was with the same command.
 import argparse
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from shards.sources import Catalogue
+from shards import sources
+from toolkit.command import one_line_errors
+from toolkit.progress import Progress
 
 EXPECTED = {"train": 1_281_167, "validation": 50_000}
 EXPECTED_CLASSES = 1_000
 
 
-def catalogue_of(source: Path) -> "Catalogue":
+def catalogue_of(source: Path) -> sources.Catalogue:
     """List all images of a source; see the module's text for the layouts."""
-    from shards import sources
-    from toolkit.data.index import INFO_NAME
-    from toolkit.progress import Progress
-
     if not source.is_dir():
         raise ValueError(f"--source {source} is not a folder")
-    progress = Progress(sum(EXPECTED.values()), "images", "listing")
-    try:
+    with Progress(sum(EXPECTED.values()), "images", "listing") as progress:
         if (source / "ILSVRC2012_img_train.tar").exists():
             return sources.from_archives(source, progress.advance)
         if (source / "train").is_dir():
             return sources.from_image_folder(source, progress.advance)
-        if (source / INFO_NAME).is_file() or any(source.glob("*.tar")):
+        if any(any(source.glob(pattern)) for pattern in ("*info.json", "*.tar", "*.tar.*", "*.tgz")):
             return sources.from_shards(source, progress.advance)
-    finally:
-        progress.close()
     raise ValueError(
         f"--source {source} has neither ILSVRC2012_img_train.tar nor train/ nor shards (*.tar); name a folder that has"
     )
 
 
-def check_complete(catalogue: "Catalogue") -> None:
+def check_complete(catalogue: sources.Catalogue) -> None:
     """Raise ValueError unless it is all of ImageNet-1k."""
     found = {split: len(images) for split, images in catalogue.splits.items()}
     if found != EXPECTED or len(catalogue.classes) != EXPECTED_CLASSES:
@@ -74,23 +67,22 @@ def main(argv: list[str] | None = None) -> None:
     from shards.clean import Cleaning
     from shards.dataset import BuildSettings, build
 
-    try:
-        catalogue = catalogue_of(options.source)
-        if not options.partial:
-            check_complete(catalogue)
-        settings = BuildSettings(
-            options.name,
-            options.train_shards,
-            options.validation_shards,
-            options.seed,
-            Cleaning(options.max_long, options.max_short, options.quality),
-            options.partial,
-        )
-        info = build(options.out, catalogue, settings, max(1, options.workers))
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"shards.imagenet: error: {error}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, "\nshards.imagenet: stopped; the same command goes on where it was\n")
+    settings = BuildSettings(
+        options.name,
+        options.train_shards,
+        options.validation_shards,
+        options.seed,
+        Cleaning(options.max_long, options.max_short, options.quality),
+        options.partial,
+    )
+    with one_line_errors(parser):
+        try:
+            catalogue = catalogue_of(options.source)
+            if not options.partial:
+                check_complete(catalogue)
+            info = build(options.out, catalogue, settings, max(1, options.workers))
+        except KeyboardInterrupt:
+            parser.exit(130, "\nshards.imagenet: stopped; the same command goes on where it was\n")
     counts = ", ".join(f"{split['num_samples']:,} {name}" for name, split in info["splits"].items())
     print(f"{options.out}: {counts} images of {info['num_classes']:,} classes")  # noqa: T201
 

@@ -5,7 +5,6 @@ needs no reader of its own for each layout, and any process can read any image.
 """
 
 import io
-import json
 import os
 import re
 import tarfile
@@ -14,10 +13,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Catalogue", "SourceImage", "from_archives", "from_image_folder", "from_shards"]
+from toolkit.data.tar import (
+    FOREIGN_SUFFIXES,
+    FORMAT,
+    HIDDEN,
+    LINK,
+    MAX_IMAGE_BYTES,
+    ORPHAN,
+    PIL_SUFFIXES,
+    LeftOut,
+    leave_out,
+    tar_members,
+)
+from toolkit.files import read_json
 
-_IMAGE = re.compile(r"\.(jpe?g|png|webp)$", re.IGNORECASE)
+_EMPTY = "folders without images"
 _VALIDATION_FOLDERS = ("validation", "val")
+_DEVKIT_BYTES = 2**24  # of a file in the devkit's archive, once unpacked; the larger one has 0.4 MB
 
 
 @dataclass(frozen=True)
@@ -31,7 +43,9 @@ class SourceImage:
     label: int
 
     def read(self) -> bytes:
-        """The image's bytes. Raises ValueError where the file is shorter than it was."""
+        """The image's bytes. Raises ValueError where the file is shorter than it was, or too large for an image."""
+        if self.size > MAX_IMAGE_BYTES:
+            raise ValueError(f"{self.name!r} in {self.path} has {self.size:,} bytes, more than an image may have")
         with open(self.path, "rb") as file:
             data = os.pread(file.fileno(), self.size, self.offset)
         if len(data) != self.size:
@@ -44,25 +58,30 @@ class Catalogue:
     """All images of a data set: split -> images in a fixed order, and the class names by number.
 
     `facts` are what the source's `_info.json` says that stays true: whether the images are synthetic, and a note.
+    `left_out` counts what else lies there, by split and reason.
     """
 
     splits: dict[str, list[SourceImage]]
     classes: list[str]
     facts: dict[str, Any] = field(default_factory=dict)
+    left_out: dict[str, LeftOut] = field(default_factory=dict)
 
 
-def _members(path: Path, start: int = 0) -> Iterator[tuple[str, int, int]]:
-    """(name, offset in the file, size) of a tar's files; `start` is where the tar begins in the file."""
+def _members(
+    path: Path, start: int = 0, end: int | None = None, left_out: LeftOut | None = None
+) -> Iterator[tuple[str, int, int]]:
+    """(name, offset in the file, size) of each file in the tar that lies in `path` from `start` to `end`.
+
+    Links are counted in `left_out`.
+    """
+
+    def on_other(name: str) -> None:
+        if left_out is not None:
+            leave_out(left_out, LINK, f"{name!r} in {path.name}")
+
     with open(path, "rb") as file:
-        file.seek(start)
-        try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                for member in tar:
-                    if member.isfile():
-                        yield member.name, member.offset_data, member.size
-                        tar.members = []  # type: ignore[attr-defined]  # else it keeps 1 GB of headers for ImageNet
-        except tarfile.TarError as error:
-            raise ValueError(f"{path} is not a whole tar ({error}); fetch it again") from None
+        for member in tar_members(file, path, start, end, on_other):
+            yield member.name, member.offset_data, member.size
 
 
 def from_archives(folder: Path, on_image: Callable[[], None] = lambda: None) -> Catalogue:
@@ -75,16 +94,17 @@ def from_archives(folder: Path, on_image: Callable[[], None] = lambda: None) -> 
     if missing:
         raise ValueError(f"{folder} lacks {', '.join(missing)}; all three archives of ILSVRC2012 are needed")
     wnid_of_id, truth = _read_devkit(paths["devkit_t12.tar.gz"])
-    outer = sorted(_members(paths["img_train.tar"]))
+    left_out: dict[str, LeftOut] = {"train": {}, "validation": {}}
+    outer = sorted(_members(paths["img_train.tar"], left_out=left_out["train"]))
     wnids = sorted(Path(name).stem for name, _, _ in outer)
     rank = {wnid: number for number, wnid in enumerate(wnids)}
     train = []
-    for name, offset, _ in outer:
-        for inner, at, size in _members(paths["img_train.tar"], offset):
+    for name, offset, length in outer:
+        for inner, at, size in _members(paths["img_train.tar"], offset, offset + length, left_out["train"]):
             train.append(SourceImage(str(paths["img_train.tar"]), at, size, Path(inner).name, rank[Path(name).stem]))
             on_image()
     validation = []
-    for name, at, size in sorted(_members(paths["img_val.tar"])):
+    for name, at, size in sorted(_members(paths["img_val.tar"], left_out=left_out["validation"])):
         base = Path(name).name
         digits = re.search(r"_(\d+)\.", base)
         number = int(digits.group(1)) if digits else 0
@@ -95,7 +115,7 @@ def from_archives(folder: Path, on_image: Callable[[], None] = lambda: None) -> 
             raise ValueError(f"{base} is of class {wnid}, which the training archive does not have")
         validation.append(SourceImage(str(paths["img_val.tar"]), at, size, base, rank[wnid]))
         on_image()
-    return Catalogue({"train": train, "validation": validation}, wnids)
+    return Catalogue({"train": train, "validation": validation}, wnids, left_out=left_out)
 
 
 def _read_devkit(path: Path) -> tuple[dict[int, str], list[int]]:
@@ -110,9 +130,9 @@ def _read_devkit(path: Path) -> tuple[dict[int, str], list[int]]:
             if file is None:
                 continue
             if member.name.endswith("validation_ground_truth.txt"):
-                truth = [int(line) for line in file.read().split()]
+                truth = [int(line) for line in file.read(_DEVKIT_BYTES).split()]
             elif member.name.endswith("/meta.mat"):
-                synsets = loadmat(io.BytesIO(file.read()), squeeze_me=True)["synsets"]
+                synsets = loadmat(io.BytesIO(file.read(_DEVKIT_BYTES)), squeeze_me=True)["synsets"]
     if truth is None or synsets is None:
         raise ValueError(f"{path} lacks data/meta.mat or data/ILSVRC2012_validation_ground_truth.txt; fetch it again")
     # Classes are the synsets without children; the others are their hypernyms.
@@ -125,33 +145,77 @@ def from_image_folder(folder: Path, on_image: Callable[[], None] = lambda: None)
     validation = next((name for name in _VALIDATION_FOLDERS if (folder / name).is_dir()), None)
     if validation is None or not (folder / "train").is_dir():
         raise ValueError(f"{folder} lacks train/ and val/ (or validation/) with a folder for each class")
-    classes = sorted(entry.name for entry in (folder / "train").iterdir() if entry.is_dir())
-    splits: dict[str, list[SourceImage]] = {}
+    splits: dict[str, list[SourceImage]] = {"train": [], "validation": []}
+    left_out: dict[str, LeftOut] = {"train": {}, "validation": {}}
+    classes: dict[str, int] = {}
     for split, name in (("train", "train"), ("validation", validation)):
-        unknown = {entry.name for entry in (folder / name).iterdir() if entry.is_dir()} - set(classes)
-        if unknown:
-            raise ValueError(f"{folder / name} has class {min(unknown)!r}, which train/ does not have")
-        splits[split] = []
-        for label, wnid in enumerate(classes):
-            for path in sorted((folder / name / wnid).rglob("*")):
-                if _IMAGE.search(path.name) and path.is_file():
-                    splits[split].append(SourceImage(str(path), 0, path.stat().st_size, path.name, label))
-                    on_image()
-    return Catalogue(splits, classes)
+        for entry in sorted((folder / name).iterdir()):
+            found = list(_files(entry, left_out[split])) if entry.is_dir() and not _is_hidden(entry) else []
+            if found and split == "train":
+                classes[entry.name] = len(classes)
+            elif found and entry.name not in classes:
+                raise ValueError(f"{folder / name} has class {entry.name!r}, of which train/ has no images")
+            elif not found:
+                hidden, kind = _is_hidden(entry), _EMPTY if entry.is_dir() else _reason(entry)
+                leave_out(left_out[split], HIDDEN if hidden else kind, str(entry))
+            for path in found:
+                size = path.stat().st_size
+                splits[split].append(SourceImage(str(path), 0, size, path.name, classes[entry.name]))
+                on_image()
+        if not splits[split]:
+            raise ValueError(
+                f"{folder / name} has no images in class folders{_flat(folder / name)}; move each image into "
+                f"{name}/<class>/, for ImageNet's validation images give a folder with the archives instead"
+            )
+    return Catalogue(splits, list(classes), left_out=left_out)
+
+
+def _is_hidden(path: Path) -> bool:
+    return path.name.startswith(".") or path.name in ("__MACOSX", "__pycache__")
+
+
+def _flat(folder: Path) -> str:
+    count = sum(_suffix(path) in PIL_SUFFIXES for path in folder.iterdir())
+    return f", but {count:,} directly in it, whose classes are not known" if count else ""
+
+
+def _suffix(path: Path) -> str:
+    return path.suffix[1:].lower()
+
+
+def _reason(path: Path) -> str:
+    """Why a file that is no image in a class folder is left out."""
+    if path.is_symlink() and not path.is_file():
+        return LINK
+    return FORMAT if _suffix(path) in FOREIGN_SUFFIXES else ORPHAN
+
+
+def _files(folder: Path, left_out: LeftOut) -> Iterator[Path]:
+    """The images below a folder, in sorted order, without hidden ones and those behind links to folders."""
+    for path in sorted(folder.rglob("*")):
+        if any(_is_hidden(folder / part) for part in path.relative_to(folder).parts):
+            if path.is_symlink() or not path.is_dir():
+                leave_out(left_out, HIDDEN, str(path))
+        elif path.is_file() and _suffix(path) in PIL_SUFFIXES:
+            yield path
+        elif path.is_symlink() or not path.is_dir():
+            leave_out(left_out, _reason(path), str(path))
 
 
 def from_shards(folder: Path, on_image: Callable[[], None] = lambda: None) -> Catalogue:
     """WebDataset shards with jpg (or jpeg, png, webp) and cls: of ours, or as in timm/imagenet-1k-wds."""
-    from toolkit.data.index import INFO_NAME, load_split, read_info
+    from toolkit.data.index import load_split
+    from toolkit.data.info import INFO_NAME, read_info
 
     info = read_info(folder)
     splits: dict[str, list[SourceImage]] = {}
+    left_out: dict[str, LeftOut] = {}
     for wanted, names in (("train", ("train",)), ("validation", _VALIDATION_FOLDERS)):
         found = next((name for name in names if name in info["splits"]), None)
         if found is None:
             raise ValueError(f"{folder / INFO_NAME} has no {wanted} split; it has {', '.join(info['splits'])}")
         index = load_split(folder, found)
-        splits[wanted] = []
+        splits[wanted], left_out[wanted] = [], index.left_out
         file_names: dict[int, str] = {}
         shard = -1
         for number in range(len(index)):
@@ -165,6 +229,11 @@ def from_shards(folder: Path, on_image: Callable[[], None] = lambda: None) -> Ca
             on_image()
     count = max(max((image.label for image in images), default=-1) for images in splits.values()) + 1
     file = folder / "classes.json"
-    classes = json.loads(file.read_text()) if file.is_file() else []
+    classes = read_json(file) if file.is_file() else []
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise ValueError(f"{file} is no list of class names; delete it, or build the shards again")
+    classes = classes or [str(number) for number in range(info.get("num_classes") or count)]
+    if count > len(classes):
+        raise ValueError(f"{folder} has label {count - 1}, but {len(classes)} classes; build the shards again")
     facts: dict[str, Any] = {key: info[key] for key in ("synthetic", "note") if key in info}
-    return Catalogue(splits, classes or [str(number) for number in range(info.get("num_classes") or count)], facts)
+    return Catalogue(splits, classes, facts, left_out)

@@ -6,58 +6,22 @@ and so in every report made from them: accuracy on them says nothing about photo
 """
 
 import argparse
-import io
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import numpy as np
-
-_TRAIN, _VALIDATION = 0, 1
-
-
-def _background(height: int, width: int, rng: "np.random.Generator") -> "np.ndarray":
-    """float32 [h, w, 3] of 1/f noise with unit spread."""
-    import numpy as np
-
-    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
-    frequency[0, 0] = 1.0
-    spectrum = np.fft.rfft2(rng.standard_normal((3, height, width)), axes=(1, 2)) / frequency
-    field = np.fft.irfft2(spectrum, s=(height, width), axes=(1, 2)).transpose(1, 2, 0)
-    return ((field - field.mean()) / (field.std() + 1e-9)).astype(np.float32)
-
-
-def draw(label: int, height: int, width: int, rng: "np.random.Generator") -> "np.ndarray":
-    """uint8 [h, w, 3]: one image of class `label`. The class fixes the motif, `rng` everything else."""
-    import numpy as np
-
-    motif = np.random.default_rng(label)
-    front, back = motif.uniform(0, 1, 3), motif.uniform(0, 1, 3)
-    angle, waves, corners = motif.uniform(0, np.pi), motif.uniform(3, 14), int(motif.integers(3, 8))
-    y, x = np.mgrid[0:height, 0:width].astype(np.float32)
-    centre_y, centre_x = rng.uniform(0.35, 0.65) * height, rng.uniform(0.35, 0.65) * width
-    radius = rng.uniform(0.25, 0.42) * min(height, width)
-    dy, dx = (y - centre_y) / radius, (x - centre_x) / radius
-    turn = rng.uniform(-0.2, 0.2)
-    outline = 0.75 + 0.25 * np.cos(corners * (np.arctan2(dy, dx) + turn))
-    inside = (np.hypot(dy, dx) < outline)[..., None]
-    stripes = np.sin(waves * (dx * np.cos(angle + turn) + dy * np.sin(angle + turn)) + rng.uniform(0, 6.3))[..., None]
-    shape = np.where(stripes > 0, front, back)
-    scene = 0.5 + 0.18 * _background(height, width, rng)
-    image = np.where(inside, rng.uniform(0.7, 1.0) * shape, scene) + 0.03 * rng.standard_normal((height, width, 1))
-    return (np.clip(image, 0, 1) * 255).astype(np.uint8)
+from toolkit.command import one_line_errors
 
 
 def _jpeg(split: int, number: int, label: int, size: int, seed: int, quality: int) -> bytes:
     import numpy as np
     from PIL import Image
 
+    from shards.drawing import draw
+    from shards.writer import encoded
+
     rng = np.random.default_rng((seed, split, number))
     height, width = (round(size * rng.uniform(1.0, 1.35)) for _ in range(2))
-    buffer = io.BytesIO()
-    Image.fromarray(draw(label, height, width, rng)).save(buffer, "JPEG", quality=quality)
-    return buffer.getvalue()
+    return encoded(Image.fromarray(draw(label, height, width, rng)), "JPEG", quality=quality)
 
 
 def build(
@@ -66,29 +30,19 @@ def build(
     """Write the data set to `out`."""
     import numpy as np
 
-    from shards.writer import Sample, write_info, write_split
-    from toolkit.progress import Progress
+    from shards.writer import Sample, write_data_set
 
-    progress = Progress(images + validation, "images", "synthetic")
     splits = {}
-    parts = ((_TRAIN, "train", images, shards), (_VALIDATION, "validation", validation, max(1, shards // 8)))
-    for split_number, split, count, num_shards in parts:
-        order = np.random.default_rng((seed, split_number)).permutation(count).tolist()
+    parts = {"train": (images, shards), "validation": (validation, max(1, shards // 8))}
+    for number, (split, (count, num_shards)) in enumerate(parts.items()):
+        order = np.random.default_rng((seed, number)).permutation(count).tolist()
         samples = [
-            Sample(f"{split}{n:07d}", n % classes, partial(_jpeg, split_number, n, n % classes, size, seed, quality))
+            Sample(f"{split}{n:07d}", n % classes, partial(_jpeg, number, n, n % classes, size, seed, quality))
             for n in order
         ]
-        splits[split] = write_split(out, split, "synthetic", samples, num_shards, progress.advance)
-    progress.close()
-    write_info(
-        out,
-        f"synthetic-{classes}",
-        classes,
-        splits,
-        synthetic=True,
-        seed=seed,
-        note=f"SYNTHETIC: {classes} classes of drawn shapes, {size} to {round(size * 1.35)} px, JPEG quality {quality}",
-    )
+        splits[split] = samples, num_shards
+    note = f"SYNTHETIC: {classes} classes of drawn shapes, {size} to {round(size * 1.35)} px, JPEG quality {quality}"
+    write_data_set(out, f"synthetic-{classes}", classes, splits, synthetic=True, seed=seed, note=note)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -105,21 +59,11 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     out = options.out or Path(f"shards/data/synthetic-{options.classes}")
     validation = options.validation if options.validation is not None else max(1, options.images // 10)
-    try:
+    with one_line_errors(parser):
         if min(options.classes, options.images, validation, options.size) < 1:
             raise ValueError("--classes, --images, --validation and --size must be at least 1")
-        build(
-            out,
-            options.classes,
-            options.images,
-            validation,
-            options.size,
-            options.seed,
-            options.quality,
-            options.shards,
-        )
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"shards.synthetic: error: {error}\n")
+        sizes = options.classes, options.images, validation, options.size
+        build(out, *sizes, options.seed, options.quality, options.shards)
 
 
 if __name__ == "__main__":

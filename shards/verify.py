@@ -7,15 +7,16 @@ import zlib
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from toolkit.data.index import ShardIndex
+from toolkit.command import one_line_errors
+from toolkit.data.index import ShardIndex, load_split, scan_shards
+from toolkit.data.info import read_info
+from toolkit.progress import Progress
 
 
-def _check_shard(index: "ShardIndex", shard: int) -> tuple[int, list[str]]:
+def _check_shard(index: ShardIndex, shard: int) -> tuple[int, list[str]]:
     """(images read, what is wrong with them) of one shard."""
     from toolkit.data.decode import BadImageError, decode_rgb
 
@@ -38,23 +39,18 @@ def _check_shard(index: "ShardIndex", shard: int) -> tuple[int, list[str]]:
 
 def verify(folder: Path, workers: int) -> list[str]:
     """Everything that is wrong with a data set. Raises ValueError where a shard is missing, cut short or unreadable."""
-    from toolkit.data.index import load_split, read_info, scan_shards
-    from toolkit.progress import Progress
-
     wrong: list[str] = []
-    context = multiprocessing.get_context("fork")
     for split in read_info(folder)["splits"]:
         index = load_split(folder, split)
         found = scan_shards(folder, index.names)
         for column in ("shard", "offset", "size", "label"):
             if not np.array_equal(getattr(found, column), getattr(index, column)):
                 wrong.append(f"{folder}, split {split}: the index has another {column} for some image than the shards")
-        progress = Progress(len(index), "images", f"verify {split}")
-        with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork"))
+        with Progress(len(index), "images", f"verify {split}") as progress, pool:
             for count, lines in pool.map(partial(_check_shard, index), range(len(index.names))):
                 wrong += lines
                 progress.advance(count)
-        progress.close()
     return wrong
 
 
@@ -64,10 +60,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("folder", type=Path, help="folder with _info.json and shards")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
     options = parser.parse_args(argv)
-    try:
+    with one_line_errors(parser):
         wrong = verify(options.folder, max(1, options.workers))
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"shards.verify: error: {error}\n")
     for line in wrong:
         print(line)  # noqa: T201
     if wrong:

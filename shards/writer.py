@@ -4,16 +4,18 @@ Each shard is written under a temporary name, synced and renamed; a folder witho
 same samples give the same bytes: tar headers carry no time and no user.
 """
 
-import json
-import os
-from collections.abc import Callable, Iterable, Sequence
+import io
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from toolkit.data.index import INFO_NAME, ShardIndex, index_path, scan_shards
+from toolkit.data.index import ShardIndex, index_path, scan_shards
+from toolkit.data.info import INFO_NAME
+from toolkit.files import replacing, write_json
+from toolkit.progress import Progress
 
-__all__ = ["Sample", "index_split", "write_info", "write_shard", "write_split"]
+Row = TypeVar("Row")
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,26 @@ class Sample:
     extension: str = "jpg"
 
 
+def encoded(image: Any, kind: str, **options: Any) -> bytes:
+    """A PIL image as the bytes of a file."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def write_data_set(
+    folder: Path, name: str, num_classes: int, splits: Mapping[str, tuple[Sequence[Sample], int]], **facts: Any
+) -> None:
+    """Write splits of (samples, number of shards), saying how far it is; see `write_split` and `write_info`."""
+    prefix = name.partition("-")[0]
+    with Progress(sum(len(samples) for samples, _ in splits.values()), "images", name) as progress:
+        entries = {
+            split: write_split(folder, split, prefix, samples, num_shards, progress.advance)
+            for split, (samples, num_shards) in splits.items()
+        }
+    write_info(folder, name, num_classes, entries, **facts)
+
+
 def write_split(
     folder: Path,
     split: str,
@@ -43,16 +65,18 @@ def write_split(
 
     Returns the split's entry for `_info.json`. Raises ValueError for fewer samples than shards.
     """
-    if not 1 <= num_shards <= len(samples):
-        raise ValueError(f"{num_shards} shards for {len(samples)} {split} images; use between 1 and {len(samples)}")
-    folder.mkdir(parents=True, exist_ok=True)
-    names = []
-    for number in range(num_shards):
-        part = samples[number * len(samples) // num_shards : (number + 1) * len(samples) // num_shards]
-        name = f"{prefix}-{split}-{number:04d}.tar"
+    parts = shard_parts(prefix, split, samples, num_shards)
+    for name, part in parts.items():
         write_shard(folder / name, part, on_sample)
-        names.append(name)
-    return index_split(folder, split, scan_shards(folder, names, checksums=True))
+    return index_split(folder, split, scan_shards(folder, list(parts), checksums=True))
+
+
+def shard_parts(prefix: str, split: str, rows: Sequence[Row], num_shards: int) -> dict[str, Sequence[Row]]:
+    """File name -> its part of the rows, in order and of nearly equal length. Raises ValueError for too many shards."""
+    if not 1 <= num_shards <= len(rows):
+        raise ValueError(f"{num_shards} shards for {len(rows)} {split} images; use between 1 and {len(rows)}")
+    cuts = [number * len(rows) // num_shards for number in range(num_shards + 1)]
+    return {f"{prefix}-{split}-{n:04d}.tar": rows[cuts[n] : cuts[n + 1]] for n in range(num_shards)}
 
 
 def index_split(folder: Path, split: str, index: ShardIndex) -> dict[str, Any]:
@@ -70,23 +94,19 @@ def write_shard(path: Path, samples: Iterable[Sample], on_sample: Callable[[], N
     """Write one tar under a temporary name, sync it and rename it."""
     import webdataset
 
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        with webdataset.TarWriter(file, user="", group="", mtime=0) as tar:
-            for sample in samples:
-                assert "." not in sample.key, sample.key
-                label = sample.label
-                meta = sample.meta or {"label": label, "filename": f"{sample.key}.{sample.extension}"}
-                tar.write({"__key__": sample.key, sample.extension: sample.content(), "cls": label, "json": meta})
-                on_sample()
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with (
+        replacing(path, sync=True) as temporary,
+        open(temporary, "wb") as file,
+        webdataset.TarWriter(file, user="", group="", mtime=0) as tar,
+    ):
+        for sample in samples:
+            assert "." not in sample.key, sample.key
+            label = sample.label
+            meta = sample.meta or {"label": label, "filename": f"{sample.key}.{sample.extension}"}
+            tar.write({"__key__": sample.key, sample.extension: sample.content(), "cls": label, "json": meta})
+            on_sample()
 
 
 def write_info(folder: Path, name: str, num_classes: int, splits: dict[str, dict[str, Any]], **facts: Any) -> None:
     """Write `_info.json`, the mark of a finished data set, atomically; `facts` are shown in every report."""
-    info = {"name": name, "num_classes": num_classes, **facts, "splits": splits}
-    temporary = folder / (INFO_NAME + ".tmp")
-    temporary.write_text(json.dumps(info, indent=1) + "\n")
-    temporary.replace(folder / INFO_NAME)
+    write_json(folder / INFO_NAME, {"name": name, "num_classes": num_classes, **facts, "splits": splits}, indent=1)

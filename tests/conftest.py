@@ -26,12 +26,12 @@ def few_digits(tmp_path_factory):
 
     from sklearn.datasets import load_digits
 
-    from shards.digits import _jpeg
+    from shards.digits import digit_jpeg
     from shards.writer import Sample, write_info, write_split
 
     folder = tmp_path_factory.mktemp("few")
     scans = load_digits()
-    samples = [Sample(f"d{i}", int(scans.target[i]), partial(_jpeg, scans.images[i])) for i in range(136)]
+    samples = [Sample(f"d{i}", int(scans.target[i]), partial(digit_jpeg, scans.images[i])) for i in range(136)]
     splits = {
         "train": write_split(folder, "train", "few", samples[:96], 3),
         "validation": write_split(folder, "validation", "few", samples[96:], 3),

@@ -4,21 +4,21 @@ One field is one flag: `weight_decay` is `--weight-decay` on the command line an
 defaults are timm's wherever timm has the flag. Order of precedence: command line, recipe (`-c`), default.
 """
 
-import argparse
-import ast
 import dataclasses
-import difflib
-import sys
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-__all__ = ["Config", "parse"]
+from toolkit.files import check_name
 
 
 def _flag(default: Any, help_text: str, **options: Any) -> Any:
-    """A field with its flag's help; options: group (once, at its first flag), kind, nargs, const, choices, short."""
+    """A field with its flag's help.
+
+    Options: group (once, at its first flag), kind, nargs, const, choices, short; and what `_check_value` holds a value
+    against: within (an interval), counts (of values that nargs="+" may have), ordered; at_build: timm judges the text.
+    """
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata={"help": help_text, **options})
     return field(default=default, metadata={"help": help_text, **options})
@@ -31,28 +31,38 @@ class Config:
     data_dir: str = _flag("", "folder of WebDataset shards, or a URL prefix (http, s3, gs, pipe:)", group="Data")
     train_split: str = _flag("train", "split to train on")
     val_split: str = _flag("validation", "split to evaluate on")
-    shuffle_window: int | None = _flag(None, "shards shuffled together (0: all); default all, from a URL 16", kind=int)
+    shuffle_window: int | None = _flag(
+        None, "shards shuffled together (0: all); default all, from a URL 16", kind=int, within="[0, inf)"
+    )
     shard_cache: str = _flag("", "folder for shards from a URL; in the user's cache by default")
-    shard_cache_gib: float = _flag(50.0, "size of that folder at most, in GiB")
+    shard_cache_gib: float = _flag(50.0, "size of that folder at most, in GiB", within="(0, 1e9]")
 
     model: str = _flag("resnet50", "any timm model by name", group="Model")
     pretrained: bool = _flag(False, "start from timm's weights (fetched by timm)")
     initial_checkpoint: str = _flag("", "start from the weights in this file, or of this run's or checkpoint's folder")
-    num_classes: int | None = _flag(None, "classes; the data set's number by default", kind=int)
-    img_size: int | None = _flag(None, "side of the square input in pixels; the model's own by default", kind=int)
-    crop_pct: float | None = _flag(None, "share of the resized image the evaluation crop takes", kind=float)
-    mean: list[float] | None = _flag(None, "per-channel mean, 0..1", kind=float, nargs=3)
-    std: list[float] | None = _flag(None, "per-channel standard deviation, 0..1", kind=float, nargs=3)
+    num_classes: int | None = _flag(None, "classes; the data set's number by default", kind=int, within="[1, inf)")
+    img_size: int | None = _flag(
+        None, "side of the square input in pixels; the model's own by default", kind=int, within="[1, 65536]"
+    )
+    crop_pct: float | None = _flag(
+        None, "share of the resized image the evaluation crop takes", kind=float, within="(0, 1]"
+    )
+    mean: list[float] | None = _flag(None, "per-channel mean, 0..1", kind=float, nargs=3, within="[0, 1]")
+    std: list[float] | None = _flag(None, "per-channel standard deviation, 0..1", kind=float, nargs=3, within="(0, 1]")
     interpolation: str = _flag("", "evaluation resize; the model's own by default", choices=("", "bilinear", "bicubic"))
     model_kwargs: dict[str, Any] = _flag({}, "more arguments of the model, key=value", nargs="*")
-    batch_size: int = _flag(128, "images per rank and micro-batch", short="-b")
-    validation_batch_size: int | None = _flag(None, "images per rank in evaluation; as -b", kind=int, short="-vb")
-    global_batch_size: int | None = _flag(None, "fix ranks × batch × accumulation instead of -b", kind=int)
+    batch_size: int = _flag(128, "images per rank and micro-batch", short="-b", within="[1, inf)")
+    validation_batch_size: int | None = _flag(
+        None, "images per rank in evaluation; as -b", kind=int, short="-vb", within="[1, inf)"
+    )
+    global_batch_size: int | None = _flag(
+        None, "fix ranks × batch × accumulation instead of -b", kind=int, within="[1, inf)"
+    )
     channels_last: bool = _flag(False, "channels-last memory layout")
     grad_checkpointing: bool = _flag(False, "recompute activations in backward: less memory, about a third more time")
     fused_backward: bool = _flag(False, "update each weight within backward, free its gradient: one rank, no clipping")
     auto_batch_size: str = _flag("", "the largest batch per rank that is predicted to fit, e.g. 46GiB; instead of -b")
-    grad_accum_steps: int = _flag(1, "micro-batches per optimizer step")
+    grad_accum_steps: int = _flag(1, "micro-batches per optimizer step", within="[1, inf)")
     torchcompile: str | None = _flag(None, "compile the model, with this backend", nargs="?", const="inductor")
     amp: str | None = _flag(
         None,
@@ -64,24 +74,32 @@ class Config:
     amp_dtype: str | None = _flag(None, "dtype of a bare --amp", choices=("float16", "bfloat16"))
 
     opt: str = _flag("sgd", "optimizer; python -m toolkit.optim --list shows ours, timm's work too", group="Optimizer")
-    opt_eps: float | None = _flag(None, "epsilon; the optimizer's own by default", kind=float)
-    opt_betas: list[float] | None = _flag(None, "betas; the optimizer's own by default", kind=float, nargs="+")
-    momentum: float = _flag(0.9, "momentum")
-    weight_decay: float = _flag(2e-5, "weight decay; none on norms, biases and what the model exempts")
-    clip_grad: float | None = _flag(None, "clip gradients at this value", kind=float)
+    opt_eps: float | None = _flag(None, "epsilon; the optimizer's own by default", kind=float, within="[0, inf)")
+    opt_betas: list[float] | None = _flag(
+        None, "betas; the optimizer's own by default", kind=float, nargs="+", within="[0, 1)", counts=(2, 3)
+    )
+    momentum: float = _flag(0.9, "momentum", within="[0, 1]")
+    weight_decay: float = _flag(
+        2e-5, "weight decay; none on norms, biases and what the model exempts", within="[0, inf)"
+    )
+    clip_grad: float | None = _flag(None, "clip gradients at this value", kind=float, within="(0, inf)")
     clip_mode: str = _flag("norm", "what --clip-grad limits", choices=("norm", "value", "agc"))
     opt_kwargs: dict[str, Any] = _flag({}, "more arguments of the optimizer, key=value", nargs="*")
 
     pruning: str | None = _flag(
         None, "method; adamwprune means state", group="Pruning", choices=("none", "magnitude", "movement", "state")
     )
-    sparsity: float | None = _flag(None, "final share of zeros in convolution and linear weights; 0 = off", kind=float)
-    prune_begin: float = _flag(0.05, "where the ramp begins, as a fraction of all steps")
-    prune_end: float = _flag(0.6, "where the last mask update is, as a fraction of all steps")
-    prune_frequency: int = _flag(50, "steps between mask updates")
+    sparsity: float | None = _flag(
+        None, "final share of zeros in convolution and linear weights; 0 = off", kind=float, within="[0, 1)"
+    )
+    prune_begin: float = _flag(0.05, "where the ramp begins, as a fraction of all steps", within="[0, 1]")
+    prune_end: float = _flag(0.6, "where the last mask update is, as a fraction of all steps", within="[0, 1]")
+    prune_frequency: int = _flag(50, "steps between mask updates", within="[1, inf)")
     prune_score: str | None = _flag(None, "score of a weight; the method's own by default")
     prune_scope: str = _flag("global", "where weights compete", choices=("global", "layer", "erk"))
-    prune_regrow: float = _flag(0.0, "share of the survivors exchanged at an update; needs --pruning state")
+    prune_regrow: float = _flag(
+        0.0, "share of the survivors exchanged at an update; needs --pruning state", within="[0, 1)"
+    )
 
     sched: str = _flag(
         "cosine",
@@ -90,76 +108,89 @@ class Config:
         choices=("cosine", "tanh", "step", "multistep", "poly", "plateau", "none"),
     )
     sched_on_updates: bool = _flag(False, "step the schedule every update, not every epoch")
-    lr: float | None = _flag(None, "learning rate; overrides --lr-base", kind=float)
-    lr_base: float = _flag(0.1, "learning rate at --lr-base-size images, scaled to the global batch")
-    lr_base_size: int = _flag(256, "see --lr-base")
+    lr: float | None = _flag(None, "learning rate; overrides --lr-base", kind=float, within="[0, inf)")
+    lr_base: float = _flag(0.1, "learning rate at --lr-base-size images, scaled to the global batch", within="[0, inf)")
+    lr_base_size: int = _flag(256, "see --lr-base", within="[1, inf)")
     lr_base_scale: str = _flag("", "scaling of --lr-base; sqrt for Adam, linear else", choices=("", "linear", "sqrt"))
-    epochs: int = _flag(300, "epochs to train")
-    warmup_lr: float = _flag(1e-5, "learning rate at the start of warm-up")
-    warmup_epochs: int = _flag(5, "epochs of warm-up")
+    epochs: int = _flag(300, "epochs to train", within="[1, inf)")
+    warmup_lr: float = _flag(1e-5, "learning rate at the start of warm-up", within="[0, inf)")
+    warmup_epochs: int = _flag(5, "epochs of warm-up", within="[0, inf)")
     warmup_prefix: bool = _flag(False, "warm-up comes before the schedule instead of replacing its start")
-    min_lr: float = _flag(0.0, "lowest learning rate of a cyclic schedule")
-    cooldown_epochs: int = _flag(0, "epochs at --min-lr after the schedule")
-    decay_epochs: int = _flag(90, "epochs between decays of a step schedule")
-    decay_milestones: list[int] = _flag([90, 180, 270], "epochs of the decays of multistep", kind=int, nargs="+")
-    decay_rate: float = _flag(0.1, "factor of a decay")
-    patience_epochs: int = _flag(10, "epochs without gain before plateau decays")
+    min_lr: float = _flag(0.0, "lowest learning rate of a cyclic schedule", within="[0, inf)")
+    cooldown_epochs: int = _flag(0, "epochs at --min-lr after the schedule", within="[0, inf)")
+    decay_epochs: int = _flag(90, "epochs between decays of a step schedule", within="[1, inf)")
+    decay_milestones: list[int] = _flag(
+        [90, 180, 270], "epochs of the decays of multistep", kind=int, nargs="+", within="[0, inf)", ordered=True
+    )
+    decay_rate: float = _flag(0.1, "factor of a decay", within="(0, inf)")
+    patience_epochs: int = _flag(10, "epochs without gain before plateau decays", within="[0, inf)")
 
     no_aug: bool = _flag(False, "train on evaluation crops", group="Augmentation and regularisation")
-    scale: list[float] = _flag([0.08, 1.0], "area of the random crop", kind=float, nargs=2)
-    ratio: list[float] = _flag([3.0 / 4.0, 4.0 / 3.0], "aspect ratio of the random crop", kind=float, nargs=2)
-    hflip: float = _flag(0.5, "chance of a left-right flip")
-    vflip: float = _flag(0.0, "chance of an upside-down flip")
-    color_jitter: float = _flag(0.4, "strength of colour jitter; anything above 0 leaves the fast decoding path")
-    aa: str | None = _flag(None, "AutoAugment policy, timm's, for example rand-m9-mstd0.5")
+    scale: list[float] = _flag(
+        [0.08, 1.0], "area of the random crop", kind=float, nargs=2, within="(0, 1]", ordered=True
+    )
+    ratio: list[float] = _flag(
+        [3.0 / 4.0, 4.0 / 3.0], "aspect ratio of the random crop", kind=float, nargs=2, within="(0, inf)", ordered=True
+    )
+    hflip: float = _flag(0.5, "chance of a left-right flip", within="[0, 1]")
+    vflip: float = _flag(0.0, "chance of an upside-down flip", within="[0, 1]")
+    color_jitter: float = _flag(
+        0.4, "strength of colour jitter; anything above 0 leaves the fast decoding path", within="[0, inf)"
+    )
+    aa: str | None = _flag(None, "AutoAugment policy, timm's, for example rand-m9-mstd0.5", at_build=True)
     train_interpolation: str = _flag("random", "resize of training crops", choices=("random", "bilinear", "bicubic"))
-    reprob: float = _flag(0.0, "chance of random erasing")
+    reprob: float = _flag(0.0, "chance of random erasing", within="[0, 1]")
     remode: str = _flag("pixel", "fill of random erasing", choices=("const", "rand", "pixel"))
-    recount: int = _flag(1, "areas erased")
-    mixup: float = _flag(0.0, "mixup alpha")
-    cutmix: float = _flag(0.0, "cutmix alpha")
-    cutmix_minmax: list[float] | None = _flag(None, "cutmix min and max ratio", kind=float, nargs="+")
-    mixup_prob: float = _flag(1.0, "chance of mixup or cutmix in a batch")
-    mixup_switch_prob: float = _flag(0.5, "chance of cutmix where both are on")
+    recount: int = _flag(1, "areas erased", within="[1, inf)")
+    mixup: float = _flag(0.0, "mixup alpha", within="[0, inf)")
+    cutmix: float = _flag(0.0, "cutmix alpha", within="[0, inf)")
+    cutmix_minmax: list[float] | None = _flag(
+        None, "cutmix min and max ratio", kind=float, nargs="+", within="[0, 1]", counts=(2,), ordered=True
+    )
+    mixup_prob: float = _flag(1.0, "chance of mixup or cutmix in a batch", within="[0, 1]")
+    mixup_switch_prob: float = _flag(0.5, "chance of cutmix where both are on", within="[0, 1]")
     mixup_mode: str = _flag("batch", "how pairs are mixed", choices=("batch", "pair", "elem"))
-    mixup_off_epoch: int = _flag(0, "stop mixing after this epoch; 0 = never")
-    smoothing: float = _flag(0.1, "label smoothing")
+    mixup_off_epoch: int = _flag(0, "stop mixing after this epoch; 0 = never", within="[0, inf)")
+    smoothing: float = _flag(0.1, "label smoothing", within="[0, 1)")
     bce_loss: bool = _flag(False, "binary cross-entropy")
-    bce_target_thresh: float | None = _flag(None, "threshold of soft targets in --bce-loss", kind=float)
-    drop: float = _flag(0.0, "dropout")
-    drop_path: float | None = _flag(None, "stochastic depth", kind=float)
+    bce_target_thresh: float | None = _flag(
+        None, "threshold of soft targets in --bce-loss", kind=float, within="[0, 1]"
+    )
+    drop: float = _flag(0.0, "dropout", within="[0, 1)")
+    drop_path: float | None = _flag(None, "stochastic depth", kind=float, within="[0, 1)")
 
     sync_bn: bool = _flag(False, "BatchNorm statistics over all ranks", group="BatchNorm and weight averaging")
     dist_bn: str = _flag("reduce", "running statistics after an epoch", choices=("reduce", "broadcast", ""))
     model_ema: bool = _flag(False, "keep a moving average of the weights, and evaluate it")
-    model_ema_decay: float = _flag(0.9998, "decay of the average")
+    model_ema_decay: float = _flag(0.9998, "decay of the average", within="[0, 1]")
     model_ema_warmup: bool = _flag(False, "raise the decay over the first steps")
 
-    seed: int = _flag(42, "seed", group="Run")
-    log_interval: int = _flag(50, "steps between log lines and scalars")
-    val_interval: int = _flag(1, "epochs between evaluations")
-    checkpoint_hist: int = _flag(10, "checkpoints kept beside the best")
-    checkpoint_interval: int = _flag(0, "steps between checkpoints within an epoch; 0 = at its end only")
-    workers: int = _flag(4, "data workers per rank", short="-j")
+    seed: int = _flag(42, "seed", group="Run", within="[0, 4294967295]")
+    log_interval: int = _flag(50, "steps between log lines and scalars", within="[1, inf)")
+    val_interval: int = _flag(1, "epochs between evaluations", within="[1, inf)")
+    checkpoint_hist: int = _flag(10, "checkpoints kept beside the best", within="[0, inf)")
+    checkpoint_interval: int = _flag(
+        0, "steps between checkpoints within an epoch; 0 = at its end only", within="[0, inf)"
+    )
+    workers: int = _flag(4, "data workers per rank", short="-j", within="[0, 1024]")
     pin_mem: bool = _flag(False, "pin host memory for faster copies to the GPU")
     output: str = _flag("runs", "folder of run folders")
     experiment: str = _flag("", "name of the run folder; <time>-<model>-<opt> by default")
     eval_metric: str = _flag("top1", "metric of the best checkpoint", choices=("top1", "top5", "loss"))
     resume: str = _flag("", "'auto' (newest checkpoint of the run folder) or a checkpoint folder")
-    max_bad_images: float = _flag(1e-4, "share of unreadable images above which a run stops (ten are always let by)")
-    dist_timeout: int = _flag(1800, "seconds before a rank that waits for a lost one gives up")
+    max_bad_images: float = _flag(
+        1e-4, "share of unreadable images above which a run stops (ten are always let by)", within="[0, 1]"
+    )
+    dist_timeout: int = _flag(1800, "seconds before a rank that waits for a lost one gives up", within="[1, inf)")
     given: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
+        if self.experiment:
+            check_name(self.experiment, "--experiment")
         for item in flags():
-            choices, value = item.metadata.get("choices"), getattr(self, item.name)
-            if choices and value is not None and value not in choices:
-                raise ValueError(f"{_name(item)} {value!r} is not known; choose one of {_list(choices)}")
-        for name in ("batch_size", "grad_accum_steps", "epochs", "log_interval", "val_interval", "prune_frequency"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 1")
-        if self.sparsity is not None and not 0 <= self.sparsity < 1:
-            raise ValueError(f"--sparsity {self.sparsity} must be in [0, 1), for example 0.7")
+            value = getattr(self, item.name)
+            if value is not None:
+                _check_value(item, value)
         if not 0 <= self.prune_begin < self.prune_end <= 1:
             raise ValueError(
                 f"--prune-begin {self.prune_begin} and --prune-end {self.prune_end} are fractions of all steps; "
@@ -205,145 +236,49 @@ def flags() -> list[dataclasses.Field[Any]]:
     return [item for item in fields(Config) if item.name != "given"]
 
 
-_BATCH = {"batch_size", "global_batch_size", "auto_batch_size"}
-
-
 def _list(choices: Sequence[str]) -> str:
     return ", ".join(choice for choice in choices if choice not in ("", "default"))
 
 
-def _name(item: dataclasses.Field[Any]) -> str:
+def flag_name(item: dataclasses.Field[Any]) -> str:
+    """--weight-decay for the field weight_decay."""
     return "--" + item.name.replace("_", "-")
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse with errors of one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+_LARGEST_INT = 2**31 - 1  # what torch, timm and timers take as a number of things
 
 
-class _KeyValues(argparse.Action):
-    """`key=value ...` -> dict; values are Python literals where they can be, strings else (as timm's ParseKwargs)."""
-
-    def __call__(
-        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option_string: Any = None
-    ) -> None:
-        pairs = {}
-        for text in values:
-            key, equals, value = text.partition("=")
-            if not equals:
-                parser.error(f"{option_string} {text!r} is not key=value")
-            try:
-                pairs[key] = ast.literal_eval(value)
-            except (ValueError, SyntaxError):
-                pairs[key] = value
-        setattr(namespace, self.dest, pairs)
-
-
-def _build_parser(prog: str) -> _Parser:
-    parser = _Parser(
-        prog=prog,
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-        description="Train an image model on WebDataset shards with an optimizer that may prune. "
-        "Start it with: accelerate launch --config_file accelerate_configs/<machine>.yaml train.py <flags>",
-    )
-    parser.add_argument("-c", "--config", metavar="FILE", help="recipe: YAML of the settings below")
-    group: Any = parser
-    for item in flags():
-        meta = item.metadata
-        if "group" in meta:
-            group = parser.add_argument_group(meta["group"])
-        default = item.default_factory() if callable(item.default_factory) else item.default
-        names = [_name(item), *([meta["short"]] if "short" in meta else [])]
-        shown = f" (default {default})" if default not in (None, "", False) and default != {} else ""
-        options: dict[str, Any] = {"dest": item.name, "help": meta["help"].replace("%", "%%") + shown}
-        if isinstance(default, bool):
-            negatable = not item.name.startswith("no_")
-            options["action"] = argparse.BooleanOptionalAction if negatable else "store_true"
-        elif isinstance(default, dict):
-            options |= {"action": _KeyValues, "nargs": meta["nargs"], "metavar": "KEY=VALUE"}
-        else:
-            options["type"] = meta.get("kind") or (type(default) if isinstance(default, (int, float)) else str)
-            options |= {key: meta[key] for key in ("nargs", "const", "choices") if key in meta}
-            if "choices" in meta:
-                options["choices"] = [choice for choice in meta["choices"] if choice != "default"]
-                if "const" in meta:  # argparse would refuse its own const; __post_init__ checks the value
-                    options["metavar"] = "{" + ",".join(options.pop("choices")) + "}"
-            else:
-                options["metavar"] = options["type"].__name__.upper()
-        group.add_argument(*names, **options)
-    return parser
+def _check_value(item: dataclasses.Field[Any], value: Any) -> None:
+    """Raise ValueError unless a flag's value, from wherever, is one of those that the flag declares."""
+    meta, flag = item.metadata, flag_name(item)
+    choices, many = meta.get("choices"), isinstance(value, (list, tuple))
+    if choices and value not in choices:
+        raise ValueError(f"{flag} {value!r} is not known; choose one of {_list(choices)}")
+    if isinstance(value, str) and not meta.get("at_build") and _UNPRINTABLE.search(value):
+        raise ValueError(f"{flag} {value!r} has a character that cannot be printed; use plain text on one line")
+    if isinstance(value, dict):
+        bad = [key for key in value if not (isinstance(key, str) and key.isidentifier())]
+        if bad:
+            raise ValueError(f"{flag} {bad[0]!r} is no argument's name; give key=value")
+    shown = f"{flag} {' '.join(map(str, value)) if many else value}"
+    counts = (meta["nargs"],) if many and isinstance(meta["nargs"], int) else meta.get("counts")
+    if many and counts and len(value) not in counts:
+        raise ValueError(f"{shown} must be {' or '.join(map(str, counts))} values")
+    if "within" in meta:
+        for number in value if many else [value]:
+            _check_number(shown, number, meta["within"])
+    if meta.get("ordered") and sorted(value) != list(value):
+        raise ValueError(f"{shown} must be in ascending order")
 
 
-def _read_recipe(path: str) -> dict[str, Any]:
-    import yaml
-
-    try:
-        settings = yaml.safe_load(Path(path).read_text()) or {}
-    except OSError as error:
-        raise ValueError(f"-c {path} cannot be read ({error.strerror}); check the path") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"-c {path} is not YAML ({' '.join(str(error).split())})") from None
-    if not isinstance(settings, dict):
-        raise ValueError(f"-c {path} must hold settings as key: value")
-    known = {item.name: item for item in flags()}
-    result = {}
-    for key, value in settings.items():
-        name = str(key).replace("-", "_")
-        if name not in known:
-            raise ValueError(f"{key!r} in {path} is not a setting.{_near(name, known)} Valid: {', '.join(known)}")
-        result[name] = _checked(known[name], value, path)
-    return result
-
-
-def _checked(item: dataclasses.Field[Any], value: Any, path: str) -> Any:
-    """A recipe's value in the type of its field; 1e-3 and 1 are good floats, True is a good bool only."""
-    meta = item.metadata
-    default = item.default_factory() if callable(item.default_factory) else item.default
-    if value is None and default is None:
-        return None
-    many = isinstance(meta.get("nargs"), int) or meta.get("nargs") == "+"
-    kind = dict if isinstance(default, dict) else meta.get("kind") or (str if default is None else type(default))
-    try:
-        if many:
-            return [_scalar(meta["kind"], entry) for entry in value]
-        return _scalar(kind, meta["const"] if value is True and "const" in meta else value)
-    except (TypeError, ValueError):
-        raise ValueError(
-            f"{item.name}: {value!r} in {path} must be {'a list of ' if many else ''}{kind.__name__}"
-        ) from None
-
-
-def _scalar(kind: type, value: Any) -> Any:
-    if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        return float(value)
-    if type(value) is not kind:
-        raise TypeError
-    return value
-
-
-def _near(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, list(known), n=2, cutoff=0.6)
-    return f" Did you mean {' or '.join(close)}?" if close else ""
-
-
-def parse(argv: Sequence[str] | None = None, prog: str = "train.py") -> Config:
-    """Command line (and recipe) -> Config. Prints one line and exits with 2 on a mistake."""
-    parser = _build_parser(prog)
-    known, unknown = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
-    try:
-        if unknown:
-            valid = [_name(item) for item in flags()]
-            name = unknown[0].partition("=")[0]
-            raise ValueError(f"{unknown[0]} is not a flag of {prog}.{_near(name, valid)} Valid: {' '.join(valid)}")
-        explicit = vars(known)
-        recipe = explicit.pop("config", None)
-        settings = _read_recipe(recipe) if recipe else {}
-        if explicit.keys() & _BATCH:  # ways to set the batch: the command line's wins
-            settings = {key: value for key, value in settings.items() if key not in _BATCH}
-        settings |= explicit
-        return Config(**settings, given=frozenset(settings))
-    except ValueError as error:
-        parser.error(str(error))
+def _check_number(shown: str, number: float, interval: str) -> None:
+    """Raise ValueError unless a number lies in an interval such as [0, 1); NaN lies in none."""
+    low, high = map(float, interval[1:-1].split(", "))
+    above = number >= low if interval[0] == "[" else number > low
+    below = number <= high if interval[-1] == "]" else number < high
+    if not (above and below):
+        least = f"at least {low:g}" if interval[0] == "[" else f"above {low:g}"
+        raise ValueError(f"{shown} must be {f'{least} and finite' if high == float('inf') else f'in {interval}'}")
+    if isinstance(number, int) and high == float("inf") and number > _LARGEST_INT:
+        raise ValueError(f"{shown} must be at most {_LARGEST_INT}")

@@ -9,8 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["World", "leave_group"]
-
 T = TypeVar("T")
 
 

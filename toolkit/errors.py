@@ -1,17 +1,30 @@
 """Why a run ends before its plan does: one family of errors, which says how the process is to end."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
-__all__ = [
-    "InterruptedRunError",
-    "LostRankError",
-    "MasksDifferError",
-    "NonFiniteLossError",
-    "RunCompleteError",
-    "RunError",
-    "SparsityError",
-    "TooManyBadImagesError",
-]
+# What libraries raise over a value that they do not take; most do not name it.
+_REFUSALS = (
+    TypeError,
+    ValueError,
+    AssertionError,
+    RuntimeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    OSError,
+)
+
+
+@contextlib.contextmanager
+def blaming(flag: str, remedy: str = "") -> Iterator[None]:
+    """What a library raises over a flag's value becomes a ValueError of one line: flag, reason, remedy."""
+    try:
+        yield
+    except _REFUSALS as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{' '.join(flag.split())}: {reason}{f'; {remedy}' if remedy else ''}") from error
 
 
 class RunError(RuntimeError):
@@ -61,6 +74,7 @@ class LostRankError(RunError):
         "Connection reset by peer",
         "Timed out waiting",
         "Broken pipe",
+        "Application timeout caused pair closure",
     )
 
     @classmethod

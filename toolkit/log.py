@@ -4,7 +4,15 @@ import logging
 import sys
 from pathlib import Path
 
-__all__ = ["get_logger", "start_logging"]
+
+def printable(text: str) -> str:
+    """`text` with what a terminal would obey (a data set's name may hold it) shown as an escape; lines stay."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 class _BelowBar(logging.StreamHandler):
@@ -33,9 +41,9 @@ def start_logging(rank: int, file: Path | None = None) -> None:
     logger.setLevel(logging.DEBUG)  # tracebacks go to the file only
     console = _BelowBar(sys.stderr)
     console.setLevel(logging.INFO if rank == 0 else logging.WARNING)
-    console.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"))
+    console.setFormatter(_Formatter("%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"))
     logger.addHandler(console)
     if file is not None and rank == 0:
         handler = logging.FileHandler(file)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(handler)

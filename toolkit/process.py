@@ -5,8 +5,6 @@ import os
 import signal
 import sys
 
-__all__ = ["die_with_parent", "outlive_parent"]
-
 _PR_SET_PDEATHSIG = 1
 
 

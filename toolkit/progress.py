@@ -2,10 +2,10 @@
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
-__all__ = ["Progress", "duration"]
-
+Item = TypeVar("Item")
 _LINE_EVERY_S = 10.0
 
 
@@ -61,6 +61,20 @@ class Progress:
         self.advance(count, note)
 
     def close(self) -> None:
-        """Take the bar off the terminal."""
+        """Take the bar off the terminal; the end of a `with` does it too."""
         if self._bar is not None:
             self._bar.close()
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def tracked(items: Sequence[Item], unit: str, label: str) -> Iterator[Item]:
+    """The items one by one, each of which is done when the next is asked for."""
+    with Progress(len(items), unit, label) as progress:
+        for item in items:
+            yield item
+            progress.advance()

@@ -5,13 +5,19 @@ the masks taken from the reference path, where only rounding may differ; once wi
 may be kept by one and pruned by the other only if its score lies at the threshold, which is counted.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
-__all__ = ["bench_equivalence", "to_markdown"]
+from launch.bench.optim import only
+from launch.bench.timing import DEVICE, device_name, parameter_shapes
+from toolkit.kernels import compiled, native
+from toolkit.markdown import table
+from toolkit.optim import AdamWPrune, SGDPrune
+from toolkit.progress import tracked
+from toolkit.prune.mask import flat_view
+from toolkit.prune.scores import STATE_SCORES
 
 WEIGHT_LIMIT = 1e-5  # of each tensor's norm
 SCORE_LIMIT = 1e-6  # distance of a differing weight's score to the threshold, relative
@@ -19,11 +25,7 @@ SCORE_LIMIT = 1e-6  # distance of a differing weight's score to the threshold, r
 
 def _paths() -> Iterator[tuple[str, str, str | None]]:
     """(name, implementation, instruction set) of what runs here at full size."""
-    import torch
-
-    from toolkit.kernels import compiled, native
-
-    if torch.cuda.is_available():
+    if DEVICE == "cuda":
         yield "triton", "triton", None
     elif compiled.available():
         for isa in native.ISAS[: native.ISAS.index(native.best_isa()) + 1]:
@@ -34,19 +36,16 @@ class _Path:
     """One implementation in training on the recorded gradients, with masks of its own or the reference's."""
 
     def __init__(
-        self, kind: Any, shapes: "Sequence[torch.Size]", steps: int, path: tuple[str, str, str | None], own_masks: bool
+        self, kind: Any, shapes: Sequence[torch.Size], steps: int, path: tuple[str, str, str | None], own_masks: bool
     ) -> None:
-        import torch
-
         self.name, implementation, self.isa = path
         self.own_masks = own_masks
         self.differing = 0  # weights pruned here and not in the reference, or the other way round
         self.furthest = 0.0  # score of such a weight from the threshold when it became one
         self._pruned_here: dict[int, torch.Tensor] = {}  # which weights the reference keeps and this path does not
         generator = torch.Generator().manual_seed(0)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
         weights = [torch.randn(shape, generator=generator) * 0.05 for shape in shapes]
-        self.parameters = [torch.nn.Parameter(weight.to(device)) for weight in weights]
+        self.parameters = [torch.nn.Parameter(weight.to(DEVICE)) for weight in weights]
         end = steps * 3 // 4
         self.optimizer = kind(
             self.parameters,
@@ -58,11 +57,9 @@ class _Path:
             implementation=implementation,
         )
         if not own_masks:
-            self.optimizer.mask_update_due = lambda step: False
+            self.optimizer.pruning.is_due = lambda step: False
 
-    def step(self, gradients: "Sequence[torch.Tensor]") -> None:
-        from launch.bench.optim import only
-
+    def step(self, gradients: Sequence[torch.Tensor]) -> None:
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
         with only(self.isa):
@@ -70,11 +67,6 @@ class _Path:
 
     def compare_masks(self, reference: "_Path") -> None:
         """After a mask update of the reference: take its masks, or count where the own ones differ."""
-        import torch
-
-        from toolkit.prune.mask import flat
-        from toolkit.prune.scores import STATE_SCORES
-
         if not self.own_masks:
             self._take_masks(reference)
             return
@@ -84,10 +76,10 @@ class _Path:
         for index, state in reference.optimizer.state_dict()["state"].items():
             if "mask" not in state:
                 continue
-            kept = flat(state["mask"])
-            pruned_here = kept & (flat(self.parameters[index].detach()) == 0)
-            moments = {key: flat(value) for key, value in state.items() if key not in ("step", "mask")}
-            scores = score(flat(reference.parameters[index].detach()), moments)
+            kept = flat_view(state["mask"])
+            pruned_here = kept & (flat_view(self.parameters[index].detach()) == 0)
+            moments = {key: flat_view(value) for key, value in state.items() if key not in ("step", "mask")}
+            scores = score(flat_view(reference.parameters[index].detach()), moments)
             lowest = min(lowest, float(scores[kept].min())) if bool(kept.any()) else lowest
             # A weight that came to differ at an earlier update has moved on since.
             appeared.append(scores[pruned_here & ~self._pruned_here.get(index, torch.zeros_like(pruned_here))])
@@ -98,8 +90,6 @@ class _Path:
         self.differing = 2 * sum(int(marks.sum()) for marks in self._pruned_here.values())
 
     def _take_masks(self, reference: "_Path") -> None:
-        import torch
-
         saved = self.optimizer.state_dict()
         theirs = reference.optimizer.state_dict()["state"]
         for index, state in saved["state"].items():
@@ -123,51 +113,52 @@ class _Path:
         }
 
 
-def _compare(kind: Any, shapes: "Sequence[torch.Size]", steps: int, log: Callable[[str], None]) -> list[dict[str, Any]]:
-    import torch
-
+def _compare(kind: Any, shapes: Sequence[torch.Size], steps: int) -> list[dict[str, Any]]:
     reference = _Path(kind, shapes, steps, ("reference", "reference", None), own_masks=True)
     paths = [_Path(kind, shapes, steps, path, own) for path in _paths() for own in (False, True)]
-    device = reference.parameters[0].device
-    for step in range(1, steps + 1):
+    for step in tracked(range(1, steps + 1), "steps", kind.__name__):
         generator = torch.Generator().manual_seed(1_000 + step)
-        gradients = [(torch.randn(shape, generator=generator) * 0.01).to(device) for shape in shapes]
+        gradients = [(torch.randn(shape, generator=generator) * 0.01).to(DEVICE) for shape in shapes]
         for path in (reference, *paths):
             path.step(gradients)
-        if reference.optimizer.mask_update_due(step):
+        if reference.optimizer.pruning.is_due(step):
             for path in paths:
                 path.compare_masks(reference)
-        if step % 20 == 0:
-            log(f"{kind.__name__}: step {step} of {steps}")
     return [path.result(reference) for path in paths]
 
 
-def bench_equivalence(model: str, steps: int, log: Callable[[str], None]) -> dict[str, Any]:
+def bench_equivalence(model: str, steps: int) -> dict[str, Any]:
     """The comparison for adamwprune and sgdprune, as one JSON object."""
-    import timm
-    import torch
-
-    from toolkit.builder.metadata import cpu_name
-    from toolkit.optim import AdamWPrune, SGDPrune
-
-    shapes = [parameter.shape for parameter in timm.create_model(model).parameters()]
-    gpu = torch.cuda.is_available()
+    shapes = parameter_shapes(model)
     return {
         "schema": "bench-equivalence/1",
         "model": model,
         "steps": steps,
         "sparsity": 0.7,
-        "device": torch.cuda.get_device_name() if gpu else f"CPU: {cpu_name()}",
+        "device": device_name(),
         "torch": torch.__version__,
         "weight_limit": WEIGHT_LIMIT,
         "score_limit": SCORE_LIMIT,
         "prunable_weights": sum(shape.numel() for shape in shapes if len(shape) > 1 and shape[0] > 1),
-        "optimizers": {kind.__name__: _compare(kind, shapes, steps, log) for kind in (AdamWPrune, SGDPrune)},
+        "optimizers": {kind.__name__: _compare(kind, shapes, steps) for kind in (AdamWPrune, SGDPrune)},
     }
 
 
 def to_markdown(result: dict[str, Any], command: str) -> str:
     """The table for results/bench/."""
+    rows = [
+        [
+            optimizer,
+            row["name"],
+            "own" if row["own_masks"] else "the reference's",
+            f"{row['furthest_weight']:.1e}",
+            row["differing"],
+            f"{row['furthest_score']:.1e}" if row["differing"] else "",
+        ]
+        for optimizer, paths in result["optimizers"].items()
+        for row in paths
+    ]
+    header = ["optimizer", "implementation", "masks", "distance of weights", "pruned differently"]
     lines = [
         f"# Every implementation against the reference: {result['model']}'s shapes, {result['steps']} steps",
         "",
@@ -179,13 +170,6 @@ def to_markdown(result: dict[str, Any], command: str) -> str:
         "reference only in weights whose score lies at the threshold; distance of scores is the furthest of these, "
         f"relative (bar: ≤ {result['score_limit']:.0e}).",
         "",
-        "| optimizer | implementation | masks | distance of weights | pruned differently | distance of scores |",
-        "| --- | --- | --- | ---: | ---: | ---: |",
+        *table([*header, "distance of scores"], rows, text=(0, 1, 2)),
     ]
-    for optimizer, rows in result["optimizers"].items():
-        for row in rows:
-            masks = "own" if row["own_masks"] else "the reference's"
-            scores = f"{row['furthest_score']:.1e}" if row["differing"] else ""
-            distance = f"{row['furthest_weight']:.1e}"
-            lines.append(f"| {optimizer} | {row['name']} | {masks} | {distance} | {row['differing']} | {scores} |")
     return "\n".join(lines) + "\n"

@@ -7,12 +7,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import timm
 import torch
+import torch.distributed as dist
+from timm.optim import create_optimizer_v2
 from torch import nn
 
-__all__ = ["bench_memory", "to_markdown"]
+import toolkit.optim  # noqa: F401  its names in timm's factory
+from toolkit.builder.recompute import checkpoint_activations
+from toolkit.command import say
+from toolkit.engine.engines.fused import FusedBackward
+from toolkit.markdown import mib, table
+from toolkit.memory.activations import StorageTracker
+from toolkit.memory.ledger import Owners, count_bytes, find_owners
+from toolkit.memory.probe import StepProbe
 
-_MIB = 2**20
 _STEPS = 4  # the fourth is probed: DDP makes its buckets anew in the second
 
 
@@ -45,16 +54,6 @@ _SAVINGS: dict[str, tuple[_Case, _Case, tuple[str, ...]]] = {
 
 def _probed(model_name: str, case: _Case, batch_size: int, size: int) -> dict[str, dict[str, int]]:
     """Rows at the peak of a step, and between steps."""
-    import timm
-    from timm.optim import create_optimizer_v2
-
-    import toolkit.optim  # noqa: F401
-    from toolkit.builder.recompute import checkpoint_activations
-    from toolkit.engine.engines.fused import FusedBackward
-    from toolkit.memory.activations import StorageTracker
-    from toolkit.memory.ledger import count_bytes, find_owners
-    from toolkit.memory.probe import StepProbe
-
     torch.manual_seed(0)
     model = timm.create_model(model_name).train()
     if case.checkpointing:
@@ -62,8 +61,7 @@ def _probed(model_name: str, case: _Case, batch_size: int, size: int) -> dict[st
     pruning = {"sparsity": case.sparsity, "begin_step": 0, "end_step": 2, "frequency": 1} if case.sparsity else {}
     more = {"state_dtype": case.state_dtype} if case.state_dtype else {}
     optimizer = create_optimizer_v2(model, case.opt, lr=1e-3, weight_decay=1e-2, **pruning, **more)  # type: ignore[arg-type]
-    due = getattr(optimizer, "mask_update_due", lambda step: False)
-    fused = FusedBackward(optimizer, due) if case.fused else None
+    fused = FusedBackward(optimizer) if case.fused else None
     forward: nn.Module = model
     if case.ddp:
         forward = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=case.ddp == "view")
@@ -80,17 +78,10 @@ def _probed(model_name: str, case: _Case, batch_size: int, size: int) -> dict[st
                 loss.backward()
             optimizer.step()
 
-    def owners() -> Any:
+    def owners() -> Owners:
         return find_owners(model, optimizer.state, in_buckets=case.ddp == "view")
 
-    tracker = StorageTracker()  # sees the buckets when DDP makes them anew, in the second step
-    for number in range(1, _STEPS):
-        if number == 2:
-            for tensors in owners().values():
-                for tensor in tensors:
-                    tracker.stands(tensor)
-        with tracker if number == 2 else torch.enable_grad():
-            step(number)
+    tracker = _train_until_buckets_stand(step, owners)
     probe = StepProbe(owners)
     with probe:
         step(_STEPS, probe)
@@ -106,11 +97,22 @@ def _probed(model_name: str, case: _Case, batch_size: int, size: int) -> dict[st
     }
 
 
-def bench_memory(model_name: str, batch_size: int, size: int, log: Callable[[str], None]) -> dict[str, Any]:
-    """Probe every case once. Byte counts do not vary, so there are no rounds."""
-    import timm
-    import torch.distributed as dist
+def _train_until_buckets_stand(step: Callable[[int], None], owners: Callable[[], Owners]) -> StorageTracker:
+    """The steps before the probed one; what the tracker saw of the second, in which DDP makes its buckets anew."""
+    tracker = StorageTracker()
+    step(1)
+    for tensors in owners().values():
+        for tensor in tensors:
+            tracker.stands(tensor)
+    with tracker:
+        step(2)
+    for number in range(3, _STEPS):
+        step(number)
+    return tracker
 
+
+def bench_memory(model_name: str, batch_size: int, size: int = 224) -> dict[str, Any]:
+    """Probe every case once. Byte counts do not vary, so there are no rounds."""
     if not dist.is_initialized():  # one rank has the buckets that many have
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     measured: dict[_Case, dict[str, dict[str, int]]] = {}
@@ -118,7 +120,7 @@ def bench_memory(model_name: str, batch_size: int, size: int, log: Callable[[str
     for name, (before, after, rows) in _SAVINGS.items():
         for case in (before, after):
             if case not in measured:
-                log(f"probing {case}")
+                say(f"probing {case}")
                 measured[case] = _probed(model_name, case, batch_size, size)
         savings.append({"saving": name, "rows": list(rows), "before": measured[before], "after": measured[after]})
     dist.destroy_process_group()
@@ -135,9 +137,9 @@ def bench_memory(model_name: str, batch_size: int, size: int, log: Callable[[str
 
 
 def _cells(entry: dict[str, Any], where: str) -> list[str]:
-    before, after = (sum(entry[key][where].get(row, 0) for row in entry["rows"]) for key in ("before", "after"))
-    totals = [sum(entry[key][where].values()) for key in ("before", "after")]
-    return [f"{size / _MIB:,.1f}" for size in (before, after, *totals)]
+    sides = [entry[key][where] for key in ("before", "after")]
+    rows = [sum(side.get(row, 0) for row in entry["rows"]) for side in sides]
+    return [mib(size, 1) for size in (*rows, *(sum(side.values()) for side in sides))]
 
 
 def to_markdown(result: dict[str, Any], command: str) -> str:
@@ -148,19 +150,9 @@ def to_markdown(result: dict[str, Any], command: str) -> str:
         f"Made by `{command}` (torch {result['versions']['torch']}, timm {result['versions']['timm']}). Bytes of "
         "tensors, counted on CPU storage by storage; they are the same on a GPU. AdamW unless the line says otherwise.",
     ]
+    header = ["saving", "rows", "rows before", "rows after", "all tensors before", "after"]
     for where, title in (("between", "Between steps"), ("peak", "At the peak of a step")):
-        lines += [
-            "",
-            f"## {title}, MiB",
-            "",
-            "| saving | rows | rows before | rows after | all tensors before | after |",
-            "| --- | --- | ---: | ---: | ---: | ---: |",
-        ]
-        for entry in result["savings"]:
-            lines.append(f"| {entry['saving']} | {', '.join(entry['rows'])} | {' | '.join(_cells(entry, where))} |")
-        lines.append(f"| cache released after the last mask update | allocator cache | {'| ' * 3}|")
-    lines += [
-        "",
-        "The last line needs a GPU's allocator and stays empty here.",
-    ]
-    return "\n".join(lines) + "\n"
+        rows = [[one["saving"], ", ".join(one["rows"]), *_cells(one, where)] for one in result["savings"]]
+        rows.append(["cache released after the last mask update", "allocator cache", *[""] * 4])
+        lines += ["", f"## {title}, MiB", "", *table(header, rows, text=(0, 1))]
+    return "\n".join([*lines, "", "The last line needs a GPU's allocator and stays empty here."]) + "\n"

@@ -17,10 +17,11 @@ from typing import Any
 
 import yaml
 
-from launch.matrix import kconfig
-from toolkit.config import Config, parse
-
-__all__ = ["Cell", "Matrix", "add_selection", "load_matrix", "selected"]
+from launch.matrix import menu
+from launch.start import accelerate_launch
+from toolkit.cli import parse
+from toolkit.config import Config
+from toolkit.files import check_name
 
 _NEEDED = ("name", "recipe", "seeds", "cells")
 _KEYS = (*_NEEDED, "accelerate_config", "ranks", "settings", "per_opt", "jobs")
@@ -57,9 +58,9 @@ def load_matrix(path: Path, seeds: Sequence[int] | None = None, overrides: Seque
 
     Raises ValueError on an unknown key.
     """
-    if kconfig.is_kconfig(path):
-        symbols = kconfig.load(path)
-        return make_matrix(kconfig.to_matrix(symbols), str(path), seeds, [*kconfig.arguments(symbols), *overrides])
+    if menu.is_kconfig(path):
+        symbols = menu.load(path)
+        return make_matrix(menu.to_matrix(symbols), str(path), seeds, [*menu.arguments(symbols), *overrides])
     try:
         content = yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError) as error:
@@ -116,7 +117,8 @@ def make_matrix(
             arguments = ["-c", content["recipe"], *_arguments(merged), *overrides, "--seed", str(seed)]
             config = parse(arguments, prog=f"{source} cell {settings}")
             found.append(Cell(_name(config, settings), tuple(arguments), config))
-    names = [cell.name for cell in found]
+    check_name(content["name"], f"matrix {source}: name")
+    names = [check_name(cell.name, f"matrix {source}: cell") for cell in found]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"matrix {source}: two cells are the same, {twice[0]}; take one out")
@@ -124,10 +126,8 @@ def make_matrix(
         raise ValueError(f"matrix {source}: ranks={content['ranks']} needs an accelerate_config; name a launch file")
     if int(content.get("jobs", 1)) < 1:
         raise ValueError(f"matrix {source}: jobs={content['jobs']} must be at least 1")
-    launcher = ["python"]
-    if content.get("accelerate_config"):
-        launcher = ["accelerate", "launch", "--config_file", content["accelerate_config"]]
-        launcher += ["--num_processes", str(content["ranks"])] if "ranks" in content else []
+    file = content.get("accelerate_config")
+    launcher = accelerate_launch(file, ranks=content.get("ranks")) if file else ["python"]
     return Matrix(content["name"], tuple(launcher), tuple(found), int(content.get("jobs", 1)))
 
 
@@ -141,17 +141,12 @@ def _expand(entry: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def _arguments(settings: dict[str, Any]) -> list[str]:
     arguments = []
     for key, value in settings.items():
-        flag = "--" + key.replace("_", "-")
-        if value is True:
-            arguments.append(flag)
-        elif value is False:
-            arguments.append("--no-" + key.replace("_", "-"))
-        elif isinstance(value, list):
-            arguments += [flag, *map(str, value)]
-        elif isinstance(value, dict):
-            arguments += [flag, *(f"{name}={entry}" for name, entry in value.items())]
-        else:
-            arguments += [flag, str(value)]
+        name = key.replace("_", "-")
+        if isinstance(value, bool):
+            arguments.append(f"--{name}" if value else f"--no-{name}")
+            continue
+        values = [f"{part}={entry}" for part, entry in value.items()] if isinstance(value, dict) else value
+        arguments += [f"--{name}", *map(str, values if isinstance(values, list) else [values])]
     return arguments
 
 
@@ -172,7 +167,10 @@ def _text(value: Any) -> str:
 
 
 def _short_name(config: Config) -> str:
-    method = config.pruning or ("state" if config.opt in ("adamwprune", "sgdprune") else "none")
+    from toolkit.optim.registry import find_spec
+
+    spec = find_spec(config.opt)
+    method = config.pruning or ("state" if spec and spec.is_ours else "none")
     score = f"-{config.prune_score}" if config.prune_score else ""
     share = f"_{100 * config.sparsity:g}" if config.sparsity else ""
     return f"{config.model}_{config.opt}_{method}{score}{share}"

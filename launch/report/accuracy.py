@@ -1,16 +1,12 @@
 """The report's sections on accuracy: the answer in a minute, the ranking at each sparsity, exactness, cost."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from launch.report.memory import table
-from launch.report.runs import CellRun
-from launch.report.significance import Difference, compare, mean_and_spread, rank_ranges
+from launch.report.runs import CellRun, Groups, by_level, by_seed, ours, top1
+from launch.report.significance import Difference, compare, rank_ranges
+from toolkit.markdown import table
 
-__all__ = ["OURS", "accuracy", "by_seed", "ranking_section", "verdict_section", "versus_section"]
-
-OURS = ("adamwprune", "sgdprune")
 _LARGEST_LOSS = 1.0  # points that saved bytes may cost: a row that scatters widely is not near the best for that
-Groups = Mapping[str, Sequence[CellRun]]
 
 _RANK_NOTE = """\
 Final epoch; mean ± standard deviation over the seeds. The difference is paired by seed: mean ± spread [95 % interval of
@@ -28,31 +24,14 @@ than the paired spread. The best of many rows is in part the luckiest, and one o
 The ranks below allow for that; with many rows and three seeds they can tell hardly any apart."""
 
 
-def by_seed(members: Sequence[CellRun]) -> dict[int, float]:
-    """seed -> final top-1 in percent."""
-    return {run.metrics["seed"]: run.metrics["final_top1"] for run in members}
-
-
-def accuracy(values: Sequence[float]) -> str:
-    """Mean ± spread, or the one value."""
-    mean, spread = mean_and_spread(values)
+def accuracy(members: Sequence[CellRun], which: str = "final") -> str:
+    """Mean ± spread of the final or the best epoch's top-1, or the one value."""
+    mean, spread = top1(members, which)
     return f"{mean:.2f}" if spread is None else f"{mean:.2f} ± {spread:.2f}"
-
-
-def _levels(groups: Groups) -> dict[float, dict[str, Sequence[CellRun]]]:
-    """Sparsity -> groups, dense first."""
-    levels: dict[float, dict[str, Sequence[CellRun]]] = {}
-    for name, members in groups.items():
-        levels.setdefault(members[0].sparsity, {})[name] = members
-    return dict(sorted(levels.items()))
 
 
 def _level_name(sparsity: float) -> str:
     return f"{100 * sparsity:g} % sparsity" if sparsity else "Dense"
-
-
-def _mean(members: Sequence[CellRun]) -> float:
-    return mean_and_spread(list(by_seed(members).values()))[0]
 
 
 def _inside(best: Sequence[CellRun], other: Sequence[CellRun]) -> bool:
@@ -74,15 +53,11 @@ def _judged(difference: Difference) -> str:
     return "beyond the paired spread, not beyond noise" if difference.beyond_spread else "inside the spread: no winner"
 
 
-def _family(run: CellRun) -> str:
-    return "SGD" if run.optimizer in ("sgd", "momentum", "sgdprune") else "Adam"
-
-
 def verdict_section(groups: Groups) -> list[str]:
     """At each sparsity which row to use and what it costs, and how ours fare."""
     if max(len(members) for members in groups.values()) < 2:
         return []
-    levels = _levels(groups)
+    levels = by_level(groups)
     advice = [_advice(sparsity, level) for sparsity, level in levels.items()]
     header = [
         "at",
@@ -95,8 +70,8 @@ def verdict_section(groups: Groups) -> list[str]:
         "its bytes a weight",
     ]
     lines = ["## In a minute", "", *table(header, advice), "", _ADVICE_NOTE, ""]
-    ours = [row for level in levels.values() for own in OURS for row in _ours(level, own)]
-    if ours:
+    mine = [row for level in levels.values() for own in ours() for row in _ours(level, own)]
+    if mine:
         header = [
             "ours",
             "top-1 %",
@@ -108,36 +83,36 @@ def verdict_section(groups: Groups) -> list[str]:
             "which is",
             "other rows: behind / inside / ahead",
         ]
-        lines += [*table(header, ours), "", _OURS_NOTE, ""]
+        lines += [*table(header, mine), "", _OURS_NOTE, ""]
     return lines
 
 
-def _advice(sparsity: float, level: Mapping[str, Sequence[CellRun]]) -> list[str]:
+def _advice(sparsity: float, level: Groups) -> list[str]:
     """A row of the first table: the cheapest method among those that the best is not told apart from."""
-    best = max(level, key=lambda name: _mean(level[name]))
+    best = max(level, key=lambda name: top1(level[name])[0])
     close = [name for name in level if name == best or _inside(level[best], level[name])]
-    use = min(close, key=lambda name: (round(level[name][0].bytes_per_weight, 3), -_mean(level[name])))
+    use = min(close, key=lambda name: (round(level[name][0].bytes_per_weight, 3), -top1(level[name])[0]))
     below = "–" if use == best else str(compare(by_seed(level[best]), by_seed(level[use])))
     return [f"**{_level_name(sparsity)}**", f"**{use}**", *_figures(level[use]), below, best, *_figures(level[best])]
 
 
 def _figures(members: Sequence[CellRun]) -> list[str]:
-    return [accuracy(list(by_seed(members).values())), f"{members[0].bytes_per_weight:.2f}"]
+    return [accuracy(members), f"{members[0].bytes_per_weight:.2f}"]
 
 
-def _ours(level: Mapping[str, Sequence[CellRun]], own: str) -> list[list[str]]:
+def _ours(level: Groups, own: str) -> list[list[str]]:
     """A row of the second table for the best row of one of ours, or none."""
     mine = [name for name in level if level[name][0].optimizer == own and level[name][0].method == "state"]
     if not mine:
         return []
-    name = max(mine, key=lambda one: _mean(level[one]))
-    results, family = by_seed(level[name]), _family(level[name][0])
-    others = [other for other in level if level[other][0].optimizer not in OURS]
+    name = max(mine, key=lambda one: top1(level[one])[0])
+    results = by_seed(level[name])
+    others = [other for other in level if not level[other][0].is_ours]
     rivals = [other for other in others if by_seed(level[other]).keys() & results.keys()]
-    of_family = [other for other in rivals if _family(level[other][0]) == family]
+    of_family = [other for other in rivals if level[other][0].family == level[name][0].family]
     if not of_family:
         return []
-    rival = max(of_family, key=lambda one: _mean(level[one]))
+    rival = max(of_family, key=lambda one: top1(level[one])[0])
     difference = compare(results, by_seed(level[rival]))
     found = [compare(results, by_seed(level[other])) for other in rivals]
     behind = sum(one.beyond_spread and one.mean > 0 for one in found)
@@ -149,24 +124,23 @@ def _ours(level: Mapping[str, Sequence[CellRun]], own: str) -> list[list[str]]:
 def ranking_section(groups: Groups) -> list[str]:
     """One table a sparsity, best mean first, each row paired against adamwprune's."""
     lines = ["## Ranking", ""]
-    for sparsity, level in _levels(groups).items():
+    for sparsity, level in by_level(groups).items():
         ranks = rank_ranges({name: by_seed(members) for name, members in level.items()}) if len(level) > 1 else {}
         own = [name for name in level if level[name][0].optimizer == "adamwprune"]
-        base = max(own, key=lambda name: _mean(level[name]), default=None)
+        base = max(own, key=lambda name: top1(level[name])[0], default=None)
         rows = []
-        for name, members in sorted(level.items(), key=lambda item: -_mean(item[1])):
+        for name, members in sorted(level.items(), key=lambda item: -top1(item[1])[0]):
             first = members[0]
             low, high = ranks.get(name, (1, 1))
-            best = [run.metrics["best_top1"] for run in members]
             difference = "–"
             if base is not None and name != base and by_seed(level[base]).keys() & by_seed(members).keys():
                 difference = str(compare(by_seed(level[base]), by_seed(members)))
             rows.append(
                 [
                     name,
-                    accuracy(list(by_seed(members).values())),
-                    accuracy(best),
-                    str(len(members)),
+                    accuracy(members),
+                    accuracy(members, "best"),
+                    len(members),
                     f"{low}" if low == high else f"{low}–{high}",
                     difference,
                     f"{first.bytes_per_weight:.2f}",

@@ -1,68 +1,114 @@
-"""The report's tables as files: summary.csv, all_results.json in the original study's schema, cells/."""
+"""The report's tables as files: summary.json, summary.csv, all_results.json in the original study's schema."""
 
-import csv
-import json
-import shutil
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from launch.report.runs import CellRun
-from launch.report.significance import mean_and_spread
+from launch.report.memory import study_column
+from launch.report.runs import CellRun, Groups, top1
+from toolkit.files import csv_text
+from toolkit.markdown import MIB
 
-__all__ = ["copy_cells", "original_result", "write_all_results", "write_summary_csv"]
-
-_COLUMNS = (
-    "method",
-    "optimizer",
+_SHARED = (
+    "model",
+    "dataset",
+    "dataset_note",
+    "dataset_synthetic",
+    "device",
+    "device_type",
+    "world_size",
+    "threads_per_rank",
+    "global_batch_size",
+    "epochs",
+    "mixed_precision",
+    "versions",
+)
+_OF_A_RUN = (
+    "model",
+    "opt",
     "pruning",
+    "seed",
+    "final_top1",
+    "best_top1",
+    "best_epoch",
     "target_sparsity",
     "final_sparsity",
-    "seeds",
-    "top1_mean",
-    "top1_stdev",
-    "best_top1_mean",
-    "optimizer_end_bytes",
-    "state_bytes_per_weight",
-    "ledger_end_bytes",
-    "ledger_peak_bytes",
     "images_per_sec",
-    "train_s",
-    "lr",
-    "weight_decay",
+    "completed",
 )
 
 
-def write_summary_csv(groups: Mapping[str, Sequence[CellRun]], path: Path) -> None:
+def environment(runs: Sequence[CellRun]) -> dict[str, Any]:
+    """What all runs share, and every value where they do not."""
+    shared: dict[str, Any] = {}
+    for key in _SHARED:
+        values = [run.metrics[key] for run in runs]
+        shared[key] = values[0] if all(value == values[0] for value in values) else values
+    return shared | {"seeds": sorted({run.metrics["seed"] for run in runs})}
+
+
+def summary(runs: Sequence[CellRun], groups: Groups) -> dict[str, Any]:
+    """What summary.json holds: every run, and of every method the mean and spread (None for one seed)."""
+    methods = []
+    for name, members in groups.items():
+        mean, spread = top1(members)
+        seeds = [run.metrics["seed"] for run in members]
+        methods.append({"method": name, "seeds": seeds, "final_top1_mean": mean, "final_top1_stdev": spread})
+    return {
+        "schema": "study-summary/1",
+        "environment": environment(runs),
+        "cells": [_of_a_run(run) for run in runs],
+        "methods": methods,
+    }
+
+
+def _of_a_run(run: CellRun) -> dict[str, Any]:
+    return {
+        "name": run.folder.name,
+        **{key: run.metrics[key] for key in _OF_A_RUN},
+        "lr": run.lr,
+        "weight_decay": run.arguments["weight_decay"],
+        "train_s": run.train_s,
+        "optimizer_end_bytes": run.memory["ledger"]["optimizer_bytes"],
+        "optimizer_peak_bytes": run.memory["ledger_peak"]["optimizer_bytes"],
+        "ledger_end_bytes": run.memory["ledger"]["total_bytes"],
+        "ledger_peak_bytes": run.memory["ledger_peak"]["total_bytes"],
+        "optimizer_bytes_per_weight": run.bytes_per_weight,
+        "ledger_rows_end_bytes": {row["name"]: row["measured_bytes"] for row in run.memory["ledger"]["rows"]},
+        "peak_of_a_step_bytes": {name: phase["total_bytes"] for name, phase in run.memory["phases"].items()},
+        "allocated_peak_bytes": run.memory["reduced"]["peaks.life.allocated_peak_bytes"]["max"],
+        **study_column(run),
+    }
+
+
+def summary_csv(groups: Groups) -> str:
     """One row a method: accuracy over seeds, bytes of the first seed (they do not vary), speed."""
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, _COLUMNS)
-        writer.writeheader()
-        for name, members in groups.items():
-            first = members[0]
-            mean, spread = mean_and_spread([run.metrics["final_top1"] for run in members])
-            ledger, peak = first.memory["ledger"], first.memory["ledger_peak"]
-            writer.writerow(
-                {
-                    "method": name,
-                    "optimizer": first.optimizer,
-                    "pruning": first.method,
-                    "target_sparsity": first.sparsity,
-                    "final_sparsity": first.metrics["final_sparsity"],
-                    "seeds": " ".join(str(run.metrics["seed"]) for run in members),
-                    "top1_mean": mean,
-                    "top1_stdev": spread,
-                    "optimizer_end_bytes": ledger["optimizer_bytes"],
-                    "best_top1_mean": mean_and_spread([run.metrics["best_top1"] for run in members])[0],
-                    "state_bytes_per_weight": first.bytes_per_weight,
-                    "ledger_end_bytes": ledger["total_bytes"],
-                    "ledger_peak_bytes": peak["total_bytes"],
-                    "images_per_sec": mean_and_spread([run.metrics["images_per_sec"] for run in members])[0],
-                    "train_s": mean_and_spread([sum(run.metrics["epoch_s"]) for run in members])[0],
-                    "lr": first.lr,
-                    "weight_decay": first.arguments["weight_decay"],
-                }
-            )
+    rows = [_of_a_method(name, members) for name, members in groups.items()]
+    return csv_text(list(rows[0]), rows)
+
+
+def _of_a_method(name: str, members: Sequence[CellRun]) -> Mapping[str, Any]:
+    first = members[0]
+    mean, spread = top1(members)
+    return {
+        "method": name,
+        "optimizer": first.optimizer,
+        "pruning": first.method,
+        "target_sparsity": first.sparsity,
+        "final_sparsity": first.metrics["final_sparsity"],
+        "seeds": " ".join(str(run.metrics["seed"]) for run in members),
+        "top1_mean": mean,
+        "top1_stdev": spread,
+        "best_top1_mean": top1(members, "best")[0],
+        "optimizer_end_bytes": first.memory["ledger"]["optimizer_bytes"],
+        "state_bytes_per_weight": first.bytes_per_weight,
+        "ledger_end_bytes": first.memory["ledger"]["total_bytes"],
+        "ledger_peak_bytes": first.memory["ledger_peak"]["total_bytes"],
+        "images_per_sec": fmean(run.metrics["images_per_sec"] for run in members),
+        "train_s": fmean(run.train_s for run in members),
+        "lr": first.lr,
+        "weight_decay": first.arguments["weight_decay"],
+    }
 
 
 def original_result(run: CellRun) -> dict[str, Any]:
@@ -79,35 +125,19 @@ def original_result(run: CellRun) -> dict[str, Any]:
         "optimizer": run.optimizer,
         "pruning": run.method,
         "target_sparsity": run.sparsity,
-        "elapsed_time": sum(metrics["epoch_s"]),
+        "elapsed_time": run.train_s,
         "success": metrics["completed"],
         "train_loss": metrics["train_loss"],
         "test_loss": metrics["eval_loss"],
         "test_accuracy": metrics["eval_top1"],
         "sparsity": metrics["sparsity"],
         "epoch_times": metrics["epoch_s"],
-        "total_time": sum(metrics["epoch_s"]),
+        "total_time": run.train_s,
         "best_accuracy": metrics["best_top1"],
         "final_accuracy": metrics["final_top1"],
         "final_sparsity": metrics["final_sparsity"],
         "epochs_completed": len(metrics["train_loss"]),
         "gpu_memory_mean": record["device_used_study_mib"],
-        "gpu_memory_max": None if peak is None else peak / 2**20,
+        "gpu_memory_max": None if peak is None else peak / MIB,
         "seed": metrics["seed"],
     }
-
-
-def write_all_results(runs: Sequence[CellRun], path: Path) -> None:
-    """all_results.json: a list, one entry a run."""
-    path.write_text(json.dumps([original_result(run) for run in runs]) + "\n")
-
-
-def copy_cells(runs: Sequence[CellRun], out: Path) -> None:
-    """Each run's settings and records under out/cells/<run>/; JSON without spaces, for there may be hundreds."""
-    for run in runs:
-        cell = out / run.folder.name
-        cell.mkdir(parents=True, exist_ok=True)
-        for name in ("args.yaml", "summary.csv"):
-            shutil.copyfile(run.folder / name, cell / name)
-        for name, content in (("metrics.json", run.metrics), ("memory.json", run.memory)):
-            (cell / name).write_text(json.dumps(content, separators=(",", ":")) + "\n")

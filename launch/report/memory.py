@@ -1,14 +1,12 @@
 """The memory tables of a report: what training keeps, what a step's peak is made of, and the study's own column."""
 
 import json
-from collections.abc import Sequence
-from pathlib import Path
 
-from launch.report.runs import CellRun
+from launch.report.html import as_text
+from launch.report.runs import CellRun, Groups, top1
+from launch.start import ROOT
+from toolkit.markdown import MIB, mib, table
 
-__all__ = ["memory_section", "mib", "study_column", "table"]
-
-MIB = 2**20
 _LEDGER_NOTE = """\
 Optimizer state: moments and step counters. Masks and scores: bit masks, offset tables, movement scores. The peak lies
 before the pruning ramp, where moments are still dense; the end is what stays from the last mask update on."""
@@ -16,7 +14,7 @@ _PEAK_NOTE = """\
 Everything that was alive at the fullest moment of one probed step a phase, activations and workspace included, beside
 what was predicted before the run from fake tensors and arithmetic. With several CPU ranks a step may hold more than
 predicted: convolutions take another path on one thread. Where the batch is small the fullest moment lies in the update,
-whose copies (torch's own optimizers make some) are not predicted. Every row of every rank: memory.json of the cell."""
+whose copies (torch's own optimizers make some) are not predicted. Every row of every rank is in runs.jsonl.gz."""
 _STUDY_NOTE = """\
 Mean, peak and top-1 per 1,000 MiB of the mean are taken as the study took them: whole-device use, read once a second
 over the process's life, each reading cut down to whole MiB. It counts the allocator's cache and everybody else on the
@@ -26,18 +24,7 @@ at 224 px by its public code, batch 128, ResNet-50): its AdamWPrune row was not 
 it calls movement is displacement here. See results/reference. Never compare the two halves."""
 _MANY = 8  # methods, above which a step's peak is shown for two phases only
 _REPORTED_SPARSITY = 0.7
-_REFERENCE = Path(__file__).parents[2] / "results" / "reference" / "original_study.json"
-
-
-def mib(size: float) -> str:
-    """Bytes as MiB for a table."""
-    return f"{size / MIB:.2f}"
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a Markdown table; the first column is text, the others figures."""
-    align = ["---", *["---:"] * (len(header) - 1)]
-    return [f"| {' | '.join(row)} |" for row in (header, align, *rows)]
+_REFERENCE = ROOT / "results" / "reference" / "original_study.json"
 
 
 def study_column(run: CellRun) -> dict[str, float | None]:
@@ -53,7 +40,7 @@ def study_column(run: CellRun) -> dict[str, float | None]:
     }
 
 
-def memory_section(groups: dict[str, list[CellRun]]) -> list[str]:
+def memory_section(groups: Groups) -> list[str]:
     """The report's lines on memory; of each method the first seed, for bytes do not vary."""
     return [
         "## Memory of the tensors that training keeps (MiB, one rank)",
@@ -107,7 +94,7 @@ def memory_section(groups: dict[str, list[CellRun]]) -> list[str]:
     ]
 
 
-def _above_ours(run: CellRun, groups: dict[str, list[CellRun]]) -> str:
+def _above_ours(run: CellRun, groups: Groups) -> str:
     """MiB of tensors at the end beyond adamwprune's at the same sparsity; a dense row is set against its lowest."""
     ours = [members[0] for members in groups.values() if members[0].optimizer == "adamwprune" and members[0].sparsity]
     if run.sparsity:
@@ -118,30 +105,29 @@ def _above_ours(run: CellRun, groups: dict[str, list[CellRun]]) -> str:
     return f"{(run.memory['ledger']['total_bytes'] - base) / MIB:+.2f}"
 
 
-def _ledger_table(groups: dict[str, list[CellRun]]) -> list[str]:
+def _ledger_table(groups: Groups) -> list[str]:
     """A line a method, a column a ledger row that any of them fills."""
     filled = {
         name: {row["name"]: row["measured_bytes"] for row in run.memory["ledger"]["rows"] if row["measured_bytes"]}
         for name, (run, *_) in groups.items()
     }
     columns = list(dict.fromkeys(row for rows in filled.values() for row in rows))
-    lines = [[name, *(mib(rows[c]) if c in rows else "–" for c in columns)] for name, rows in filled.items()]
-    return table(["method", *(column.replace("_", " ") for column in columns)], lines)
+    lines = [[name, *(mib(rows.get(c)) for c in columns)] for name, rows in filled.items()]
+    return table(["method", *(as_text(column.replace("_", " ")) for column in columns)], lines)
 
 
-def _peak_table(groups: dict[str, list[CellRun]]) -> list[str]:
+def _peak_table(groups: Groups) -> list[str]:
     rows = []
     for name, (run, *_) in groups.items():
         for phase, ledger in run.memory["phases"].items():
             if len(groups) > _MANY and phase not in ("dense", "final"):
                 continue
             keys = ("total_bytes", "predicted_total_bytes", "allocated_peak_bytes", "unexplained_bytes")
-            cells = ["–" if ledger[key] is None else mib(ledger[key]) for key in keys]
-            rows.append([name, phase.replace("_", " "), *cells])
+            rows.append([name, as_text(phase.replace("_", " ")), *(mib(ledger[key]) for key in keys)])
     return table(["method", "phase", "measured", "predicted", "allocator's peak", "unexplained"], rows)
 
 
-def _study_table(groups: dict[str, list[CellRun]]) -> list[str]:
+def _study_table(groups: Groups) -> list[str]:
     """Ours at the study's sparsity (else all) beside the row that it reports of the same optimizer."""
     reported = {row["optimizer"]: row for row in json.loads(_REFERENCE.read_text())["rows"]}
     comparable = {
@@ -154,13 +140,13 @@ def _study_table(groups: dict[str, list[CellRun]]) -> list[str]:
         run, mine = members[0], study_column(members[0])
         same = run.sparsity == _REPORTED_SPARSITY and (run.method == "displacement" or run.optimizer == "adamwprune")
         theirs = reported.get({"momentum": "sgd"}.get(run.optimizer, run.optimizer), {}) if same else {}
-        top1 = sum(one.metrics["final_top1"] for one in members) / len(members)
+        accuracy, _ = top1(members)
         cells = [
             mine["study_mean_mib"],
             mine["study_peak_mib"],
             mine["study_top1_per_1000_mib"],
-            top1 / (run.memory["ledger_peak"]["total_bytes"] / MIB),
-            top1,
+            accuracy / (run.memory["ledger_peak"]["total_bytes"] / MIB),
+            accuracy,
         ]
         keys = ("top1", "memory_mean", "memory_peak", "vs_adamwprune", "acc_per_gb")
         rows.append([name, *("–" if c is None else f"{c:,.2f}" for c in [*cells, *map(theirs.get, keys)])])

@@ -1,11 +1,12 @@
 """The pictures of a report. Axes start at 0 where lengths are compared, and name their source and unit."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from launch.report.pictures_study import (
     COLOURS,
+    DENSE,
     STYLES,
     accuracy_over_epochs,
     accuracy_over_sparsity,
@@ -15,16 +16,23 @@ from launch.report.pictures_study import (
     series,
     sparsity_over_steps,
 )
-from launch.report.runs import CellRun
+from launch.report.runs import CellRun, Groups, by_level
+from toolkit.markdown import MIB
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["draw_all"]
-
-MIB = 2**20
-Groups = Mapping[str, Sequence[CellRun]]
 _MANY = 8  # methods; beyond, the memory pictures show ours and the best of the others at one sparsity
+_STYLE: dict[Any, Any] = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "axes.axisbelow": True,
+    "text.parse_math": False,  # names are others' text
+}
+# What draws it, of which runs, file name, size in inches, caption.
+_Picture = tuple[Callable[["Figure", Groups], None], Groups, str, tuple[float, float], str]
 
 
 def draw_all(groups: Groups, out: Path) -> list[tuple[str, str]]:
@@ -34,55 +42,9 @@ def draw_all(groups: Groups, out: Path) -> list[tuple[str, str]]:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    plt.rcParams.update(
-        {
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.grid": True,
-            "grid.alpha": 0.3,
-            "axes.axisbelow": True,
-        }
-    )
-    every = [run for members in groups.values() for run in members]
-    on_gpu = every[0].metrics["device_type"] != "cpu"
-    where = "tensor-byte ledger, one rank" if on_gpu else "NO GPU: tensor-byte ledger of one CPU rank"
-    levels = len({run.sparsity for run in every})
-    few = _few(groups)
-    pictures: list[tuple[Callable[..., None], object, str, tuple[float, float], str]] = [
-        (
-            accuracy_over_epochs,
-            groups,
-            "accuracy.png",
-            (max(7.5, 3.2 * levels), 4.8),
-            "Validation top-1 over epochs, mean and spread over seeds",
-        ),
-        (pareto, groups, "pareto.png", (7.5, 5), "Accuracy against state bytes; the line is the Pareto front"),
-        (_memory_accuracy, few, "memory_vs_accuracy.png", (7.5, 4.5), f"Memory against final top-1 ({where})"),
-        (_timeline, few, "memory_timeline.png", (7.5, 6.5), f"Memory over training ({where})"),
-        (_ledger, few, "ledger.png", (8.5, 4.5), f"Who owns the memory at the end of training ({where})"),
-        (
-            _peak_ledger,
-            few,
-            "ledger_peak.png",
-            (8.5, 6.5),
-            "A step's peak at final sparsity: predicted and measured, rank 0",
-        ),
-    ]
-    if levels > 1:
-        pictures.insert(
-            1,
-            (
-                accuracy_over_sparsity,
-                groups,
-                "accuracy_vs_sparsity.png",
-                (7.5, 5),
-                "Final top-1 against sparsity, spread over seeds",
-            ),
-        )
-    if any(run.method != "none" for run in every):
-        pictures.append((sparsity_over_steps, groups, "sparsity.png", (7.5, 4.5), "Sparsity over steps"))
+    plt.rcParams.update(_STYLE)
     made = []
-    for draw, data, name, size, caption in pictures:
+    for draw, data, name, size, caption in _pictures(groups):
         figure = plt.figure(figsize=size, layout="constrained")
         draw(figure, data)
         figure.suptitle(caption, fontsize=11)
@@ -92,15 +54,37 @@ def draw_all(groups: Groups, out: Path) -> list[tuple[str, str]]:
     return made
 
 
+def _pictures(groups: Groups) -> Iterator[_Picture]:
+    """What there is to be seen in these runs."""
+    every = [run for members in groups.values() for run in members]
+    on_gpu = every[0].metrics["device_type"] != "cpu"
+    where = "tensor-byte ledger, one rank" if on_gpu else "NO GPU: tensor-byte ledger of one CPU rank"
+    levels, few = len(by_level(groups)), _few(groups)
+    size, caption = (max(7.5, 3.2 * levels), 4.8), "Validation top-1 over epochs, mean and spread over seeds"
+    yield accuracy_over_epochs, groups, "accuracy.png", size, caption
+    if levels > 1:
+        caption = "Final top-1 against sparsity, spread over seeds"
+        yield accuracy_over_sparsity, groups, "accuracy_vs_sparsity.png", (7.5, 5), caption
+    yield pareto, groups, "pareto.png", (7.5, 5), "Accuracy against state bytes; the line is the Pareto front"
+    yield _memory_accuracy, few, "memory_vs_accuracy.png", (7.5, 4.5), f"Memory against final top-1 ({where})"
+    if any(run.timeline for members in few.values() for run in members):
+        yield _timeline, few, "memory_timeline.png", (7.5, 6.5), f"Memory over training ({where})"
+    yield _ledger, few, "ledger.png", (8.5, 4.5), f"Who owns the memory at the end of training ({where})"
+    caption = "A step's peak at final sparsity: predicted and measured, rank 0"
+    yield _peak_ledger, few, "ledger_peak.png", (8.5, 6.5), caption
+    if any(run.method != "none" for run in every):
+        yield sparsity_over_steps, groups, "sparsity.png", (7.5, 4.5), "Sparsity over steps"
+
+
 def _few(groups: Groups) -> Groups:
     """The groups that the memory pictures show: all, or of many methods one seed each at the middle sparsity."""
     if len(groups) <= _MANY:
         return groups
-    levels = sorted({members[0].sparsity for members in groups.values()} - {0.0})
+    levels = [level for level in by_level(groups) if level]
     level = levels[len(levels) // 2] if levels else 0.0
     looks = look(groups)
     one = {label: members[:1] for label, members in groups.items()}
-    dense = {n: m for n, m in one.items() if m[0].method == "none" and m[0].optimizer in ("adamw", "momentum")}
+    dense = {n: m for n, m in one.items() if m[0].method == "none" and m[0].optimizer in DENSE}
     at_level = {n: m for n, m in one.items() if m[0].sparsity == level and looks[series(n, m)][0] in COLOURS}
     return dict(list({**dense, **at_level}.items())[:_MANY])
 

@@ -5,42 +5,44 @@ grey; the tables have them all.
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from launch.report.accuracy import OURS, by_seed
-from launch.report.runs import CellRun
+from launch.report.runs import CellRun, Groups, by_level, ours, top1
 from launch.report.significance import mean_and_spread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = [
-    "COLOURS",
-    "STYLES",
-    "accuracy_over_epochs",
-    "accuracy_over_sparsity",
-    "legend",
-    "look",
-    "pareto",
-    "series",
-    "sparsity_over_steps",
-]
-
 # Okabe & Ito's palette: eight colours that stay apart in the common forms of colour blindness.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999", "#F0E442")
 STYLES = ("-", "--", "-.", ":")
+DENSE = ("adamw", "momentum")  # what ours are without pruning
 _GREY = "#c4c4c4"
 _IN_COLOUR = 6  # without the palette's grey and its yellow
-_DENSE = ("adamw", "momentum")  # what ours are without pruning
 _LETTERS_AN_INCH, _LETTERS_OF_A_MARK = 16, 7  # of a legend in 8 points
-Groups = Mapping[str, Sequence[CellRun]]
 
 
-def _mean(members: Sequence[CellRun]) -> float:
-    return mean_and_spread(list(by_seed(members).values()))[0]
+@dataclass(frozen=True)
+class _Line:
+    """One group as it is drawn."""
+
+    name: str
+    members: Sequence[CellRun]
+    colour: str
+    style: str
+
+    @property
+    def grey(self) -> bool:
+        return self.colour == _GREY
+
+    @property
+    def label(self) -> str:
+        """Its entry in the legend; a grey one has none."""
+        return "_" if self.grey else self.name
 
 
 def _by_name(groups: Groups) -> dict[str, dict[float, Sequence[CellRun]]]:
@@ -56,20 +58,14 @@ def series(label: str, members: Sequence[CellRun]) -> str:
     return members[0].name + label.removeprefix(members[0].label)
 
 
-def _grey_first(groups: Groups, looks: Mapping[str, tuple[str, str]]) -> list[tuple[str, Sequence[CellRun]]]:
-    """(series, runs) of each group, those drawn grey first, so that they lie below."""
-    named = [(series(label, members), members) for label, members in groups.items()]
-    return sorted(named, key=lambda pair: looks[pair[0]][0] != _GREY)
-
-
 def look(groups: Groups) -> dict[str, tuple[str, str]]:
     """(colour, line style) of each method name: ours, their baselines and the best on average of its sparsities in
     colour, pruned before dense.
     """
     names = _by_name(groups)
-    means = {name: fmean(map(_mean, levels.values())) for name, levels in names.items()}
+    means = {name: fmean(top1(members)[0] for members in levels.values()) for name, levels in names.items()}
     ranked = sorted(names, key=lambda name: (max(names[name]) > 0, means[name]), reverse=True)
-    first = [name for name in (*OURS, *_DENSE) if name in names]
+    first = [name for name in (*ours(), *DENSE) if name in names]
     shown = [*first, *(name for name in ranked if name not in first)]
     shown = shown if len(names) <= len(COLOURS) else shown[:_IN_COLOUR]
     return {
@@ -78,9 +74,16 @@ def look(groups: Groups) -> dict[str, tuple[str, str]]:
     }
 
 
-def legend(figure: "Figure", all_axes: Sequence["Axes"], *, others: bool = False) -> None:
-    """One entry a label, below the picture, where it hides nothing; `others`: some are grey."""
-    if others:
+def _lines(groups: Groups) -> list[_Line]:
+    """Every group, those drawn grey first, so that they lie below."""
+    looks = look(groups)
+    named = [(series(label, members), members) for label, members in groups.items()]
+    return sorted((_Line(name, members, *looks[name]) for name, members in named), key=lambda line: not line.grey)
+
+
+def legend(figure: "Figure", all_axes: Sequence["Axes"], lines: Iterable[_Line] = ()) -> None:
+    """One entry a label, below the picture, where it hides nothing; the grey ones of `lines` are one entry."""
+    if any(line.grey for line in lines):
         all_axes[0].plot([], [], color=_GREY, marker="o", markersize=4, linestyle="none", label="others")
     unique = {
         label: handle
@@ -102,79 +105,73 @@ def accuracy_over_epochs(figure: "Figure", groups: Groups) -> None:
     """A panel a sparsity; lines are means, bands standard deviations over seeds."""
     from matplotlib.ticker import MaxNLocator
 
-    levels = sorted({members[0].sparsity for members in groups.values()})
+    levels, lines = list(by_level(groups)), _lines(groups)
     panels = figure.subplots(1, len(levels), sharey=True, squeeze=False)[0]
-    looks = look(groups)
     lowest = 100.0  # of those in colour: one that collapses shall not flatten the rest
-    for name, members in _grey_first(groups, looks):
-        axes = panels[levels.index(members[0].sparsity)]
-        colour, style = looks[name]
-        tables = [_curve(run) for run in members]
+    for line in lines:
+        axes = panels[levels.index(line.members[0].sparsity)]
+        tables = [_curve(run) for run in line.members]
         epochs = [epoch for epoch, _ in tables[0]]
         columns = [mean_and_spread([rows[i][1] for rows in tables]) for i in range(len(epochs))]
         means = [mean for mean, _ in columns]
-        label = name if colour != _GREY else "_"
-        axes.plot(epochs, means, color=colour, linestyle=style, marker="o", markersize=3, label=label)
-        if colour != _GREY and len(members) > 1:
+        axes.plot(epochs, means, color=line.colour, linestyle=line.style, marker="o", markersize=3, label=line.label)
+        if line.grey:
+            continue
+        lowest = min(lowest, means[len(means) // 3])
+        if len(line.members) > 1:
             low, high = zip(*[(mean - (spread or 0), mean + (spread or 0)) for mean, spread in columns], strict=True)
-            axes.fill_between(epochs, low, high, color=colour, alpha=0.15, linewidth=0)
-        lowest = min(lowest, means[len(means) // 3]) if colour != _GREY else lowest
+            axes.fill_between(epochs, low, high, color=line.colour, alpha=0.15, linewidth=0)
     for axes, level in zip(panels, levels, strict=True):
         axes.set(xlabel="epoch", title=f"{100 * level:g} % sparsity" if level else "dense")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     panels[0].set(ylabel="top-1 on validation images (%)", ylim=(max(0.0, lowest - 2), 101))
-    legend(figure, list(panels), others=_GREY in {colour for colour, _ in looks.values()})
+    legend(figure, list(panels), lines)
 
 
 def accuracy_over_sparsity(figure: "Figure", groups: Groups) -> None:
     """Final accuracy of each method at its sparsities, with the spread over seeds as bars."""
     axes = figure.subplots()
-    looks = look(groups)
-    for name, levels in sorted(_by_name(groups).items(), key=lambda item: looks[item[0]][0] != _GREY):
-        colour, style = looks[name]
-        points = [
-            (100 * level, *mean_and_spread(list(by_seed(members).values())))
-            for level, members in sorted(levels.items())
-        ]
-        label = name if colour != _GREY else "_"
-        bars = None if colour == _GREY else [spread or 0.0 for _, _, spread in points]
+    lines = _lines(groups)
+    methods: dict[str, list[_Line]] = {}
+    for line in lines:
+        methods.setdefault(line.name, []).append(line)
+    for line, *others in methods.values():
+        points = sorted((100 * one.members[0].sparsity, *top1(one.members)) for one in (line, *others))
         axes.errorbar(
-            [p[0] for p in points],
-            [p[1] for p in points],
-            bars,
-            color=colour,
-            linestyle=style,
+            [share for share, _, _ in points],
+            [mean for _, mean, _ in points],
+            None if line.grey else [spread or 0.0 for _, _, spread in points],
+            color=line.colour,
+            linestyle=line.style,
             marker="o",
             markersize=4,
             capsize=2,
-            label=label,
+            label=line.label,
         )
-    axes.set(xlabel="sparsity (%)", ylabel="final top-1 (%)", ylim=_range_in_colour(groups, looks))
-    legend(figure, [axes], others=_GREY in {colour for colour, _ in looks.values()})
+    axes.set(xlabel="sparsity (%)", ylabel="final top-1 (%)", ylim=_range_in_colour(lines))
+    legend(figure, [axes], lines)
 
 
 def pareto(figure: "Figure", groups: Groups) -> None:
     """Accuracy against what optimizer and pruning keep, a mark a method and sparsity; the line is the front."""
     axes = figure.subplots()
-    looks = look(groups)
-    marks = dict(zip(sorted({m[0].sparsity for m in groups.values()}), itertools.cycle("osD^vP"), strict=False))
+    lines = _lines(groups)
+    marks = dict(zip(by_level(groups), itertools.cycle("osD^vP"), strict=False))
     points = []
-    for name, members in _grey_first(groups, looks):
-        first = members[0]
-        mean, spread = mean_and_spread(list(by_seed(members).values()))
-        colour, _ = looks[name]
+    for line in lines:
+        first = line.members[0]
+        mean, spread = top1(line.members)
         points.append((first.bytes_per_weight, mean))
-        label = name if colour != _GREY else "_"
         axes.errorbar(
             first.bytes_per_weight,
             mean,
-            None if colour == _GREY else spread,
-            color=colour,
+            None if line.grey else spread,
+            color=line.colour,
             marker=marks[first.sparsity],
             markersize=6,
             capsize=2,
             linestyle="none",
-            label=label,
+            label=line.label,
         )
     front, best = [], -1.0
     for size, mean in sorted(points, key=lambda point: (point[0], -point[1])):
@@ -189,38 +186,24 @@ def pareto(figure: "Figure", groups: Groups) -> None:
     axes.set(
         xlabel="optimizer state and pruning at the end (bytes a weight, logarithmic)",
         ylabel="final top-1 (%)",
-        ylim=_range_in_colour(groups, looks),
+        ylim=_range_in_colour(lines),
     )
-    legend(figure, [axes], others=_GREY in {colour for colour, _ in looks.values()})
+    legend(figure, [axes], lines)
 
 
-def _range_in_colour(groups: Groups, looks: Mapping[str, tuple[str, str]]) -> tuple[float, float]:
+def _range_in_colour(lines: Iterable[_Line]) -> tuple[float, float]:
     """An axis of accuracies that holds all that is drawn in colour, with the spread."""
-    ends = []
-    for name, members in _grey_first(groups, looks):
-        mean, spread = mean_and_spread(list(by_seed(members).values()))
-        if looks[name][0] != _GREY:
-            ends += [mean - (spread or 0.0), mean + (spread or 0.0)]
-    return min(ends) - 0.5, max(ends) + 0.5
+    shown = [top1(line.members) for line in lines if not line.grey]
+    return min(mean - (spread or 0.0) for mean, spread in shown) - 0.5, max(m + (s or 0.0) for m, s in shown) + 0.5
 
 
 def sparsity_over_steps(figure: "Figure", groups: Groups) -> None:
     """Zeros counted in the model at each epoch's end, of every pruned run; runs of one schedule lie on each other."""
     axes = figure.subplots()
-    looks = look(groups)
-    for name, members in _grey_first(groups, looks):
-        if members[0].method == "none":
-            continue
-        for run in members:
+    for line in _lines(groups):
+        for run in line.members if line.members[0].method != "none" else ():
             steps = [(i + 1) * run.metrics["steps_per_epoch"] for i in range(len(run.metrics["sparsity"]))]
-            colour, style = looks[name]
-            axes.plot(
-                steps,
-                [100 * share for share in run.metrics["sparsity"]],
-                color=colour,
-                linestyle=style,
-                linewidth=1,
-                label=name if colour != _GREY else "_",
-            )
+            shares = [100 * share for share in run.metrics["sparsity"]]
+            axes.plot(steps, shares, color=line.colour, linestyle=line.style, linewidth=1, label=line.label)
     axes.set(xlabel="optimizer step", ylabel="zeros / prunable weights (%)", ylim=(0, 100))
     legend(figure, [axes])

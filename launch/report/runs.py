@@ -1,24 +1,20 @@
-"""Reads run folders: what a report is made of."""
+"""One finished run as a report sees it, and runs by method: those that differ in the seed only are one row."""
 
-import csv
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from launch.report.significance import mean_and_spread
 from toolkit.builder.resume import FREE_ON_RESUME
-from toolkit.engine.history import is_complete
-
-__all__ = ["COMMAND_FILE", "CellRun", "read_runs"]
-
-COMMAND_FILE = "command.txt"  # of launch.matrix, beside the run folders
 
 
 @dataclass(frozen=True)
 class CellRun:
-    """One finished run: its folder, metrics.json, memory.json, args.yaml, and the rows of its two CSV files."""
+    """One finished run: its folder, metrics.json, memory.json, args.yaml, the rows of its two CSV files, and the
+    command that made it, if it is known.
+    """
 
     folder: Path
     metrics: dict[str, Any]
@@ -26,11 +22,25 @@ class CellRun:
     arguments: dict[str, Any]
     epochs: list[dict[str, str]]
     timeline: list[dict[str, str]]
+    made_by: str = ""
 
     @property
     def optimizer(self) -> str:
         """The optimizer without the pruning in its name: adamw for adamw-movement."""
         return str(self.metrics["opt"]).removesuffix(f"-{self.metrics['pruning']}")
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether its optimizer is one of those made for pruning by state."""
+        return self.optimizer in ours()
+
+    @property
+    def family(self) -> str:
+        """SGD or Adam."""
+        from toolkit.optim.registry import find_spec
+
+        spec = find_spec(self.optimizer)
+        return spec.family if spec else "Adam"
 
     @property
     def method(self) -> str:
@@ -52,7 +62,7 @@ class CellRun:
     @property
     def name(self) -> str:
         """The label without the sparsity."""
-        plain = self.method == "none" or (self.optimizer in ("adamwprune", "sgdprune") and self.method == "state")
+        plain = self.method == "none" or (self.is_ours and self.method == "state")
         return self.optimizer if plain else f"{self.optimizer} + {self.method}"
 
     @property
@@ -77,6 +87,11 @@ class CellRun:
         return float(self.metrics.get("lr", self.arguments["lr"]))
 
     @property
+    def train_s(self) -> float:
+        """Seconds of all epochs."""
+        return sum(self.metrics["epoch_s"])
+
+    @property
     def schedule_note(self) -> str:
         """The learning-rate and pruning schedule in a few words."""
         a = self.arguments
@@ -95,26 +110,65 @@ class CellRun:
         return next((row["measured_bytes"] for row in self.memory["ledger"]["rows"] if row["name"] == name), 0)
 
 
-def read_runs(folder: Path) -> tuple[list[CellRun], list[str]]:
-    """(complete runs in the order they were started, names of the incomplete ones). Raises ValueError for none."""
-    folders = sorted(path.parent for path in folder.glob("*/args.yaml"))
-    done = [path for path in folders if is_complete(path)]
-    if not done:
-        raise ValueError(f"{folder} holds no complete run; start one with python -m launch.matrix")
-    done.sort(key=lambda path: (path / "args.yaml").stat().st_mtime)
-    return [_read(path) for path in done], [path.name for path in folders if path not in done]
+def ours() -> tuple[str, ...]:
+    """The optimizers made for pruning by state, Adam's first."""
+    from toolkit.optim.registry import specs
+
+    return tuple(spec.name for spec in specs() if spec.is_ours)
 
 
-def _read(folder: Path) -> CellRun:
-    def rows(name: str) -> list[dict[str, str]]:
-        with open(folder / name, newline="") as file:
-            return list(csv.DictReader(file))
+Groups = Mapping[str, Sequence[CellRun]]  # label -> runs
 
-    return CellRun(
-        folder,
-        json.loads((folder / "metrics.json").read_text()),
-        json.loads((folder / "memory.json").read_text()),
-        yaml.safe_load((folder / "args.yaml").read_text()),
-        rows("summary.csv"),
-        rows("memory_timeline.csv"),
-    )
+
+def group_by_method(runs: Sequence[CellRun]) -> dict[str, list[CellRun]]:
+    """Runs that differ in the seed only. Groups of one label are told apart by the settings in which they differ.
+
+    A setting that most of them share is not in a name. Raises ValueError where two runs differ in nothing.
+    """
+    groups: dict[tuple[str, str], list[CellRun]] = {}
+    for run in runs:
+        groups.setdefault((run.label, json.dumps(run.settings, sort_keys=True)), []).append(run)
+    named = {}
+    for (label, _), members in groups.items():
+        seeds: dict[int, CellRun] = {}
+        for run in members:
+            other = seeds.setdefault(run.metrics["seed"], run)
+            if other is not run:
+                raise ValueError(
+                    f"{other.folder} and {run.folder} are the same run (settings and seed); move one elsewhere"
+                )
+        rivals = [other[0].settings for (name, _), other in groups.items() if name == label]
+        mine = members[0].settings
+        unusual = [key for key in sorted(mine) if not _is_usual(mine[key], [rival.get(key) for rival in rivals])]
+        shown = [f"{key}={'none' if mine[key] in ('', None) else mine[key]}" for key in unusual]
+        named[" ".join([label, *shown])] = members
+    assert len(named) == len(groups), "two groups of one name"
+    return dict(sorted(named.items(), key=lambda item: (_place(item[1][0]), item[0])))
+
+
+def _place(run: CellRun) -> tuple[bool, str, str, float]:
+    """Order of the tables that rank nothing: ours first, then by optimizer, method and sparsity."""
+    return not run.is_ours, run.optimizer, "" if run.method == "none" else run.method, run.sparsity
+
+
+def _is_usual(value: Any, values: Sequence[Any]) -> bool:
+    """Whether `value` occurs more often among `values` than any other."""
+    return all(values.count(value) > values.count(other) for other in values if other != value)
+
+
+def by_level(groups: Groups) -> dict[float, dict[str, Sequence[CellRun]]]:
+    """Sparsity -> groups, dense first."""
+    levels: dict[float, dict[str, Sequence[CellRun]]] = {}
+    for name, members in groups.items():
+        levels.setdefault(members[0].sparsity, {})[name] = members
+    return dict(sorted(levels.items()))
+
+
+def by_seed(members: Sequence[CellRun]) -> dict[int, float]:
+    """seed -> final top-1 in percent."""
+    return {run.metrics["seed"]: run.metrics["final_top1"] for run in members}
+
+
+def top1(members: Sequence[CellRun], which: str = "final") -> tuple[float, float | None]:
+    """Mean and spread over the seeds of the final or the best epoch's top-1 in percent."""
+    return mean_and_spread([run.metrics[f"{which}_top1"] for run in members])

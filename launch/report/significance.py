@@ -6,8 +6,6 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-__all__ = ["SPREAD_FLOOR", "Difference", "compare", "mean_and_spread", "rank_ranges"]
-
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
     """(mean, sample standard deviation; None for one value)."""

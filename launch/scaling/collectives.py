@@ -1,7 +1,7 @@
 """What goes between the ranks: counted as torch's profiler sees it, and as formulas of the number of ranks.
 
 A payload is the bytes of the tensor one rank hands in. The formulas hold for float32 weights and the settings of the
-files in accelerate_configs/; tests/dist/test_collectives.py holds them against counted ones, byte for byte.
+files in accelerate_configs/; tests/distributed/test_collectives.py holds them against counted ones, byte for byte.
 """
 
 import math
@@ -17,8 +17,6 @@ from toolkit.engine.masks import check_masks
 from toolkit.engine.metrics import NUM_MEMORY_COLUMNS
 from toolkit.engine.run import Run
 from toolkit.engine.step import train_step
-
-__all__ = ["WHAT", "Traffic", "count_of_run", "formulas", "traffic_of", "wire_bytes"]
 
 WHAT = ("gradients", "weights", "buffers", "control", "mask update")
 _ITEMSIZE = {"float": 4, "double": 8, "long int": 8, "int": 4, "unsigned char": 1}
@@ -138,7 +136,7 @@ def count_of_run(run: Run) -> dict[str, dict[str, int]]:
 
     The first two steps pass uncounted: DDP puts its buckets together anew after the first.
     """
-    due = next(update for update in range(4, run.plan.total_steps) if run.schedule.due(update))
+    due = next(update for update in range(4, run.plan.total_steps) if run.schedule.is_update_step(update))
     batches = _endless(run)
 
     def step(update: int) -> None:

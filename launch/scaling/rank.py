@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from launch.scaling.collectives import count_of_run, traffic_of
 from toolkit.builder import build
-from toolkit.config import parse
+from toolkit.cli import parse
 from toolkit.dist import leave_group
 from toolkit.engine.history import History
 from toolkit.engine.loop import train_epoch
@@ -27,8 +27,6 @@ from toolkit.engine.metrics import Metrics
 from toolkit.engine.run import Run
 from toolkit.engine.signals import StopRequest
 from toolkit.log import start_logging
-
-__all__ = ["main", "measure_loops"]
 
 
 class BareLoop:
@@ -60,7 +58,10 @@ class BareLoop:
 def measure_loops(run: Run, rounds: int) -> dict[str, Any]:
     """Seconds of an epoch of each loop, interleaved; the first round is not counted. Call on all ranks."""
     bare = BareLoop(run)
-    passes: dict[str, Callable[[int], None]] = {"ours": _our_epoch(run), "bare": bare.epoch}
+    passes: dict[str, Callable[[int], None]] = {
+        "ours": _our_epoch(run),
+        "bare": bare.epoch,
+    }
     if run.world.num_ranks > 1:
         passes["alone"] = bare.epoch_alone
     seconds: dict[str, list[float]] = {name: [] for name in passes}
@@ -77,20 +78,19 @@ def measure_loops(run: Run, rounds: int) -> dict[str, Any]:
         order = order[1:] + order[:1]
     run.memory.close()
     seconds = {name: taken[1:] for name, taken in seconds.items()}
-    ratios = [ours / theirs for ours, theirs in zip(seconds["ours"], seconds["bare"], strict=True)]
-    result: dict[str, Any] = {
+
+    def ratios(name: str) -> list[float]:
+        return [taken / bare for taken, bare in zip(seconds[name], seconds["bare"], strict=True)]
+
+    return {
         "ranks": run.world.num_ranks,
         "steps": run.plan.steps_per_epoch,
         "rounds": rounds,
         "epoch_s": seconds,
-        "overhead": statistics.median(ratios) - 1,
-        "overhead_rounds": [ratio - 1 for ratio in ratios],
-        "communication_share": None,
+        "overhead": statistics.median(ratios("ours")) - 1,
+        "overhead_rounds": [ratio - 1 for ratio in ratios("ours")],
+        "communication_share": 1 - statistics.median(ratios("alone")) if "alone" in seconds else None,
     }
-    if "alone" in seconds:
-        shares = [1 - alone / bare for alone, bare in zip(seconds["alone"], seconds["bare"], strict=True)]
-        result["communication_share"] = statistics.median(shares)
-    return result
 
 
 def _our_epoch(run: Run) -> Callable[[int], None]:

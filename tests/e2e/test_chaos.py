@@ -2,9 +2,9 @@
 
 import pytest
 
-from launch.chaos.__main__ import all_well, to_markdown
 from launch.chaos.faults import run_faults
 from launch.chaos.kills import run_kills, run_undisturbed
+from launch.chaos.report import all_well, to_markdown
 
 
 @pytest.mark.timeout(500)

@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from toolkit.builder.data import batch_size_per_rank
-from toolkit.config import Config, parse
+from toolkit.cli import parse
+from toolkit.config import Config, flag_name, flags
 
 ROOT = Path(__file__).parents[2]
 
@@ -80,6 +81,78 @@ def test_mistakes_are_one_line(capsys, argv, words):
     assert all(word in message for word in words), message
 
 
+UNPRINTABLE = ("a\nb", "a\0b", "\ud800")
+
+
+def bad_values(item):
+    """Three lists of arguments, at least, that a flag must refuse."""
+    name, meta = flag_name(item), item.metadata
+    default = item.default_factory() if callable(item.default_factory) else item.default
+    if isinstance(default, bool):
+        return [[f"{name}={value}"] for value in ("yes", "1", "")]
+    if isinstance(default, dict):
+        return [[name, "x"], [name, "=1"], [name, "a=1", "b-c=2"]]
+    if "choices" in meta:
+        return [[name, "nosuch"], [name, "0"], [name, "a\nb"]]
+    kind = meta.get("kind") or (type(default) if isinstance(default, (int, float)) else str)
+    if kind is str:
+        return [[name, value] for value in UNPRINTABLE]
+    low, high = (float(end) for end in meta["within"][1:-1].split(", "))
+    below = low - 1 if meta["within"][0] == "[" else low
+    numbers = ["x", "", "nan", "1e400", str(kind(below)), str(10**400 if high == float("inf") else kind(high) + 1)]
+    if "nargs" not in meta:
+        return [[name, number] for number in numbers]
+    count = meta["nargs"] if isinstance(meta["nargs"], int) else 2
+    good = [str(kind(min(high, low + 0.75)))] * count
+    more = [[name], [name, *good, *good]] if isinstance(meta["nargs"], int) or "counts" in meta else [[name]]
+    return more + [[name, *good[1:], number] for number in numbers]
+
+
+AT_PARSE = [item for item in flags() if not item.metadata.get("at_build")]  # the others: builder/test_model.py
+
+
+@pytest.mark.parametrize("item", AT_PARSE, ids=flag_name)
+def test_every_flag_refuses_bad_values_in_one_line_that_names_it(capsys, item):
+    cases = bad_values(item)
+    assert len(cases) >= 3
+    for argv in cases:
+        message = error_of(capsys, *argv)
+        assert flag_name(item) in message.replace("-b/--batch-size", "--batch-size"), (argv, message)
+        assert "Traceback" not in message
+
+
+@pytest.mark.parametrize(
+    ("argv", "rule"),
+    [
+        (["--opt-betas", "0.9"], "--opt-betas 0.9 must be 2 or 3 values"),
+        (["--crop-pct", "2"], "--crop-pct 2.0 must be in (0, 1]"),
+        (["--seed", "99999999999999"], "--seed 99999999999999 must be in [0, 4294967295]"),
+        (["--scale", "0", "0"], "--scale 0.0 0.0 must be in (0, 1]"),
+        (["--scale", "1", "0.5"], "--scale 1.0 0.5 must be in ascending order"),
+        (["--reprob", "2"], "--reprob 2.0 must be in [0, 1]"),
+        (["--workers", "-1"], "--workers -1 must be in [0, 1024]"),
+        (["--lr", "inf"], "--lr inf must be at least 0 and finite"),
+        (["--clip-grad", "0"], "--clip-grad 0.0 must be above 0 and finite"),
+        (["--epochs", "2147483648"], "--epochs 2147483648 must be at most 2147483647"),
+        (["--cutmix-minmax", "0.5"], "--cutmix-minmax 0.5 must be 2 values"),
+        (["--decay-milestones", "9", "3"], "--decay-milestones 9 3 must be in ascending order"),
+    ],
+)
+def test_ranges(capsys, argv, rule):
+    assert error_of(capsys, *argv) == f"train.py: error: {rule}\n"
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--scale", "1", "1", "--ratio", "1", "1", "--crop-pct", "1", "--seed", "4294967295", "--workers", "0"],
+        ["--opt-betas", "0", "0.9", "0.99", "--lr", "0", "--prune-begin", "0", "--prune-end", "1", "--reprob", "1"],
+    ],
+)
+def test_the_ends_of_the_ranges_are_taken(argv):
+    parse(argv)
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -90,6 +163,10 @@ def test_mistakes_are_one_line(capsys, argv, words):
         ("[1, 2]", "key: value"),
         ("a: b: c", "is not YAML"),
         ("opt: 3", "opt: 3"),
+        ("scale: [0.5]", "--scale 0.5 must be 2 values"),
+        ("seed: -1", "--seed -1 must be in"),
+        ("model_kwargs: {1: 2}", "--model-kwargs 1 is no argument's name"),
+        ("lr: .nan", "--lr nan must be"),
     ],
 )
 def test_recipes_are_checked(capsys, tmp_path, text, words):

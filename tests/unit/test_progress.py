@@ -1,5 +1,5 @@
 from toolkit import progress
-from toolkit.progress import Progress, duration
+from toolkit.progress import Progress, duration, tracked
 
 
 def test_durations():
@@ -17,3 +17,8 @@ def test_lines_carry_share_rate_and_time_left(monkeypatch):
     assert len(lines) == 2
     assert lines[0] == "digits: 50/100 images (50 %), 5.0/s, 0:10 left, fine"
     assert lines[1].startswith("digits: 100/100 images (100 %)")
+
+
+def test_tracked_items_are_counted_and_all_come(capsys):
+    assert list(tracked(range(3), "items", "x")) == [0, 1, 2]
+    assert capsys.readouterr().err.startswith("x: 3/3 items (100 %)")

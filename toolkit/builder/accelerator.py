@@ -22,12 +22,8 @@ from toolkit.engine.engines import Engine
 from toolkit.engine.engines.ddp import DdpEngine
 from toolkit.engine.engines.fsdp2 import Fsdp2Engine
 from toolkit.engine.engines.fused import FusedEngine
-from toolkit.engine.engines.zero import ZeroEngine, attach_to_zero
-from toolkit.optim.packed import PackedOptimizer
+from toolkit.engine.engines.zero import ZeroEngine, attach
 from toolkit.optim.registry import find_spec
-from toolkit.prune.schedule import Schedule
-
-__all__ = ["check_engine", "create_engine", "launched_engine", "new_accelerator", "stay_on_this_host"]
 
 
 def launched_engine() -> str:
@@ -162,7 +158,6 @@ def create_engine(
     accelerator: Accelerator,
     module: nn.Module,
     optimizer: Optimizer,
-    schedule: Schedule,
     world: World,
 ) -> Engine:
     """The engine around a placed model and its optimizer. Raises ValueError where it cannot train these."""
@@ -179,8 +174,7 @@ def create_engine(
         return _zero_engine(accelerator.state.deepspeed_plugin.zero_stage, *parts, **options)
     if config.fused_backward:
         _check_fused_backward(config, opt, world)
-        own = getattr(optimizer, "mask_update_due", schedule.due)  # SPAM moves updates out of its warm-ups
-        return FusedEngine(*parts, **options, mask_update_due=lambda step: own(step) or schedule.due(step))
+        return FusedEngine(*parts, **options)
     return DdpEngine(*parts, **options)
 
 
@@ -200,7 +194,7 @@ def _check_fused_backward(config: Config, opt: str, world: World) -> None:
 
 
 def _zero_engine(stage: int, *parts: Any, **options: Any) -> ZeroEngine:
-    _, _, module, wrapped, optimizer, _ = parts
+    wrapped, optimizer = parts[3:5]
     base = wrapped
     while hasattr(base, "optimizer"):
         base = base.optimizer
@@ -208,13 +202,5 @@ def _zero_engine(stage: int, *parts: Any, **options: Any) -> ZeroEngine:
     if stage == 0:
         raise ValueError("zero_stage: 0 is plain DDP; launch with accelerate_configs/multi_gpu.yaml")
     engine = ZeroEngine(*parts, **options, stage=stage)
-    if len([group for group in optimizer.param_groups if group.get("prunable")]) > 1:
-        raise ValueError(
-            f"{type(module).__name__} spares some prunable weights from weight decay; ZeRO shows the optimizer one "
-            "group at a time, so they cannot be pruned together: launch with FSDP2 or DDP"
-        )
-    # SPAM's class can pack, but with hook-based pruning its pruner decides.
-    target = getattr(optimizer, "pruner", optimizer if isinstance(optimizer, PackedOptimizer) else None)
-    if target is not None:
-        attach_to_zero(target, module, torch.distributed.distributed_c10d._get_default_group(), engine.spans())
+    attach(engine.model)
     return engine

@@ -11,8 +11,6 @@ from toolkit.builder.predict import Prediction, parse_bytes
 from toolkit.config import Config
 from toolkit.log import get_logger
 
-__all__ = ["confirm_batch_size", "with_automatic_batch_size"]
-
 
 def with_automatic_batch_size(config: Config, data: DataSet, num_ranks: int) -> Config:
     """`config` with the batch size that --auto-batch-size asks for, or as it is without that flag."""

@@ -14,21 +14,13 @@ from torch import Tensor, nn
 
 from toolkit.config import Config
 from toolkit.data.decode import EvalTransform, TimmTransform, TrainTransform, Transform
-from toolkit.data.index import ShardIndex, load_split, read_info
+from toolkit.data.index import ShardIndex, load_split
+from toolkit.data.info import MAX_CLASSES, read_info
 from toolkit.data.loader import Batch, EvalLoader, TrainLoader
-from toolkit.data.remote import ShardCache, fetch_info, is_remote, load_remote_split, remote_folder
+from toolkit.data.remote import fetch_info, is_remote, remote_folder
+from toolkit.data.shard_cache import ShardCache, load_remote_split
 from toolkit.dist import World
-
-__all__ = [
-    "DataSet",
-    "augment",
-    "batch_size_per_rank",
-    "create_loaders",
-    "input_settings",
-    "open_data",
-    "shuffle_window",
-    "to_inputs",
-]
+from toolkit.errors import blaming
 
 _REMOTE_WINDOW = 16  # shards; a window and the next should fit the cache, and a batch mixes 16 × 1,250 images
 
@@ -53,8 +45,10 @@ class DataSet:
 
     @property
     def num_classes(self) -> int:
-        """Classes by `_info.json`, or as many as the labels need."""
+        """Classes by `_info.json`, or as many as the labels need; ValueError where these need more than is taken."""
         highest = max(int(index.label.max(initial=-1)) for index in (self.train, self.evaluation))
+        if highest >= MAX_CLASSES:
+            raise ValueError(f"label {highest} is beyond the {MAX_CLASSES:,} classes that are taken; check the shards")
         return int(self.info.get("num_classes", highest + 1))
 
 
@@ -63,12 +57,12 @@ def open_data(config: Config) -> DataSet:
     names = (config.train_split, config.val_split)
     if not is_remote(config.data_dir):
         info = read_info(config.data_dir)
-        train, evaluation = (load_split(Path(config.data_dir), name) for name in names)
+        train, evaluation = (load_split(Path(config.data_dir), name, config.max_bad_images) for name in names)
         return DataSet(info, train, evaluation)
     folder = Path(config.shard_cache) if config.shard_cache else remote_folder(config.data_dir)
     info, limit_bytes = fetch_info(config.data_dir, folder), int(config.shard_cache_gib * 2**30)
     (train, train_cache), (evaluation, evaluation_cache) = (
-        load_remote_split(config.data_dir, info, name, folder, limit_bytes) for name in names
+        load_remote_split(config.data_dir, info, name, folder, limit_bytes, config.max_bad_images) for name in names
     )
     return DataSet(info, train, evaluation, train_cache, evaluation_cache)
 
@@ -136,8 +130,6 @@ def shuffle_window(config: Config) -> int | None:
     window = config.shuffle_window
     if window is None:
         return _REMOTE_WINDOW if is_remote(config.data_dir) else None
-    if window < 0:
-        raise ValueError(f"--shuffle-window {window} must be a number of shards, or 0 for all")
     return window or None
 
 
@@ -149,20 +141,22 @@ def train_transform(config: Config, inputs: dict[str, Any]) -> Transform:
     scale, ratio = (config.scale[0], config.scale[1]), (config.ratio[0], config.ratio[1])
     if not config.aa and not config.color_jitter:
         return TrainTransform((height, width), scale, ratio, config.hflip, config.vflip, config.train_interpolation)
-    transform = create_transform(
-        (height, width),
-        is_training=True,
-        use_prefetcher=True,
-        scale=scale,
-        ratio=ratio,
-        hflip=config.hflip,
-        vflip=config.vflip,
-        color_jitter=config.color_jitter,
-        auto_augment=config.aa,
-        interpolation=config.train_interpolation,
-        mean=inputs["mean"],
-        std=inputs["std"],
-    )
+    asked = f"--aa {config.aa}" if config.aa else f"--color-jitter {config.color_jitter}"
+    with blaming(asked, "see timm's create_transform"):
+        transform = create_transform(
+            (height, width),
+            is_training=True,
+            use_prefetcher=True,
+            scale=scale,
+            ratio=ratio,
+            hflip=config.hflip,
+            vflip=config.vflip,
+            color_jitter=config.color_jitter,
+            auto_augment=config.aa,
+            interpolation=config.train_interpolation,
+            mean=inputs["mean"],
+            std=inputs["std"],
+        )
     return TimmTransform(transform)
 
 

@@ -17,8 +17,6 @@ from toolkit.engine.run import Plan
 from toolkit.files import write_atomically
 from toolkit.prune.schedule import Schedule
 
-__all__ = ["cpu_name", "describe", "run_facts", "write_args"]
-
 
 def run_facts(
     config: Config, data: DataSet, opt: str, method: str, lr: float, schedule: Schedule, plan: Plan, world: World

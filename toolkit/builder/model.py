@@ -1,4 +1,4 @@
-"""The model, its loss, and which of its weights may be pruned."""
+"""The model and its loss."""
 
 import difflib
 from collections.abc import Callable
@@ -12,13 +12,10 @@ from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTarget
 from torch import Tensor, nn
 
 from toolkit.builder.recompute import checkpoint_activations
+from toolkit.builder.weights import load_initial_weights
 from toolkit.config import Config
 from toolkit.dist import World
-from toolkit.engine.checkpoint import load_checkpoint as read_checkpoint
-from toolkit.engine.checkpoint import newest_checkpoint
-from toolkit.log import get_logger
-
-__all__ = ["amp_dtype", "compile_model", "create_model", "place_model", "prunable_names", "train_loss"]
+from toolkit.errors import blaming
 
 
 def amp_dtype(config: Config) -> torch.dtype | None:
@@ -39,49 +36,31 @@ def create_model(config: Config, num_classes: int) -> nn.Module:
     options: dict[str, Any] = {"drop_rate": config.drop, **config.model_kwargs}
     if config.drop_path is not None:
         options["drop_path_rate"] = config.drop_path
-    try:
+    asked, remedy = _as_asked(config)
+    with blaming(asked, remedy):
         model = timm.create_model(config.model, pretrained=config.pretrained, num_classes=num_classes, **options)
-    except TypeError as error:
-        raise ValueError(
-            f"--model {config.model} does not take one of its arguments ({error}); see --model-kwargs"
-        ) from None
+        if getattr(model, "num_classes", None) != num_classes:
+            raise ValueError(f"that is no classifier of {num_classes} classes")
+        if config.model_kwargs.get("in_chans", 3) != 3:
+            raise ValueError("images are read with 3 channels")
     if config.img_size is not None and hasattr(model, "set_input_size") and "img_size" not in config.model_kwargs:
-        # Vision transformers: the position embeddings follow.
-        model.set_input_size(img_size=config.img_size)  # type: ignore[operator]
+        with blaming(f"--img-size {config.img_size} does not suit {config.model}"):
+            # Vision transformers: the position embeddings follow.
+            model.set_input_size(img_size=config.img_size)  # type: ignore[operator]
     if config.initial_checkpoint:  # after the input size, on which position embeddings depend
-        try:
-            _load_weights(model, Path(config.initial_checkpoint))
-        except (RuntimeError, KeyError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(
-                f"--initial-checkpoint {config.initial_checkpoint} does not fit {config.model}: {reason}"
-            ) from None
+        load_initial_weights(model, config)
     return model
 
 
-def _load_weights(model: nn.Module, source: Path) -> None:
-    """Weights of a run or checkpoint folder of ours (the average, where it has one), or of a file that timm reads.
-
-    A classifier of another number of classes stays as it was made.
-    """
-    if source.is_dir():
-        saved = read_checkpoint(newest_checkpoint(source / "checkpoints") or source)
-        weights = saved["ema"] or saved["model"]
-    else:
-        weights = timm.models.load_state_dict(str(source), device="cpu")
-    own, head = model.state_dict(), _classifier_names(model)
-    classifier = [key for key in weights if key in head and weights[key].shape != own[key].shape]
-    if classifier:
-        get_logger().info("%s: the classifier (%s) is of other classes and starts anew", source, ", ".join(classifier))
-    kept = {key: value for key, value in weights.items() if key not in classifier}
-    model.load_state_dict({**{key: own[key] for key in classifier}, **kept})
-
-
-def _classifier_names(model: nn.Module) -> set[str]:
-    get: Any = getattr(model, "get_classifier", None)
-    head = get() if get is not None else None
-    members = {id(parameter) for parameter in head.parameters()} if isinstance(head, nn.Module) else set()
-    return {name for name, parameter in model.named_parameters() if id(parameter) in members}
+def _as_asked(config: Config) -> tuple[str, str]:
+    """The flags that say which model, and where to look when timm does not make it."""
+    asked, remedy = f"--model {config.model}", ""
+    if config.pretrained:
+        asked, remedy = f"{asked} --pretrained", "see timm.list_pretrained()"
+    if config.model_kwargs:
+        pairs = " ".join(f"{key}={value}" for key, value in config.model_kwargs.items())
+        asked, remedy = f"{asked} --model-kwargs {pairs}", "see --model-kwargs"
+    return asked, remedy
 
 
 def place_model(model: nn.Module, config: Config, world: World) -> None:
@@ -99,17 +78,12 @@ def compile_model(model: nn.Module, config: Config) -> nn.Module:
     """torch.compile around DDP, as timm does it."""
     if not config.torchcompile:
         return model
+    known = torch.compiler.list_backends(exclude_tags=())
+    if config.torchcompile not in known:
+        raise ValueError(
+            f"--torchcompile {config.torchcompile} is not a backend here; choose one of {', '.join(known)}"
+        )
     return torch.compile(model, backend=config.torchcompile)  # type: ignore[return-value]
-
-
-def prunable_names(model: nn.Module) -> set[str]:
-    """Names of the weights of convolution and linear layers, stem and classifier included."""
-    layers = (nn.modules.conv._ConvNd, nn.Linear)
-    return {
-        f"{name}.weight".lstrip(".")
-        for name, module in model.named_modules()
-        if isinstance(module, layers) and isinstance(getattr(module, "weight", None), nn.Parameter)
-    }
 
 
 def train_loss(config: Config) -> Callable[[Tensor, Tensor], Tensor]:

@@ -1,30 +1,19 @@
 """The optimizer by name: pruning options, parameter groups, learning rate."""
 
 import dataclasses
-import fnmatch
-from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.optim import create_optimizer_v2, get_optimizer_info, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
-from torch import Tensor, nn
+from torch import nn
 
-from toolkit.builder.model import prunable_names
 from toolkit.config import Config
+from toolkit.errors import blaming
 from toolkit.log import get_logger
-from toolkit.optim.packed import PackedOptimizer
+from toolkit.optim.param_groups import param_groups
 from toolkit.optim.registry import check_optimizer_name, find_spec, resolve_name
+from toolkit.prune.groups import prunable_names
 from toolkit.prune.schedule import Schedule
-
-__all__ = [
-    "apply_recipe",
-    "base_learning_rate",
-    "create_optimizer",
-    "keep_zeros",
-    "pruning_schedule",
-    "resolve_optimizer",
-    "total_epochs",
-]
 
 _log = get_logger()
 
@@ -33,6 +22,13 @@ def resolve_optimizer(config: Config) -> tuple[str, str]:
     """Name in timm's factory and pruning method; checks that they and --sparsity fit together."""
     name, method = resolve_name(config.opt, config.pruning)
     check_optimizer_name(name)
+    refusal = _cannot_train(name)
+    if refusal:
+        raise ValueError(f"--opt {config.opt} cannot train here: {refusal}; choose another, --help lists them")
+    info = get_optimizer_info(name.removeprefix("lookahead_"))
+    betas = info.num_betas if info.has_betas else 0
+    if config.opt_betas is not None and len(config.opt_betas) != betas:
+        raise ValueError(f"--opt-betas: --opt {name} takes {betas or 'none'}; give as many, or leave the flag out")
     if method != "none":
         if config.sparsity is None:
             raise ValueError(
@@ -49,6 +45,16 @@ def resolve_optimizer(config: Config) -> tuple[str, str]:
             "or state, or use --opt adamwprune"
         )
     return name, method
+
+
+def _cannot_train(name: str) -> str | None:
+    """Why an optimizer of timm's does not work with the training step, if so."""
+    name = name.removeprefix("lookahead_")
+    if get_optimizer_info(name).second_order:
+        return "it needs second derivatives, which backward does not keep the graph for"
+    if name in ("kron", "kronc", "kronw"):
+        return "it compiles parts of itself at the first step, which the memory probe watches and breaks"
+    return None
 
 
 def apply_recipe(config: Config, opt: str) -> Config:
@@ -85,22 +91,6 @@ def pruning_schedule(config: Config, method: str, total_steps: int) -> Schedule:
     return Schedule(config.sparsity, begin, end, config.prune_frequency)
 
 
-def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Groups by (prunable, decayed): timm's rule for decay, our mark for pruning, names for messages."""
-    prunable = prunable_names(model)
-    exempt: set[str] = set(getattr(model, "no_weight_decay", set)())
-    groups: dict[tuple[bool, bool], list[tuple[str, Tensor]]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            spared = any(fnmatch.fnmatch(name, pattern) for pattern in exempt)
-            decays = parameter.ndim > 1 and not name.endswith(".bias") and not spared
-            groups.setdefault((name in prunable, decays), []).append((name, parameter))
-    return [
-        {"params": named, "weight_decay": weight_decay if decays else 0.0, "prunable": may_prune}
-        for (may_prune, decays), named in sorted(groups.items(), key=lambda item: item[0])
-    ]
-
-
 def create_optimizer(
     config: Config, model: nn.Module, opt: str, lr: float, schedule: Schedule
 ) -> torch.optim.Optimizer:
@@ -114,27 +104,21 @@ def create_optimizer(
         arguments |= {**dataclasses.asdict(schedule), "scope": config.prune_scope, "regrow": config.prune_regrow}
         if config.prune_score is not None:
             arguments["score"] = config.prune_score
-    try:
-        return create_optimizer_v2(
-            model, **arguments, param_group_fn=lambda m: _parameter_groups(m, config.weight_decay)
-        )
-    except TypeError as error:
-        raise ValueError(f"--opt {opt} does not take one of its arguments ({error}); see --opt-kwargs") from None
+    remedy = "see --opt-kwargs, --opt-betas and --opt-eps"
+    with blaming(f"--opt {opt} does not take one of its arguments", remedy):
+        return create_optimizer_v2(model, **arguments, param_group_fn=lambda m: param_groups(m, config.weight_decay))
 
 
 def keep_zeros(optimizer: torch.optim.Optimizer, model: nn.Module, config: Config, schedule: Schedule) -> None:
     """Have a pruned --initial-checkpoint stay pruned, from the first step on."""
-    if not (config.initial_checkpoint and schedule.on):
+    if not (config.initial_checkpoint and schedule.enabled):
         return
     names = prunable_names(model)
     weights = [parameter for name, parameter in model.named_parameters() if name in names]
     zeros = sum(int((weight == 0).sum()) for weight in weights)
     if not zeros:
         return
-    if isinstance(optimizer, PackedOptimizer) and not hasattr(optimizer, "pruner"):
-        optimizer.keeps_zeros = True
-    else:
-        optimizer.pruner.keep_zeros()  # type: ignore[attr-defined]
+    optimizer.pruning.keep_zeros()  # type: ignore[attr-defined]
     _log.info(
         "%s: its %d zeros among %d prunable weights stay zeros",
         config.initial_checkpoint,

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from toolkit.builder.data import batch_size_per_rank, input_settings
-from toolkit.builder.model import amp_dtype, create_model, prunable_names
+from toolkit.builder.model import amp_dtype, create_model
 from toolkit.builder.optimizer import resolve_optimizer
 from toolkit.builder.recompute import checkpoint_activations
 from toolkit.config import Config
@@ -26,9 +26,8 @@ from toolkit.memory.activations import track_step
 from toolkit.memory.arithmetic import ParameterFacts, predict_optimizer_rows
 from toolkit.memory.ledger import is_optimizer_row
 from toolkit.optim.registry import OptimizerSpec, find_spec
-from toolkit.prune.mask import mask_of, unpack_bits
-
-__all__ = ["Prediction", "parse_bytes", "predict", "predict_run", "rows_between_steps", "to_text"]
+from toolkit.prune.groups import prunable_names
+from toolkit.prune.mask import unpack_bits
 
 # Reserved over allocated in replays of torch's allocator (12 to 19 %), and a GPU context.
 RESERVED_OVER_ALLOCATED = 1.18
@@ -189,7 +188,7 @@ def predict_run(
     opt, method = resolve_optimizer(config)
     facts = []
     for parameter in engine.module.parameters():
-        mask, numel = mask_of(engine.inner_optimizer.state.get(parameter, {})), parameter.numel()
+        mask, numel = engine.optimizer_state.get(parameter, {}).get("mask"), parameter.numel()
         survivors = numel if mask is None else int(unpack_bits(mask, numel).sum())
         facts.append(ParameterFacts(numel, mask is not None, survivors, parameter.itemsize, parameter.requires_grad))
     buffers = sum(b.nbytes for b in engine.module.buffers())

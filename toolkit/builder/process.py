@@ -26,15 +26,9 @@ from toolkit.engine.history import is_complete
 from toolkit.engine.lock import FolderLock
 from toolkit.engine.snapshot import IDENTITY
 from toolkit.errors import RunCompleteError
+from toolkit.files import inside, refuse_links_out
 from toolkit.log import get_logger, start_logging
 from toolkit.process import die_with_parent
-
-__all__ = [
-    "create_accelerator",
-    "die_with_launcher",
-    "run_folder",
-    "seed_everything",
-]
 
 _log = get_logger()
 
@@ -90,7 +84,7 @@ def run_folder(
     if config.resume == "auto" and not config.experiment:
         raise ValueError("--resume auto needs --experiment, the name of the run folder to go on with")
     name = config.experiment or f"{time.strftime('%Y%m%d-%H%M%S')}-{config.model.replace('/', '-')}-{opt}"
-    folder = Path(config.output) / world.gather(name)[0]  # rank 0's clock
+    folder = inside(Path(config.output), world.gather(name)[0], "--experiment")  # rank 0's clock
     lock = _take(folder, world)  # before looking: what another run writes there is not to be judged
     try:
         checkpoint = _start_of(config, folder, world)
@@ -130,6 +124,7 @@ def _take(folder: Path, world: World) -> FolderLock | None:
     if world.is_main:
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            refuse_links_out(folder)
             lock = FolderLock(folder)
         except (ValueError, OSError) as error:
             problem = error

@@ -11,8 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["checkpoint_activations"]
-
 
 def checkpoint_activations(model: nn.Module, name: str) -> None:
     """Switch checkpointing on. Raises ValueError where timm's model has none."""

@@ -4,8 +4,6 @@ from pathlib import Path
 
 from toolkit.config import Config
 
-__all__ = ["FREE_ON_RESUME", "check_same_settings"]
-
 # Settings a resumed run may change: where it writes, how fast it reads, how often it speaks. The batch is compared as
 # the global one, the data by fingerprint.
 FREE_ON_RESUME = {

@@ -16,7 +16,7 @@ from toolkit.builder.accelerator import create_engine
 from toolkit.builder.batch import confirm_batch_size, with_automatic_batch_size
 from toolkit.builder.data import augment, create_loaders, input_settings, open_data, to_inputs
 from toolkit.builder.metadata import describe, run_facts, write_args
-from toolkit.builder.model import create_model, place_model, prunable_names, train_loss
+from toolkit.builder.model import create_model, place_model, train_loss
 from toolkit.builder.optimizer import (
     apply_recipe,
     base_learning_rate,
@@ -38,9 +38,8 @@ from toolkit.log import get_logger
 from toolkit.memory.ledger import Owners, find_owners
 from toolkit.memory.phases import Phase, plan_phases
 from toolkit.memory.recorder import RANKS_FOLDER, MemoryLog
+from toolkit.prune.groups import prunable_names
 from toolkit.prune.schedule import Schedule
-
-__all__ = ["build_run"]
 
 
 def build_run(config: Config) -> Run:
@@ -117,7 +116,7 @@ def _engine(
     optimizer = create_optimizer(config, module, opt, lr, schedule)
     keep_zeros(optimizer, module, config, schedule)
     scheduler, _ = create_scheduler_v2(optimizer, **scheduler_kwargs(config), updates_per_epoch=steps_per_epoch)
-    return create_engine(config, opt, accelerator, module, optimizer, schedule, world), scheduler
+    return create_engine(config, opt, accelerator, module, optimizer, world), scheduler
 
 
 def _prunable(module: nn.Module) -> list[tuple[str, Tensor]]:
@@ -128,7 +127,7 @@ def _prunable(module: nn.Module) -> list[tuple[str, Tensor]]:
 
 def _owners(engine: Engine, ema: nn.Module | None, in_buckets: bool) -> Owners:
     """Whose tensors the memory ledger counts. (The optimizer's state is looked up anew: a load replaces it.)"""
-    return find_owners(engine.module, engine.inner_optimizer.state, ema=ema, in_buckets=in_buckets)
+    return find_owners(engine.module, engine.optimizer_state, ema=ema, in_buckets=in_buckets)
 
 
 def _phases(config: Config, plan: Plan, schedule: Schedule) -> list[Phase]:

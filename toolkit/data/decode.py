@@ -17,7 +17,16 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import (
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    JpegImagePlugin,
+    PngImagePlugin,
+    PpmImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
 from torch import Tensor
 
 try:
@@ -28,10 +37,18 @@ except ImportError:
         "simplejpeg is not installed: PIL decodes, same pixels, about 0.5 ms an image more"
     )
 
-__all__ = ["BadImageError", "EvalTransform", "TimmTransform", "TrainTransform", "decode_rgb", "sample_generator"]
-
 # PIL's own warning limit; 266 MB once decoded.
 MAX_PIXELS = 89_478_485
+# PIL has readers for forty more formats, one of which starts Ghostscript on what it is given.
+_READERS = (
+    JpegImagePlugin.JpegImageFile,
+    PngImagePlugin.PngImageFile,
+    WebPImagePlugin.WebPImageFile,
+    BmpImagePlugin.BmpImageFile,
+    GifImagePlugin.GifImageFile,
+    TiffImagePlugin.TiffImageFile,
+    PpmImagePlugin.PpmImageFile,
+)
 
 Transform = Callable[[np.ndarray, np.random.Generator], Tensor]
 
@@ -44,7 +61,7 @@ def decode_rgb(data: bytes) -> np.ndarray:
     """Image bytes -> uint8 [height, width, 3]. Raises BadImageError.
 
     simplejpeg is strict: it refuses truncated JPEGs. What it refuses PIL may still take (PNG, CMYK, extra bytes).
-    Images of more than MAX_PIXELS are refused before they are decoded.
+    Images of more than MAX_PIXELS are refused before they are decoded. 16-bit pixels keep their upper byte.
     """
     if simplejpeg is not None:
         try:
@@ -54,11 +71,21 @@ def decode_rgb(data: bytes) -> np.ndarray:
         except (ValueError, KeyError):  # KeyError: a header with a colour space it has no name for
             pass  # PIL decides
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=[reader.format for reader in _READERS]) as image:
             _check_pixels(*image.size)
-            return np.array(image.convert("RGB"))  # a copy: torch wants memory it may write to
+            return _to_rgb(image)
     except _DAMAGE as error:
         raise BadImageError(str(error)) from error
+
+
+def _to_rgb(image: Image.Image) -> np.ndarray:
+    # PIL takes the upper byte of 16-bit colour, but cuts 16-bit grey off at 255.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        grey = np.asarray(image)  # in the file's byte order, which the shift minds
+        return np.repeat((grey >> 8).astype(np.uint8)[..., np.newaxis], 3, axis=2)
+    if image.mode in ("I", "F"):
+        raise BadImageError(f"pixels of 32 bits (mode {image.mode}) have no known white; save it with 8 or 16")
+    return np.array(image.convert("RGB"))  # a copy: torch wants memory it may write to
 
 
 def _check_pixels(width: int, height: int) -> None:
@@ -79,6 +106,7 @@ _DAMAGE = (
     struct.error,
     zlib.error,
     Image.DecompressionBombError,
+    Image.DecompressionBombWarning,  # where warnings are errors; the size is refused either way
 )
 
 

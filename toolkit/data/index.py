@@ -9,35 +9,25 @@ import hashlib
 import json
 import multiprocessing
 import os
-import tarfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from toolkit.files import cache_folder, locked
-from toolkit.log import get_logger
+from toolkit.data.info import INFO_NAME, check_shard_names, read_info, split_entry
+from toolkit.data.tar import LOST, MAX_IMAGE_BYTES, LeftOut, leave_out, scan_shard
+from toolkit.files import cache_folder, locked, write_atomically
+from toolkit.log import get_logger, printable
 
-__all__ = [
-    "INFO_NAME",
-    "ShardIndex",
-    "check_count",
-    "index_path",
-    "load_split",
-    "read_index",
-    "read_info",
-    "scan_shards",
-    "split_entry",
-]
-
-INFO_NAME = "_info.json"
 _SCAN_ALONE = 16  # shards that one process scans; more are shared by several
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 _DTYPES = {"shard": np.int32, "offset": np.int64, "size": np.int32, "label": np.int32, "crc32": np.uint32}
+_STORED = {"shard": "I32", "offset": "I64", "size": "I32", "label": "I32", "crc32": "U32"}  # safetensors' names
+# 24 bytes a row: 44 million images. It is read whole, so more than that is not taken.
+INDEX_LIMIT_BYTES = 2**30
+MAX_LEFT_OUT = 1e-4  # share of images that may be left out, as --max-bad-images; ten are always let by
 
 
 @dataclass(frozen=True)
@@ -45,7 +35,8 @@ class ShardIndex:
     """One row per sample, in shard order: shard number, offset and size in bytes of the image, label, crc32 of it.
 
     `folder` holds the files `names`, of `shard_bytes` bytes each. An index made by a scan of headers has no checksums
-    (crc32 is 0), and in `modified_ns` the times at which the shards it read had last been changed.
+    (crc32 is 0), and in `modified_ns` the times at which the shards it read had last been changed. `left_out` counts
+    what the shards hold and no row stands for, by reason.
     """
 
     folder: Path
@@ -58,6 +49,7 @@ class ShardIndex:
     crc32: np.ndarray
     has_checksums: bool = True
     modified_ns: tuple[int, ...] = ()
+    left_out: LeftOut = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.shard)
@@ -89,14 +81,14 @@ class ShardIndex:
             **columns,
             has_checksums=all(part.has_checksums for part in parts),
             modified_ns=sum((part.modified_ns for part in parts), ()),
+            left_out=_summed(part.left_out for part in parts),
         )
 
     def check_files(self) -> None:
         """Raise ValueError that names the first shard that is missing or has another size than the index says."""
         for name, expected in zip(self.names, self.shard_bytes, strict=True):
             path = self.folder / name
-            if not path.is_file():
-                raise ValueError(f"shard {path} is missing; build it again or take the split out of {INFO_NAME}")
+            _check_is_file(path)
             actual = path.stat().st_size
             if actual != expected:
                 raise ValueError(
@@ -113,12 +105,11 @@ class ShardIndex:
         facts: dict[str, Any] = {"schema": "shard-index/1", "names": self.names, "bytes": self.shard_bytes}
         if not self.has_checksums:
             facts |= {"has_checksums": False, "modified_ns": self.modified_ns}
+        if self.left_out:
+            facts["left_out"] = self.left_out
         shards = json.dumps(facts)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # ranks may scan at once
         content = save(arrays, metadata={"shards": shards})
-        temporary.write_bytes(content)
-        temporary.replace(path)
+        write_atomically(path, content)  # ranks may scan at once
         return hashlib.sha256(content).hexdigest()
 
 
@@ -127,43 +118,10 @@ def index_path(folder: Path, split: str) -> Path:
     return folder / f"{split}.index.safetensors"
 
 
-def read_info(folder: str | Path) -> dict[str, Any]:
-    """The folder's `_info.json`, as timm's ReaderWds reads it, or one made up from the names of its shards.
-
-    Raises ValueError where there are neither, or where it is broken.
-    """
-    if not folder:
-        raise ValueError("--data-dir is missing; name a folder of shards (python -m shards.digits makes one)")
-    path = Path(folder) / INFO_NAME
-    try:
-        info = json.loads(path.read_text())
-    except FileNotFoundError:
-        return _info_from_names(Path(folder))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON ({error}); build the shards again") from None
-    if not isinstance(info.get("splits"), dict):
-        raise ValueError(f"{path} has no splits; expected the layout of timm's ReaderWds")
-    return info
-
-
-def _info_from_names(folder: Path) -> dict[str, Any]:
-    """Splits by the words train and val in the shards' names."""
-    splits: dict[str, dict[str, Any]] = {}
-    for path in sorted(folder.glob("*.tar")):
-        words = path.stem.lower()
-        split = "train" if "train" in words else "validation" if "val" in words else "test" if "test" in words else ""
-        if split:
-            splits.setdefault(split, {"name": split, "filenames": []})["filenames"].append(path.name)
-    if not splits:
-        raise ValueError(
-            f"--data-dir {folder} has no {INFO_NAME} and no shards named *train*.tar and *val*.tar; "
-            f"make some first: python -m shards.digits --out {folder}"
-        )
-    return {"name": folder.name, "splits": splits}
-
-
-def load_split(folder: Path, split: str) -> ShardIndex:
+def load_split(folder: Path, split: str, max_left_out: float = MAX_LEFT_OUT) -> ShardIndex:
     """Open a split: its index, made by one scan of the shards' headers where there is none, checked against the files.
+
+    What the shards hold and the index does not is said; more images than `max_left_out` of all are a ValueError.
 
     A scanned index is kept beside the shards, or in a cache folder where that cannot be written to, and made again when
     a shard has changed. One that was built with the shards is never: a shard that differs from it is an error.
@@ -180,19 +138,24 @@ def load_split(folder: Path, split: str) -> ShardIndex:
                 index = scan_shards(folder, names, run=_in_processes if len(names) > _SCAN_ALONE else map)
                 index.save(path)
     index.check_files()
-    check_count(index, entry, str(folder))
+    check_count(index, entry, str(folder), max_left_out)
     return index
 
 
-def split_entry(info: dict[str, Any], split: str, place: str) -> dict[str, Any]:
-    """A split's entry of `_info.json`. Raises ValueError that lists the splits where it has none."""
-    if split not in info["splits"]:
-        raise ValueError(f"split {split!r} is not in {INFO_NAME} of {place}; it has {', '.join(info['splits'])}")
-    return dict(info["splits"][split])
+def check_count(index: ShardIndex, entry: dict[str, Any], place: str, max_left_out: float = MAX_LEFT_OUT) -> None:
+    """Raise ValueError where a split has another number of samples than its `_info.json` says, or lost too many.
 
-
-def check_count(index: ShardIndex, entry: dict[str, Any], place: str) -> None:
-    """Raise ValueError where a split has another number of samples than its `_info.json` says."""
+    What was left out is said by reason.
+    """
+    lines = [f"{count:,} {reason}, first {first}" for reason, (count, first) in index.left_out.items()]
+    lost = sum(count for reason, (count, _) in index.left_out.items() if reason in LOST)
+    if lost > max(10, max_left_out * (len(index) + lost)) or (lost and not len(index)):
+        raise ValueError(
+            printable(f"split {entry['name']!r} of {place} would leave out {'; '.join(lines)}; ")
+            + "name each sample's files KEY.jpg and KEY.cls, KEY without dots, or raise --max-bad-images"
+        )
+    for line in lines:
+        get_logger().warning("split %r of %s: left out %s", entry["name"], place, printable(line))
     expected = entry.get("num_samples", len(index))
     if len(index) != expected:
         raise ValueError(
@@ -232,20 +195,90 @@ def _unchanged(index: ShardIndex, names: Sequence[str]) -> bool:
 
 
 def read_index(folder: Path, path: Path) -> ShardIndex:
-    """The index saved at `path`, of shards in `folder`."""
-    from safetensors import safe_open
+    """The index saved at `path`, of shards in `folder`.
 
-    with safe_open(str(path), framework="np") as file:
-        shards = json.loads(file.metadata()["shards"])
-        arrays = {key: file.get_tensor(key) for key in _DTYPES}
+    Raises ValueError where it is none, or says what its own shards cannot hold: it may be a stranger's.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if path.stat().st_size > INDEX_LIMIT_BYTES:
+        raise ValueError(f"{path} is larger than {INDEX_LIMIT_BYTES:,} bytes; such an index is not taken")
+    try:
+        with safe_open(str(path), framework="np") as file:  # holds the header against the file's length
+            stored = {key: file.get_slice(key) for key in _DTYPES}
+            facts = json.loads((file.metadata() or {}).get("shards", "null"))
+            if not isinstance(facts, dict):
+                raise ValueError("it does not say of which shards")
+            for key, column in stored.items():
+                if column.get_dtype() != _STORED[key] or column.get_shape() != [stored["shard"].get_shape()[0]]:
+                    raise ValueError(f"{key} is no column of {_STORED[key]}, as long as the others")
+            arrays = {key: file.get_tensor(key) for key in _DTYPES}
+    except (SafetensorError, ValueError, IndexError, RecursionError) as error:
+        raise ValueError(f"{path} is no index ({error}); delete it, or build the shards again") from None
+    index = _with_facts(folder, facts, arrays, path)
+    _check_rows(index, path)
+    return index
+
+
+def _with_facts(folder: Path, facts: dict[str, Any], arrays: dict[str, np.ndarray], path: Path) -> ShardIndex:
+    """The index of these columns; raises ValueError where `facts`, its JSON, are not of their types."""
+    names = check_shard_names(facts.get("names"), str(path))
+    numbers: dict[str, tuple[int, ...]] = {}
+    for key, lengths in (("bytes", {len(names)}), ("modified_ns", {0, len(names)})):
+        values = facts.get(key, [])
+        whole = isinstance(values, list) and all(type(value) is int and 0 <= value < 2**63 for value in values)
+        if not whole or len(values) not in lengths:
+            raise ValueError(f"{path}: {key} is not a whole number a shard; delete it, or build the shards again")
+        numbers[key] = tuple(values)
     return ShardIndex(
         folder,
-        tuple(shards["names"]),
-        tuple(shards["bytes"]),
+        tuple(names),
+        numbers["bytes"],
         **arrays,
-        has_checksums=shards.get("has_checksums", True),
-        modified_ns=tuple(shards.get("modified_ns", ())),
+        has_checksums=facts.get("has_checksums", True) is True,
+        modified_ns=numbers["modified_ns"],
+        left_out=_checked_left_out(facts.get("left_out", {}), path),
     )
+
+
+def _checked_left_out(left_out: Any, path: Path) -> LeftOut:
+    try:
+        checked = {str(reason): (count, first) for reason, (count, first) in left_out.items()}
+        sound = all(type(n) is int and 0 <= n < 2**63 and isinstance(first, str) for n, first in checked.values())
+    except (AttributeError, TypeError, ValueError):
+        sound = False
+    if not sound:
+        raise ValueError(f"{path}: left_out is no count by reason; delete it, or build the shards again")
+    return checked
+
+
+def _summed(parts: Iterable[LeftOut]) -> LeftOut:
+    total: LeftOut = {}
+    for part in parts:
+        for reason, (count, first) in part.items():
+            leave_out(total, reason, first, count)
+    return total
+
+
+def _check_rows(index: ShardIndex, path: Path) -> None:
+    """Raise ValueError that names the first row which is not within its shard, or has no label."""
+    known = (index.shard >= 0) & (index.shard < len(index.names))
+    ends = np.array(index.shard_bytes, np.int64)[np.where(known, index.shard, 0)]
+    inside = (index.offset >= 0) & (index.size >= 0) & (index.offset <= ends - index.size)
+    wrong = np.flatnonzero(~(known & inside & (index.size <= MAX_IMAGE_BYTES) & (index.label >= 0)))
+    if len(wrong):
+        row = {key: int(getattr(index, key)[wrong[0]]) for key in _DTYPES}
+        raise ValueError(
+            f"{path}: image {wrong[0]} ({row}) is not within its shard, has more than {MAX_IMAGE_BYTES:,} bytes or no "
+            "label; delete it, or build the shards again"
+        )
+
+
+def _check_is_file(path: Path) -> None:
+    if path.is_dir():
+        raise ValueError(f"shard {path} is a folder; pack its files into a tar of that name")
+    if not path.is_file():
+        raise ValueError(f"shard {path} is missing; build it again or take the split out of {INFO_NAME}")
 
 
 def _in_processes(function: Any, *iterables: Any) -> Iterator[Any]:
@@ -263,11 +296,10 @@ def scan_shards(
     """
     paths = [folder / name for name in names]
     for path in paths:
-        if not path.is_file():
-            raise ValueError(f"shard {path} is missing; build it again or take the split out of {INFO_NAME}")
+        _check_is_file(path)
     stats = [path.stat() for path in paths]
-    found = run(functools.partial(_scan_shard, checksums=checksums), paths)
-    rows = [(number, *sample) for number, samples in enumerate(found) for sample in samples]
+    found = list(run(functools.partial(scan_shard, checksums=checksums), paths))
+    rows = [(number, *sample) for number, (samples, _) in enumerate(found) for sample in samples]
     columns = np.array(rows, dtype=np.int64).reshape(-1, len(_DTYPES)).T
     arrays = {key: column.astype(dtype) for (key, dtype), column in zip(_DTYPES.items(), columns, strict=True)}
     return ShardIndex(
@@ -277,43 +309,5 @@ def scan_shards(
         **arrays,
         has_checksums=checksums,
         modified_ns=() if checksums else tuple(stat.st_mtime_ns for stat in stats),
+        left_out=_summed(left_out for _, left_out in found),
     )
-
-
-def _scan_shard(path: Path, checksums: bool) -> list[tuple[int, int, int, int]]:
-    """(offset, size, label, crc32) of each sample. Keys end at the first dot, as in webdataset."""
-    images: dict[str, tuple[int, int, int]] = {}
-    labels: dict[str, int] = {}
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if not member.isfile():
-                    continue
-                folder, _, base = member.name.rpartition("/")
-                key, _, suffix = base.partition(".")
-                key = f"{folder}/{key}"
-                if suffix.lower() == "cls":
-                    labels[key] = int(_content(tar, member))
-                elif suffix.lower() in IMAGE_SUFFIXES:
-                    crc = zlib.crc32(_content(tar, member)) if checksums else 0
-                    images[key] = (member.offset_data, member.size, crc)
-            end = tar.offset
-        with open(path, "rb") as file:
-            # tarfile takes a file that ends after a member for a whole tar; a whole one ends with empty blocks.
-            if os.pread(file.fileno(), tarfile.BLOCKSIZE, end) != bytes(tarfile.BLOCKSIZE):
-                raise ValueError("it is cut short: the end mark is missing")
-    except (tarfile.TarError, ValueError) as error:
-        raise ValueError(f"shard {path} cannot be read ({error}); build or copy it again") from None
-    unpaired = sorted(images.keys() ^ labels.keys())
-    if unpaired:
-        raise ValueError(f"shard {path}: sample {unpaired[0]!r} lacks its image or its .cls; build it again")
-    return [(offset, size, labels[key], crc) for key, (offset, size, crc) in images.items()]
-
-
-def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    file = tar.extractfile(member)
-    assert file is not None, member.name
-    data = file.read()
-    if len(data) != member.size:
-        raise ValueError(f"it is cut short in {member.name}")
-    return data

@@ -6,6 +6,7 @@ can be empty, and resuming at (epoch, step) reads nothing that is not trained on
 
 import math
 import os
+import shutil
 import zlib
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -25,11 +26,8 @@ from toolkit.data.order import (
     micro_batch_slice,
     steps_per_epoch,
 )
-from toolkit.data.remote import ShardCache
+from toolkit.data.shard_cache import ShardCache
 from toolkit.log import get_logger
-
-__all__ = ["Batch", "EvalLoader", "TrainLoader"]
-
 
 _OPEN_FILES = 64  # of a worker; 1,024 shards would use up what a process may open
 _COMPLAINTS = 5
@@ -241,6 +239,21 @@ def _worker_options(workers: int, pin_memory: bool) -> dict[str, object]:
     }
 
 
+def _with_room_named(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The batches; where workers find no room in shared memory, an OSError that says how much there is."""
+    try:
+        yield from batches
+    except RuntimeError as error:
+        text = str(error)
+        if not any(sign in text for sign in ("Bus error", "shared memory", "No space left on device")):
+            raise
+        room_kib = shutil.disk_usage("/dev/shm").total // 1024
+        raise OSError(
+            f"the data workers have no room for their batches in /dev/shm, which has {room_kib:,} KiB; use "
+            "--workers 0, or make it larger (docker run --shm-size 8g)"
+        ) from error
+
+
 class TrainLoader:
     """This rank's micro-batches of an epoch, `accumulation` to an optimizer step."""
 
@@ -278,7 +291,7 @@ class TrainLoader:
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """Batches of `epoch` from `start_step` on."""
         self._keys.epoch, self._keys.start = epoch, start_step
-        return iter(self._loader)
+        return _with_room_named(iter(self._loader))
 
 
 class EvalLoader:
@@ -303,7 +316,7 @@ class EvalLoader:
         self._loader = DataLoader(batches, **_worker_options(workers, pin_memory))  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[Batch]:
-        return iter(self._loader)
+        return _with_room_named(iter(self._loader))
 
     def __len__(self) -> int:
         return len(self._loader)

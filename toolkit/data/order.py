@@ -8,16 +8,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-__all__ = [
-    "PADDING",
-    "epoch_order",
-    "epoch_windows",
-    "evaluation_slices",
-    "generator",
-    "micro_batch_slice",
-    "steps_per_epoch",
-]
-
 PADDING = -1  # sample number of the padded tail in evaluation: weight 0
 
 

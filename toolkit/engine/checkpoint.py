@@ -9,9 +9,12 @@ keeps its index as a pickle, which can.)
 import contextlib
 import io
 import json
+import pickle
 import re
 import shutil
+import stat
 import warnings
+import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,22 +26,9 @@ from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from toolkit.dist import World
-from toolkit.files import sync_to_disk, write_atomically
+from toolkit.files import inside, read_json, sync_to_disk, write_atomically
 from toolkit.log import get_logger
 from toolkit.memory.ledger import storage_key
-
-__all__ = [
-    "CheckpointStore",
-    "complete_checkpoints",
-    "damage_of",
-    "discard_after",
-    "load_checkpoint",
-    "newest_checkpoint",
-    "random_state",
-    "read_identity",
-    "restore_random_state",
-    "step_of",
-]
 
 _STATE, _TENSORS, _COMPLETE, _BEST = "state.pt", "tensors", "COMPLETE", "best.json"
 
@@ -68,7 +58,12 @@ def step_of(folder: Path) -> int:
 
 def complete_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    return sorted((path.parent for path in folder.glob(f"step-*/{_COMPLETE}")), key=step_of)
+    found = (path.parent for path in folder.glob(f"step-*/{_COMPLETE}"))
+    return sorted((path for path in found if _is_named_by_step(path)), key=step_of)
+
+
+def _is_named_by_step(folder: Path) -> bool:
+    return re.fullmatch(r"step-[0-9]+", folder.name) is not None
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -77,11 +72,31 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return complete[-1] if complete else None
 
 
+def best_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint of the best epoch so far, by best.json, or None. Raises ValueError where that names none."""
+    if not (folder / _BEST).is_file():
+        return None
+    best = read_json(folder / _BEST)
+    return inside(folder, best.get("checkpoint") if isinstance(best, dict) else None, f"{folder / _BEST}: checkpoint")
+
+
 def read_identity(path: Path) -> dict[str, Any]:
     """What a checkpoint says it belongs to. Raises ValueError where the folder is not a complete checkpoint."""
-    if not (path / _COMPLETE).is_file() or not re.fullmatch(r"step-\d+", path.name):
+    if not (path / _COMPLETE).is_file() or not _is_named_by_step(path):
         raise ValueError(f"{path} is not a complete checkpoint, a step-<number> folder; --resume auto finds the newest")
-    return json.loads((path / _COMPLETE).read_text())["identity"] or {}
+    identity, _ = _read_mark(path)
+    return identity
+
+
+def _read_mark(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """(identity, file -> checksum) by a checkpoint's mark. Raises ValueError for other shapes and unsafe names."""
+    mark = read_json(path / _COMPLETE)
+    identity, files = (mark.get("identity"), mark.get("files", {})) if isinstance(mark, dict) else (None, None)
+    if not isinstance(identity or {}, dict) or not isinstance(files, dict):
+        raise ValueError(f"{path / _COMPLETE} is not the mark of a checkpoint; take another one")
+    for name in files:
+        inside(path, name, f"{path / _COMPLETE}: file")
+    return identity or {}, files
 
 
 def discard_after(folder: Path, step: int) -> list[str]:
@@ -95,11 +110,10 @@ def discard_after(folder: Path, step: int) -> list[str]:
 def damage_of(path: Path) -> str | None:
     """What is wrong with a complete checkpoint's files, None where they are as they were written."""
     try:
-        files = json.loads((path / _COMPLETE).read_text())["files"]
-        for name, checksum in files.items():
-            if _checksum(path / name) != checksum:
+        for name, checksum in _read_mark(path)[1].items():
+            if not stat.S_ISREG((path / name).stat().st_mode) or _checksum(path / name) != checksum:
                 return f"{name} is not as it was written"
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
     return None
 
@@ -115,10 +129,18 @@ def _checksum(path: Path) -> int:
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint folder: state.pt, with the tensors under `model`, `ema` and `optimizer.state` by name.
 
-    Raises ValueError where it is not a complete one.
+    Raises ValueError where it is not a complete one, or holds what could run code or take more memory than its files.
     """
     read_identity(path)
-    state = torch.load(path / _STATE, map_location="cpu", weights_only=True)
+    file = inside(path, _STATE, f"{path}:")
+    try:
+        with zipfile.ZipFile(file) as parts:  # torch stores them as they are; packed, little could become much
+            if any(part.compress_type != zipfile.ZIP_STORED for part in parts.infolist()):
+                raise ValueError(f"{file} is compressed, as no checkpoint of this toolkit is; take another one")
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise ValueError(f"{file} holds more than plain values (weights_only refuses it): {reason}") from None
     for key, tensor in _read_tensors(path / _TENSORS).items():
         kind, _, name = key.partition(".")
         if kind == "optimizer":
@@ -133,6 +155,12 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     if not folder.is_dir():
         return {}
     metadata: dict[str, Any] = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    claimed = sum(facts.size.numel() * facts.properties.dtype.itemsize for facts in metadata.values())
+    stored = sum(inside(folder, path.name, f"{folder}:").stat().st_size for path in folder.glob("*.safetensors"))
+    if claimed > stored:  # parts of a tensor may say where in it they lie
+        raise ValueError(
+            f"{folder} claims {claimed:,} bytes of tensors in files of {stored:,}; take another checkpoint"
+        )
     tensors = {key: torch.empty(facts.size, dtype=facts.properties.dtype) for key, facts in metadata.items()}
     with _quiet():
         dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
@@ -224,10 +252,9 @@ class CheckpointStore:
         return final
 
     def _prune(self) -> None:
-        best = self._folder / _BEST
-        keep = {json.loads(best.read_text())["checkpoint"]} if best.exists() else set()
+        best = best_checkpoint(self._folder)
         for path in complete_checkpoints(self._folder)[: -self._history]:
-            if path.name not in keep:
+            if path != best:
                 shutil.rmtree(path)
         for path in self._folder.glob("tmp-*"):
             shutil.rmtree(path, ignore_errors=True)

@@ -8,8 +8,6 @@ from torch import nn
 
 from toolkit.engine.run import Run
 
-__all__ = ["EvalResult", "evaluate"]
-
 _BETWEEN = 8  # batches from one call of `between` to the next
 
 

@@ -6,9 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from toolkit.files import replacing, write_atomically
-
-__all__ = ["SUMMARY_COLUMNS", "History", "is_complete", "write_records"]
+from toolkit.files import read_json, replacing, write_atomically
 
 # timm's columns first, in timm's order.
 SUMMARY_COLUMNS = (
@@ -53,8 +51,8 @@ class History:
 def is_complete(folder: Path) -> bool:
     """Whether a run folder holds a finished run."""
     try:
-        return bool(json.loads((folder / "metrics.json").read_text())["completed"])
-    except (OSError, ValueError, KeyError):
+        return bool(read_json(folder / "metrics.json")["completed"])
+    except (OSError, ValueError, KeyError, TypeError):
         return False
 
 

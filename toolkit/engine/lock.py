@@ -7,8 +7,6 @@ from pathlib import Path
 
 from toolkit.log import get_logger
 
-__all__ = ["FolderLock"]
-
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 

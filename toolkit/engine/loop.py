@@ -11,19 +11,18 @@ from timm.utils import distribute_bn
 from toolkit.engine.evaluate import EvalResult, evaluate
 from toolkit.engine.history import History, write_records
 from toolkit.engine.masks import AverageMasks, check_masks
-from toolkit.engine.metrics import MIB, Metrics
+from toolkit.engine.metrics import Metrics
 from toolkit.engine.run import Run
 from toolkit.engine.signals import StopRequest
 from toolkit.engine.snapshot import load_snapshot, save_snapshot
 from toolkit.engine.step import train_step
 from toolkit.errors import InterruptedRunError, LostRankError, RunError, SparsityError, TooManyBadImagesError
 from toolkit.log import get_logger
+from toolkit.markdown import MIB
 from toolkit.memory.ledger import count_bytes, optimizer_bytes
 from toolkit.memory.probe import StepProbe
 from toolkit.memory.report import write_report, write_report_of_survivors
 from toolkit.progress import Progress, duration
-
-__all__ = ["train", "train_epoch"]
 
 _log = get_logger()
 
@@ -120,7 +119,7 @@ def train_epoch(run: Run, history: History, stop: StopRequest, metrics: Metrics,
             run.ema.update(run.engine.module, step=update)
             average_masks.apply()
         loss_sum += result.loss
-        if run.schedule.due(update):
+        if run.schedule.is_update_step(update):
             check_masks(run)
             if update == run.schedule.end_step:
                 _release_memory(run)
@@ -231,7 +230,7 @@ def _finish_epoch(run: Run, history: History, stop: StopRequest, metrics: Metric
 
 def _check_sparsity(run: Run) -> None:
     """Fail loudly unless the zeros are those asked for."""
-    if not run.schedule.on:
+    if not run.schedule.enabled:
         return
     zeros, weights = run.sparsity()
     wanted = math.floor(run.schedule.sparsity * weights)

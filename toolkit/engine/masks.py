@@ -7,9 +7,7 @@ from torch import Tensor
 
 from toolkit.engine.run import Run
 from toolkit.errors import MasksDifferError
-from toolkit.prune.mask import flat, zero_pruned
-
-__all__ = ["AverageMasks", "check_masks"]
+from toolkit.prune.mask import flat_view, zero_pruned
 
 
 def _digest(parts: list[bytes]) -> int:
@@ -70,5 +68,5 @@ class AverageMasks:
         """Zero the averages of the weights that were pruned since the last call."""
         for parameter, mask in self._run.masked_parameters():
             if self._applied.get(id(parameter)) is not mask:
-                zero_pruned(flat(self._averages[id(parameter)]), mask)
+                zero_pruned(flat_view(self._averages[id(parameter)]), mask)
                 self._applied[id(parameter)] = mask

@@ -17,12 +17,10 @@ from toolkit.engine.history import History
 from toolkit.engine.run import Run
 from toolkit.engine.step import StepResult
 from toolkit.log import get_logger
+from toolkit.markdown import MIB
 from toolkit.memory.allocator import read_device, read_host
 from toolkit.progress import duration
 
-__all__ = ["MIB", "NUM_MEMORY_COLUMNS", "SCALARS", "Metrics", "memory_columns", "memory_scalars"]
-
-MIB = 2**20
 _SLOW_DATA_PERCENT = 20  # of the time spent waiting for data, above which the log says what to change
 # Scalars over all ranks, and the reading each is made of. The tag without a suffix is the highest of the ranks.
 _MEMORY = {
@@ -143,7 +141,7 @@ class Metrics:
             "train/epoch": update / plan.steps_per_epoch,
             "train/bad_images": bad,
             "pruning/sparsity": zeros / max(weights, 1),
-            "pruning/target_sparsity": run.schedule.target(update),
+            "pruning/target_sparsity": run.schedule.sparsity_at(update),
             **memory_scalars(sums[3:].view_as(columns), on_gpu=run.world.device.type == "cuda"),
             "memory/num_alloc_retries": device["alloc_retries"],
             "memory/num_ooms": device["ooms"],
@@ -166,7 +164,7 @@ class Metrics:
             rate,
             scalars["train/lr"],
             wait,
-            f"  Sparsity: {100 * scalars['pruning/sparsity']:.2f} %" if run.schedule.on else "",
+            f"  Sparsity: {100 * scalars['pruning/sparsity']:.2f} %" if run.schedule.enabled else "",
             duration((plan.total_steps - update) * step_s),
         )
         if wait > _SLOW_DATA_PERCENT and not self._advised:

@@ -13,10 +13,8 @@ from toolkit.engine.checkpoint import CheckpointStore
 from toolkit.engine.engines import Engine
 from toolkit.engine.lock import FolderLock
 from toolkit.memory.recorder import MemoryLog
-from toolkit.prune.mask import mask_of
+from toolkit.prune.pruning import Pruning
 from toolkit.prune.schedule import Schedule
-
-__all__ = ["Plan", "Run"]
 
 
 @dataclass(frozen=True)
@@ -77,10 +75,8 @@ class Run:
 
     def masked_parameters(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(parameter, bit mask) of every parameter that has one."""
-        for parameter, state in self.engine.inner_optimizer.state.items():
-            mask = mask_of(state)
-            if mask is not None:
-                yield parameter, mask
+        pruning: Pruning | None = getattr(self.engine.inner_optimizer, "pruning", None)
+        return iter(()) if pruning is None else pruning.masks()
 
     def sparsity(self) -> tuple[int, int]:
         """(zeros, weights) over the prunable weights the model really has. Call on all ranks."""

@@ -5,8 +5,6 @@ from types import FrameType
 
 from toolkit.process import outlive_parent
 
-__all__ = ["StopRequest"]
-
 
 class StopRequest:
     """Turns Ctrl-C, SIGTERM and SIGUSR1 (Slurm's warning) into a flag that all ranks agree on at the next step.

@@ -10,8 +10,6 @@ from toolkit.engine.history import History
 from toolkit.engine.run import Run
 from toolkit.log import get_logger
 
-__all__ = ["IDENTITY", "load_snapshot", "save_snapshot"]
-
 _log = get_logger()
 
 # What must be the same for a resumed run to be the same run. The number of ranks may change.
@@ -46,9 +44,12 @@ def _save(run: Run, history: History, update: int, metric: float | None, best: b
     for name, tensor in run.engine.weights():
         if run.world.is_main:
             tensors[f"model.{name}"] = tensor
-    for name, key, tensor in run.engine.optimizer_states():
-        if run.world.is_main:
-            tensors[f"optimizer.{key}.{name}"] = tensor
+    plain: dict[str, dict[str, Any]] = {}  # what some of timm's optimizers keep as numbers
+    for name, key, value in run.engine.optimizer_states():
+        if run.world.is_main and isinstance(value, Tensor):
+            tensors[f"optimizer.{key}.{name}"] = value
+        elif run.world.is_main:
+            plain.setdefault(name, {})[key] = value
     if run.ema is not None and run.world.is_main:
         tensors |= {f"ema.{name}": tensor.cpu() for name, tensor in run.ema.module.state_dict().items()}
     groups = [
@@ -60,7 +61,7 @@ def _save(run: Run, history: History, update: int, metric: float | None, best: b
         "history": {**asdict(history), "bad_so_far": bad_so_far},
         "model": {},
         "ema": None if run.ema is None else {},
-        "optimizer": {"state": {}, "param_groups": groups},
+        "optimizer": {"state": plain, "param_groups": groups},
         "scheduler": _scheduler_state(run.scheduler),
         "scaler": scaler.state_dict() if scaler is not None else None,
         "random": random_states,

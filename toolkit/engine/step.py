@@ -13,8 +13,6 @@ from toolkit.engine.run import Run
 from toolkit.errors import NonFiniteLossError
 from toolkit.memory.probe import StepProbe
 
-__all__ = ["StepResult", "train_step"]
-
 
 @dataclass(frozen=True)
 class StepResult:

@@ -4,14 +4,11 @@ Each function here equals a torch expression in toolkit.prune (mask, packing, se
 so, and is exact: no rounding is involved.
 """
 
-import ctypes
-
 import torch
 from torch import Tensor
 
-from toolkit.kernels.compiled import available, library
-
-__all__ = ["add_histogram", "block_offsets", "compress", "fits", "pack_bits", "thin", "zero_pruned"]
+from toolkit.kernels.compiled import available
+from toolkit.kernels.native import native_code
 
 
 def fits(tensor: Tensor) -> bool:
@@ -25,44 +22,38 @@ def fits(tensor: Tensor) -> bool:
     )
 
 
-def _code() -> ctypes.CDLL:
-    found = library()
-    assert found is not None
-    return found
-
-
 def pack_bits(keep: Tensor) -> Tensor:
     """bool [n] -> uint8 [ceil(n / 8)]."""
-    mask = torch.empty((keep.numel() + 7) // 8, dtype=torch.uint8)
-    _code().bits_pack_bits(keep.numel(), keep.data_ptr(), mask.data_ptr())
+    mask = torch.empty((keep.numel() + 7) // 8, dtype=torch.uint8, device="cpu")
+    native_code().bits_pack_bits(keep.numel(), keep.data_ptr(), mask.data_ptr())
     return mask
 
 
 def block_offsets(mask: Tensor, numel: int, block: int) -> tuple[Tensor, int]:
     """Bits of n weights -> (int32 [ceil(n / block)] survivors before each block, survivors)."""
-    offsets = torch.empty(-(-numel // block), dtype=torch.int32)
-    return offsets, _code().bits_offsets(numel, mask.data_ptr(), block, offsets.data_ptr())
+    offsets = torch.empty(-(-numel // block), dtype=torch.int32, device="cpu")
+    return offsets, native_code().bits_offsets(numel, mask.data_ptr(), block, offsets.data_ptr())
 
 
 def compress(values: Tensor, mask: Tensor, survivors: int) -> Tensor:
     """float32 [n] -> float32 [survivors]."""
-    out = torch.empty(survivors)
-    _code().bits_compress(values.numel(), values.data_ptr(), mask.data_ptr(), out.data_ptr())
+    out = torch.empty(survivors, dtype=torch.float32, device="cpu")  # whatever the default dtype and device
+    native_code().bits_compress(values.numel(), values.data_ptr(), mask.data_ptr(), out.data_ptr())
     return out
 
 
 def zero_pruned(values: Tensor, mask: Tensor) -> None:
     """Set float32 [n] to 0 in place where the bit is 0."""
-    _code().bits_zero_pruned(values.numel(), values.data_ptr(), mask.data_ptr())
+    native_code().bits_zero_pruned(values.numel(), values.data_ptr(), mask.data_ptr())
 
 
 def thin(mask: Tensor, numel: int, drop: Tensor) -> Tensor:
     """The bits of n weights without the survivors marked in bool [survivors]."""
     out = torch.empty_like(mask)
-    _code().bits_thin(numel, mask.data_ptr(), drop.data_ptr(), out.data_ptr())
+    native_code().bits_thin(numel, mask.data_ptr(), drop.data_ptr(), out.data_ptr())
     return out
 
 
 def add_histogram(scores: Tensor, shift: int, width: int, prefix: int, counts: Tensor) -> int:
     """Count one digit of the scores' keys into int64 [2^width]; returns how many of the scores are NaN."""
-    return int(_code().bits_histogram(scores.numel(), scores.data_ptr(), shift, width, prefix, counts.data_ptr()))
+    return int(native_code().bits_histogram(scores.numel(), scores.data_ptr(), shift, width, prefix, counts.data_ptr()))

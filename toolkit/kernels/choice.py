@@ -7,8 +7,6 @@ from torch import Tensor
 
 from toolkit.kernels.compiled import available
 
-__all__ = ["IMPLEMENTATIONS", "choose_implementation"]
-
 IMPLEMENTATIONS = ("auto", "reference", "native", "triton")
 
 _NEEDS = {

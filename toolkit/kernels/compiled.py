@@ -18,8 +18,6 @@ from pathlib import Path
 from toolkit.files import cache_folder
 from toolkit.log import get_logger
 
-__all__ = ["available", "library"]
-
 _SOURCES = tuple(Path(__file__).with_name(name) for name in ("packed.cpp", "bits.cpp"))
 _FLAGS = ("-O3", "-fno-math-errno", "-fopenmp")
 

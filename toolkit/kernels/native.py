@@ -10,8 +10,6 @@ from torch import Tensor
 
 from toolkit.kernels.compiled import library
 
-__all__ = ["ISAS", "PackedTensor", "best_isa", "packed_adam", "packed_sgd"]
-
 # weight and grad: float32, n elements in the same memory order without gaps; mask and offsets as
 # toolkit.prune.packing makes them; moments: float32 [survivors] each.
 PackedTensor = tuple[Tensor, Tensor, Tensor, Tensor, Sequence[Tensor]]
@@ -19,23 +17,43 @@ PackedTensor = tuple[Tensor, Tensor, Tensor, Tensor, Sequence[Tensor]]
 ISAS = ("portable", "avx2", "avx512")  # position = the number packed.cpp knows it by
 
 
-def _code() -> ctypes.CDLL:
+def native_code() -> ctypes.CDLL:
+    """The compiled library. Raises RuntimeError where there is none."""
     found = library()
-    assert found is not None
+    if found is None:  # the caller has asked `available` before
+        raise RuntimeError("the native code could not be built; use implementation=reference")
     return found
+
+
+def check_memory(tensors: Sequence[PackedTensor], moment_dtypes: tuple[torch.dtype, ...]) -> None:
+    """Raise ValueError unless all tensors are what a kernel takes their addresses for.
+
+    A model that is cast or moved between two steps keeps its parameters' identity; what has been packed stays.
+    """
+    for weight, grad, _, _, moments in tensors:
+        kept = moments[0]
+        same_size, same_place = weight.numel() == grad.numel(), weight.device == grad.device == kept.device
+        if not (
+            same_size and same_place and weight.dtype is grad.dtype is torch.float32 and kept.dtype in moment_dtypes
+        ):
+            raise ValueError(
+                f"a pruned parameter is {weight.dtype} on {weight.device}, its gradient {grad.dtype} on {grad.device}, "
+                f"its moments {kept.dtype} on {kept.device}; cast or move the model before training, or load "
+                "the optimizer's state after it"
+            )
 
 
 @functools.cache
 def best_isa() -> str:
     """The fastest code this processor runs."""
-    return ISAS[_code().packed_best_isa()]
+    return ISAS[native_code().packed_best_isa()]
 
 
 def _table(tensors: Sequence[PackedTensor]) -> "array.array[int]":
     """One row of eight numbers a tensor, as packed.cpp reads them."""
+    check_memory(tensors, (torch.float32,))
     rows = array.array("q")
     for weight, grad, mask, offsets, moments in tensors:
-        assert grad.dtype is moments[0].dtype is torch.float32, (grad.dtype, moments[0].dtype)
         rows.extend((weight.numel(), weight.data_ptr(), grad.data_ptr(), mask.data_ptr(), offsets.data_ptr()))
         rows.extend([moment.data_ptr() for moment in moments])
         rows.extend([0] * (3 - len(moments)))
@@ -70,7 +88,7 @@ def packed_adam(
         lr / (1 - beta1**step),
         0.0 if decoupled else weight_decay,
     )
-    _code().packed_adam(
+    native_code().packed_adam(
         ISAS.index(isa or best_isa()), torch.get_num_threads(), len(tensors), table.buffer_info()[0], hyper
     )
 
@@ -92,7 +110,7 @@ def packed_sgd(
     hyper = (ctypes.c_float * 5)(
         1 - lr * weight_decay if decoupled else 1.0, momentum, 1 - dampening, lr, 0.0 if decoupled else weight_decay
     )
-    _code().packed_sgd(
+    native_code().packed_sgd(
         ISAS.index(isa or best_isa()),
         torch.get_num_threads(),
         len(tensors),

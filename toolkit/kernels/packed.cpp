@@ -3,7 +3,8 @@
 // A block of 1,024 weights is worked on in three passes: the survivors' weights and gradients are gathered side by side
 // (their moments already lie so), updated as plain vectors, and put back. Arithmetic then costs what the survivors cost,
 // whatever the density; a gather costs a few cycles per 16 weights. Above 85 % density blocks are mostly full and the
-// gather is still the cheaper half of the work, so one code serves all densities.
+// gather is still the cheaper half of the work, so one code serves all densities. Putting back writes whole lines, zeros
+// at the pruned places: weights written from outside (a loaded model, an average) are pruned again by the next step.
 //
 // Plain C interface, no torch headers: builds in about 2 s. OpenMP shares torch's thread pool (same libgomp).
 
@@ -91,11 +92,12 @@ INLINE int gather_bits(const float* w, const float* g, const uint8_t* mask, int6
 INLINE void scatter_bits(float* w, const uint8_t* mask, int64_t n, const float* ws) {
   int k = 0;
   for (int64_t base = 0; base < n; base += 64) {
-    int64_t count = n - base < 64 ? n - base : 64;
-    uint64_t bits = bits_of(mask + base / 8, count);
-    while (bits) {
-      w[base + __builtin_ctzll(bits)] = ws[k++];
-      bits &= bits - 1;
+    const int64_t count = n - base < 64 ? n - base : 64;
+    const uint64_t bits = bits_of(mask + base / 8, count);
+    for (int64_t i = 0; i < count; ++i) {
+      const int alive = static_cast<int>(bits >> i & 1);
+      w[base + i] = alive ? ws[k] : 0.0f;
+      k += alive;
     }
   }
 }
@@ -129,24 +131,32 @@ TARGET_AVX512 inline int gather_avx512(const float* w, const float* g, const uin
 
 TARGET_AVX512 inline void scatter_avx512(float* w, const uint8_t* mask, int64_t n, const float* ws) {
   int k = 0;
-  for (int64_t i = 0; i < n; i += 16) {
-    uint16_t bits = 0;
-    if (i + 16 <= n) std::memcpy(&bits, mask + i / 8, 2);
-    else bits = static_cast<uint16_t>(bits_of(mask + i / 8, n - i));
-    if (!bits) continue;
-    _mm512_mask_storeu_ps(w + i, bits, _mm512_maskz_expand_ps(bits, _mm512_loadu_ps(ws + k)));
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) {
+    uint16_t bits;
+    std::memcpy(&bits, mask + i / 8, 2);
+    _mm512_storeu_ps(w + i, _mm512_maskz_expand_ps(bits, _mm512_loadu_ps(ws + k)));
     k += __builtin_popcount(bits);
+  }
+  if (i < n) {
+    const uint16_t bits = static_cast<uint16_t>(bits_of(mask + i / 8, n - i));
+    const __mmask16 inside = static_cast<__mmask16>((1u << (n - i)) - 1);
+    _mm512_mask_storeu_ps(w + i, inside, _mm512_maskz_expand_ps(bits, _mm512_loadu_ps(ws + k)));
   }
 }
 
-// Lanes of the set bits of a byte, first to the front.
+// Of a byte: the lanes of its set bits, first to the front; for each lane the set bits before it; the bits as lanes.
 struct Lanes {
-  alignas(32) int32_t index[256][8];
+  alignas(32) int32_t index[256][8], before[256][8], alive[256][8];
   Lanes() {
     for (int byte = 0; byte < 256; ++byte) {
       int k = 0;
-      for (int lane = 0; lane < 8; ++lane)
-        if (byte >> lane & 1) index[byte][k++] = lane;
+      for (int lane = 0; lane < 8; ++lane) {
+        const int bit = byte >> lane & 1;
+        before[byte][lane] = k;
+        alive[byte][lane] = -bit;
+        if (bit) index[byte][k++] = lane;
+      }
       while (k < 8) index[byte][k++] = 0;
     }
   }
@@ -167,6 +177,20 @@ TARGET_AVX2 inline int gather_avx2(const float* w, const float* g, const uint8_t
   return k + gather_bits(w + i, g + i, mask + i / 8, n - i, ws + k, gs + k);
 }
 
+TARGET_AVX2 inline void scatter_avx2(float* w, const uint8_t* mask, int64_t n, const float* ws) {
+  int k = 0;
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    const uint8_t bits = mask[i / 8];
+    const __m256i before = _mm256_load_si256(reinterpret_cast<const __m256i*>(LANES.before[bits]));
+    const __m256i alive = _mm256_load_si256(reinterpret_cast<const __m256i*>(LANES.alive[bits]));
+    const __m256 spread = _mm256_permutevar8x32_ps(_mm256_loadu_ps(ws + k), before);
+    _mm256_storeu_ps(w + i, _mm256_and_ps(spread, _mm256_castsi256_ps(alive)));
+    k += __builtin_popcount(bits);
+  }
+  scatter_bits(w + i, mask + i / 8, n - i, ws + k);
+}
+
 TARGET_AVX512 void adam_block_avx512(const Adam& a, float* w, const float* g, const uint8_t* mask, int64_t n, float* m,
                                      float* v, float* vmax) {
   alignas(64) float ws[BLOCK + 16], gs[BLOCK + 16];
@@ -182,7 +206,7 @@ TARGET_AVX2 void adam_block_avx2(const Adam& a, float* w, const float* g, const 
   int k = gather_avx2(w, g, mask, n, ws, gs);
   if (vmax) adam_rule(a, k, ws, gs, m, v, vmax);
   else adam_rule(a, k, ws, gs, m, v, nullptr);
-  scatter_bits(w, mask, n, ws);
+  scatter_avx2(w, mask, n, ws);
 }
 
 TARGET_AVX512 void sgd_block_avx512(const Sgd& s, float* w, const float* g, const uint8_t* mask, int64_t n, float* m) {
@@ -196,7 +220,7 @@ TARGET_AVX2 void sgd_block_avx2(const Sgd& s, float* w, const float* g, const ui
   alignas(64) float ws[BLOCK + 16], gs[BLOCK + 16];
   int k = gather_avx2(w, g, mask, n, ws, gs);
   sgd_rule(s, k, ws, gs, m);
-  scatter_bits(w, mask, n, ws);
+  scatter_avx2(w, mask, n, ws);
 }
 #endif
 

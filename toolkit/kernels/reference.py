@@ -3,8 +3,6 @@
 import torch
 from torch import Tensor
 
-__all__ = ["adam_update", "sgd_update"]
-
 
 def adam_update(
     weight: Tensor,

@@ -3,8 +3,6 @@
 import torch
 from torch import Tensor
 
-__all__ = ["round_to_bfloat16"]
-
 
 def _hash(values: Tensor) -> Tensor:
     """int64 [n] of 32-bit numbers -> int64 [n] of 32-bit numbers that look random (lowbias32, by Chris Wellons)."""

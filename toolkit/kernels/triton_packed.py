@@ -20,9 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from toolkit.kernels.native import PackedTensor
-
-__all__ = ["AddressTable", "interpreted", "packed_adam", "packed_sgd"]
+from toolkit.kernels.native import PackedTensor, check_memory
 
 _BLOCK = tl.constexpr(1024)  # as toolkit.prune.packing; a table entry of the offsets covers one
 _ROW = tl.constexpr(10)  # numel, weight, grad, mask, offsets, three moments, first block, place
@@ -44,6 +42,7 @@ class AddressTable:
 
     def update(self, tensors: Sequence[PackedTensor], places: Sequence[int]) -> "AddressTable":
         """Bring the table to these tensors; `places` seed the stochastic rounding of bfloat16 moments."""
+        check_memory(tensors, (torch.float32, torch.bfloat16))
         rows = array.array("q")
         blocks = 0
         for (weight, grad, mask, offsets, moments), place in zip(tensors, places, strict=True):
@@ -108,7 +107,7 @@ def _store_moment(pointer, at, values, alive, step, place, NUMBER: tl.constexpr,
 
 @triton.jit
 def _block(table, tensors, SEARCH: tl.constexpr):
-    """(row, positions of the block's weights, which survive, where their moments lie)."""
+    """(row, positions of the block's weights, which of them there are, which survive, where their moments lie)."""
     program = tl.program_id(0)
     row = _find_tensor(table, tensors, program, SEARCH)
     block = program - tl.load(row + 8).to(tl.int32)
@@ -121,7 +120,7 @@ def _block(table, tensors, SEARCH: tl.constexpr):
     offsets = tl.load(row + 4).to(tl.pointer_type(tl.int32))
     count = alive.to(tl.int32)
     at = tl.load(offsets + block) + tl.cumsum(count, 0) - count
-    return row, position, alive, at
+    return row, position, inside, alive, at
 
 
 @triton.jit
@@ -157,7 +156,7 @@ def _adam_kernel(
     AMSGRAD: tl.constexpr,
     LR_ON_DEVICE: tl.constexpr,
 ):
-    row, position, alive, at = _block(table, tensors, SEARCH)
+    row, position, inside, alive, at = _block(table, tensors, SEARCH)
     step = tl.load(counter)
     rate = tl.load(lr_on_device).to(tl.float32) if LR_ON_DEVICE else lr
     weights, grad, decayed = _read(row, position, alive, rate, weight_decay, DECOUPLED)
@@ -176,7 +175,7 @@ def _adam_kernel(
         _store_moment(highest, at, second, alive, step, place, 2, STATE)
     denominator = tl.sqrt(second) / tl.sqrt(_one_minus_power(log_beta2, step)) + eps
     moved = decayed - rate / _one_minus_power(log_beta1, step) * (first / denominator)
-    tl.store(weights + position, moved, mask=alive)
+    tl.store(weights + position, tl.where(alive, moved, 0.0), mask=inside)  # pruned places are 0 again
 
 
 @triton.jit
@@ -195,7 +194,7 @@ def _sgd_kernel(
     NESTEROV: tl.constexpr,
     LR_ON_DEVICE: tl.constexpr,
 ):
-    row, position, alive, at = _block(table, tensors, SEARCH)
+    row, position, inside, alive, at = _block(table, tensors, SEARCH)
     step = tl.load(counter)
     rate = tl.load(lr_on_device).to(tl.float32) if LR_ON_DEVICE else lr
     weights, grad, decayed = _read(row, position, alive, rate, weight_decay, DECOUPLED)
@@ -207,7 +206,7 @@ def _sgd_kernel(
         moved = decayed - rate * (grad + momentum * buffer)
     else:
         moved = decayed - rate * buffer
-    tl.store(weights + position, moved, mask=alive)
+    tl.store(weights + position, tl.where(alive, moved, 0.0), mask=inside)  # pruned places are 0 again
 
 
 def _search_steps(tensors: int) -> int:

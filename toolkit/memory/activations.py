@@ -18,8 +18,6 @@ from torch.utils._pytree import tree_leaves
 
 from toolkit.memory.ledger import storage_key
 
-__all__ = ["Lifetime", "StepMemory", "StorageTracker", "classify", "fullest_moment", "track_step"]
-
 
 @dataclass
 class Lifetime:

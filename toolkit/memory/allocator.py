@@ -6,8 +6,6 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["PEAKS", "DeviceReading", "read_device", "read_host", "reset_peaks", "resident_bytes"]
-
 DeviceReading = dict[str, int | None]
 # Our names for the allocator's statistics; CUDA and HIP have the same.
 _STATISTICS = {

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from toolkit.prune.mask import mask_bytes
 from toolkit.prune.packing import offset_bytes
 
-__all__ = ["ParameterFacts", "predict_optimizer_rows"]
-
 
 @dataclass(frozen=True)
 class ParameterFacts:

@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 
-__all__ = ["DeviceUse", "find_device_use", "first_that_answers", "pci_address", "read_or_none"]
+from toolkit.markdown import MIB
 
-MIB = 2**20
 _SYSFS = Path("/sys/class/drm")
 _ROCM_SMI = ("rocm-smi", "--showmeminfo", "vram", "--showbus", "--json")
 

@@ -6,16 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from toolkit.prune.distributed import local
-
-__all__ = ["Owners", "count_bytes", "find_owners", "is_optimizer_row", "optimizer_bytes", "row_of_state", "storage_key"]
+from toolkit.prune.distributed import to_local
 
 Owners = dict[str, list[Tensor]]
 
 # Rows that are not `optim.<state key>`: what pruning keeps in the optimizer's state.
 _OPTIMIZER_ROWS = {
     "mask": "masks",
-    "keep": "masks",
     "offsets": "offsets",
     "scores": "scores",
     "initial_weights": "initial_weights",
@@ -78,7 +75,7 @@ def count_bytes(owners: Owners) -> dict[str, int]:
     seen: set[int] = set()
     rows = dict.fromkeys(owners, 0)
     for row, tensors in owners.items():
-        for tensor in map(local, tensors):
+        for tensor in map(to_local, tensors):
             if storage_key(tensor) not in seen:
                 seen.add(storage_key(tensor))
                 rows[row] += tensor.untyped_storage().nbytes()

@@ -1,11 +1,10 @@
 """A memory report as Markdown: MiB for people; the JSON beside it has the bytes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["to_markdown"]
+from toolkit.markdown import mib, table
 
-_MIB = 2**20
 _ABOVE = (
     ("rounding_bytes", "rounding to the allocator's blocks"),
     ("unexplained_bytes", "unexplained"),
@@ -35,14 +34,14 @@ def to_markdown(report: Mapping[str, Any]) -> str:
 
 def _phase(name: str, phase: Mapping[str, Any]) -> list[str]:
     rows = [
-        [row["name"], _mib(row["measured_bytes"]), _mib(row["predicted_bytes"]), _mib(row["difference_bytes"])]
+        [row["name"], mib(row["measured_bytes"]), mib(row["predicted_bytes"]), mib(row["difference_bytes"])]
         for row in phase["rows"]
     ]
     total, predicted = phase["total_bytes"], phase["predicted_total_bytes"]
-    rows.append(["**sum**", _mib(total), _mib(predicted), _mib(None if predicted is None else total - predicted)])
-    rows += [[label, _mib(phase[key]), "", ""] for key, label in _ABOVE if phase[key] is not None]
+    rows.append(["**sum**", mib(total), mib(predicted), mib(None if predicted is None else total - predicted)])
+    rows += [[label, mib(phase[key]), "", ""] for key, label in _ABOVE if phase[key] is not None]
     where = f"{phase['at']}, rank {phase['rank']}"
-    return [f"## {name}: {where}", "", *_table(["MiB", "measured", "predicted", "difference"], rows), ""]
+    return [f"## {name}: {where}", "", *table(["MiB", "measured", "predicted", "difference"], rows), ""]
 
 
 def _ranks(report: Mapping[str, Any]) -> list[str]:
@@ -58,15 +57,6 @@ def _ranks(report: Mapping[str, Any]) -> list[str]:
     for key, label in wanted.items():
         found = report["reduced"].get(key)
         if found is not None and found["max"] is not None:
-            cells = [_mib(found[part]) for part in ("min", "mean", "max", "sum")]
+            cells = [mib(found[part]) for part in ("min", "mean", "max", "sum")]
             rows.append([label, *cells, str(found["argmax_rank"])])
-    return _table(["MiB", "min", "mean", "max", "sum", "rank with most"], rows)
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    align = ["---", *["---:"] * (len(header) - 1)]
-    return [f"| {' | '.join(row)} |" for row in (header, align, *rows)]
-
-
-def _mib(size: float | None) -> str:
-    return "" if size is None else f"{size / _MIB:,.2f}"
+    return table(["MiB", "min", "mean", "max", "sum", "rank with most"], rows)

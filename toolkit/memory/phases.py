@@ -9,8 +9,6 @@ import torch
 from toolkit.memory.allocator import PEAKS, DeviceReading, read_device, reset_peaks
 from toolkit.prune.schedule import Schedule
 
-__all__ = ["PHASES", "PeakWindows", "Phase", "phase_of", "plan_phases"]
-
 # In this order; build, evaluation and checkpoint are not made of training steps.
 PHASES = ("build", "first_step", "warm_up", "dense", "ramp", "final", "evaluation", "checkpoint")
 
@@ -31,8 +29,8 @@ def plan_phases(total_steps: int, warmup_steps: int, schedule: Schedule) -> list
     The ramp ends a warm-up that it runs into. Probed is a phase's second step, from the third of the run on (DDP makes
     its buckets anew in the second), and of the ramp the first that prunes.
     """
-    end = min(schedule.end_step, total_steps) if schedule.on and schedule.end_step is not None else total_steps
-    begin = min(schedule.begin_step, total_steps) if schedule.on else total_steps
+    end = min(schedule.end_step, total_steps) if schedule.enabled and schedule.end_step is not None else total_steps
+    begin = min(schedule.begin_step, total_steps) if schedule.enabled else total_steps
     borders = [
         ("first_step", 1),
         ("warm_up", min(warmup_steps, begin)),
@@ -45,7 +43,7 @@ def plan_phases(total_steps: int, warmup_steps: int, schedule: Schedule) -> list
         if last > done:
             probed = min(max(done + 2, 3), last) if done else 1
             if name == "ramp":
-                probed = next((step for step in range(done + 1, last + 1) if schedule.due(step)), last)
+                probed = next((step for step in range(done + 1, last + 1) if schedule.is_update_step(step)), last)
             phases.append(Phase(name, done + 1, last, probed))
             done = last
     return phases

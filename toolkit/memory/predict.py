@@ -8,9 +8,7 @@ import argparse
 import json
 import sys
 
-from toolkit.config import parse
-
-__all__ = ["main"]
+from toolkit.cli import parse
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -9,9 +9,7 @@ from torch import Tensor
 
 from toolkit.memory.activations import Lifetime, StorageTracker, classify, fullest_moment
 from toolkit.memory.ledger import Owners
-from toolkit.prune.distributed import local
-
-__all__ = ["STEP_ROWS", "StepProbe"]
+from toolkit.prune.distributed import to_local
 
 # Rows that live within a step only; the others of the ledger stand between steps.
 STEP_ROWS = ("gradients", "input", "activations", "weight_casts", "workspace")
@@ -40,7 +38,7 @@ class StepProbe:
         self._weights = {weight.numel() for weight in owners.get("weights", [])}
         for row, tensors in owners.items():
             for tensor in tensors:
-                self._name(row, self._tracker.stands(local(tensor)))
+                self._name(row, self._tracker.stands(to_local(tensor)))
         self._tracker.__enter__()
         return self
 
@@ -59,7 +57,7 @@ class StepProbe:
     def _name_what_is_left(self) -> None:
         for row, tensors in self._owners().items():
             self._standing[row] = None
-            for tensor in map(local, tensors):
+            for tensor in map(to_local, tensors):
                 made = self._tracker.of(tensor)
                 self._name(row, self._tracker.stands(tensor) if made is None else made)
 

@@ -6,7 +6,6 @@ the records in memory; where a rank has died and no gather can be, the others' f
 
 import contextlib
 import csv
-import json
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,15 +15,13 @@ from typing import Any
 import torch
 
 from toolkit.dist import World
-from toolkit.files import write_atomically
+from toolkit.files import csv_text, write_atomically, write_json
 from toolkit.memory.allocator import read_device, read_host
 from toolkit.memory.device_use import find_device_use
 from toolkit.memory.ledger import Owners, count_bytes, optimizer_bytes
 from toolkit.memory.phases import PeakWindows, Phase, phase_of
 from toolkit.memory.probe import StepProbe
 from toolkit.memory.sampler import MemorySampler
-
-__all__ = ["RANKS_FOLDER", "TIMELINE_COLUMNS", "MemoryLog"]
 
 RANKS_FOLDER = "memory_ranks"
 TIMELINE_COLUMNS = (
@@ -120,20 +117,16 @@ class MemoryLog:
             return
         table = self._file.with_suffix(".csv")
         if len(self.timeline) == 1 or not table.exists():  # anew, or resumed
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            with open(table, "w", newline="") as file:
-                writer = csv.DictWriter(file, TIMELINE_COLUMNS)
-                writer.writeheader()
-                writer.writerows(self.timeline)
+            write_atomically(table, csv_text(TIMELINE_COLUMNS, self.timeline))
         else:
             with open(table, "a", newline="") as file:
                 csv.DictWriter(file, TIMELINE_COLUMNS).writerow(row)
-        write_atomically(self._file, json.dumps(self.record()) + "\n")
+        write_json(self._file, self.record())
 
     def close_record(self, reason: str) -> None:
         """Leave this rank's last word on disk, for a report that no gather can make."""
         if self._file is not None:
-            write_atomically(self._file, json.dumps({**self.record(), "ended": reason}) + "\n")
+            write_json(self._file, {**self.record(), "ended": reason})
 
     def release_cache(self) -> tuple[int, int] | None:
         """Give the allocator's free blocks back to the device; reserved bytes before and after, None without a GPU."""

@@ -15,12 +15,10 @@ from typing import Any
 import torch
 
 from toolkit.dist import World
-from toolkit.files import replacing, write_atomically
+from toolkit.files import csv_text, write_atomically, write_json
 from toolkit.memory.ledger import optimizer_bytes
 from toolkit.memory.markdown import to_markdown
 from toolkit.memory.recorder import RANKS_FOLDER, TIMELINE_COLUMNS, MemoryLog
-
-__all__ = ["SCHEMA", "merge_ranks", "phase_ledgers", "reduce_ranks", "write_report", "write_report_of_survivors"]
 
 SCHEMA = "memory-report/1"
 STANDIN_NOTE = "NO GPU: tensor-byte ledger and host RSS; not comparable with GPU memory"
@@ -72,12 +70,9 @@ def write_report_of_survivors(
 
 
 def _write(report: dict[str, Any], folder: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    write_atomically(folder / "memory.json", json.dumps(report, indent=1) + "\n")
+    write_json(folder / "memory.json", report, indent=1)
+    write_atomically(folder / "memory_timeline.csv", csv_text(TIMELINE_COLUMNS, rows))
     write_atomically(folder / "memory.md", to_markdown(report))
-    with replacing(folder / "memory_timeline.csv") as table, open(table, "w", newline="") as file:
-        writer = csv.DictWriter(file, TIMELINE_COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def merge_ranks(

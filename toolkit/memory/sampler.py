@@ -3,12 +3,9 @@
 import threading
 import time
 
+from toolkit.markdown import MIB
 from toolkit.memory.allocator import resident_bytes
 from toolkit.memory.device_use import DeviceUse, read_or_none
-
-__all__ = ["MemorySampler"]
-
-_MIB = 2**20
 
 
 class MemorySampler:
@@ -46,7 +43,7 @@ class MemorySampler:
             if used is not None:
                 self.count += 1
                 self._sum_bytes += used
-                self._sum_floor_mib += used // _MIB
+                self._sum_floor_mib += used // MIB
                 self._first = used if self._first is None else self._first
                 self._peak = max(used, self._peak or 0)
 

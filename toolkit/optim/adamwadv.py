@@ -9,8 +9,6 @@ from typing import Any
 
 from torch.optim import AdamW
 
-__all__ = ["RECIPE", "AdamWAdv"]
-
 RECIPE: dict[str, Any] = {"clip_grad": 1.0, "sched": "cosine"}
 
 

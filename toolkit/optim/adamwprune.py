@@ -6,28 +6,47 @@ regrowth: RigL (1911.11134). State of a prunable weight, in bytes, at final spar
 it is AdamW, bit for bit on the reference path.
 """
 
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
 from toolkit.kernels import native
 from toolkit.kernels.reference import adam_update
-from toolkit.optim.packed import PackedOptimizer, Part, check_adam_options, rate_for
-
-__all__ = ["AdamWPrune"]
+from toolkit.optim.buckets import Bucket
+from toolkit.optim.packed import PackedOptimizer, check_adam_options, rate_for
+from toolkit.prune.options import PruningKeywords
 
 
 class AdamWPrune(PackedOptimizer):
     """AdamW with pruning by moments and packed state.
 
-    `decoupled_weight_decay=False` gives Adam, `amsgrad=True` AMSGrad; their moments are packed alike. Pruning:
-    `sparsity` (final share of zeros among the prunable weights, 0 = off), `begin_step`, `end_step` (step of the last
-    mask update), `frequency` (steps between updates), `score` (see toolkit.prune.scores), `scope` (global, layer or
-    erk), `regrow` (share of the survivors that make way for pruned weights with the largest gradients, decayed by a
-    cosine), `state_dtype` (float32, or bfloat16 with stochastic rounding), `implementation` (auto, reference,
-    native, triton).
-    Raises ValueError on a value out of range.
+    Prunable are the parameters of groups marked `prunable=True`, as `toolkit.optim.param_groups` makes them: weights of
+    convolution and linear layers. Without any mark it is every parameter with more than one dimension and a leading
+    dimension above 1, embeddings included. `optimizer.pruning.sparsity()` gives (zeros, prunable weights).
+
+        optimizer = AdamWPrune(param_groups(model, weight_decay=0.05), lr=1e-3, sparsity=0.7, end_step=6_000)
+        for images, labels in loader:
+            loss = cross_entropy(model(images), labels)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    Args:
+        params: parameters, named parameters or groups.
+        lr, betas, eps, weight_decay, amsgrad, maximize: as in torch.optim.AdamW.
+        decoupled_weight_decay: False gives Adam, whose decay is part of the gradient.
+        sparsity: final share of zeros among the prunable weights, 0 (off) to below 1.
+        begin_step: optimizer step of the first mask update.
+        end_step: step of the last one; the zeros are then exactly floor(sparsity × prunable weights), and stay.
+        frequency: steps between mask updates.
+        score: what a weight is worth; variance, magnitude, obd, saliency or snr. See toolkit.prune.scores.
+        scope: where weights compete: global (all layers together), layer, or erk.
+        regrow: share of the survivors that make way for pruned weights with the largest gradients, decayed by a cosine.
+        state_dtype: of the moments: float32, or bfloat16 with stochastic rounding; None is the parameter's own.
+        implementation: auto, reference, native (C++ on CPU) or triton (GPU).
+
+    Raises ValueError on a value out of range, TypeError that lists the options for an unknown one.
     """
 
     MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
@@ -45,38 +64,19 @@ class AdamWPrune(PackedOptimizer):
         *,
         decoupled_weight_decay: bool = True,
         maximize: bool = False,
-        sparsity: float = 0.0,
-        begin_step: int = 0,
-        end_step: int | None = None,
-        frequency: int = 50,
-        score: str = "variance",
-        scope: str = "global",
-        regrow: float = 0.0,
-        state_dtype: str = "float32",
-        implementation: str = "auto",
+        **pruning: Unpack[PruningKeywords],
     ) -> None:
         check_adam_options(float(lr), betas, eps, weight_decay)
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "betas": betas,
-                "eps": eps,
-                "weight_decay": weight_decay,
-                "amsgrad": amsgrad,
-                "decoupled_weight_decay": decoupled_weight_decay,
-                "maximize": maximize,
-                "sparsity": sparsity,
-                "begin_step": begin_step,
-                "end_step": end_step,
-                "frequency": frequency,
-                "score": score,
-                "scope": scope,
-                "regrow": regrow,
-                "state_dtype": state_dtype,
-                "implementation": implementation,
-            },
-        )
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "maximize": maximize,
+        }
+        super().__init__(params, defaults, pruning)
 
     def moment_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
         """Adam's two moments, and AMSGrad's third."""
@@ -107,19 +107,19 @@ class AdamWPrune(PackedOptimizer):
             "decoupled": group["decoupled_weight_decay"],
         }
 
-    def update_many(self, part: Part, group: dict[str, Any]) -> None:
+    def update_dense(self, bucket: Bucket, group: dict[str, Any]) -> None:
         """torch's fused AdamW or Adam over all dense parameters at once."""
-        states = part.states
+        states = bucket.states
         fused = torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_
         fused(
-            part.parameters,
-            self.gradients(part, group),
+            bucket.parameters,
+            self.gradients(bucket, group),
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [state["max_exp_avg_sq"] for state in states] if group["amsgrad"] else [],
-            part.steps,
+            bucket.steps,
             amsgrad=group["amsgrad"],
-            lr=rate_for(part, group),
+            lr=rate_for(bucket, group),
             beta1=group["betas"][0],
             beta2=group["betas"][1],
             weight_decay=group["weight_decay"],
@@ -127,13 +127,13 @@ class AdamWPrune(PackedOptimizer):
             maximize=False,
         )
 
-    def update_packed(self, part: Part, group: dict[str, Any]) -> None:
+    def update_packed(self, bucket: Bucket, group: dict[str, Any]) -> None:
         """AdamW for the survivors, all tensors in one call."""
-        rows, rule = self.packed_tensors(part, group), self._rule(group)
-        if part.how == "triton":
+        rows, rule = self.packed_tensors(bucket, group), self._rule(group)
+        if bucket.how == "triton":
             from toolkit.kernels import triton_packed
 
-            table, lr = self.address_table(part, rows), rate_for(part, group)
-            triton_packed.packed_adam(rows, table, part.counter, lr=lr, **rule)
+            table, lr = self.address_table(bucket, rows), rate_for(bucket, group)
+            triton_packed.packed_adam(rows, table, bucket.step_tensor, lr=lr, **rule)
         else:
-            native.packed_adam(rows, step=part.step, lr=float(group["lr"]), **rule)
+            native.packed_adam(rows, step=bucket.step, lr=float(group["lr"]), **rule)

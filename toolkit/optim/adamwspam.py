@@ -13,14 +13,15 @@ reach over `end_step` is left out.
 
 import logging
 import math
-from typing import Any
+from typing import Any, Unpack, cast
 
 import torch
 from torch import Tensor
 
 from toolkit.optim.packed import PackedOptimizer, check_adam_options
-
-__all__ = ["GRACE_STEPS", "AdamWSPAM", "spam_clip", "spam_warmup_scale"]
+from toolkit.prune.options import PruningKeywords, PruningOptions
+from toolkit.prune.pruning import Pruning
+from toolkit.prune.stores import PackedStore
 
 GRACE_STEPS = 20  # the paper's code does not clip this soon after the start or a reset: v is still near 0
 
@@ -43,8 +44,24 @@ def spam_warmup_scale(steps_since_reset: int, warmup_steps: int) -> float:
 class AdamWSPAM(PackedOptimizer):
     """SPAM with decoupled weight decay; `sparsity` > 0 adds pruning by moments, packed (see AdamWPrune).
 
-    `spike_threshold` is the paper's theta (0 = no clipping), `reset_interval` its Delta T (0 = no reset),
-    `warmup_steps` its N. Raises ValueError on a value out of range.
+    Args:
+        params: parameters, named parameters or groups.
+        lr, betas, eps, weight_decay, maximize: as in torch.optim.AdamW.
+        spike_threshold: the paper's theta, 0 = no clipping. A weight whose first gradient comes after step 20 has
+            v = 0, so it is clipped to 0 until the next reset (the paper's own code does the same).
+        reset_interval: steps between resets of the moments, the paper's Delta T; 0 = no reset.
+        warmup_steps: steps after a reset in which the update is scaled up again, the paper's N.
+        sparsity: final share of zeros among the prunable weights, 0 (off) to below 1.
+        begin_step: optimizer step of the first mask update.
+        end_step: step of the last one; the zeros are then exactly floor(sparsity × prunable weights), and stay.
+        frequency: steps between mask updates.
+        score: what a weight is worth; variance, magnitude, obd, saliency or snr. See toolkit.prune.scores.
+        scope: where weights compete: global (all layers together), layer, or erk.
+        regrow: share of the survivors that make way for pruned weights with the largest gradients, decayed by a cosine.
+        state_dtype: of the moments: float32, or bfloat16 with stochastic rounding; None is the parameter's own.
+        implementation: auto or reference.
+
+    Raises ValueError on a value out of range, TypeError that lists the options for an unknown one.
     """
 
     MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -62,44 +79,25 @@ class AdamWSPAM(PackedOptimizer):
         reset_interval: int = 500,
         warmup_steps: int = 150,
         maximize: bool = False,
-        sparsity: float = 0.0,
-        begin_step: int = 0,
-        end_step: int | None = None,
-        frequency: int = 50,
-        score: str = "variance",
-        scope: str = "global",
-        regrow: float = 0.0,
-        state_dtype: str = "float32",
-        implementation: str = "auto",
+        **pruning: Unpack[PruningKeywords],
     ) -> None:
         check_adam_options(float(lr), betas, eps, weight_decay)
         if spike_threshold < 0:
             raise ValueError(f"spike_threshold={spike_threshold} must be 0 (off) or more")
         if reset_interval and not 0 <= warmup_steps < reset_interval:
             raise ValueError(f"warmup_steps={warmup_steps} must be below reset_interval={reset_interval}")
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "betas": betas,
-                "eps": eps,
-                "weight_decay": weight_decay,
-                "spike_threshold": spike_threshold,
-                "reset_interval": reset_interval,
-                "warmup_steps": warmup_steps,
-                "maximize": maximize,
-                "sparsity": sparsity,
-                "begin_step": begin_step,
-                "end_step": end_step,
-                "frequency": frequency,
-                "score": score,
-                "scope": scope,
-                "regrow": regrow,
-                "state_dtype": state_dtype,
-                "implementation": implementation,
-            },
-        )
-        if reset_interval and self.schedule.on:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "spike_threshold": spike_threshold,
+            "reset_interval": reset_interval,
+            "warmup_steps": warmup_steps,
+            "maximize": maximize,
+        }
+        super().__init__(params, defaults, pruning)
+        if reset_interval and self.schedule.enabled:
             end = self.schedule.end_step or 0
             nearest = end - end % reset_interval
             if nearest > 0 and not self._reset_at(nearest):
@@ -118,7 +116,7 @@ class AdamWSPAM(PackedOptimizer):
         interval, schedule = self.defaults["reset_interval"], self.schedule
         if not interval or step == 0 or step % interval:
             return False
-        end = schedule.end_step if schedule.on else None
+        end = schedule.end_step if schedule.enabled else None
         return end is None or not step <= end <= step + self.defaults["warmup_steps"]
 
     def _steps_since_reset(self, step: int) -> int | None:
@@ -131,22 +129,14 @@ class AdamWSPAM(PackedOptimizer):
             last -= interval
         return step - last if last > 0 else None
 
-    def _recovering(self, step: int) -> bool:
+    def recovering(self, step: int) -> bool:
+        """Whether the moments are still warming up after a reset."""
         since = self._steps_since_reset(step)
         return since is not None and since <= self.defaults["warmup_steps"]
 
-    def mask_update_due(self, step: int) -> bool:
-        """The schedule's updates; one that falls into a warm-up comes right after it."""
-        if self._recovering(step):
-            return False
-        if self.schedule.due(step):
-            return True
-        waited = step - 1
-        while waited > 0 and self._recovering(waited):
-            if self.schedule.due(waited):
-                return True
-            waited -= 1
-        return False
+    def make_pruning(self, options: PruningOptions) -> Pruning:
+        """Pruning whose mask updates wait for the moments to recover."""
+        return _PatientPruning(self, options, PackedStore(str(options.score), self.MOMENTS))
 
     def update(
         self, weight: Tensor, grad: Tensor, moments: dict[str, Tensor], group: dict[str, Any], step: int
@@ -167,3 +157,20 @@ class AdamWSPAM(PackedOptimizer):
         weight.addcdiv_(exp_avg, exp_avg_sq.sqrt().add_(group["eps"]), value=-step_size)
         if group["weight_decay"]:
             weight.mul_(1 - lr * group["weight_decay"])
+
+
+class _PatientPruning(Pruning):
+    """The schedule's mask updates; one that falls into a warm-up comes right after it."""
+
+    def is_due(self, step: int) -> bool:
+        recovering = cast(AdamWSPAM, self.optimizer).recovering
+        if recovering(step):
+            return False
+        if super().is_due(step):
+            return True
+        waited = step - 1
+        while waited > 0 and recovering(waited):
+            if self.schedule.is_update_step(waited):
+                return True
+            waited -= 1
+        return False

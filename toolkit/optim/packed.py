@@ -5,43 +5,26 @@ packed moments [survivors], a bit mask and a block-offset table, and nothing els
 `state_dict()` is dense and parameter-shaped, with the mask as bool, so it loads into the plain optimizer too.
 """
 
-import operator
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from types import MappingProxyType
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from toolkit.kernels.choice import IMPLEMENTATIONS, choose_implementation
+from toolkit.kernels.choice import choose_implementation
 from toolkit.kernels.rounding import round_to_bfloat16
-from toolkit.optim.mask_update import MaskUpdate, survivors_of
-from toolkit.prune.dense import dense_state
-from toolkit.prune.distributed import Spans, local, shard_group, whole
-from toolkit.prune.distribution import SCOPES
+from toolkit.log import get_logger
+from toolkit.optim.buckets import Bucket, BucketCache
+from toolkit.prune.distributed import to_dtensor, to_local
 from toolkit.prune.groups import prunable_parameters
-from toolkit.prune.mask import flat, pack_bits, unpack_bits
-from toolkit.prune.packing import block_offsets, pack
+from toolkit.prune.mask import flat_view, pack_bits
+from toolkit.prune.options import OPTION_NAMES, STATE_DTYPES, PruningOptions
+from toolkit.prune.packing import block_offsets, dense_state, pack, survivors_before, unpack
+from toolkit.prune.pruning import Pruning, check_same_options, saved_states
 from toolkit.prune.schedule import Schedule
-from toolkit.prune.scores import check_score
-
-__all__ = ["PRUNING_OPTIONS", "PackedOptimizer", "Part", "check_adam_options", "rate_for"]
-
-PRUNING_OPTIONS = (
-    "sparsity",
-    "begin_step",
-    "end_step",
-    "frequency",
-    "score",
-    "scope",
-    "regrow",
-    "state_dtype",
-    "implementation",
-)
-_STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+from toolkit.prune.stores import PackedStore
 
 
 def check_adam_options(lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
@@ -54,68 +37,10 @@ def check_adam_options(lr: float, betas: tuple[float, float], eps: float, weight
             raise ValueError(f"betas[{index}]={beta} must be in [0, 1)")
 
 
-@dataclass
-class Part:
-    """Parameters of one group that one call updates: by the same code, at the same step, all dense or all packed."""
-
-    how: str  # reference, native or triton
-    packed: bool
-    step: int = 0  # of the update at hand, from 1
-    prunable: bool = False  # whether any of them is
-    sharded: bool = False  # whether any is a DTensor
-    owners: list[Tensor] = field(default_factory=list)  # the optimizer's parameters, which have the gradients
-    parameters: list[Tensor] = field(default_factory=list)  # this rank's part of each
-    states: list[dict[str, Tensor]] = field(default_factory=list)
-    steps: list[Tensor] = field(default_factory=list)  # each parameter's own counter: views of `counter`
-    counter: Tensor = field(default_factory=lambda: torch.zeros(0))
-    places: list[int] = field(default_factory=list)  # position among all the optimizer's parameters
-
-    strides: list[tuple[int, ...]] = field(default_factory=list)  # when the masks were made, of packed parameters
-    addresses: Any = None  # the table of the Triton kernels
-
-    def share_counter(self) -> None:
-        """Make the parameters' counters views of one tensor: 161 additions cost 0.5 ms, one costs nothing.
-
-        Triton's lies on the GPU, where a captured graph can count it.
-        """
-        device = self.parameters[0].device if self.how == "triton" else "cpu"
-        self.counter = torch.stack([state["step"].to(device) for state in self.states])
-        self.steps = list(self.counter.unbind())
-        for state, step in zip(self.states, self.steps, strict=True):
-            state["step"] = step
-
-    def count_step(self) -> None:
-        """One step more, in every parameter's state."""
-        self.counter.add_(1)
-        self.step = self.step + 1 if self.how == "triton" else int(self.steps[0])
-
-
-@dataclass
-class _Plan:
-    """A group's parts, kept between steps: sorting 161 tensors anew cost 1.5 ms a step, a tenth of ResNet-50's."""
-
-    ready: list[Tensor]
-    state: Any
-    parts: list[Part]
-    count: int  # of states, those of other groups too
-
-    def serves(self, ready: list[Tensor], state: Any) -> bool:
-        """Whether nothing has changed: the same parameters have a gradient, and the states are those known.
-
-        Of the states the number and each part's first are looked at: all 161 would cost a tenth of a step.
-        """
-        if state is not self.state or len(state) != self.count or len(ready) != len(self.ready):
-            return False
-        firsts = ((part.owners[0], part.states[0], part.steps[0]) for part in self.parts)
-        return all(map(operator.is_, ready, self.ready)) and all(
-            state.get(owner) is known and known.get("step") is step for owner, known, step in firsts
-        )
-
-
-def rate_for(part: Part, group: dict[str, Any]) -> Any:
+def rate_for(bucket: Bucket, group: dict[str, Any]) -> Any:
     """The learning rate as a number, or as the tensor it is where reading it would wait for the GPU."""
     lr = group["lr"]
-    on_gpu = isinstance(lr, Tensor) and lr.device.type == part.parameters[0].device.type == "cuda"
+    on_gpu = isinstance(lr, Tensor) and lr.device.type == bucket.parameters[0].device.type == "cuda"
     return lr if on_gpu else float(lr)
 
 
@@ -124,47 +49,42 @@ class PackedOptimizer(Optimizer):
 
     The pruning options live in `defaults` and, for everyone to see, in each group; those given to the constructor
     are in force, also after a `load_state_dict`. A subclass with faster code than `update` says so in FAST and
-    overrides `update_many` and `update_packed`.
+    overrides `update_dense` and `update_packed`.
     """
 
     MOMENTS: tuple[str, ...] = ()  # every state key a subclass may pack
-    SCORES: tuple[str, ...] = ()  # the scores its moments allow
+    SCORES: tuple[str, ...] = ()  # the scores its moments allow; the first is the default
     FAST: tuple[str, ...] = ()  # implementations beside the reference
 
-    # The ranks that hold the rest of plain tensors which are slices (ZeRO's), and what each slice is made of; DTensors
-    # say it themselves.
-    shard_group: ProcessGroup | None = None
-    spans: Mapping[Tensor, Spans] = MappingProxyType({})
-    keeps_zeros = False  # weights that are 0 at the first step are pruned from then on: a pruned model goes on
-    after_repack: Callable[[], None] | None = None  # told that dense moments were replaced by packed ones
+    pruning: Pruning
 
-    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
-        check_score(defaults["score"], self.SCORES)
-        valid = {
-            "scope": SCOPES,
-            "implementation": [name for name in IMPLEMENTATIONS if name in ("auto", "reference", *self.FAST)],
-            "state_dtype": tuple(_STATE_DTYPES),
-        }
-        for name, choices in valid.items():
-            if defaults[name] not in choices:
-                raise ValueError(f"{name}={defaults[name]!r} is not known; choose one of {', '.join(choices)}")
-        if not 0.0 <= defaults["regrow"] < 1.0:
-            raise ValueError(f"regrow={defaults['regrow']} is a share of the survivors; use 0 (off) to below 1")
-        self._plans: dict[Tensor, _Plan] = {}  # by the first parameter that has a gradient
-        self._layouts: dict[Tensor, tuple[int, ...]] = {}  # strides of the parameters when their masks were made
-        super().__init__(params, defaults)
+    def __init__(self, params: Any, defaults: dict[str, Any], pruning: Mapping[str, Any]) -> None:
+        options = PruningOptions.of(pruning, scores=self.SCORES, implementations=("auto", "reference", *self.FAST))
+        self._attach(options)
+        super().__init__(params, {**defaults, **options.as_dict()})
         self._number_parameters()
-        _ = self.schedule  # refuses a bad schedule here, not at the first step
+        self._packing.check_prunable()
+
+    def _attach(self, options: PruningOptions) -> None:
+        """The parts that torch neither copies nor pickles."""
+        self._buckets = BucketCache()
+        self._warned = False
+        # The packing is this optimizer's own; a Pruner on its hooks, as in adamwspam-movement, takes the public name.
+        self.pruning = self._packing = self.make_pruning(options)
+
+    def make_pruning(self, options: PruningOptions) -> Pruning:
+        """What decides when and what to prune."""
+        return Pruning(self, options, PackedStore(str(options.score), self.MOMENTS))
 
     def _number_parameters(self) -> None:
         """Positions that do not depend on which groups a caller shows: ZeRO and a fused backward show one at a time."""
         every = (parameter for group in self.param_groups for parameter in group["params"])
-        self._places = {parameter: number for number, parameter in enumerate(every, start=1)}
+        self._indices = {parameter: number for number, parameter in enumerate(every, start=1)}
 
     @property
     def schedule(self) -> Schedule:
         """The pruning schedule in force."""
-        return Schedule(**{key: self.defaults[key] for key in ("sparsity", "begin_step", "end_step", "frequency")})
+        return self._packing.schedule
 
     def moment_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
         """State keys of the moments a parameter of this group keeps."""
@@ -176,34 +96,30 @@ class PackedOptimizer(Optimizer):
         """One step in place on equally shaped tensors, dense or packed; `step` counts from 1."""
         raise NotImplementedError
 
-    def update_many(self, part: Part, group: dict[str, Any]) -> None:
+    def update_dense(self, bucket: Bucket, group: dict[str, Any]) -> None:
         """One step of dense float32 parameters by fast code; only called for implementations in FAST."""
         raise NotImplementedError
 
-    def update_packed(self, part: Part, group: dict[str, Any]) -> None:
-        """One step of pruned float32 parameters by fast code; see `update_many`."""
+    def update_packed(self, bucket: Bucket, group: dict[str, Any]) -> None:
+        """One step of pruned float32 parameters by fast code; see `update_dense`."""
         raise NotImplementedError
 
-    def packed_tensors(self, part: Part, group: dict[str, Any]) -> list[Any]:
+    def packed_tensors(self, bucket: Bucket, group: dict[str, Any]) -> list[Any]:
         """Pruned parameters as the kernels take them: weight, gradient, mask, offsets, moments."""
         keys = self.moment_keys(group)
-        grads = self.gradients(part, group)
+        grads = self.gradients(bucket, group)
         return [
             (parameter, grad, state["mask"], state["offsets"], [state[key] for key in keys])
-            for parameter, grad, state in zip(part.parameters, grads, part.states, strict=True)
+            for parameter, grad, state in zip(bucket.parameters, grads, bucket.states, strict=True)
         ]
 
     @staticmethod
-    def address_table(part: Part, tensors: list[Any]) -> Any:
-        """The Triton kernels' table for these tensors, kept with the part."""
+    def address_table(bucket: Bucket, tensors: list[Any]) -> Any:
+        """The Triton kernels' table for these tensors, kept with the bucket."""
         from toolkit.kernels.triton_packed import AddressTable
 
-        part.addresses = part.addresses or AddressTable()
-        return part.addresses.update(tensors, part.places)
-
-    def mask_update_due(self, step: int) -> bool:
-        """Whether the masks change after optimizer step `step`."""
-        return self.schedule.due(step)
+        bucket.addresses = bucket.addresses or AddressTable()
+        return bucket.addresses.update(tensors, bucket.param_indices)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -216,62 +132,72 @@ class PackedOptimizer(Optimizer):
             ready = [parameter for parameter in group["params"] if parameter.grad is not None]
             if not ready:
                 continue
-            plan = self._plans.get(ready[0])
-            if plan is None or not plan.serves(ready, self.state):
-                plan = self._plans[ready[0]] = self._plan(group, ready)
-            for part in plan.parts:
-                part.count_step()
-                if part.packed:
-                    self._check_layout(part)
-                if part.sharded:  # a move of the module gives a DTensor another local part
-                    part.parameters = [local(owner) for owner in part.owners]
-                if part.how == "reference":
-                    self._update_reference(part, group)
-                elif part.packed:
-                    self.update_packed(part, group)
+            for bucket in self._buckets.get(ready, self.state, partial(self._sort, group)):
+                bucket.count_step()
+                if bucket.packed:
+                    self._packing.check_strides(bucket.owners)
+                if bucket.sharded:  # a move of the module gives a DTensor another local part
+                    bucket.parameters = [to_local(owner) for owner in bucket.owners]
+                if bucket.how == "reference":
+                    self._update_reference(bucket, group)
+                elif bucket.packed:
+                    self.update_packed(bucket, group)
                 else:
-                    self.update_many(part, group)
-        if self.schedule.on:
-            self._prune_if_due()
+                    self.update_dense(bucket, group)
+        if self.schedule.enabled:
+            step = self._packing.count_step()
+            if self._packing.is_due(step) and self._packing.update(step):
+                self._buckets.clear()
         return loss
 
-    def _check_layout(self, part: Part) -> None:
-        """Masks and packed moments are in memory order: raise ValueError where that has changed since."""
-        if not part.strides:
-            part.strides = [self._layouts.setdefault(owner, local(owner).stride()) for owner in part.owners]
-        strides = [parameter.stride() for parameter in part.parameters]
-        if strides != part.strides:
-            before, now = next(pair for pair in zip(part.strides, strides, strict=True) if pair[0] != pair[1])
-            raise ValueError(
-                f"a parameter had stride {before} when its mask was made, now {now}; call "
-                "model.to(memory_format=...) before training, or load a checkpoint after it"
-            )
-
-    def _plan(self, group: dict[str, Any], ready: list[Tensor]) -> _Plan:
+    def _sort(self, group: dict[str, Any], ready: list[Tensor]) -> Iterable[Bucket]:
         """Sort the parameters of a group that have a gradient by the code that updates them."""
         prunable = {id(parameter) for _, parameter in prunable_parameters(self.param_groups)}
-        parts: dict[tuple[str, bool, int], Part] = {}
+        buckets: dict[tuple[str, bool, int], Bucket] = {}
         for parameter in ready:
             state = self._state_of(parameter, group, id(parameter) in prunable)
             how, packed, step = self._implementation(parameter), "offsets" in state, int(state["step"])
             if not packed and self._moment_dtype(parameter) is not torch.float32:
                 how = "reference"  # torch's fused update takes no bfloat16 moments of float32 weights
-            if how != "reference":
-                flat(local(parameter))  # refuses gaps: the kernels walk over memory
-            part = parts.setdefault((how, packed, step), Part(how, packed, step))
-            part.prunable |= id(parameter) in prunable
-            part.sharded |= hasattr(parameter, "to_local")
-            part.owners.append(parameter)
-            part.parameters.append(local(parameter))
-            part.states.append(state)
-            part.places.append(self._places.setdefault(parameter, len(self._places) + 1))
-        for part in parts.values():
-            part.share_counter()
-        return _Plan(ready, self.state, list(parts.values()), len(self.state))
+            if how != "reference" and not self._is_dense(parameter):
+                how = "reference"
+            bucket = buckets.setdefault((how, packed, step), Bucket(how, packed, step))
+            bucket.sharded |= hasattr(parameter, "to_local")
+            bucket.owners.append(parameter)
+            bucket.parameters.append(to_local(parameter))
+            bucket.states.append(state)
+            bucket.param_indices.append(self._indices.setdefault(parameter, len(self._indices) + 1))
+        return buckets.values()
+
+    def _is_dense(self, parameter: Tensor) -> bool:
+        """Whether a 1-D view lists its elements, as fast code needs. Raises ValueError where it must be and is not."""
+        try:
+            flat_view(to_local(parameter))
+        except ValueError:
+            if self.schedule.enabled or self.defaults["implementation"] != "auto":
+                raise
+            if not self._warned:
+                get_logger().warning("a parameter has gaps in memory: the reference update takes it, slower")
+                self._warned = True
+            return False
+        return True
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters. Raises ValueError where the group asks for pruning options of its own."""
+        check_same_options(param_group, self._packing.options)
+        super().add_param_group(param_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "keeps_zeros": self._packing.keeps_zeros}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        keeps_zeros = state.pop("keeps_zeros", None)
         super().__setstate__(state)
-        self._plans, self._layouts = {}, {}
+        if "_packing" not in self.__dict__:  # a copy, or unpickled; a load calls this too
+            self._attach(PruningOptions(**{key: self.defaults[key] for key in OPTION_NAMES}))
+        if keeps_zeros is not None:
+            self._packing.keeps_zeros = keeps_zeros
+        self._buckets.clear()
         self._number_parameters()
 
     def _state_of(self, parameter: Tensor, group: dict[str, Any], prunable: bool) -> dict[str, Tensor]:
@@ -284,10 +210,10 @@ class PackedOptimizer(Optimizer):
             )
         state = self.state[parameter]
         if not state:
-            state["step"] = torch.tensor(0.0)
-            like = local(parameter)
-            if prunable and self.keeps_zeros:
-                state["mask"] = pack_bits(flat(like) != 0)
+            state["step"] = torch.tensor(0.0, dtype=torch.float32)
+            like = to_local(parameter)
+            if prunable and self._packing.keeps_zeros:
+                state["mask"] = pack_bits(flat_view(like) != 0)
                 state["offsets"], survivors = block_offsets(state["mask"], like.numel())
                 like = like.new_empty(survivors)
             for key in self.moment_keys(group):
@@ -295,8 +221,13 @@ class PackedOptimizer(Optimizer):
         return state
 
     def _moment_dtype(self, parameter: Tensor) -> torch.dtype:
-        chosen = _STATE_DTYPES[self.defaults["state_dtype"]]
-        return parameter.dtype if chosen is torch.float32 else chosen
+        chosen = self.defaults["state_dtype"]
+        return parameter.dtype if chosen is None else STATE_DTYPES[chosen]
+
+    def _compute_dtype(self, parameter: Tensor) -> torch.dtype:
+        """The parameter's, as in torch; float32 or wider where a dtype of the state was asked for."""
+        chosen = self.defaults["state_dtype"]
+        return parameter.dtype if chosen is None else torch.promote_types(parameter.dtype, torch.float32)
 
     def _implementation(self, parameter: Tensor) -> str:
         if not self.FAST:
@@ -304,57 +235,46 @@ class PackedOptimizer(Optimizer):
         return choose_implementation(self.defaults["implementation"], parameter, self._moment_dtype(parameter))
 
     @staticmethod
-    def gradients(part: Part, group: dict[str, Any]) -> list[Tensor]:
+    def gradients(bucket: Bucket, group: dict[str, Any]) -> list[Tensor]:
         """The gradients, each in its parameter's memory layout, negated where the group maximizes."""
         grads = []
-        for owner, parameter in zip(part.owners, part.parameters, strict=True):
+        for owner, parameter in zip(bucket.owners, bucket.parameters, strict=True):
             assert owner.grad is not None
-            grad = local(owner.grad)
+            grad = to_local(owner.grad)
             if grad.stride() != parameter.stride():
                 grad = torch.empty_like(parameter).copy_(grad)
             grads.append(grad)
         return [-grad for grad in grads] if group["maximize"] else grads
 
-    def _update_reference(self, part: Part, group: dict[str, Any]) -> None:
-        grads = self.gradients(part, group)
-        for parameter, grad, state, place in zip(part.parameters, grads, part.states, part.places, strict=True):
+    def _update_reference(self, bucket: Bucket, group: dict[str, Any]) -> None:
+        grads = self.gradients(bucket, group)
+        columns = (bucket.parameters, grads, bucket.states, bucket.param_indices)
+        for parameter, grad, state, index in zip(*columns, strict=True):
+            # 1. In the dtype to compute in (no copies where it is the parameter's), survivors only once packed.
+            dtype = self._compute_dtype(parameter)
             kept = {key: state[key] for key in self.moment_keys(group)}
-            rounds = self._moment_dtype(parameter) != parameter.dtype
-            moments = {key: value.to(parameter.dtype) for key, value in kept.items()} if rounds else kept
-            if "offsets" in state:
-                weight, mask = flat(parameter), state["mask"]
+            moments = {key: value.to(dtype) for key, value in kept.items()}
+            weight, mask = parameter, state["mask"] if "offsets" in state else None
+            if mask is not None:
                 count = next(iter(moments.values())).numel()
-                survivors = pack(weight, mask, count)
-                self.update(survivors, pack(flat(grad), mask, count), moments, group, part.step)
-                weight[unpack_bits(mask, weight.numel())] = survivors
-            else:
-                self.update(parameter, grad, moments, group, part.step)
-            if rounds:
-                for number, (key, value) in enumerate(moments.items()):
-                    # In memory order, so that the noise does not depend on the layout's logical shape.
-                    seed = (part.step * 65_537 + place) * 3 + number
-                    flat(kept[key]).copy_(round_to_bfloat16(flat(value), seed))
-
-    def _prune_if_due(self) -> None:
-        """Bring the number of zeros to the schedule's; the lowest scores go."""
-        # The schedule runs on the parameters' own counters: ZeRO calls step() once per group, so a counter kept
-        # here would run ahead.
-        step = max((part.step for plan in self._plans.values() for part in plan.parts if part.prunable), default=0)
-        if not self.mask_update_due(step):
-            return
-        named = prunable_parameters(self.param_groups)
-        for name, parameter in named:
-            if not self.state.get(parameter):
-                raise ValueError(
-                    f"{name} is prunable but had no gradient by step {step}, so it has no score; freeze it "
-                    "(requires_grad=False, out of the optimizer) or mark its group prunable=False"
-                )
-        group = self.shard_group or shard_group(parameter for _, parameter in named)
-        MaskUpdate(named, self.state, self.MOMENTS, self.defaults, self.schedule, group, self.spans).run(step)
-        self._plans.clear()
-        self._layouts.update({parameter: local(parameter).stride() for _, parameter in named})
-        if self.after_repack is not None:
-            self.after_repack()
+                weight, grad = pack(flat_view(parameter), mask, count), pack(flat_view(grad), mask, count)
+            new = weight.to(dtype)
+            # 2. The rule.
+            self.update(new, grad.to(dtype), moments, group, bucket.step)
+            # 3. Put back what is not updated in place; pruned places become 0 again.
+            if mask is not None:
+                flat_view(parameter).copy_(unpack(new, mask, parameter.numel()))
+            elif new is not parameter:
+                parameter.copy_(new)
+            for number, (key, value) in enumerate(moments.items()):
+                if value is kept[key]:
+                    continue
+                if kept[key].dtype is not torch.bfloat16:
+                    kept[key].copy_(value)
+                    continue
+                # In memory order, so that the noise does not depend on the layout's logical shape.
+                seed = (bucket.step * 65_537 + index) * 3 + number
+                flat_view(kept[key]).copy_(round_to_bfloat16(flat_view(value), seed))
 
     def state_dict(self) -> dict[str, Any]:
         """The plain optimizer's form: moments dense and shaped like the parameter, the mask as bool."""
@@ -367,33 +287,42 @@ class PackedOptimizer(Optimizer):
 
     @staticmethod
     def _dense_state(parameter: Tensor, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        dense = dense_state(local(parameter), state)
-        return {key: value if key == "step" else whole(value, parameter) for key, value in dense.items()}
+        dense = dense_state(to_local(parameter), state)
+        return {key: value if key == "step" else to_dtensor(value, parameter) for key, value in dense.items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the form `state_dict` gives, or the plain optimizer's, and pack again."""
         super().load_state_dict(state_dict)
+        saved = saved_states(self, state_dict)
         for group in self.param_groups:
             # What the plain optimizer does not know, and the pruning options in force here.
-            group.update({key: value for key, value in self.defaults.items() if key not in group})
-            group.update({key: self.defaults[key] for key in PRUNING_OPTIONS})
+            known = {key: value for key, value in self.defaults.items() if key not in ("differentiable", "pruning")}
+            group.update({key: value for key, value in known.items() if key not in group})
+            group.update({key: self.defaults[key] for key in OPTION_NAMES})
         for parameter, state in self.state.items():
             if state:
-                state.setdefault("step", torch.tensor(1.0))  # torch's SGD counts none; its buffers have begun
-            part = local(parameter)
-            numel, mask, survivors = part.numel(), None, 0
-            if "mask" in state:
-                mask = pack_bits(flat(torch.empty_like(part).copy_(local(state["mask"]))) != 0)
-                state["mask"] = mask
-                state["offsets"], survivors = block_offsets(mask, numel)
-                self._layouts[parameter] = part.stride()
-            for key in [key for key in self.MOMENTS if key in state]:
-                # In the parameter's own memory order, whatever the order it was saved in; torch has cast it.
-                dense = torch.empty_like(part, dtype=self._moment_dtype(parameter)).copy_(local(state[key]))
-                state[key] = dense if mask is None else pack(flat(dense), mask, survivors)
-        if self.after_repack is not None:
-            self.after_repack()
+                # torch's SGD counts no steps; its buffers have begun. A number is taken as torch takes it.
+                state["step"] = torch.as_tensor(state.get("step", 1.0), dtype=torch.float32)
+            self._pack_loaded(parameter, state, saved.get(parameter, {}))
+        self._packing.note_load()
+        if self._packing.after_repack is not None:
+            self._packing.after_repack()
+
+    def _pack_loaded(self, parameter: Tensor, state: dict[str, Tensor], saved: Mapping[str, Any]) -> None:
+        """The dense form of a parameter's state -> what is kept. Moments as `saved`, before torch cast them."""
+        part = to_local(parameter)
+        mask, survivors = None, 0
+        if "mask" in state and self.pruning is self._packing:  # a Pruner's mask is its own
+            mask = pack_bits(flat_view(torch.empty_like(part).copy_(to_local(state["mask"]))) != 0)
+            state["mask"] = mask
+            state["offsets"], survivors = block_offsets(mask, part.numel())
+            self._packing.note_strides(parameter)
+        for key in [key for key in self.MOMENTS if key in state]:
+            # In the parameter's own memory order, whatever the order it was saved in.
+            value = to_local(saved.get(key, state[key]))
+            dense = torch.empty_like(part, dtype=self._moment_dtype(parameter)).copy_(value)
+            state[key] = dense if mask is None else pack(flat_view(dense), mask, survivors)
 
     def survivors(self, parameter: Tensor) -> int:
         """How many of a parameter's weights are not pruned; of a sharded one, on this rank."""
-        return survivors_of(local(parameter), self.state[parameter], self.MOMENTS)
+        return survivors_before(self.state[parameter].get("mask"), to_local(parameter).numel())

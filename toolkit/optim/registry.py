@@ -4,7 +4,7 @@ Names use hyphens: timm splits on `_` and silently drops what stands before it.
 """
 
 import dataclasses
-from collections.abc import Callable
+import functools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,11 +17,7 @@ from toolkit.optim.adamwadv import AdamWAdv
 from toolkit.optim.adamwprune import AdamWPrune
 from toolkit.optim.adamwspam import AdamWSPAM
 from toolkit.optim.sgdprune import SGDPrune
-from toolkit.prune.hooks import Pruner
-from toolkit.prune.schedule import Schedule
-from toolkit.prune.scores import MAGNITUDE, MOVEMENT_SCORES, check_score
-
-__all__ = ["METHODS", "OptimizerSpec", "check_optimizer_name", "find_spec", "register_all", "resolve_name", "specs"]
+from toolkit.prune.hooks import HOOK_METHODS, pruned_by_hooks
 
 METHODS = ("none", "magnitude", "movement", "state")
 _ADAM = ("exp_avg", "exp_avg_sq")
@@ -37,7 +33,7 @@ class OptimizerSpec:
     """
 
     name: str
-    opt_class: Callable[..., torch.optim.Optimizer]
+    opt_class: type[torch.optim.Optimizer]
     description: str
     base: str
     method: str
@@ -53,39 +49,15 @@ class OptimizerSpec:
         """Whether each parameter has a step counter in its state."""
         return self.method == "state" or "exp_avg" in self.moments
 
+    @property
+    def family(self) -> str:
+        """Whose update rule it is at heart: SGD or Adam."""
+        return "SGD" if self.base in ("sgd", "momentum") else "Adam"
 
-def scores_of(method: str) -> tuple[str, ...]:
-    """Score names a hook-based pruning method takes."""
-    return {"magnitude": tuple(MAGNITUDE), "movement": MOVEMENT_SCORES}[method]
-
-
-def _pruned(base_class: Callable[..., torch.optim.Optimizer], method: str) -> Callable[..., torch.optim.Optimizer]:
-    """Factory: the stock optimizer with a Pruner on its step hooks."""
-
-    def create(
-        params: Any,
-        *,
-        sparsity: float = 0.0,
-        begin_step: int = 0,
-        end_step: int | None = None,
-        frequency: int = 50,
-        score: str | None = None,
-        scope: str = "global",
-        regrow: float = 0.0,
-        **base_options: Any,
-    ) -> torch.optim.Optimizer:
-        score = score or method
-        check_score(score, scores_of(method))
-        if regrow:
-            raise ValueError(f"regrow={regrow} is for pruning by state; {method} pruning takes 0")
-        optimizer = base_class(params, **base_options)
-        schedule = Schedule(sparsity, begin_step, end_step, frequency)
-        # Under one key of its own in defaults, which timm logs: AdamWSPAM as base has a `sparsity` that must stay 0.
-        optimizer.defaults["pruning"] = {**dataclasses.asdict(schedule), "score": score, "scope": scope}
-        Pruner(optimizer, schedule, score, scope)
-        return optimizer
-
-    return create
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is one of the optimizers made for pruning by state, under its own name: adamwprune, sgdprune."""
+        return self.method == "state" and "-" not in self.name
 
 
 def _state_spec(base: str, opt_class: Any, what: str, moments: tuple[str, ...], **rest: Any) -> OptimizerSpec:
@@ -105,7 +77,7 @@ def _base_specs() -> list[OptimizerSpec]:
 
     def stock(name: str, description: str, moments: tuple[str, ...]) -> OptimizerSpec:
         entry = info[name]
-        assert callable(entry.opt_class), name
+        assert isinstance(entry.opt_class, type), name
         return OptimizerSpec(
             name,
             entry.opt_class,
@@ -144,7 +116,8 @@ def _base_specs() -> list[OptimizerSpec]:
     ]
 
 
-def specs() -> list[OptimizerSpec]:
+@functools.cache
+def specs() -> tuple[OptimizerSpec, ...]:
     """Every name of ours, and the four of timm's they build on, bases first."""
     bases = _base_specs()
     state = [
@@ -179,14 +152,14 @@ def specs() -> list[OptimizerSpec]:
         dataclasses.replace(
             base,
             name=f"{base.name}-{method}",
-            opt_class=_pruned(base.opt_class, method),
+            opt_class=pruned_by_hooks(base.opt_class, method),  # type: ignore[arg-type]  # torch's odd __hash__
             description=f"{base.name} with {method} pruning",
             method=method,
         )
         for base in bases
-        for method in ("magnitude", "movement")
+        for method in HOOK_METHODS
     ]
-    return [*bases, *state, *hooked]
+    return (*bases, *state, *hooked)
 
 
 def register_all() -> None:
@@ -203,7 +176,7 @@ def register_all() -> None:
         default_registry.register(
             OptimInfo(
                 name=spec.name,
-                opt_class=spec.opt_class,  # type: ignore[arg-type]  # timm takes any callable
+                opt_class=spec.opt_class,
                 description=spec.description,
                 has_eps=spec.has_eps,
                 has_betas=spec.has_betas,

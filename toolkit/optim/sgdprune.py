@@ -5,23 +5,36 @@ State of a prunable weight, in bytes, at final sparsity s: 4 (1 - s) + 1/8 + 4/1
 sparsity 0 it is torch's SGD, bit for bit on the reference path.
 """
 
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
 from toolkit.kernels import native
 from toolkit.kernels.reference import sgd_update
-from toolkit.optim.packed import PackedOptimizer, Part, rate_for
-
-__all__ = ["SGDPrune"]
+from toolkit.optim.buckets import Bucket
+from toolkit.optim.packed import PackedOptimizer, rate_for
+from toolkit.prune.options import PruningKeywords
 
 
 class SGDPrune(PackedOptimizer):
-    """SGD with momentum, pruned by weight or momentum, packed.
+    """SGD with momentum, pruned by weight or momentum, packed. What is prunable, and an example: see AdamWPrune.
 
-    `decoupled_weight_decay` shrinks the weights by lr × decay instead of adding the decay to the gradient. The pruning
-    options are AdamWPrune's; `score` is magnitude or saliency. Raises ValueError on a value out of range.
+    Args:
+        params: parameters, named parameters or groups.
+        lr, momentum, dampening, weight_decay, nesterov, maximize: as in torch.optim.SGD; momentum in (0, 1).
+        decoupled_weight_decay: shrink the weights by lr × decay instead of adding the decay to the gradient.
+        sparsity: final share of zeros among the prunable weights, 0 (off) to below 1.
+        begin_step: optimizer step of the first mask update.
+        end_step: step of the last one; the zeros are then exactly floor(sparsity × prunable weights), and stay.
+        frequency: steps between mask updates.
+        score: what a weight is worth; magnitude or saliency. See toolkit.prune.scores.
+        scope: where weights compete: global (all layers together), layer, or erk.
+        regrow: share of the survivors that make way for pruned weights with the largest gradients, decayed by a cosine.
+        state_dtype: of the moments: float32, or bfloat16 with stochastic rounding; None is the parameter's own.
+        implementation: auto, reference, native (C++ on CPU) or triton (GPU).
+
+    Raises ValueError on a value out of range, TypeError that lists the options for an unknown one.
     """
 
     MOMENTS = ("momentum_buffer",)
@@ -39,15 +52,7 @@ class SGDPrune(PackedOptimizer):
         *,
         decoupled_weight_decay: bool = False,
         maximize: bool = False,
-        sparsity: float = 0.0,
-        begin_step: int = 0,
-        end_step: int | None = None,
-        frequency: int = 50,
-        score: str = "magnitude",
-        scope: str = "global",
-        regrow: float = 0.0,
-        state_dtype: str = "float32",
-        implementation: str = "auto",
+        **pruning: Unpack[PruningKeywords],
     ) -> None:
         for name, value in (("lr", float(lr)), ("weight_decay", weight_decay)):
             if not value >= 0:
@@ -58,27 +63,16 @@ class SGDPrune(PackedOptimizer):
             )
         if nesterov and dampening:
             raise ValueError(f"nesterov needs dampening 0, not {dampening}")
-        super().__init__(
-            params,
-            {
-                "lr": lr,
-                "momentum": momentum,
-                "dampening": dampening,
-                "weight_decay": weight_decay,
-                "nesterov": nesterov,
-                "decoupled_weight_decay": decoupled_weight_decay,
-                "maximize": maximize,
-                "sparsity": sparsity,
-                "begin_step": begin_step,
-                "end_step": end_step,
-                "frequency": frequency,
-                "score": score,
-                "scope": scope,
-                "regrow": regrow,
-                "state_dtype": state_dtype,
-                "implementation": implementation,
-            },
-        )
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "maximize": maximize,
+        }
+        super().__init__(params, defaults, pruning)
 
     def moment_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
         """The momentum."""
@@ -101,33 +95,33 @@ class SGDPrune(PackedOptimizer):
         """SGD on equally shaped tensors."""
         sgd_update(weight, grad, moments["momentum_buffer"], lr=group["lr"], **self._rule(group, step))
 
-    def update_many(self, part: Part, group: dict[str, Any]) -> None:
+    def update_dense(self, bucket: Bucket, group: dict[str, Any]) -> None:
         """torch's fused SGD over all dense parameters at once."""
-        lr = rate_for(part, group)
+        lr = rate_for(bucket, group)
         decoupled = group["decoupled_weight_decay"]
         if decoupled and group["weight_decay"]:
-            torch._foreach_mul_(part.parameters, 1 - lr * group["weight_decay"])
+            torch._foreach_mul_(bucket.parameters, 1 - lr * group["weight_decay"])
         torch._fused_sgd_(
-            part.parameters,
-            self.gradients(part, group),
-            [state["momentum_buffer"] for state in part.states],
+            bucket.parameters,
+            self.gradients(bucket, group),
+            [state["momentum_buffer"] for state in bucket.states],
             weight_decay=0.0 if decoupled else group["weight_decay"],
             momentum=group["momentum"],
             lr=lr,
             dampening=group["dampening"],
             nesterov=group["nesterov"],
             maximize=False,
-            is_first_step=part.step == 1,
+            is_first_step=bucket.step == 1,
         )
 
-    def update_packed(self, part: Part, group: dict[str, Any]) -> None:
+    def update_packed(self, bucket: Bucket, group: dict[str, Any]) -> None:
         """SGD for the survivors, all tensors in one call."""
-        rows, rule = self.packed_tensors(part, group), self._rule(group, part.step)
-        if part.how == "triton":
+        rows, rule = self.packed_tensors(bucket, group), self._rule(group, bucket.step)
+        if bucket.how == "triton":
             from toolkit.kernels import triton_packed
 
             del rule["first"]  # the kernel asks the counter
-            table, lr = self.address_table(part, rows), rate_for(part, group)
-            triton_packed.packed_sgd(rows, table, part.counter, lr=lr, **rule)
+            table, lr = self.address_table(bucket, rows), rate_for(bucket, group)
+            triton_packed.packed_sgd(rows, table, bucket.step_tensor, lr=lr, **rule)
         else:
             native.packed_sgd(rows, lr=float(group["lr"]), **rule)

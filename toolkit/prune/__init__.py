@@ -1,1 +1,1 @@
-"""Pruning by question: when (schedule), how good (scores), which (select), where (mask, packing), by whom (pruner)."""
+"""Pruning by question: when (schedule), how good (scores), which (select), where (mask, packing), by whom (hooks)."""

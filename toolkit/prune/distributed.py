@@ -12,20 +12,17 @@ import torch.distributed
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-__all__ = ["Spans", "gather_over", "local", "shard_group", "sum_over", "whole"]
-
-
 # The weights within a flat slice that holds several parameters: (name, start, stop) of each parameter of the group, in
 # order, also of those of which the slice holds nothing. What no span covers is padding, no weights.
-Spans = Sequence[tuple[str, int, int]]
+FlatSlices = Sequence[tuple[str, int, int]]
 
 
-def local(tensor: Tensor) -> Tensor:
+def to_local(tensor: Tensor) -> Tensor:
     """This rank's part of a DTensor (a view), or the tensor itself."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def whole(part: Tensor, parameter: Tensor) -> Tensor:
+def to_dtensor(part: Tensor, parameter: Tensor) -> Tensor:
     """This rank's part as a tensor of the parameter's kind: a DTensor of the whole shape, or the part itself."""
     if not hasattr(parameter, "to_local"):
         return part

@@ -6,8 +6,6 @@ least one weight.
 
 from collections.abc import Sequence
 
-__all__ = ["SCOPES", "zero_quotas"]
-
 SCOPES = ("global", "layer", "erk")
 
 

@@ -1,16 +1,76 @@
-"""What may be pruned: the prunable parameters of an optimizer, in a fixed order and with names for messages."""
+"""What may be pruned: in a model by its layers, in an optimizer by the marks of its groups."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import Tensor
+import torch.distributed
+from torch import Tensor, nn
 
-__all__ = ["prunable_parameters"]
+from toolkit.log import get_logger
+
+_ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")  # of nn.MultiheadAttention
+_SHOWN = 8  # parameters that a message names one by one
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """Whether it is transformers' `Conv1D`, a linear layer with its weight transposed; by name, without the import."""
+    return any(
+        kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.") for kind in type(module).__mro__
+    )
+
+
+def _layer_weights(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
+    """Attribute and tensor of the weights of one convolution, linear or attention layer; nothing of other modules."""
+    names: tuple[str, ...] = ()
+    if isinstance(module, nn.MultiheadAttention):
+        names = _ATTENTION
+    elif isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)) or _is_conv1d(module):
+        names = ("weight",)
+    for name in names:
+        weight = getattr(module, name, None)
+        if isinstance(weight, nn.Parameter):  # a parametrized weight is computed, and its sources are no layer's
+            yield name, weight
+
+
+def _embeddings(model: nn.Module) -> dict[int, str]:
+    """Name of each embedding table by the tensor's id."""
+    return {
+        id(module.weight): f"{name}.weight".lstrip(".")
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+    }
+
+
+def prunable_names(model: nn.Module) -> set[str]:
+    """Names, as in `named_parameters()`, of the weights that pruning is for.
+
+    These are the weights of convolution and linear layers, stem and classifier included, of transformers' `Conv1D` and
+    of the projections in `nn.MultiheadAttention`. Embeddings, recurrent layers, norms, biases and a model's bare
+    parameters are not; nor is a linear layer's weight that is an embedding's too (see `tied_names`).
+    """
+    weights = {id(weight) for module in model.modules() for _, weight in _layer_weights(module)}
+    weights -= _embeddings(model).keys()
+    return {name for name, parameter in model.named_parameters() if id(parameter) in weights}
+
+
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """Layers' weights that are an embedding's too, and so not prunable: name in the layer -> name in the embedding."""
+    embeddings = _embeddings(model)
+    return {
+        f"{name}.{attribute}": embeddings[id(weight)]
+        for name, module in model.named_modules()
+        for attribute, weight in _layer_weights(module)
+        if id(weight) in embeddings
+    }
 
 
 def _is_weight_matrix(parameter: Tensor) -> bool:
     # A leading dimension of 1 leaves out class tokens and position embeddings.
     return parameter.ndim > 1 and parameter.shape[0] > 1
+
+
+def _is_marked(groups: Iterable[Mapping[str, Any]]) -> bool:
+    return any("prunable" in group for group in groups)
 
 
 def prunable_parameters(param_groups: Iterable[Mapping[str, Any]]) -> list[tuple[str, Tensor]]:
@@ -20,7 +80,7 @@ def prunable_parameters(param_groups: Iterable[Mapping[str, Any]]) -> list[tuple
     more than one dimension and a leading dimension above 1 is prunable.
     """
     groups = list(param_groups)
-    marked = any("prunable" in group for group in groups)
+    marked = _is_marked(groups)
     found = []
     position = 0
     for group in groups:
@@ -31,3 +91,25 @@ def prunable_parameters(param_groups: Iterable[Mapping[str, Any]]) -> list[tuple
             if bool(group.get("prunable", False)) if marked else _is_weight_matrix(parameter):
                 found.append((name, parameter))
     return found
+
+
+def announce_unmarked(param_groups: Iterable[Mapping[str, Any]]) -> None:
+    """Warn, on rank 0, of what an optimizer that is about to prune will take for lack of marks; for constructors.
+
+    `param_groups` are the optimizer's own; marked ones are left without a word.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank():
+        return
+    groups = list(param_groups)
+    if _is_marked(groups):
+        return
+    named = prunable_parameters(groups)
+    names = [name for name, _ in named]
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    get_logger().warning(
+        "no parameter group says what is prunable, so every matrix is pruned, embeddings among them: %d weights in "
+        "%s%s; toolkit.optim.param_groups(model) marks convolution and linear weights alone",
+        sum(parameter.numel() for _, parameter in named),
+        ", ".join(names[:_SHOWN]),
+        more,
+    )

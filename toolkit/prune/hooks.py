@@ -1,99 +1,87 @@
 """Magnitude, movement and displacement pruning for any torch optimizer, through its step hooks.
 
-The pruner knows an optimizer only by `state`, `param_groups` and hooks. What it keeps lives in `optimizer.state` of
-each prunable parameter, so a checkpoint of the optimizer carries it: a bit mask (`keep`), and for movement its scores,
-for displacement the initial weights. Memory beside the optimizer's own: 0.125 bytes a weight for magnitude, 4.125 for
-the other two. In `state_dict()` the mask is a parameter-shaped bool.
+The optimizer is known only by `state`, `param_groups` and hooks. What is kept lies in `optimizer.state` of each
+prunable parameter, so a checkpoint of the optimizer carries it: a bit mask, and for movement its scores, for
+displacement the first weights. Memory beside the optimizer's own: 0.125 bytes a weight for magnitude, 4.125 for the
+other two. In `state_dict()` the mask is a parameter-shaped bool.
 """
 
-import itertools
-from collections.abc import Iterator, Mapping
-from functools import partial
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from toolkit.prune.dense import dense_state
-from toolkit.prune.distributed import Spans, local, shard_group, sum_over, whole
-from toolkit.prune.distribution import SCOPES, zero_quotas
+from toolkit.prune.distributed import to_dtensor, to_local
 from toolkit.prune.groups import prunable_parameters
-from toolkit.prune.mask import flat, pack_bits, unpack_bits, zero_pruned
-from toolkit.prune.schedule import Schedule
-from toolkit.prune.scores import MAGNITUDE, MOVEMENT_SCORES, check_score, displacement, movement_increment
-from toolkit.prune.select import CHUNK, choose_lowest
+from toolkit.prune.mask import flat_view, pack_bits, zero_pruned
+from toolkit.prune.options import OPTION_NAMES, PruningOptions
+from toolkit.prune.packing import dense_state
+from toolkit.prune.pruning import Pruning, saved_states
+from toolkit.prune.scores import MAGNITUDE, MOVEMENT_SCORES, movement_increment
+from toolkit.prune.stores import MaskedStore
 
-__all__ = ["Pruner"]
+HOOK_METHODS: dict[str, tuple[str, ...]] = {"magnitude": tuple(MAGNITUDE), "movement": MOVEMENT_SCORES}
+_NOT_OFFERED = ("regrow", "state_dtype", "implementation")
+_OPTIONS = tuple(name for name in OPTION_NAMES if name not in _NOT_OFFERED)
+_OWN_KEYS = ("mask", "scores", "initial_weights")
 
-_STEP = "prune_step"  # counted in each group: ZeRO shows one group per call of step()
 
-
-class Pruner:
-    """Prunes an optimizer's prunable weights by `score`: magnitude, movement or displacement.
+class Pruner(Pruning):
+    """Prunes an optimizer through its hooks; the score is magnitude, movement or displacement.
 
     Movement is Sanh et al. (arXiv 2005.07683) with hard top-k: S <- S - lr g w, with one departure: a pruned weight
-    is 0 in the model, so its score rests (they keep w beside the masked one). Pruned weights and survivors are ranked
-    together by S, so a resting score that survivors fall below brings its weight back, with the value the step at hand
-    gives it from 0. Magnitude and displacement know nothing of a pruned weight, which stays pruned.
+    is 0 in the model, so its score rests (they keep w beside the masked one). Magnitude and displacement know nothing
+    of a pruned weight, which stays pruned.
     """
 
-    def __init__(self, optimizer: Optimizer, schedule: Schedule, score: str, scope: str = "global") -> None:
-        check_score(score, (*MAGNITUDE, *MOVEMENT_SCORES))
-        if scope not in SCOPES:
-            raise ValueError(f"scope={scope!r} is not known; choose one of {', '.join(SCOPES)}")
-        self.optimizer = optimizer
-        self.schedule = schedule
-        self.score = score
-        self.scope = scope
-        # What ZeRO does not tell: who holds the rest of a slice, and what a slice is made of.
-        self.shard_group: ProcessGroup | None = None
-        self.spans: Mapping[Tensor, Spans] = {}
-        optimizer.pruner = self  # type: ignore[attr-defined]  # where a caller finds these
-        self._first: dict[Tensor, dict[str, Tensor]] = {}  # what the first step's pre-hook made, until it has passed
-        for group in optimizer.param_groups:
-            group.setdefault(_STEP, 0)
-        if not schedule.on:
+    def __init__(self, optimizer: Optimizer, options: PruningOptions) -> None:
+        self._score = str(options.score)
+        super().__init__(optimizer, options, MaskedStore(self._score))
+        self._first: dict[Tensor, dict[str, Tensor]] = {}  # what a pre-hook made, until its post-hook
+        if not options.schedule.enabled:
             return
-        if score in MOVEMENT_SCORES:
-            optimizer.register_step_pre_hook(self._before_step)
+        optimizer.register_step_pre_hook(self._before_step)
         optimizer.register_step_post_hook(self._after_step)
         optimizer.register_state_dict_post_hook(self._masks_to_bool)
+        optimizer.register_load_state_dict_pre_hook(self._note_saved_scores)
         optimizer.register_load_state_dict_post_hook(self._masks_to_bits)
-        # torch copies and pickles an optimizer without its hooks; copy and pickle ask the instance for this.
-        optimizer.__reduce_ex__ = self._reduce  # type: ignore[method-assign,assignment]
 
-    def _reduce(self, protocol: int) -> tuple[Any, ...]:
-        """A copy of the optimizer is pruned like it."""
-        optimizer = self.optimizer
-        return _restore, (type(optimizer), optimizer.__getstate__(), self.schedule, self.score, self.scope)
-
-    def keep_zeros(self) -> None:
-        """Weights that are 0 at the first step are pruned from then on: a pruned model goes on."""
-
-        @torch.no_grad()
-        def once(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            handle.remove()
-            for _, parameter in prunable_parameters(optimizer.param_groups):
-                if "keep" not in optimizer.state.get(parameter, {}):  # a resumed run has its masks
-                    self._first.setdefault(parameter, {})["keep"] = pack_bits(flat(local(parameter)) != 0)
-
-        handle = self.optimizer.register_step_pre_hook(once)
+    def _before_step(
+        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Note what the update is about to change. A closure is called here, for the gradients it makes."""
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
+        changed = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+            changed = ((args[0], lambda: loss, *args[2:]), {key: kwargs[key] for key in kwargs if key != "closure"})
+        if not _skipped(optimizer):
+            self._note(optimizer)
+        return changed
 
     @torch.no_grad()
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """Movement: add this step's -lr g w. Displacement: keep w0 before the first step changes it."""
-        learning_rate = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    def _note(self, optimizer: Optimizer) -> None:
+        """Kept zeros: their mask. Movement: add this step's -lr g w. Displacement: w0 before the first step."""
+        if self._score == "magnitude" and not self.keeps_zeros:
+            return
+        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        scale = getattr(optimizer, "grad_scale", None)  # of a fused optimizer under a GradScaler
         for _, parameter in prunable_parameters(optimizer.param_groups):
             # The base optimizer fills an empty state by itself, so nothing may be put there before its first step.
-            own = optimizer.state.get(parameter, {})
-            if self.score == "displacement":
+            own, part = optimizer.state.get(parameter, {}), to_local(parameter)
+            if self.keeps_zeros and "mask" not in own:  # a resumed run has its masks
+                self._first.setdefault(parameter, {})["mask"] = pack_bits(flat_view(part) != 0)
+            if self._score == "displacement":
                 if "initial_weights" not in own:
-                    self._first.setdefault(parameter, {})["initial_weights"] = local(parameter).detach().clone()
-            elif parameter.grad is not None:
-                rate = float(learning_rate[id(parameter)])
-                added = movement_increment(local(parameter), local(parameter.grad), rate)
+                    self._first.setdefault(parameter, {})["initial_weights"] = part.detach().clone()
+            elif self._score == "movement" and parameter.grad is not None:
+                group = groups[id(parameter)]
+                rate = float(group["lr"]) * (-1.0 if group.get("maximize") else 1.0)
+                rate /= 1.0 if scale is None else float(scale)
+                added = movement_increment(part, to_local(parameter.grad), rate)
                 if "scores" in own:
                     own["scores"].add_(added)
                 else:
@@ -105,108 +93,95 @@ class Pruner:
         for parameter, made in self._first.items():
             optimizer.state[parameter].update(made)
         self._first.clear()
-        for group in optimizer.param_groups:
-            if group["params"]:
-                group[_STEP] += 1
+        if _skipped(optimizer):
+            return
+        step = self.count_step()
         named = prunable_parameters(optimizer.param_groups)
-        if not named:
-            return
-        step = max(group[_STEP] for group in optimizer.param_groups if group["params"])
-        if self.schedule.due(step):
-            self._update_masks(named, step)
+        self.check_strides([parameter for _, parameter in named if "mask" in optimizer.state.get(parameter, {})])
+        if self.is_due(step):
+            self.update(step)
         for _, parameter in named:
-            mask = optimizer.state.get(parameter, {}).get("keep")
+            mask = optimizer.state.get(parameter, {}).get("mask")
             if mask is not None:
-                zero_pruned(flat(local(parameter)), mask)
+                zero_pruned(flat_view(to_local(parameter)), mask)
 
-    def _update_masks(self, named: list[tuple[str, Tensor]], step: int) -> None:
-        group = self.shard_group or shard_group(parameter for _, parameter in named)
-        parts = [local(parameter) for _, parameter in named]
-        spans = [self.spans.get(parameter, [(name, 0, local(parameter).numel())]) for name, parameter in named]
-        sizes = [sum(stop - start for _, start, stop in one) for one in spans]
-        gone_now = [self._pruned(parameter) for _, parameter in named]
-        padding = sum(part.numel() for part in parts) - sum(sizes)
-        pruned = max(0, sum(gone_now) - padding)  # padding has no mask, or is pruned
-        total, pruned = sum_over(group, [sum(sizes), pruned], parts[0].device)
-        zeros = max(self.schedule.zeros(step, total), pruned)  # more only in a model that came pruned
-        if zeros == 0:
-            return
-        for name, parameter in named:
-            if parameter.grad is None and not self.optimizer.state.get(parameter):
-                raise ValueError(
-                    f"{name} is prunable but had no gradient by step {step}, so it has no score; freeze it "
-                    "(requires_grad=False, out of the optimizer) or mark its group prunable=False"
-                )
-        every = range(len(named))
-        groups = [(list(every), zeros)]
-        if self.scope != "global":
-            gone = sum_over(group, gone_now if self.score != "movement" else [0] * len(named), parts[0].device)
-            quotas = zero_quotas(self.scope, [parameter.shape for _, parameter in named], gone, zeros)
-            groups = [([number], quota) for number, quota in enumerate(quotas)]
-        for members, count in groups:
-            pieces = [(number, *span) for number in members for span in spans[number]]
-            sources = [partial(self._scores, named[number][1], start, stop) for number, _, start, stop in pieces]
-            names, counts = [name for _, name, _, _ in pieces], [stop - start for _, _, start, stop in pieces]
-            drops = zip(pieces, choose_lowest(sources, names, counts, count, group), strict=True)
-            for number, members_of in itertools.groupby(drops, lambda pair: pair[0][0]):
-                keep = torch.zeros(parts[number].numel(), dtype=torch.bool, device=parts[number].device)
-                for (_, _, start, stop), drop in members_of:
-                    keep[start:stop] = ~drop  # padding lies in no piece and stays 0
-                self.optimizer.state[named[number][1]]["keep"] = pack_bits(keep)
-
-    def _pruned(self, parameter: Tensor) -> int:
-        mask = self.optimizer.state.get(parameter, {}).get("keep")
-        return 0 if mask is None else int((~unpack_bits(mask, local(parameter).numel())).sum())
-
-    def _scores(self, parameter: Tensor, first: int, last: int) -> Iterator[Tensor]:
-        """Scores of the weights `first` to `last` in memory order, CHUNK at a time.
-
-        -inf, so pruned first, are the pruned weights of a score that does not rest, and any weight that is exactly 0:
-        a survivor at 0 would be a zero beyond the target. (The base optimizer has just moved the pruned weights; for
-        movement, one that it left at 0 has no way back.)
-        """
-        state = self.optimizer.state[parameter]
-        weight = flat(local(parameter))
-        for start in range(first, last, CHUNK):
-            stop = min(start + CHUNK, last)
-            piece = weight[start:stop]
-            gone = piece == 0
-            if self.score == "movement":
-                scores = flat(state["scores"])[start:stop].float()
-            else:
-                if self.score == "displacement":
-                    scores = displacement(piece, flat(state["initial_weights"])[start:stop])
-                else:
-                    scores = MAGNITUDE["magnitude"](piece, {})
-                if "keep" in state:
-                    spare = start % 8  # a piece of a flat slice may begin within a byte
-                    bits = state["keep"][start // 8 : (stop + 7) // 8]
-                    gone |= ~unpack_bits(bits, spare + piece.numel())[spare:]
-            yield scores.masked_fill(gone, -torch.inf)
-
-    def _masks_to_bool(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    @staticmethod
+    def _masks_to_bool(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Checkpoint form: the mask as a parameter-shaped bool (torch casts a 1-D uint8 to float on loading)."""
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for index, state in state_dict["state"].items():
-            own = {key: local(state[key]) for key in ("keep", "scores", "initial_weights") if key in state}
-            dense = dense_state(local(parameters[index]), own)
-            wholes = {key: whole(value, parameters[index]) for key, value in dense.items()}
+            own = {key: to_local(state[key]) for key in _OWN_KEYS if key in state}
+            dense = dense_state(to_local(parameters[index]), own)
+            wholes = {key: to_dtensor(value, parameters[index]) for key, value in dense.items()}
             state_dict["state"][index] = {**state, **wholes}
         return state_dict
 
+    def _note_saved_scores(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+        """The sums need float32, whatever the parameter's dtype."""
+        saved = saved_states(optimizer, state_dict)
+        self._first = {p: {"scores": state["scores"]} for p, state in saved.items() if "scores" in state}
+
     def _masks_to_bits(self, optimizer: Optimizer) -> None:
+        self.note_load()
+        scores, self._first = self._first, {}
         for parameter, state in optimizer.state.items():
-            part = local(parameter)
-            if "keep" in state:
-                state["keep"] = pack_bits(flat(torch.empty_like(part).copy_(local(state["keep"]))) != 0)
+            part = to_local(parameter)
+            if "keep" in state:  # the mask's name in checkpoints of version 0.1
+                state["mask"] = state.pop("keep")
+            if "mask" in state:
+                state["mask"] = pack_bits(flat_view(torch.empty_like(part).copy_(to_local(state["mask"]))) != 0)
+                self.note_strides(parameter)
             for key in ("scores", "initial_weights"):
                 if key in state:
-                    state[key] = torch.empty_like(part).copy_(local(state[key]))
+                    value = to_local(scores.get(parameter, state).get(key, state[key]))
+                    state[key] = torch.empty_like(part, dtype=value.dtype).copy_(value)
 
 
-def _restore(kind: type[Optimizer], state: dict[str, Any], schedule: Schedule, score: str, scope: str) -> Optimizer:
-    """An optimizer from its state, with a Pruner of its own."""
-    optimizer = kind.__new__(kind)
-    optimizer.__setstate__(state)
-    Pruner(optimizer, schedule, score, scope)
-    return optimizer
+def _skipped(optimizer: Optimizer) -> bool:
+    """Whether a GradScaler has told a fused optimizer to leave this step out (a gradient was not finite)."""
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found)
+
+
+@functools.cache
+def pruned_by_hooks(base: type[Optimizer], method: str) -> type[Optimizer]:
+    """A subclass of `base` that takes pruning options too and prunes by `method`: magnitude or movement.
+
+    The options are those of PruningOptions without regrow, state_dtype and implementation, which need packed state.
+    """
+
+    class PrunedOptimizer(base):  # type: ignore[valid-type,misc]
+        def __init__(self, params: Any, *args: Any, **options: Any) -> None:
+            if options.pop("regrow", 0.0):
+                raise ValueError(f"regrow is for pruning by state; {method} pruning takes 0")
+            pruning = {key: options.pop(key) for key in _OPTIONS if key in options}
+            checked = PruningOptions.of(pruning, scores=HOOK_METHODS[method])
+            super().__init__(params, *args, **options)
+            # Under one key of its own in defaults: AdamWSPAM as base has a `sparsity` that must stay 0.
+            self.defaults["pruning"] = {key: getattr(checked, key) for key in _OPTIONS}
+            self.pruning = Pruner(self, checked)
+            self.pruning.check_prunable()
+
+        def __getstate__(self) -> dict[str, Any]:
+            return {**super().__getstate__(), "keeps_zeros": self.pruning.keeps_zeros}
+
+        def __setstate__(self, state: dict[str, Any]) -> None:
+            keeps_zeros = state.pop("keeps_zeros", None)
+            super().__setstate__(state)
+            if not isinstance(self.__dict__.get("pruning"), Pruner):  # a copy, or unpickled
+                self.pruning = Pruner(self, PruningOptions(**self.defaults["pruning"]))
+            if keeps_zeros is not None:
+                self.pruning.keeps_zeros = keeps_zeros
+
+        def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+            return _blank, (base, method), self.__getstate__()
+
+    PrunedOptimizer.__name__ = PrunedOptimizer.__qualname__ = f"{base.__name__}{method.title()}"
+    PrunedOptimizer.__doc__ = f"{base.__name__} with {method} pruning through step hooks."
+    return PrunedOptimizer
+
+
+def _blank(base: type[Optimizer], method: str) -> Optimizer:
+    """What copy and pickle fill by `__setstate__`."""
+    kind: type[Optimizer] = pruned_by_hooks(base, method)  # type: ignore[arg-type]
+    return kind.__new__(kind)

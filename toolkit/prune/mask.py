@@ -1,21 +1,9 @@
 """The mask as bits: one bit a weight, 8 to a byte, lowest bit first, in memory order of the weight; 1 = survivor."""
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
 from toolkit.kernels import bits as native_bits
-
-__all__ = ["MASK_KEYS", "flat", "mask_bytes", "mask_of", "pack_bits", "thin", "unpack_bits", "zero_pruned"]
-
-
-MASK_KEYS = ("mask", "keep")  # where a parameter's bits lie in the optimizer's state: packed optimizers, and Pruner
-
-
-def mask_of(state: Mapping[str, Tensor]) -> Tensor | None:
-    """The bit mask in a parameter's optimizer state, or None where it has none."""
-    return next((state[key] for key in MASK_KEYS if key in state), None)
 
 
 def mask_bytes(numel: int) -> int:
@@ -23,7 +11,7 @@ def mask_bytes(numel: int) -> int:
     return (numel + 7) // 8
 
 
-def flat(tensor: Tensor) -> Tensor:
+def flat_view(tensor: Tensor) -> Tensor:
     """1-D view of a dense tensor in memory order (channels_last weights are not contiguous in logical order).
 
     Raises ValueError for a tensor with gaps or overlaps, whose elements no 1-D view can list.
@@ -57,7 +45,7 @@ def unpack_bits(mask: Tensor, numel: int) -> Tensor:
     return (mask.unsqueeze(1) & _weights_of_bits(mask.device)).ne_(0).view(-1)[:numel].to(torch.bool)
 
 
-def thin(mask: Tensor, numel: int, drop: Tensor) -> Tensor:
+def drop_survivors(mask: Tensor, numel: int, drop: Tensor) -> Tensor:
     """The bits of `numel` weights without the survivors marked in `drop`, bool [survivors]."""
     if native_bits.fits(mask) and native_bits.fits(drop):
         return native_bits.thin(mask, numel, drop)

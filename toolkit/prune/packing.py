@@ -1,15 +1,19 @@
 """Dense <-> packed: values of survivors side by side, found again through the bit mask and a block-offset table.
 
-The layout knows no update rule, so every optimizer's moments are packed by this file.
+The layout knows no update rule, so every optimizer's moments are packed by this file. n weights, k survivors:
+    dense    float [n]               in memory order of the weight
+    mask     uint8 [ceil(n / 8)]     1 = survivor
+    packed   float [k]               the survivors' values
+    offsets  int32 [ceil(n / BLOCK)] survivors before each block of BLOCK weights
 """
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from toolkit.kernels import bits as native_bits
-from toolkit.prune.mask import unpack_bits
-
-__all__ = ["BLOCK", "block_offsets", "offset_bytes", "pack", "spread"]
+from toolkit.prune.mask import flat_view, unpack_bits
 
 # Weights a table entry covers. One int32 for 1,024 weights costs 0.0039 bytes a weight, and lets a kernel start at
 # any block without counting the bits before it.
@@ -39,8 +43,47 @@ def pack(dense: Tensor, mask: Tensor, survivors: int) -> Tensor:
     return dense[unpack_bits(mask, dense.numel())]
 
 
-def spread(packed: Tensor, mask: Tensor, numel: int) -> Tensor:
+def unpack(packed: Tensor, mask: Tensor, numel: int) -> Tensor:
     """Survivors' values [k] and the bits -> values [numel], 0 where pruned."""
     dense = torch.zeros(numel, dtype=packed.dtype, device=packed.device)
     dense[unpack_bits(mask, numel)] = packed
+    return dense
+
+
+def survivors_before(mask: Tensor | None, position: int) -> int:
+    """Survivors among the first `position` weights; all of them where there is no mask."""
+    return position if mask is None else block_offsets(mask, position)[1]
+
+
+def pack_range(dense: Tensor, mask: Tensor | None, first: int, last: int) -> Tensor:
+    """Survivors' values among the weights `first` to `last`; a view of `dense` where there is no mask."""
+    values = dense[first:last]
+    if mask is None:
+        return values
+    spare = first % 8  # a range may begin within a byte
+    bits = mask[first // 8 : (last + 7) // 8]
+    if spare:
+        return values[unpack_bits(bits, spare + values.numel())[spare:]]
+    return pack(values, bits, survivors_before(bits, values.numel()))
+
+
+def dense_state(part: Tensor, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """State of a parameter (this rank's part of it), packed or not -> the form of checkpoints.
+
+    Moments of pruned weights are 0, the mask is bool, both shaped like `part`; the offsets are left out (they follow
+    from the mask). What is dense already is not copied.
+    """
+    dense = {}
+    for key, value in state.items():
+        if key == "offsets":
+            continue
+        values = None
+        if key == "mask" and value.dtype is torch.uint8:  # bits
+            values = unpack_bits(value, part.numel())
+        elif "offsets" in state and value.ndim == 1:
+            values = unpack(value, state["mask"], part.numel())
+        if values is not None:
+            value = torch.empty_like(part, dtype=values.dtype)
+            flat_view(value).copy_(values)
+        dense[key] = value
     return dense

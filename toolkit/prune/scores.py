@@ -7,9 +7,8 @@ is no epsilon under which a score silently turns into plain magnitude.
 
 from collections.abc import Callable, Mapping
 
+import torch
 from torch import Tensor
-
-__all__ = ["MAGNITUDE", "MOVEMENT_SCORES", "STATE_SCORES", "check_score", "displacement", "movement_increment"]
 
 Score = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
 
@@ -57,8 +56,9 @@ MOVEMENT_SCORES = ("movement", "displacement")
 
 
 def movement_increment(weight: Tensor, grad: Tensor, lr: float) -> Tensor:
-    """-lr g w: what one step adds to a movement score (Sanh et al., arXiv 2005.07683, eq. 4)."""
-    return (weight * grad).mul_(-lr)
+    """-lr g w in float32 or wider: what one step adds to a movement score (Sanh et al., arXiv 2005.07683, eq. 4)."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)  # a long sum of small numbers
+    return (weight.to(dtype) * grad).mul_(-lr)
 
 
 def displacement(weight: Tensor, initial: Tensor) -> Tensor:

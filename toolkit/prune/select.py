@@ -18,10 +18,11 @@ from torch.distributed import ProcessGroup
 from toolkit.kernels import bits as native_bits
 from toolkit.prune.distributed import gather_over, sum_over
 
-__all__ = ["CHUNK", "Threshold", "choose_lowest", "find_threshold"]
-
 CHUNK = 262_144  # scores made at a time: 1 MiB of float32
 _PASSES = ((21, 11), (10, 11), (0, 10))  # (bits to the right of the digit, bits of the digit)
+
+_DIGIT_OF_INF = 0x7F800000 >> 21 | 1 << 10  # of the first pass; no finite score has it
+_OUT_OF_REACH = torch.finfo(torch.float32).max  # +inf is refused
 
 Chunks = Callable[[], Iterable[Tensor]]
 
@@ -39,7 +40,7 @@ def _value(key: int) -> float:
 
 
 def _add_histogram(scores: Tensor, shift: int, width: int, prefix: int, counts: Tensor) -> int:
-    """Count one digit of the scores whose higher bits are `prefix` into `counts`; returns the first pass's NaNs."""
+    """Count one digit of the scores whose higher bits are `prefix`; returns how many are NaN (first pass)."""
     if native_bits.fits(scores) and scores.dtype is torch.float32:
         return native_bits.add_histogram(scores, shift, width, prefix, counts)
     keys = _keys(scores)
@@ -102,13 +103,18 @@ def _share_ties(own: Tensor, rest: int, group: ProcessGroup | None) -> list[int]
 
 
 def find_threshold(
-    sources: Sequence[Chunks], names: Sequence[str], k: int, group: ProcessGroup | None = None
+    sources: Sequence[Chunks],
+    names: Sequence[str],
+    k: int,
+    group: ProcessGroup | None = None,
+    *,
+    refuse_infinite: bool = False,
 ) -> Threshold:
     """Find what separates the `k` lowest scores from the rest.
 
     Each source yields one parameter's scores in chunks, the same ones each time it is called (three times here). With
     a `group` it yields this rank's shard of them, lower ranks holding lower indices, and `k` is over all ranks. Raises
-    ValueError that names the parameter where a score is NaN, on every rank.
+    ValueError that names the parameter where a score is NaN, or on demand +inf, on every rank.
     """
     if k <= 0:
         return Threshold(None, [0] * len(sources))
@@ -116,37 +122,78 @@ def find_threshold(
     rest = k
     ties: list[int] = []
     for number, (shift, width) in enumerate(_PASSES):
-        own, nans = _histograms(sources, shift, width, prefix, group)
-        *histogram, missing = _sum_over(group, torch.cat([own.sum(0), nans.sum(0, keepdim=True)])).tolist()
-        if missing:
-            bad = next(name for name, count in zip(names, _sum_over(group, nans).tolist(), strict=True) if count)
-            raise ValueError(f"the pruning score of {bad} is NaN; its weights, moments or gradients are not finite")
+        # 1. Count this digit over all sources and ranks; refuse scores that say nothing.
+        digits = _count_digits(sources, shift, width, prefix, group)
+        *histogram, nans = _sum_over(group, digits.total_and_nans).tolist()
+        if nans or (refuse_infinite and number == 0 and histogram[_DIGIT_OF_INF]):
+            name, what = _first_not_finite(sources, names, group)
+            raise ValueError(f"the pruning score of {name} is {what}; its weights, moments or gradients are not finite")
         assert number or k <= sum(histogram), f"asked for the {k} lowest of {sum(histogram)} scores"
+        # 2. The k-th lowest has the digit at which the running count reaches k.
         found = 0
         while histogram[found] < rest:
             rest -= histogram[found]
             found += 1
         prefix = found - 2 ** (width - 1) if number == 0 else (prefix << width) | found
+        # 3. With the last digit its value is known; what equals it is shared out in a fixed order.
         if number == len(_PASSES) - 1:
-            ties = _share_ties(own[:, found].contiguous(), rest, group)
+            ties = _share_ties(digits.of_each(found), rest, group)
     return Threshold(_value(prefix), ties)
 
 
-def _histograms(
+def _first_not_finite(sources: Sequence[Chunks], names: Sequence[str], group: ProcessGroup | None) -> tuple[str, str]:
+    """(name, NaN or infinite) of the first source that has such a score on any rank."""
+    kinds = {"NaN": torch.isnan, "infinite": lambda scores: scores == torch.inf}
+    device = _device_of(group) if group is not None else torch.device("cpu")
+    for what, is_bad in kinds.items():
+        counts = [sum(int(is_bad(scores).sum()) for scores in source()) for source in sources]
+        for name, count in zip(names, sum_over(group, counts, device), strict=True):
+            if count:
+                return name, what
+    raise AssertionError("all scores are finite")
+
+
+@dataclass
+class _Digits:
+    """This rank's counts of one digit: int64 [2^width + 1], the last that of NaN.
+
+    `each` has, of the last pass, which digits a source has and how often: whole histograms of 20,000 small tensors
+    would take more memory than their weights.
+    """
+
+    total_and_nans: Tensor
+    each: list[tuple[Tensor, Tensor] | None]
+
+    def of_each(self, digit: int) -> Tensor:
+        """int64 [sources]: how often each source has `digit`."""
+        found = [0 if one is None else int(one[1][one[0] == digit].sum()) for one in self.each]
+        return self.total_and_nans.new_tensor(found)
+
+
+def _count_digits(
     sources: Sequence[Chunks], shift: int, width: int, prefix: int, group: ProcessGroup | None
-) -> tuple[Tensor, Tensor]:
-    """(int64 [sources, 2^width] counts of this rank's digits, int64 [sources] counts of NaN)."""
+) -> _Digits:
     counts: Tensor | None = None
-    nans = [0] * len(sources)
-    for position, source in enumerate(sources):
+    nans = 0
+    each: list[tuple[Tensor, Tensor] | None] = []
+    for source in sources:
+        own: Tensor | None = None
         for scores in source():
             if counts is None:
-                counts = torch.zeros(len(sources), 2**width, dtype=torch.int64, device=scores.device)
-            nans[position] += _add_histogram(scores, shift, width, prefix, counts[position])
+                counts = torch.zeros(2**width, dtype=torch.int64, device=scores.device)
+            if own is None:
+                own = counts if shift else torch.zeros_like(counts)
+            nans += _add_histogram(scores, shift, width, prefix, own)
+        if shift or own is None or counts is None:
+            each.append(None)
+        else:
+            counts += own
+            digits = own.nonzero().view(-1)
+            each.append((digits, own[digits]))
     if counts is None:
         assert group is not None, "no scores to select from"
-        counts = torch.zeros(len(sources), 2**width, dtype=torch.int64, device=_device_of(group))
-    return counts, counts.new_tensor(nans)
+        counts = torch.zeros(2**width, dtype=torch.int64, device=_device_of(group))
+    return _Digits(torch.cat([counts, counts.new_tensor([nans])]), each)
 
 
 def _device_of(group: ProcessGroup) -> torch.device:
@@ -166,7 +213,8 @@ def choose_lowest(
     """Mark the `k` lowest scores: bool [size] of each source in turn, made as it is asked for.
 
     No source loses all its scores while another has some to give: the best of one that would is kept, and the next
-    lowest elsewhere goes instead. `sizes` are this rank's; see `find_threshold` for `group`.
+    lowest elsewhere goes instead. Where fewer scores are left than sources, the best of the best sources are. `sizes`
+    are this rank's; see `find_threshold` for `group`.
     """
     numbers = range(len(sources))
     highest = [-torch.inf] * len(sources)  # of each source over all ranks, known after the first look
@@ -181,20 +229,25 @@ def choose_lowest(
             top = float(scores.max()) if look_for is not None or not spared else -torch.inf
             highest[number] = max(highest[number], top)
             if look_for is not None and top == look_for:
-                scores = scores.index_fill(0, scores.argmax(), torch.inf)
+                scores = scores.index_fill(0, scores.argmax(), _OUT_OF_REACH)
                 look_for = None
             yield scores
 
     chunks = [partial(guarded, number) for number in numbers]
-    total, smallest = _sizes_over(group, sizes)
+    total, alive = _sizes_over(group, sizes)
     while True:
-        threshold = find_threshold(chunks, names, k, group)
-        if len(sources) == 1 or threshold.value is None or total - k < smallest:
+        threshold = find_threshold(chunks, names, k, group, refuse_infinite=True)
+        if len(sources) == 1 or threshold.value is None or k == total:
             break
         holders = _holders(highest, group)
         emptied = {n for n in numbers if holders[n] is not None and highest[n] <= threshold.value} - spared.keys()
         if not emptied:
             break
+        if total - k < alive:
+            best = sorted((n for n in numbers if holders[n] is not None), key=lambda n: (-highest[n], n))
+            emptied = set(best[: total - k]) - spared.keys()
+            if not emptied:
+                break
         spared.update({number: bool(holders[number]) for number in emptied})
     for number in numbers:
         marks = [threshold.take(scores, number) for scores in chunks[number]()]

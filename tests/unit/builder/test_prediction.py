@@ -146,7 +146,7 @@ def test_rows_between_steps_are_those_measured_also_of_frozen_weights_under_ddp(
         nn.functional.cross_entropy(parallel(torch.randn(4, 3, 32, 32)), torch.arange(4)).backward()
         optimizer.step()
     measured = count_bytes(find_owners(model, optimizer.state, in_buckets=True))
-    engine = SimpleNamespace(name="ddp", module=model, inner_optimizer=optimizer)
+    engine = SimpleNamespace(name="ddp", module=model, optimizer_state=optimizer.state)
     monkeypatch.setattr("toolkit.builder.predict.create_model", lambda *asked: freeze_stem(create_model(*asked)))
     rows, peaks = predict_run(config, engine, 10, num_ranks=2)
     assert {row: size for row, size in rows.items() if size} == {row: size for row, size in measured.items() if size}

@@ -170,3 +170,29 @@ def test_damaged_files_are_bad_images_whatever_the_reader_raises(monkeypatch):
             damaged[place] = int(rng.integers(256))
         with contextlib.suppress(BadImageError):
             decode_rgb(bytes(damaged))
+
+
+@pytest.mark.parametrize(("kind", "name"), [("PNG", "I;16"), ("TIFF", "I;16"), ("TIFF", "I;16B"), ("PPM", "I;16")])
+def test_grey_of_16_bits_is_scaled_as_colour_is(kind, name):
+    """The upper byte, which PIL takes of 16-bit colour."""
+    grey = np.random.default_rng(0).integers(0, 2**16, (6, 5), dtype=np.uint16)
+    grey.flat[:4] = 0, 255, 256, 65535
+    if name == "I;16B":
+        image = Image.frombytes(name, (5, 6), grey.astype(">u2").tobytes())
+    else:
+        image = Image.fromarray(grey)
+    read = decode_rgb(encoded(image, kind))
+    assert read.dtype == np.uint8
+    assert np.array_equal(read, np.repeat((grey >> 8).astype(np.uint8)[..., None], 3, axis=2))
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_pixels_of_no_known_scale_are_refused_and_not_cut_off(dtype):
+    with pytest.raises(BadImageError, match="no known white"):
+        decode_rgb(encoded(Image.fromarray(np.ones((4, 4), dtype)), "TIFF"))
+
+
+@pytest.mark.parametrize("kind", ["BMP", "GIF", "PNG", "PPM", "TIFF", "WEBP"])
+def test_every_format_is_read_as_pil_reads_it(kind):
+    data = encoded(picture(), kind)
+    assert np.array_equal(decode_rgb(data), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))

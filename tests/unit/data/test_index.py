@@ -6,7 +6,8 @@ import pytest
 import webdataset
 from timm.data import create_dataset
 
-from toolkit.data.index import _in_processes, index_path, load_split, read_info, scan_shards
+from toolkit.data.index import _in_processes, index_path, load_split, scan_shards
+from toolkit.data.info import read_info
 
 
 @pytest.fixture

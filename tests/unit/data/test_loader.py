@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from toolkit.data import loader
 from toolkit.data.decode import EvalTransform, TrainTransform
 from toolkit.data.index import load_split
 from toolkit.data.loader import EvalLoader, TrainLoader
@@ -159,3 +160,31 @@ def test_workers_outlive_the_launchers_signal_but_not_their_rank(few_digits):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "11\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are out of "
+        "shared memory.",
+        "unable to write to file </torch_1_2_3>: No space left on device (28)",
+    ],
+)
+def test_workers_without_room_in_shared_memory_say_what_to_do(text):
+    def batches():
+        yield 1
+        raise RuntimeError(text)
+
+    given = loader._with_room_named(batches())
+    assert next(given) == 1
+    with pytest.raises(OSError, match=r"/dev/shm, which has [\d,]+ KiB; use --workers 0, or"):
+        next(given)
+
+
+def test_other_errors_of_workers_stay_what_they_are():
+    def batches():
+        raise RuntimeError("broken")
+        yield
+
+    with pytest.raises(RuntimeError, match="broken"):
+        next(loader._with_room_named(batches()))

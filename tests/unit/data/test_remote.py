@@ -1,71 +1,25 @@
 """Shards from an HTTP server that stalls, drops, lies and answers with errors."""
 
-import http.server
 import json
 import os
 import shutil
-import threading
 import time
-from collections import Counter
 from functools import partial
 
 import pytest
 import torch
+from http_server import Server
 
 from shards.writer import Sample, write_info, write_split
 from toolkit.data import remote
 from toolkit.data.decode import EvalTransform, TrainTransform
 from toolkit.data.index import index_path, load_split
 from toolkit.data.loader import EvalLoader, TrainLoader
-from toolkit.data.remote import ShardCache, fetch, fetch_info, load_remote_split
+from toolkit.data.remote import fetch, fetch_info, file_url
+from toolkit.data.shard_cache import ShardCache, load_remote_split
 
 SIZE = (16, 16)
 LIMIT = 2**30
-
-
-class Server:
-    """Serves a folder; `faults` maps a file's name to what goes wrong at its first requests, in order."""
-
-    def __init__(self, folder):
-        self.folder, self.faults, self.requests = folder, {}, Counter()
-        server = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self):
-                server.answer(self)
-
-            def log_message(self, *arguments):
-                pass
-
-        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}/data"
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
-
-    def answer(self, handler):
-        name = handler.path.rsplit("/", 1)[1]
-        self.requests[name] += 1
-        path = self.folder / name
-        if not path.is_file():
-            handler.send_error(404)
-            return
-        data = path.read_bytes()
-        fault = self.faults[name].pop(0) if self.faults.get(name) else None
-        if fault == "error":
-            handler.send_error(404)
-            return
-        body = {
-            "drop": data[: len(data) // 2],
-            "stall": data[: len(data) // 2],
-            "short": data[:-1024],
-            "page": b"<html>busy</html>",
-            "lie": data[:2000] + bytes(byte ^ 255 for byte in data[2000:2100]) + data[2100:],
-        }.get(fault, data)
-        handler.send_response(200)
-        handler.send_header("Content-Length", str(len(data) if fault in ("drop", "stall") else len(body)))
-        handler.end_headers()
-        handler.wfile.write(body)
-        if fault == "stall":
-            time.sleep(3)
 
 
 @pytest.fixture
@@ -233,4 +187,4 @@ def test_a_reader_lets_go_of_shards_that_were_forgotten(server, tmp_path):
 def test_an_unknown_scheme_is_an_error_at_once(tmp_path):
     with pytest.raises(ValueError, match="the scheme gopher is not known"):
         fetch_info("gopher://host/data", tmp_path)
-    assert remote._url("s3://bucket/x y", "a.tar") == "pipe:aws s3 cp 's3://bucket/x y/a.tar' -"
+    assert file_url("s3://bucket/x y", "a.tar") == "pipe:aws s3 cp 's3://bucket/x y/a.tar' -"

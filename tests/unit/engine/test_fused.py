@@ -13,13 +13,12 @@ from torch import nn
 
 import toolkit.optim  # noqa: F401
 import train
-from toolkit.builder.model import prunable_names
 from toolkit.engine.engines.fused import FusedBackward
 from toolkit.memory.activations import track_step
 from toolkit.memory.ledger import find_owners
 from toolkit.memory.probe import StepProbe
 from toolkit.optim.registry import specs
-from toolkit.prune.schedule import Schedule
+from toolkit.prune.groups import prunable_names
 
 NAMES = [(spec.name, spec.method) for spec in specs()]
 STEPS = 9
@@ -36,9 +35,7 @@ def build(name, method, **more):
     ]
     pruning = {} if method == "none" else {"sparsity": 0.7, "begin_step": 2, "end_step": 6, "frequency": 2}
     optimizer = create_optimizer_v2(groups, name, lr=3e-3, weight_decay=0.1, **pruning, **more)
-    schedule = Schedule(**pruning)
-    own = getattr(optimizer, "mask_update_due", schedule.due)
-    return model, optimizer, lambda step: own(step) or schedule.due(step)
+    return model, optimizer
 
 
 def loss_of(model, step):
@@ -47,8 +44,8 @@ def loss_of(model, step):
 
 
 def run(name, method, fused, **more):
-    model, optimizer, due = build(name, method, **more)
-    fusing = FusedBackward(optimizer, due) if fused else None
+    model, optimizer = build(name, method, **more)
+    fusing = FusedBackward(optimizer) if fused else None
     for step in range(1, STEPS + 1):
         for group in optimizer.param_groups:
             group["lr"] = 3e-3 / step
@@ -79,8 +76,8 @@ def test_equal_to_a_step_of_its_own(name, method, more):
 
 
 def test_only_the_largest_gradients_live():
-    model, optimizer, due = build("adamw", "none")
-    fused = FusedBackward(optimizer, due)
+    model, optimizer = build("adamw", "none")
+    fused = FusedBackward(optimizer)
     for step in (1, 2):
         probe = StepProbe(lambda: find_owners(model, optimizer.state))
         with probe:

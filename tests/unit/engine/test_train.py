@@ -17,7 +17,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import toolkit.memory
 import train
 from toolkit.builder import build
-from toolkit.config import parse
+from toolkit.cli import parse
+from toolkit.config import Config
 from toolkit.engine.checkpoint import load_checkpoint, newest_checkpoint
 from toolkit.engine.loop import train as train_loop
 from toolkit.engine.metrics import SCALARS
@@ -323,7 +324,7 @@ def test_data_from_a_url_trains_like_a_folder(flags, few_digits, tmp_path):
     assert_same(final_state(tmp_path / "local")["model"], final_state(tmp_path / "url")["model"])
     reset_accelerate()
     with pytest.raises(ValueError, match="--shuffle-window -1"):
-        make(flags, "--shuffle-window", "-1")
+        Config(shuffle_window=-1)
 
 
 def test_the_batch_size_can_be_what_fits(flags, tmp_path, capsys):

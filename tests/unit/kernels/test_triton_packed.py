@@ -41,7 +41,7 @@ def check(rows, kernel, update, dtype=torch.float32):
     wanted = []
     for weight, grad, _, _, moments, keep in rows:
         own = [moment.float().clone() for moment in moments]
-        survivors, after = weight[keep], weight.clone()
+        survivors, after = weight[keep], torch.zeros_like(weight)
         update(survivors, grad[keep], own)
         after[keep] = survivors
         wanted.append((after, own))

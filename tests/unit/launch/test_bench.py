@@ -5,7 +5,7 @@ import torch
 from launch.bench.__main__ import main
 from launch.bench.data import LIMITS, bench_data
 from launch.bench.data import to_markdown as data_markdown
-from launch.bench.optim import transient_bytes
+from launch.bench.timing import transient_bytes
 
 
 def test_bench_prints_one_json_object(capsys, tmp_path, monkeypatch):
@@ -47,7 +47,7 @@ def test_equivalence_of_the_implementations(capsys, tmp_path):
 
 
 def test_data_bench_measures_every_bar():
-    result = bench_data(3, lambda text: None, num_images=24)
+    result = bench_data(3, num_images=24)
     assert result["bars"].keys() == LIMITS.keys()
     of_this_process = ("first_batch_after_resume_s", "worker_mib")  # which other tests may have made large
     assert all(bar["value"] > 0 for name, bar in result["bars"].items() if name not in of_this_process)
@@ -59,7 +59,7 @@ def test_data_bench_measures_every_bar():
 def test_every_saving_shows_in_its_row():
     from launch.bench.memory import bench_memory, to_markdown
 
-    result = bench_memory("test_resnet", 2, 64, lambda text: None)
+    result = bench_memory("test_resnet", 2, 64)
     for entry in result["savings"]:
         where = "peak" if entry["rows"] == ["activations"] else "between"
         before, after = (sum(entry[key][where].get(row, 0) for row in entry["rows"]) for key in ("before", "after"))

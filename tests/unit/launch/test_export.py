@@ -11,7 +11,7 @@ from ranks import reset_accelerate
 import train
 from launch.export import load_packed, main, pack_weights
 from toolkit.builder import build
-from toolkit.config import parse
+from toolkit.cli import parse
 from toolkit.engine.checkpoint import load_checkpoint, newest_checkpoint
 from toolkit.engine.evaluate import evaluate
 from toolkit.engine.loop import train as train_loop

@@ -7,6 +7,7 @@ import yaml
 
 from launch.matrix import kconfig
 from launch.matrix.cells import load_matrix
+from launch.matrix.menu import DEFCONFIGS, load
 
 ROOT = Path(__file__).parents[3]
 
@@ -23,7 +24,7 @@ def config(tmp_path, *lines):
 
 
 def test_the_study_as_reported():
-    cells = load_matrix(kconfig.DEFCONFIGS / "resnet50-imagenet", seeds=[0]).cells
+    cells = load_matrix(DEFCONFIGS / "resnet50-imagenet", seeds=[0]).cells
     assert [cell.name for cell in cells] == [
         "resnet50_momentum_movement_70_seed0",
         "resnet50_adam_movement_70_seed0",
@@ -92,7 +93,7 @@ def test_defconfig_and_back(tmp_path, capsys):
     assert kconfig.main(["name", "--config", str(target)]) == 0
     assert capsys.readouterr().out.strip() == "demo"
     assert [cell.arguments for cell in load_matrix(target).cells] == [
-        cell.arguments for cell in load_matrix(kconfig.DEFCONFIGS / "demo").cells
+        cell.arguments for cell in load_matrix(DEFCONFIGS / "demo").cells
     ]
     with pytest.raises(SystemExit):
         kconfig.main(["defconfig", "none", "--config", str(target)])
@@ -104,7 +105,7 @@ def test_defconfig_and_back(tmp_path, capsys):
 def test_every_defconfig_is_what_savedefconfig_would_write(tmp_path, monkeypatch):
     import kconfiglib
 
-    for path in kconfig.DEFCONFIGS.iterdir():
+    for path in DEFCONFIGS.iterdir():
         menu = kconfiglib.Kconfig(str(ROOT / "launch" / "Kconfig"), warn_to_stderr=False)
         menu.load_config(str(path))
         menu.write_min_config(str(tmp_path / path.name), header="")
@@ -126,5 +127,5 @@ def test_a_menu_without_a_terminal_says_what_to_do():
 
 
 def test_recipes_of_the_defconfigs_exist():
-    for path in kconfig.DEFCONFIGS.iterdir():
-        assert yaml.safe_load(Path(kconfig.load(path)["RECIPE"]).read_text())
+    for path in DEFCONFIGS.iterdir():
+        assert yaml.safe_load(Path(load(path)["RECIPE"]).read_text())

@@ -4,12 +4,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launch.matrix import __main__ as matrix_module
+from launch.matrix import run as matrix_module
 from launch.matrix.__main__ import main
 from launch.matrix.cells import Matrix, load_matrix
-from launch.report.runs import read_runs
+from launch.report.archive import read_runs
 from toolkit.builder.resume import check_same_settings
-from toolkit.config import parse
+from toolkit.cli import parse
 from toolkit.engine.history import is_complete
 
 ROOT = Path(__file__).parents[3]

@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launch.report.__main__ import group_by_method, main
+from launch.report.__main__ import main
+from launch.report.archive import read_runs, unpack
 from launch.report.pictures_study import series
-from launch.report.runs import read_runs
+from launch.report.runs import group_by_method
 
 ROOT = Path(__file__).parents[3]
-CELLS = ROOT / "results" / "demo" / "cells"
+DEMO = ROOT / "results" / "demo" / "runs.jsonl.gz"
 TOP1 = {  # label -> seed -> final top-1
     "resnet18_adamw_none": {0: 99.0, 1: 99.2, 2: 99.1},
     "resnet18_adamw_movement_70": {0: 97.0, 1: 97.2, 2: 97.1},
@@ -28,10 +29,11 @@ TOP1 = {  # label -> seed -> final top-1
 
 @pytest.fixture
 def runs(tmp_path):
-    folder = tmp_path / "runs"
+    folder, cells = tmp_path / "runs", tmp_path / "demo"
+    unpack(read_runs(DEMO)[0], cells)
     for name, results in TOP1.items():
         for seed, top1 in results.items():
-            cell = shutil.copytree(CELLS / f"{name}_seed0", folder / f"{name}_seed{seed}")
+            cell = shutil.copytree(cells / f"{name}_seed0", folder / f"{name}_seed{seed}")
             metrics = json.loads((cell / "metrics.json").read_text())
             metrics |= {"seed": seed, "final_top1": top1, "best_top1": top1 + 0.1, "steps_per_epoch": 22}
             (cell / "metrics.json").write_text(json.dumps(metrics))
@@ -178,3 +180,21 @@ def test_a_browser_shows_it_on_a_phone(report, tmp_path):
         colours = shot.convert("L").getcolors()
     assert colours is not None
     assert len(colours) > 20  # text and not an empty page
+
+
+def test_a_file_takes_the_tables_alone(runs, tmp_path):
+    out = tmp_path / "rounds" / "tuning.md"
+    assert main([str(runs), "--out", str(out)]) == 0
+    assert [path.name for path in out.parent.iterdir()] == ["tuning.md"]
+    text = out.read_text()
+    assert text.startswith("# tuning: resnet18 on digits")
+    assert "## Ranking" in text
+    assert "![" not in text
+
+
+def test_a_brief_report_keeps_its_runs_too(runs, tmp_path):
+    assert main([str(runs), "--out", str(tmp_path / "brief"), "--brief"]) == 0
+    names = {path.name for path in (tmp_path / "brief").iterdir() if path.suffix != ".png"}
+    assert names == {"report.md", "summary.json", "runs.jsonl.gz"}
+    again = read_runs(tmp_path / "brief" / "runs.jsonl.gz")[0]
+    assert [run.metrics for run in again] == [run.metrics for run in read_runs(runs)[0]]

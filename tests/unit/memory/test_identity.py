@@ -14,12 +14,12 @@ from torch import nn
 from torch.distributed._tools.mem_tracker import MemTracker
 
 import toolkit.optim  # noqa: F401
-from toolkit.builder.model import prunable_names
 from toolkit.builder.predict import Prediction
 from toolkit.config import Config
 from toolkit.memory.ledger import count_bytes, find_owners, optimizer_bytes
 from toolkit.memory.probe import StepProbe
 from toolkit.optim.registry import specs
+from toolkit.prune.groups import prunable_names
 
 NAMES = [
     (spec.name, spec.method, score)

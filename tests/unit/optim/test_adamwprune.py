@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from toolkit.optim.adamwprune import AdamWPrune
-from toolkit.prune.mask import flat, unpack_bits
+from toolkit.prune.mask import flat_view, unpack_bits
 from toolkit.prune.packing import offset_bytes
 from toolkit.prune.schedule import Schedule
 
@@ -84,12 +84,12 @@ def test_packed_equals_dense_adamw_with_a_mask(options, layout, score):
         run(optimizer, mine, 1, first=step)
         run(reference, theirs, 1, first=step)
         with torch.no_grad():
-            if schedule.due(step) and (wanted := schedule.zeros(step, count(theirs))):
+            if schedule.is_update_step(step) and (wanted := schedule.num_zeros_at(step, count(theirs))):
                 scores = []
                 for p, mask in zip(prunable(theirs), masks, strict=True):
                     value = p.abs() * reference.state[p]["exp_avg_sq"].pow(power)
                     scores.append(
-                        flat(
+                        flat_view(
                             value.masked_fill(~mask, -1.0).contiguous(memory_format=layout)
                             if p.ndim == 4
                             else value.masked_fill(~mask, -1.0)
@@ -97,7 +97,7 @@ def test_packed_equals_dense_adamw_with_a_mask(options, layout, score):
                     )
                 limit = torch.cat(scores).sort().values[wanted - 1]
                 for mask, value in zip(masks, scores, strict=True):
-                    flat(mask).copy_(value > limit)
+                    flat_view(mask).copy_(value > limit)
             for p, mask in zip(prunable(theirs), masks, strict=True):
                 p.mul_(mask)
         for a, b in zip(mine, theirs, strict=True):
@@ -286,7 +286,7 @@ def test_mask_is_the_weights_zeros():
     optimizer = AdamWPrune(parameters, sparsity=0.7, end_step=5, frequency=1)
     run(optimizer, parameters, 9)
     for p in prunable(parameters):
-        assert torch.equal(unpack_bits(optimizer.state[p]["mask"], p.numel()), flat(p) != 0)
+        assert torch.equal(unpack_bits(optimizer.state[p]["mask"], p.numel()), flat_view(p) != 0)
 
 
 @pytest.mark.parametrize(

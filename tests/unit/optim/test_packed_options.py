@@ -127,7 +127,7 @@ def test_regrowth_takes_the_largest_gradients_and_starts_gently(kind, options):
     run(optimizer, weights, 1, first=19)  # the update at step 20
     states = [optimizer.state_dict()["state"][i] for i in (0, 2, 3)]
     grown = [state["mask"].bool() & was for state, was in zip(states, pruned, strict=True)]
-    alive = total(weights) - math.floor(optimizer.schedule.target(20) * total(weights))
+    alive = total(weights) - math.floor(optimizer.schedule.sparsity_at(20) * total(weights))
     wanted = math.floor(0.4 * 0.5 * (1 + math.cos(math.pi * 0.5)) * alive)
     assert sum(int(mask.sum()) for mask in grown) == wanted
     gradients = torch.cat([weight.grad.abs()[was] for weight, was in zip(prunable(weights), pruned, strict=True)])
@@ -239,7 +239,7 @@ def test_native_equals_the_reference_on_one_tensor(isa, density, numel):
     mask = pack_bits(keep)
     offsets, _ = block_offsets(mask, numel)
     rule = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1, "decoupled": True, "step": 3}
-    mine, wanted = weight.clone(), weight.clone()
+    mine, wanted = weight.clone(), weight * keep  # pruned places become 0
     mine_moments, survivors = [m.clone() for m in moments], wanted[keep]
     native.packed_adam([(mine, grad, mask, offsets, mine_moments)], isa=isa, **rule)
     adam_update(survivors, grad[keep], *moments, **rule)
@@ -249,7 +249,7 @@ def test_native_equals_the_reference_on_one_tensor(isa, density, numel):
         torch.testing.assert_close(a, b, rtol=2e-6, atol=1e-7)
     rule = {"lr": 1e-2, "momentum": 0.9, "dampening": 0.1, "weight_decay": 0.1, "nesterov": False, "decoupled": False}
     for first in (True, False):
-        mine, wanted, buffer = weight.clone(), weight.clone(), moments[0].clone()
+        mine, wanted, buffer = weight.clone(), weight * keep, moments[0].clone()
         survivors, own = wanted[keep], moments[0].clone()
         native.packed_sgd([(mine, grad, mask, offsets, [own])], isa=isa, first=first, **rule)
         sgd_update(survivors, grad[keep], buffer, first=first, **rule)

@@ -228,3 +228,11 @@ def test_names_that_timm_would_misread_are_refused(name):
 @pytest.mark.parametrize("name", ["adamw", "adamw-movement", "lookahead_adam", "lamb"])
 def test_good_names_pass(name):
     check_optimizer_name(name)
+
+
+def test_families_and_our_own_two():
+    assert [spec.name for spec in specs() if spec.is_ours] == ["adamwprune", "sgdprune"]
+    sgd = {spec.name for spec in specs() if spec.family == "SGD"}
+    hooked = {f"{base}-{method}" for base in ("sgd", "momentum") for method in ("magnitude", "movement")}
+    assert sgd == {"sgd", "momentum", "sgdprune"} | hooked
+    assert all(spec.family == "Adam" and "adam" in spec.name for spec in specs() if spec.name not in sgd)

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from toolkit.kernels import bits as native_bits
-from toolkit.prune.mask import flat, mask_bytes, pack_bits, thin, unpack_bits, zero_pruned
-from toolkit.prune.packing import BLOCK, block_offsets, offset_bytes, pack, spread
+from toolkit.prune.mask import drop_survivors, flat_view, mask_bytes, pack_bits, unpack_bits, zero_pruned
+from toolkit.prune.packing import BLOCK, block_offsets, offset_bytes, pack, unpack
 
 keeps = st.one_of(
     st.lists(st.booleans(), max_size=70), st.integers(0, 5000).map(lambda n: [i % 3 == 0 for i in range(n)])
@@ -44,7 +44,7 @@ def test_spread_undoes_pack(keep, seed):
     packed = pack(dense, pack_bits(keep), int(keep.sum()))
     assert packed.untyped_storage().nbytes() == 4 * int(keep.sum())  # a storage of its own, no larger than needed
     assert torch.equal(packed, dense[keep])
-    assert torch.equal(spread(packed, pack_bits(keep), len(keep)), dense * keep)
+    assert torch.equal(unpack(packed, pack_bits(keep), len(keep)), dense * keep)
 
 
 @given(keeps, st.integers(0, 2**32))
@@ -54,7 +54,7 @@ def test_thin_and_zero_pruned(keep, seed):
     drop = torch.rand(int(keep.sum()), generator=generator) < 0.4
     wanted = keep.clone()
     wanted[keep] = ~drop
-    mask = thin(pack_bits(keep), len(keep), drop)
+    mask = drop_survivors(pack_bits(keep), len(keep), drop)
     assert torch.equal(mask, pack_bits(wanted))
     values = torch.randn(len(keep), generator=generator)
     zeroed = values.clone()
@@ -74,7 +74,7 @@ def test_native_code_equals_torch(keep, seed):
         zeroed = values.clone()
         zero_pruned(zeroed, mask)
         offsets, survivors = block_offsets(mask, len(keep))
-        return [mask, thin(mask, len(keep), drop), zeroed, offsets, pack(values, mask, survivors)]
+        return [mask, drop_survivors(mask, len(keep), drop), zeroed, offsets, pack(values, mask, survivors)]
 
     native = everything()
     with unittest.mock.patch.object(native_bits, "fits", return_value=False):
@@ -86,7 +86,7 @@ def test_native_code_equals_torch(keep, seed):
 
 def test_flat_is_a_view_in_memory_order():
     weight = torch.arange(2 * 3 * 4 * 5.0).view(2, 3, 4, 5).to(memory_format=torch.channels_last)
-    line = flat(weight)
+    line = flat_view(weight)
     assert line.data_ptr() == weight.data_ptr()
     assert torch.equal(line, weight.permute(0, 2, 3, 1).reshape(-1))
     line[0] = -1.0
@@ -97,10 +97,10 @@ def test_flat_is_a_view_in_memory_order():
 def test_flat_of_odd_channels_last_shapes(shape):
     weight = torch.randn(shape).to(memory_format=torch.channels_last)
     other = torch.empty_like(weight)
-    flat(other).copy_(flat(weight))
+    flat_view(other).copy_(flat_view(weight))
     assert torch.equal(other, weight)
 
 
 def test_flat_refuses_gaps():
     with pytest.raises(ValueError, match="has gaps"):
-        flat(torch.zeros(4, 6)[:, ::2])
+        flat_view(torch.zeros(4, 6)[:, ::2])

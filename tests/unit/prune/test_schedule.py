@@ -18,13 +18,13 @@ schedules = st.builds(
 
 @given(schedules, st.integers(1, 10**8))
 def test_ends_at_floor_of_the_target(schedule, count):
-    assert schedule.zeros(schedule.end_step, count) == math.floor(schedule.sparsity * count)
-    assert schedule.zeros(schedule.end_step + 1000, count) == math.floor(schedule.sparsity * count)
+    assert schedule.num_zeros_at(schedule.end_step, count) == math.floor(schedule.sparsity * count)
+    assert schedule.num_zeros_at(schedule.end_step + 1000, count) == math.floor(schedule.sparsity * count)
 
 
 @given(schedules)
 def test_last_update_is_at_end_step_and_none_comes_after(schedule):
-    due = [step for step in range(schedule.end_step + 400) if schedule.due(step)]
+    due = [step for step in range(schedule.end_step + 400) if schedule.is_update_step(step)]
     assert due[-1] == schedule.end_step
     assert due[0] >= schedule.begin_step
     assert all(b - a <= schedule.frequency for a, b in itertools.pairwise(due))
@@ -32,7 +32,7 @@ def test_last_update_is_at_end_step_and_none_comes_after(schedule):
 
 @given(schedules)
 def test_target_rises_and_never_overshoots(schedule):
-    targets = [schedule.target(step) for step in range(schedule.begin_step - 2, schedule.end_step + 3)]
+    targets = [schedule.sparsity_at(step) for step in range(schedule.begin_step - 2, schedule.end_step + 3)]
     assert all(a <= b for a, b in itertools.pairwise(targets))
     assert targets[0] == 0.0
     assert targets[-1] == schedule.sparsity
@@ -41,7 +41,7 @@ def test_target_rises_and_never_overshoots(schedule):
 def test_is_cubic_fast_first():
     schedule = Schedule(0.8, 100, 300, 10)
     # Zhu & Gupta, eq. 1, half way: s_f - s_f (1/2)^3
-    assert schedule.target(200) == pytest.approx(0.8 * (1 - 0.125))
+    assert schedule.sparsity_at(200) == pytest.approx(0.8 * (1 - 0.125))
 
 
 @pytest.mark.parametrize(
@@ -60,4 +60,4 @@ def test_refuses_what_cannot_be(options, words):
 
 
 def test_off_is_never_due():
-    assert not any(Schedule().due(step) for step in range(100))
+    assert not any(Schedule().is_update_step(step) for step in range(100))

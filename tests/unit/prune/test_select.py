@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from toolkit.kernels import bits as native_bits
-from toolkit.prune.select import CHUNK, find_threshold
+from toolkit.prune import select
+from toolkit.prune.select import CHUNK, choose_lowest, find_threshold
 
 special = st.sampled_from([0.0, -0.0, 1e-45, -1e-45, 1e-40, 1.0, -1.0, float("inf"), -float("inf"), 3.4e38])
 numbers = st.one_of(special, st.floats(width=32, allow_nan=False))
@@ -62,3 +63,45 @@ def test_nan_names_the_parameter():
         find_threshold(
             [lambda: [torch.ones(2)], lambda: [torch.tensor([1.0, float("nan")])]], ["conv1.weight", "conv2.weight"], 1
         )
+
+
+def choose(tensors, k):
+    names, sizes = [f"layer{i}" for i in range(len(tensors))], [len(t) for t in tensors]
+    return list(choose_lowest([lambda t=t: [t] for t in tensors], names, sizes, k))
+
+
+def test_an_infinite_score_is_as_loud_as_nan():
+    with pytest.raises(ValueError, match=r"the pruning score of layer1 is infinite"):
+        choose([torch.tensor([3.0e38, -torch.inf]), torch.tensor([1.0, torch.inf])], 1)
+
+
+@given(sizes=st.lists(st.integers(1, 12), min_size=2, max_size=8), seed=st.integers(0, 500), data=st.data())
+@settings(max_examples=150, deadline=None)
+def test_as_many_layers_as_possible_keep_a_weight(sizes, seed, data):
+    """Also where fewer survive than there are layers: then the best of the best layers."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = [torch.randn(n, generator=generator) * 10.0 ** (3 * i) for i, n in enumerate(sizes)]
+    k = data.draw(st.integers(0, sum(sizes)))
+    marks = choose(tensors, k)
+    assert sum(int(mark.sum()) for mark in marks) == k
+    left = sum(sizes) - k
+    assert sum(not mark.all() for mark in marks) == min(left, len(sizes))
+    for tensor, mark in zip(tensors, marks, strict=True):
+        if mark.any() and not mark.all():
+            assert tensor[~mark].min() >= tensor[mark].max()
+
+
+def test_many_small_tensors_take_no_more_memory_than_their_weights(monkeypatch):
+    """Of what is kept from one pass to the next; whole histograms took 32 KiB a tensor."""
+    tensors = [torch.randn(96, generator=torch.Generator().manual_seed(i)) for i in range(500)]
+    kept = []
+    original = select._count_digits
+
+    def counting(*arguments):
+        digits = original(*arguments)
+        kept.append(sum(t.nbytes for one in digits.each if one is not None for t in one))
+        return digits
+
+    monkeypatch.setattr(select, "_count_digits", counting)
+    find_threshold([lambda t=t: [t] for t in tensors], [str(i) for i in range(500)], 20_000)
+    assert max(kept) <= sum(t.nbytes for t in tensors) / 10

@@ -6,9 +6,11 @@ import pytest
 from PIL import Image
 
 import shards.digits
+import shards.drawing
 import shards.synthetic
 from shards.writer import Sample, write_split
-from toolkit.data.index import load_split, read_info
+from toolkit.data.index import load_split
+from toolkit.data.info import read_info
 
 
 def hashes(folder):
@@ -64,7 +66,7 @@ def test_synthetic_is_labelled_learnable_and_repeats(tmp_path):
 
 def test_synthetic_images_of_a_class_are_alike():
     def centre(label, seed):
-        return shards.synthetic.draw(label, 64, 64, np.random.default_rng(seed))[24:40, 24:40].mean((0, 1))
+        return shards.drawing.draw(label, 64, 64, np.random.default_rng(seed))[24:40, 24:40].mean((0, 1))
 
     within = np.mean([np.linalg.norm(centre(c, 1) - centre(c, 2)) for c in range(12)])
     between = np.mean([np.linalg.norm(centre(c, 1) - centre(c + 1, 2)) for c in range(12)])

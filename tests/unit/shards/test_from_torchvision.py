@@ -11,7 +11,8 @@ from PIL import Image
 
 from shards import from_torchvision
 from toolkit.data.decode import decode_rgb
-from toolkit.data.index import load_split, read_info
+from toolkit.data.index import load_split
+from toolkit.data.info import read_info
 
 
 @pytest.fixture

@@ -61,8 +61,12 @@ class Engine(Protocol):
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Take whole tensors by name. Raises RuntimeError where names or shapes differ."""
 
-    def optimizer_states(self) -> Iterator[tuple[str, str, Tensor]]:
-        """Parameter name, state key and whole dense tensor of the optimizer's state; scalars as they are."""
+    @property
+    def optimizer_state(self) -> Mapping[Tensor, dict[str, Any]]:
+        """What the optimizer keeps for each parameter, as this rank has it."""
+
+    def optimizer_states(self) -> Iterator[tuple[str, str, Any]]:
+        """Parameter name, state key and whole dense tensor of the optimizer's state; numbers as they are."""
 
     def load_optimizer_states(self, states: States, groups: list[dict[str, Any]]) -> None:
         """Take whole dense states by name, and the groups' settings."""

@@ -15,10 +15,8 @@ from torch.optim import Optimizer
 from toolkit.dist import World
 from toolkit.engine.engines import States
 from toolkit.memory.probe import StepProbe
-from toolkit.prune.dense import dense_state
-from toolkit.prune.distributed import local, whole
-
-__all__ = ["DdpEngine", "parameter_names"]
+from toolkit.prune.distributed import to_dtensor, to_local
+from toolkit.prune.packing import dense_state
 
 
 def parameter_names(model: nn.Module) -> dict[int, str]:
@@ -120,13 +118,20 @@ class DdpEngine:
         own = self.module.state_dict()
         self.module.load_state_dict({name: _scatter(tensor, own.get(name)) for name, tensor in weights.items()})
 
-    def optimizer_states(self) -> Iterator[tuple[str, str, Tensor]]:
+    @property
+    def optimizer_state(self) -> Mapping[Tensor, dict[str, Any]]:
+        optimizer: Any = self.inner_optimizer
+        return getattr(optimizer, "_base_optimizer", optimizer).state  # timm's Lookahead has a state apart, unused
+
+    def optimizer_states(self) -> Iterator[tuple[str, str, Any]]:
         names = parameter_names(self.module)
-        for parameter, state in self.inner_optimizer.state.items():
-            tensors = {key: local(value) for key, value in state.items() if torch.is_tensor(value)}
-            for key, value in dense_state(local(parameter), tensors).items():
-                shaped = value.ndim > 0 and value.shape == local(parameter).shape
-                yield names[id(parameter)], key, _gather(whole(value, parameter) if shaped else value)
+        for parameter, state in self.optimizer_state.items():
+            tensors = {key: to_local(value) for key, value in state.items() if torch.is_tensor(value)}
+            for key in state.keys() - tensors.keys():
+                yield names[id(parameter)], key, state[key]
+            for key, value in dense_state(to_local(parameter), tensors).items():
+                shaped = value.ndim > 0 and value.shape == to_local(parameter).shape
+                yield names[id(parameter)], key, _gather(to_dtensor(value, parameter) if shaped else value)
 
     def load_optimizer_states(self, states: States, groups: list[dict[str, Any]]) -> None:
         names, optimizer = parameter_names(self.module), self.inner_optimizer
@@ -136,8 +141,9 @@ class DdpEngine:
             numbered.append({**settings, "params": list(range(first, position))})
             for number, parameter in enumerate(group["params"], first):
                 if saved := states.get(names[id(parameter)]):
+                    shaped = {key for key, value in saved.items() if getattr(value, "shape", ()) == parameter.shape}
                     state[number] = {
-                        key: _scatter(value, parameter if value.ndim and value.shape == parameter.shape else None)
+                        key: _scatter(value, parameter) if key in shaped and value.ndim else value
                         for key, value in saved.items()
                     }
         optimizer.load_state_dict({"state": state, "param_groups": numbered})

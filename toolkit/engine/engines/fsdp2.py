@@ -7,9 +7,7 @@ from torch import Tensor
 
 from toolkit.engine.engines.ddp import DdpEngine
 from toolkit.memory.probe import StepProbe
-from toolkit.prune.distributed import local
-
-__all__ = ["Fsdp2Engine"]
+from toolkit.prune.distributed import to_local
 
 
 class Fsdp2Engine(DdpEngine):
@@ -23,6 +21,6 @@ class Fsdp2Engine(DdpEngine):
 
     def count_zeros(self, prunable: Iterable[tuple[str, Tensor]]) -> tuple[int, int]:
         weights = [parameter for _, parameter in prunable]
-        zeros = sum(int((local(weight) == 0).sum()) for weight in weights)
+        zeros = sum(int((to_local(weight) == 0).sum()) for weight in weights)
         total = self._world.sum(torch.tensor(zeros, dtype=torch.int64, device=self._world.device))
         return int(total), sum(weight.numel() for weight in weights)

@@ -13,20 +13,18 @@ from torch import Tensor
 
 from toolkit.engine.engines.ddp import DdpEngine
 from toolkit.memory.probe import StepProbe
-
-__all__ = ["FusedBackward", "FusedEngine"]
+from toolkit.prune.pruning import Pruning
 
 
 class FusedEngine(DdpEngine):
     """See Engine: one rank's, with the update inside backward where no mask update is due."""
 
-    def __init__(self, *parts: Any, mask_update_due: Callable[[int], bool], **options: Any) -> None:
+    def __init__(self, *parts: Any, **options: Any) -> None:
         super().__init__(*parts, **options)
-        self._due = mask_update_due
-        self._fused = FusedBackward(self.inner_optimizer, mask_update_due)
+        self._fused = FusedBackward(self.inner_optimizer)
 
     def updates_in_backward(self, step: int) -> bool:
-        return not self._due(step)
+        return not self._fused.takes_all(step)
 
     def backward(self, loss: Tensor, step: int, *, last: bool, probe: StepProbe | None = None) -> None:
         self._fused.backward(step, partial(super().backward, loss, step, last=last), probe)
@@ -36,11 +34,11 @@ class FusedEngine(DdpEngine):
 
 
 class FusedBackward:
-    """Updates `optimizer` within backward. `mask_update_due(step)` says at which steps not to."""
+    """Updates `optimizer` within backward, but at the steps at which its masks change."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, mask_update_due: Callable[[int], bool]) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
-        self._due = mask_update_due
+        self._pruning: Pruning | None = getattr(optimizer, "pruning", None)
         self._active = False
         self._probe: StepProbe | None = None
         # Each parameter as a group of its own, with its group's settings of the step at hand; and its group by number,
@@ -57,7 +55,7 @@ class FusedBackward:
 
     def backward(self, step: int, backward: Callable[[], None], probe: StepProbe | None = None) -> bool:
         """Run `backward` of optimizer step `step`; returns whether the update was made in it."""
-        if self._due(step):
+        if self.takes_all(step):
             backward()
             return False
         for position, alone in self._alone.values():
@@ -68,6 +66,11 @@ class FusedBackward:
         finally:
             self._active, self._probe = False, None
         return True
+
+    def takes_all(self, step: int) -> bool:
+        """Whether all parameters are needed together; at the schedule's own steps the loop compares masks too."""
+        pruning = self._pruning
+        return pruning is not None and (pruning.is_due(step) or pruning.schedule.is_update_step(step))
 
     def _update(self, parameter: Tensor) -> None:
         if not self._active:

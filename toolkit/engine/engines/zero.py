@@ -5,7 +5,7 @@ each parameter first, and a slice is the parts' row). With P parameters in the g
 
     slice    | part of p1 | p2 | ... | part of pk | padding |     a rank's slice may begin and end within a parameter
     segment  name, start (of the parameter), place (in the slice), length; at most one a parameter and rank
-    spans    (name, first, stop) for each of the P parameters in order, (name, 0, 0) where this rank has none of it
+    flat_slices  (name, first, stop) for each of the P parameters in order, (name, 0, 0) where this rank has none of it
     moments  [s] while dense, so a parameter's part of one is moment[place : place + length]
 
 With this map whole tensors are brought together, a parameter at a time, pruning ranks weights in the order of the
@@ -17,17 +17,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.distributed import ProcessGroup
+import torch.distributed as dist
+from torch import Tensor
 
 from toolkit.dist import World
 from toolkit.engine.engines import States
 from toolkit.engine.engines.ddp import DdpEngine, parameter_names
 from toolkit.memory.probe import StepProbe
-from toolkit.prune.dense import dense_state
-from toolkit.prune.distributed import Spans
-
-__all__ = ["Segment", "ZeroEngine", "attach_to_zero", "slice_map"]
+from toolkit.prune.packing import dense_state
 
 
 @dataclass(frozen=True)
@@ -69,23 +66,9 @@ def slice_map(optimizer: Any, stage: int, names: Mapping[int, str], world: World
     return found
 
 
-def attach_to_zero(target: Any, model: nn.Module, group: ProcessGroup, spans: Mapping[Tensor, Spans]) -> None:
-    """Tell what prunes (a packed optimizer, or a Pruner) who holds the other slices and what a slice is made of.
-
-    And make DeepSpeed let go of moments. After the first step and after a load, ZeRO-1 and 2 keep views of every state
-    tensor shaped like the flat slice, in each model parameter's `_hp_mapping.optim_fragment`; through them the dense
-    moments would live on.
-    """
-
-    def release_views() -> None:
-        for parameter in model.parameters():
-            mapping = getattr(parameter, "_hp_mapping", None)
-            if mapping is not None and mapping.optim_fragment is not None:
-                mapping.optim_fragment.clear()
-
-    target.shard_group, target.spans = group, spans
-    if hasattr(target, "after_repack"):  # moments are packed
-        target.after_repack = release_views
+def _is_shaped(value: Any) -> bool:
+    """Whether it is a tensor with an entry a weight, not a number or a counter."""
+    return torch.is_tensor(value) and value.ndim > 0
 
 
 class ZeroEngine(DdpEngine):
@@ -108,14 +91,6 @@ class ZeroEngine(DdpEngine):
         self._deepspeed.step()
         norm = self._deepspeed.get_global_grad_norm() if want_norm else None
         return None if norm is None else torch.as_tensor(float(norm))
-
-    def spans(self) -> dict[Tensor, Spans]:
-        """What pruning must know of each slice: every parameter's place in it, in the group's order."""
-        found: dict[Tensor, Spans] = {}
-        for number, (flat, segments) in enumerate(self.slices):
-            places = {segment.name: (segment.place, segment.place + segment.length) for segment in segments}
-            found[flat] = [(name, *places.get(name, (0, 0))) for name in self._names_of(number)]
-        return found
 
     def count_zeros(self, prunable: Iterable[tuple[str, Tensor]]) -> tuple[int, int]:
         names = {name for name, _ in prunable}
@@ -164,16 +139,18 @@ class ZeroEngine(DdpEngine):
         for name, buffer in self.module.named_buffers():
             buffer.copy_(weights[name])
 
-    def optimizer_states(self) -> Iterator[tuple[str, str, Tensor]]:
+    def optimizer_states(self) -> Iterator[tuple[str, str, Any]]:
         parameters = dict(self.module.named_parameters())
         for number, (flat, segments) in enumerate(self.slices):
-            state = self.inner_optimizer.state.get(flat, {})
-            dense = dense_state(flat.detach(), {key: value for key, value in state.items() if torch.is_tensor(value)})
+            state = self.optimizer_state.get(flat, {})
+            tensors = {key: value for key, value in state.items() if torch.is_tensor(value)}
+            numbers = {key: value for key, value in state.items() if key not in tensors}
+            dense = {**numbers, **dense_state(flat.detach(), tensors)}
             held = {segment.name: segment for segment in segments}
             for name in self._names_of(number):
                 for key, value in dense.items():
-                    if value.ndim == 0:
-                        yield name, key, value.detach().cpu()
+                    if not _is_shaped(value):
+                        yield name, key, value.detach().cpu() if torch.is_tensor(value) else value
                         continue
                     own = (held[name], value) if name in held else None
                     yield name, key, self._whole(own, parameters[name], value.dtype)
@@ -190,12 +167,12 @@ class ZeroEngine(DdpEngine):
             # The group's keys and counters, also where this rank's slice is nothing but padding.
             first: Mapping[str, Tensor] = next((states[name] for name in self._names_of(number) if name in states), {})
             made = {
-                key: value if value.ndim == 0 else torch.zeros(flat.shape, dtype=value.dtype, device=flat.device)
+                key: torch.zeros(flat.shape, dtype=value.dtype, device=flat.device) if _is_shaped(value) else value
                 for key, value in first.items()
             }
             for segment in segments:
                 for key, value in states.get(segment.name, {}).items():
-                    if value.ndim:
+                    if _is_shaped(value):
                         part = value.reshape(-1)[segment.start : segment.start + segment.length]
                         segment.of(made[key]).copy_(part)
             if made:
@@ -208,3 +185,49 @@ class ZeroEngine(DdpEngine):
         self.inner_optimizer.load_state_dict({"state": flats, "param_groups": settings})
         for group, parameters in zip(self.inner_optimizer.param_groups, shown, strict=True):
             group["params"] = parameters
+
+
+def attach(engine: Any) -> None:
+    """Tell a pruning optimizer under `deepspeed.initialize` what its flat slices hold, and who holds the others.
+
+        engine, _, _, _ = deepspeed.initialize(model=model, optimizer=AdamWPrune(param_groups(model), ...), config=...)
+        attach(engine)  # once, before the first step
+
+    For ZeRO-1, 2 and 3; without ZeRO, or without pruning, there is nothing to tell. It also has DeepSpeed let go of
+    moments: after the first step and after a load, ZeRO-1 and 2 keep views of every state tensor shaped like the flat
+    slice in each model parameter's `_hp_mapping.optim_fragment`, and through them the dense moments would live on.
+    Raises ValueError where ZeRO cannot prune as DDP does.
+    """
+    zero, stage, model = engine.optimizer, engine.zero_optimization_stage(), engine.module
+    base = zero
+    while hasattr(base, "optimizer"):
+        base = base.optimizer
+    pruning = getattr(base, "pruning", None)
+    if pruning is None or not pruning.schedule.enabled or base is zero:
+        return
+    world = World.detect(engine.device)
+    marked = [group for group in base.param_groups if group.get("prunable")]
+    refused = {
+        f"zero_optimization stage {stage} with mixed precision": stage == 0,
+        f"{engine.dp_world_size} of {world.num_ranks} ranks as data parallel": engine.dp_world_size != world.num_ranks,
+        f"scope={pruning.options.scope!r}": pruning.options.scope != "global",
+        f"{len(marked)} groups marked prunable, where param_groups(model) makes the one it takes": len(marked) != 1,
+    }
+    for what, is_so in refused.items():
+        if is_so:
+            raise ValueError(f"{type(base).__name__} under DeepSpeed does not go with {what}; use FSDP2 or DDP")
+    names, slices = parameter_names(model), {}
+    groups = zero.fp16_groups if stage == 3 else zero.round_robin_bit16_groups
+    flats = slice_map(zero, stage, names, world)
+    for group, (flat, segments), parameters in zip(base.param_groups, flats, groups, strict=True):
+        if group.get("prunable"):
+            places = {segment.name: (segment.place, segment.place + segment.length) for segment in segments}
+            slices[flat] = [(name, *places.get(name, (0, 0))) for name in (names[id(one)] for one in parameters)]
+
+    def release_views() -> None:
+        for parameter in model.parameters():
+            mapping = getattr(parameter, "_hp_mapping", None)
+            if mapping is not None and mapping.optim_fragment is not None:
+                mapping.optim_fragment.clear()
+
+    pruning.shard_group, pruning.flat_slices, pruning.after_repack = dist.group.WORLD, slices, release_views

@@ -1,0 +1,118 @@
+"""The menu's choices (launch/Kconfig, `.config`, defconfigs) as what a matrix file holds."""
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+from launch.start import ROOT
+
+DEFCONFIGS = ROOT / "launch" / "defconfigs"
+_SPARSITIES = (50, 70, 90, 95, 99)
+_OPTIMIZERS = ("momentum", "adam", "adamw", "adamwadv", "adamwspam", "adamwprune", "sgdprune")  # order of the runs
+
+
+def is_kconfig(path: Path) -> bool:
+    """Whether a matrix file is a .config or a defconfig rather than YAML."""
+    return path.name.startswith(".config") or path.resolve().parent == DEFCONFIGS.resolve()
+
+
+def defconfig_names() -> list[str]:
+    """The ready choices."""
+    return sorted(path.name for path in DEFCONFIGS.iterdir())
+
+
+def open_menu(path: Path | None = None) -> Any:
+    """The menu with its defaults, or with the choices of a .config or defconfig. What it complains of is kept in it."""
+    import kconfiglib
+
+    menu = kconfiglib.Kconfig(str(ROOT / "launch" / "Kconfig"), warn_to_stderr=False)
+    menu.warn_assign_undef = True
+    if path is not None:
+        menu.load_config(str(path))
+    return menu
+
+
+def load(path: Path) -> dict[str, str]:
+    """Symbol -> value of a .config or defconfig. Raises ValueError for an unknown symbol or a value out of range."""
+    if not path.exists():
+        raise ValueError(f"{path} does not exist; make it with make menuconfig or make defconfig-<name>")
+    menu = open_menu(path)
+    symbols = {symbol.name: symbol.str_value for symbol in menu.unique_defined_syms}  # says what is out of range
+    if menu.warnings:
+        raise ValueError(f"{path}: {'; '.join(menu.warnings)}; the symbols are those of launch/Kconfig")
+    return symbols
+
+
+def to_matrix(symbols: dict[str, str]) -> dict[str, Any]:
+    """What a matrix file of these choices holds. Raises ValueError where they make no run."""
+    on = {name for name, value in symbols.items() if value == "y"}
+    sparsities = [share / 100 for share in _SPARSITIES if f"SPARSITY_ENABLE_{share}" in on]
+    cells: list[dict[str, Any]] = []
+    per_opt: dict[str, Any] = {}
+    for opt in _OPTIMIZERS:
+        if f"OPTIMIZER_ENABLE_{'SGD' if opt == 'momentum' else opt.upper()}" not in on:
+            continue
+        opt = "sgd" if opt == "momentum" and "SGD_NESTEROV" in on else opt
+        mine, settings = _cells_of(opt, on, sparsities), _rates_of(opt, symbols)
+        cells += mine
+        if mine and settings:
+            per_opt[opt] = settings
+    if not cells:
+        raise ValueError("these choices make no run: enable an optimizer with a pruning method, and a sparsity")
+    try:
+        seeds = [int(seed) for seed in symbols["SEEDS"].split()]
+    except ValueError:
+        raise ValueError(f"CONFIG_SEEDS={symbols['SEEDS']!r} are not whole numbers with spaces between") from None
+    content: dict[str, Any] = {"name": symbols["MATRIX_NAME"], "recipe": symbols["RECIPE"], "seeds": seeds}
+    content |= {"cells": cells, "per_opt": per_opt, "jobs": int(symbols["JOBS"])}
+    if symbols["ACCELERATE_CONFIG"] != "none":
+        content["accelerate_config"] = symbols["ACCELERATE_CONFIG"]
+        content |= {"ranks": int(symbols["RANKS"])} if int(symbols["RANKS"]) else {}
+    return content
+
+
+def _rates_of(opt: str, symbols: dict[str, str]) -> dict[str, float]:
+    """The optimizer's learning rate and weight decay, where the menu has them."""
+    from toolkit.optim.registry import find_spec
+
+    spec = find_spec(opt)
+    assert spec is not None, opt
+    sgd = spec.family == "SGD"
+    decay = "SGD" if sgd else "ADAM" if opt == "adam" else "ADAMW"
+    found: dict[str, float] = {}
+    for setting, name in (("lr", f"LR_{'SGD' if sgd else 'ADAM'}"), ("weight_decay", f"WEIGHT_DECAY_{decay}")):
+        try:
+            found |= {setting: float(symbols[name])} if symbols[name] else {}
+        except ValueError:
+            raise ValueError(f"CONFIG_{name}={symbols[name]!r} is not a number; for example 0.001") from None
+    return found
+
+
+def _cells_of(opt: str, on: set[str], sparsities: list[float]) -> list[dict[str, Any]]:
+    from toolkit.optim.registry import find_spec, specs
+
+    ours = {spec.name: spec.base for spec in specs() if spec.is_ours}
+    if opt in ours:
+        return [{"opt": opt, "sparsity": share} for share in sparsities if "PRUNING_ENABLE_STATE" in on]
+    methods: list[dict[str, Any]] = [
+        {"pruning": name} for name in ("magnitude", "movement") if f"PRUNING_ENABLE_{name.upper()}" in on
+    ]
+    if "PRUNING_ENABLE_DISPLACEMENT" in on:
+        methods.append({"pruning": "movement", "prune_score": "displacement"})
+    # adamw's pruning by state is adamwprune itself.
+    if "PRUNING_STATE_ALL" in on and opt not in ours.values() and find_spec(f"{opt}-state"):
+        methods.append({"pruning": "state"})
+    dense = [{"opt": opt, "pruning": "none"}] if "PRUNING_ENABLE_NONE" in on else []
+    return dense + [{"opt": opt, **method, "sparsity": share} for method in methods for share in sparsities]
+
+
+def arguments(symbols: dict[str, str]) -> list[str]:
+    """train.py's flags for every run that the menu's other choices amount to."""
+    flags = []
+    for name, flag in {"MODEL": "--model", "DATA_DIR": "--data-dir"}.items():
+        flags += [flag, symbols[name]] if symbols[name] else []
+    for name, flag in {"NUM_EPOCHS": "--epochs", "BATCH_SIZE": "--global-batch-size"}.items():
+        flags += [flag, symbols[name]] if int(symbols[name]) else []
+    for name, amp in {"AMP_BF16": "bf16", "AMP_FP16": "fp16"}.items():
+        flags += ["--amp", amp] if symbols[name] == "y" else []
+    return flags + shlex.split(symbols["EXTRA_ARGS"])

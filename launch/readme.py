@@ -1,0 +1,102 @@
+"""`python -m launch.readme`: write the table of README.md from the digits study and the bench of the optimizers.
+
+Run it after a study or a bench was measured again; a test holds the README to what it writes.
+"""
+
+import argparse
+import statistics
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from launch.start import ROOT
+from toolkit.command import one_line_errors
+from toolkit.files import read_json, write_atomically
+from toolkit.markdown import table
+
+_BEGIN, _END = "<!-- the table begins: python -m launch.readme -->\n", "<!-- the table ends -->\n"
+# Optimizer and sparsity in the study, row of the bench: each family, what it is compared with first.
+_ROWS = (
+    ("adamw", 0.0, "torch AdamW fused"),
+    ("adamw-magnitude", 0.7, None),
+    ("adamwprune", 0.7, "adamwprune 70%"),
+    ("adamwprune", 0.9, "adamwprune 90%"),
+    ("adamwprune", 0.95, None),
+    ("momentum", 0.0, "torch SGD fused"),
+    ("sgdprune", 0.7, "sgdprune 70%"),
+    ("sgdprune", 0.9, "sgdprune 90%"),
+    ("sgdprune", 0.95, None),
+)
+_HEADER = ("optimizer", "sparsity", "state, peak", "state, end", "step / fused AdamW", "top-1 %", "measured in")
+
+
+def with_table(readme: str, study: Mapping[str, Any], bench: Mapping[str, Any]) -> str:
+    """The README with its table between the two marks made anew. Raises ValueError where a mark or a row is missing."""
+    if not 0 <= readme.find(_BEGIN) < readme.find(_END):
+        raise ValueError(f"README.md lacks {_BEGIN.strip()} and {_END.strip()}; put them where the table goes")
+    before, _, rest = readme.partition(_BEGIN)
+    rows = [_row(study, bench, *which) for which in _ROWS]
+    made = "\n".join([*table(_HEADER, rows, text=(0, 6)), "", *_notes(study, bench), ""])
+    return f"{before}{_BEGIN}{made}{_END}{rest.partition(_END)[2]}"
+
+
+def _row(study: Mapping[str, Any], bench: Mapping[str, Any], opt: str, sparsity: float, step: str | None) -> list[str]:
+    cells = [cell for cell in study["cells"] if cell["opt"] == opt and cell["target_sparsity"] == sparsity]
+    if not cells:
+        raise ValueError(f"results/digits/summary.json has no run of {opt} at sparsity {sparsity}; run the study again")
+    end = cells[0]["optimizer_bytes_per_weight"]  # bytes are the same for every seed
+    top1 = [cell["final_top1"] for cell in cells]
+    where = ["[digits](results/digits/report.md)", f"{len(cells)} seeds"]
+    if step:
+        where.append("[bench](results/bench/optim.md)")
+    return [
+        f"`{opt}`",
+        f"{100 * sparsity:g} %" if sparsity else "–",
+        f"{end * cells[0]['optimizer_peak_bytes'] / cells[0]['optimizer_end_bytes']:.2f}",
+        f"{end:.2f}",
+        _ratio(_step(bench, step)) if step else "–",
+        f"{statistics.mean(top1):.1f} ± {statistics.stdev(top1):.1f}",
+        ", ".join(where),
+    ]
+
+
+def _step(bench: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    found = [row for row in bench["rows"] if row["name"] == name]
+    if not found:
+        raise ValueError(f"results/bench/optim.json has no row {name!r}; run launch.bench optim again")
+    return found[0]
+
+
+def _ratio(step: Mapping[str, Any]) -> str:
+    """Beside its own family's fused optimizer, which is named where it is SGD."""
+    peer = step["peer"] or step["name"]
+    return f"{step['ratio_to_peer'] or 1:.2f}" + (" of fused SGD" if "SGD" in peer else "")
+
+
+def _notes(study: Mapping[str, Any], bench: Mapping[str, Any]) -> list[str]:
+    run = study["environment"]
+    end = _step(bench, "adamwprune 70%")["state_bytes_per_prunable_weight"]
+    trained = f"{run['device']} ({run['device_type'].upper()})"
+    stepped = f"{bench['device'].removeprefix('CPU: ')} ({bench['kind'].upper()})"
+    return [
+        f"State: bytes a weight that optimizer and pruning keep; on {bench['model']} `adamwprune` ends at {end:.2f} "
+        "for 70 %.",
+        f"State and top-1: {run['model']}, {run['epochs']} epochs, {trained}; by "
+        "`python -m launch.matrix launch/matrices/digits.yaml`.",
+        f"Step: {bench['model']}, median of {bench['rounds']} rounds, {stepped}; by `python -m launch.bench optim`.",
+    ]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write the table."""
+    parser = argparse.ArgumentParser(prog="python -m launch.readme", description=__doc__)
+    parser.parse_args(argv)
+    path = ROOT / "README.md"
+    with one_line_errors(parser):
+        study, bench = (read_json(ROOT / "results" / name) for name in ("digits/summary.json", "bench/optim.json"))
+        write_atomically(path, with_table(path.read_text(), study, bench))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

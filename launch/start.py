@@ -1,0 +1,24 @@
+"""How launch starts programs: from the repository's root, with this environment's Python, alone or on several ranks."""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def accelerate_launch(config_file: str | Path, *program: str, ranks: int | None = None) -> list[str]:
+    """A program under `accelerate launch`; `ranks` overrides the number in the launch file."""
+    number = [] if ranks is None else ["--num_processes", str(ranks)]
+    return ["accelerate", "launch", "--config_file", str(config_file), *number, *program]
+
+
+def installed(command: Sequence[str]) -> list[str]:
+    """The command with its program from beside this Python, whatever PATH says."""
+    return [str(Path(sys.executable).with_name(command[0])), *command[1:]]
+
+
+def environment(**more: str) -> dict[str, str]:
+    """This process's, with the repository importable from any folder, and `more`."""
+    return {**os.environ, "PYTHONPATH": str(ROOT), **more}

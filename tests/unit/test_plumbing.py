@@ -1,0 +1,61 @@
+"""The leaves that commands share: tables and sizes, errors in one line, whole files."""
+
+import argparse
+import csv
+import io
+import json
+import shlex
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from toolkit.command import one_line_errors, spelled
+from toolkit.files import csv_text, write_json
+from toolkit.markdown import MIB, mib, table
+
+WORDS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=8)
+
+
+def test_a_size_is_mib_with_a_unit_of_2_to_the_20():
+    assert mib(1536 * MIB + MIB // 4) == "1,536.25"
+    assert mib(10 * 1024 * 1024, 0) == "10"
+    assert mib(None) == "–"
+
+
+def test_a_table_sets_figures_right():
+    assert table(["a", "b"], [["x", 1], ["y", 22]]) == ["| a | b |", "| --- | ---: |", "| x | 1 |", "| y | 22 |"]
+    assert table(["a", "b"], [], text=range(2))[1] == "| --- | --- |"
+    assert table(["a", "b"], [], text=())[1] == "| ---: | ---: |"
+
+
+@pytest.mark.parametrize("error", [ValueError("n=3 is odd; use 4"), FileNotFoundError(2, "No such file", "x")])
+def test_what_a_user_can_mend_is_one_line(capsys, error):
+    parser = argparse.ArgumentParser(prog="python -m launch.thing")
+    with pytest.raises(SystemExit) as stop, one_line_errors(parser):
+        raise error
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == f"launch.thing: error: {error}\n"
+
+
+def test_what_is_our_own_fault_is_not_hidden():
+    with pytest.raises(ZeroDivisionError), one_line_errors(argparse.ArgumentParser()):
+        raise ZeroDivisionError
+
+
+def test_a_command_can_be_pasted():
+    assert shlex.split(spelled("launch.x", ["a b", "--out", "c"])) == ["python", "-m", "launch.x", "a b", "--out", "c"]
+
+
+@given(st.lists(st.fixed_dictionaries({"a": WORDS, "b": WORDS}), max_size=4))
+def test_csv_reads_back(rows):
+    assert list(csv.DictReader(io.StringIO(csv_text(["a", "b"], rows), newline=""))) == rows
+
+
+def test_json_is_written_whole(tmp_path):
+    path = tmp_path / "new" / "x.json"
+    write_json(path, {"b": [1.5, None]})
+    with pytest.raises(TypeError):
+        write_json(path, {"b": object()})
+    assert json.loads(path.read_text()) == {"b": [1.5, None]}
+    assert [entry.name for entry in path.parent.iterdir()] == ["x.json"]

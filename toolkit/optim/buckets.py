@@ -1,0 +1,103 @@
+"""Parameters sorted by the code that updates them, and kept so between steps.
+
+Sorting ResNet-50's 161 tensors anew cost 1.5 ms a step, a tenth of it; 161 additions to step counters another 0.5 ms.
+"""
+
+import operator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+States = dict[Tensor, dict[str, Tensor]]
+
+
+@dataclass
+class Bucket:
+    """Parameters of one group that one call updates: by the same code, at the same step, all dense or all packed."""
+
+    how: str  # reference, native or triton
+    packed: bool
+    step: int = 0  # of the update at hand, from 1
+    sharded: bool = False  # whether any is a DTensor
+    owners: list[Tensor] = field(default_factory=list)  # the optimizer's parameters, which have the gradients
+    parameters: list[Tensor] = field(default_factory=list)  # this rank's part of each
+    states: list[dict[str, Tensor]] = field(default_factory=list)
+    steps: list[Tensor] = field(default_factory=list)  # each parameter's own counter: views of `step_tensor`
+    step_tensor: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float32))
+    param_indices: list[int] = field(default_factory=list)  # position among all the optimizer's parameters
+    addresses: Any = None  # the table of the Triton kernels
+
+    def share_step_tensor(self) -> None:
+        """Make the parameters' counters views of one tensor, so that one addition counts them all.
+
+        Triton's lies on the GPU, where a captured graph can count it.
+        """
+        device = self.parameters[0].device if self.how == "triton" else "cpu"
+        self.step_tensor = torch.stack([state["step"].to(device, torch.float32) for state in self.states])
+        self.steps = list(self.step_tensor.unbind())
+        for state, step in zip(self.states, self.steps, strict=True):
+            state["step"] = step
+
+    def count_step(self) -> None:
+        """One step more, in every parameter's state."""
+        self.step_tensor.add_(1)
+        self.step = self.step + 1 if self.how == "triton" else int(self.steps[0])
+
+
+@dataclass
+class _Entry:
+    """The buckets of the parameters in `ready`, which are those of a group that have a gradient."""
+
+    ready: list[Tensor]
+    states: States
+    buckets: list[Bucket]
+    num_states: int  # those of other groups too
+
+    def serves(self, ready: list[Tensor], states: States) -> bool:
+        """Whether nothing has changed: the same parameters have a gradient, and the states are those known.
+
+        Of the states the number and each bucket's first are looked at: all 161 would cost a tenth of a step.
+        """
+        if states is not self.states or len(states) != self.num_states or len(ready) != len(self.ready):
+            return False
+        firsts = ((bucket.owners[0], bucket.states[0], bucket.steps[0]) for bucket in self.buckets)
+        return all(map(operator.is_, ready, self.ready)) and all(
+            states.get(owner) is known and known.get("step") is step for owner, known, step in firsts
+        )
+
+
+class BucketCache:
+    """Buckets by the parameters that have a gradient; a parameter is in those of one entry at most.
+
+    Counters are shared within a bucket: a second entry with the same parameter would take its counter out of the first,
+    whose additions would then miss it.
+    """
+
+    def __init__(self) -> None:
+        self._entries: dict[Tensor, _Entry] = {}  # by the first parameter
+        self._entry_of: dict[Tensor, Tensor] = {}  # any parameter -> the first of its entry
+
+    def clear(self) -> None:
+        """Forget all: the states have changed."""
+        self._entries.clear()
+        self._entry_of.clear()
+
+    def get(
+        self, ready: list[Tensor], states: States, sort: Callable[[list[Tensor]], Iterable[Bucket]]
+    ) -> list[Bucket]:
+        """The buckets of `ready`, sorted anew by `sort` where they are not known."""
+        entry = self._entries.get(ready[0])
+        if entry is None or not entry.serves(ready, states):
+            for parameter in ready:
+                first = self._entry_of.pop(parameter, None)
+                if first is not None:
+                    self._entries.pop(first, None)
+            buckets = list(sort(ready))
+            for bucket in buckets:
+                bucket.share_step_tensor()
+            entry = self._entries[ready[0]] = _Entry(ready, states, buckets, len(states))
+            self._entry_of.update(dict.fromkeys(ready, ready[0]))
+        return entry.buckets

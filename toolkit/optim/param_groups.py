@@ -1,0 +1,56 @@
+"""Parameter groups for the optimizers of this package: what may be pruned, and what decays."""
+
+import fnmatch
+from typing import Any
+
+from torch import Tensor, nn
+
+from toolkit.log import get_logger
+from toolkit.prune.groups import prunable_names, tied_names
+
+
+def param_groups(model: nn.Module, weight_decay: float | None = None) -> list[dict[str, Any]]:
+    """A model's trainable parameters in groups by two questions: is it pruned, and does it decay?
+
+        optimizer = AdamWPrune(param_groups(model), lr=1e-3, weight_decay=0.05, sparsity=0.7, end_step=6_000)
+        ...  # train as with torch.optim.AdamW
+        zeros, weights = optimizer.pruning.sparsity()
+
+    | parameter | pruned | decays |
+    | --- | --- | --- |
+    | weights of convolution and linear layers, stem and classifier too | yes | yes |
+    | transformers' `Conv1D`, projections of `nn.MultiheadAttention` | yes | yes |
+    | embeddings, recurrent layers, other matrices | no | yes |
+    | a head whose weight is an embedding's (tied) | no, said in the log | yes |
+    | biases, norms and all else of one dimension | no | no |
+
+    What a model names in its `no_weight_decay()` (timm's models have one) does not decay: timm's rule. Frozen
+    parameters are left out; a shared one stands once, under its first name. The groups carry names, for messages. To
+    keep a layer dense, move its parameters to a group with `prunable=False`.
+
+    Args:
+        model: the bare model, not the wrapper of DDP or `torch.compile`; with FSDP2 after `fully_shard`.
+        weight_decay: of the groups that decay; None leaves it to the optimizer's own argument.
+
+    Returns:
+        At most four groups `{"params": [(name, parameter), ...], "prunable": bool}`; those that do not decay have
+        `weight_decay` 0, the others the one given.
+    """
+    for name, embedding in tied_names(model).items():
+        get_logger().info("%s is not pruned: it is the embedding %s", name, embedding)
+    prunable = prunable_names(model)
+    exempt: set[str] = set(getattr(model, "no_weight_decay", set)())
+    groups: dict[tuple[bool, bool], list[tuple[str, Tensor]]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            spared = any(fnmatch.fnmatch(name, pattern) for pattern in exempt)
+            decays = parameter.ndim > 1 and not name.endswith(".bias") and not spared
+            groups.setdefault((name in prunable, decays), []).append((name, parameter))
+    decay: dict[bool, dict[str, float]] = {
+        False: {"weight_decay": 0.0},
+        True: {} if weight_decay is None else {"weight_decay": weight_decay},
+    }
+    return [
+        {"params": named, "prunable": may_prune, **decay[decays]}
+        for (may_prune, decays), named in sorted(groups.items(), key=lambda item: item[0])
+    ]

@@ -1,0 +1,103 @@
+"""The pruning options: one frozen, checked record for constructors, flags and messages.
+
+Constructors of optimizers stay flat (timm hands them keyword arguments), `**pruning: Unpack[PruningKeywords]`, of which
+a PruningOptions is made at once. A new option is a field here and a line in PruningKeywords.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+import torch
+
+from toolkit.kernels.choice import IMPLEMENTATIONS
+from toolkit.prune.distribution import SCOPES
+from toolkit.prune.schedule import Schedule
+from toolkit.prune.scores import check_score
+
+STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class PruningKeywords(TypedDict, total=False):
+    """The fields of PruningOptions as keyword arguments of a constructor."""
+
+    sparsity: float
+    begin_step: int
+    end_step: int | None
+    frequency: int
+    score: str | None
+    scope: str
+    regrow: float
+    state_dtype: str | None
+    implementation: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruningOptions:
+    """How an optimizer prunes. Steps are optimizer steps. Raises ValueError on a value out of range.
+
+    sparsity: final share of zeros among the prunable weights, in [0, 1); 0 switches pruning off.
+    begin_step, end_step: first and last mask update; sparsity > 0 needs end_step.
+    frequency: steps between mask updates.
+    score: what a weight is worth (toolkit.prune.scores); None is the optimizer's first.
+    scope: where weights compete: global, layer or erk.
+    regrow: share of the survivors that make way for pruned weights with the largest gradients, decayed by a cosine.
+    state_dtype: of the moments: float32, or bfloat16 with stochastic rounding; None is the parameter's own.
+    implementation: auto, reference, native or triton.
+    """
+
+    sparsity: float = 0.0
+    begin_step: int = 0
+    end_step: int | None = None
+    frequency: int = 50
+    score: str | None = None
+    scope: str = "global"
+    regrow: float = 0.0
+    state_dtype: str | None = None
+    implementation: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name, valid in (("scope", SCOPES), ("state_dtype", STATE_DTYPES), ("implementation", IMPLEMENTATIONS)):
+            value = getattr(self, name)
+            if value not in valid and not (name == "state_dtype" and value is None):
+                raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(valid)}")
+        if not 0.0 <= self.regrow < 1.0:
+            raise ValueError(f"regrow={self.regrow} is a share of the survivors; use 0 (off) to below 1")
+        _ = self.schedule  # refuses a bad schedule here, not at the first step
+
+    @functools.cached_property
+    def schedule(self) -> Schedule:
+        """When the masks change, and to how many zeros."""
+        return Schedule(self.sparsity, self.begin_step, self.end_step, self.frequency)
+
+    @classmethod
+    def of(
+        cls,
+        keywords: Mapping[str, Any],
+        *,
+        scores: tuple[str, ...],
+        implementations: tuple[str, ...] = ("auto", "reference"),
+    ) -> "PruningOptions":
+        """Options of an optimizer that knows `scores` (the first is its default) and has `implementations`.
+
+        Raises TypeError that lists the options for a stranger, ValueError for a value that this optimizer lacks.
+        """
+        strangers = sorted(keywords.keys() - set(OPTION_NAMES))
+        if strangers:
+            raise TypeError(f"{strangers[0]!r} is no option; the pruning options are {', '.join(OPTION_NAMES)}")
+        options = cls(**{**keywords, "score": keywords.get("score") or scores[0]})
+        check_score(str(options.score), scores)
+        if options.implementation not in implementations:
+            raise ValueError(
+                f"implementation={options.implementation!r} is not known; choose one of {', '.join(implementations)}"
+            )
+        return options
+
+    def as_dict(self) -> dict[str, Any]:
+        """The options as keyword arguments."""
+        return dataclasses.asdict(self)
+
+
+OPTION_NAMES = tuple(field.name for field in dataclasses.fields(PruningOptions))
