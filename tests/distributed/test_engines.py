@@ -13,6 +13,7 @@ pytest.importorskip("deepspeed")  # here, once: it takes five seconds
 from toolkit.builder import build
 from toolkit.cli import parse
 from toolkit.engine.loop import train as train_loop
+from toolkit.errors import NonFiniteLossError
 
 ENGINES = {
     "ddp": {},
@@ -147,3 +148,30 @@ def test_offloading_keeps_our_optimizer(flags, stage):
     assert offloaded["kind"] == "AdamWPrune"
     assert offloaded["sparsity"] == plain["sparsity"]
     assert all(torch.equal(value, plain["weights"][name]) for name, value in offloaded["weights"].items())
+
+
+def poisoned(rank, engine, flags):
+    os.environ.update(ENGINES[engine])
+    run = build(parse(flags))
+    original, seen, before = run.to_inputs, 0, {}
+
+    def inputs(batch):
+        nonlocal seen
+        images, labels = original(batch)
+        seen += 1
+        if seen == 4:
+            before.update({name: weight.clone() for name, weight in run.engine.weights()})
+            if rank == 1:
+                images[0] = float("inf")
+        return images, labels
+
+    run.to_inputs = inputs
+    with pytest.raises(NonFiniteLossError, match="step 4 on rank 1"):
+        train_loop(run)
+    return all(torch.equal(weight, before[name]) for name, weight in run.engine.weights())
+
+
+@pytest.mark.parametrize("engine", ["fsdp2", "zero1", "zero2", "zero3"])
+def test_no_engine_makes_an_update_of_a_loss_that_is_not_finite(flags, engine):
+    more = ["--opt", "adamwprune", "--sparsity", "0.7", "--experiment", "r"]
+    assert run_ranks(poisoned, 2, engine, [*flags, *more], join_group=False) == [True, True]

@@ -3,7 +3,7 @@
 Forward and backward are tracked on fake tensors, optimizer state, masks, averages and buckets follow by arithmetic. The
 figure is what torch's allocator has given out at its peak in forward and backward; the copies that torch's own
 optimizers make in their update are left out (they decide only where the batch is very small), cache and context come on
-top (see `fits`). The rows of FSDP2 and ZeRO are arithmetic that was not compared with a measurement.
+top (see `needed_bytes`). The rows of FSDP2 and ZeRO are arithmetic that was not compared with a measurement.
 """
 
 import dataclasses

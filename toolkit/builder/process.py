@@ -73,11 +73,6 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def seed_rank(seed: int, rank: int) -> None:
-    """From here on each rank draws its own dropout and erasing noise, as in timm."""
-    torch.manual_seed(seed + rank)
-
-
 def run_folder(
     config: Config, opt: str, facts: dict[str, Any], world: World
 ) -> tuple[Path, Path | None, FolderLock | None]:

@@ -5,6 +5,7 @@ import shutil
 from functools import partial
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import ModelEmaV3
@@ -26,7 +27,7 @@ from toolkit.builder.optimizer import (
     total_epochs,
 )
 from toolkit.builder.predict import predict_run
-from toolkit.builder.process import create_accelerator, run_folder, seed_everything, seed_rank
+from toolkit.builder.process import create_accelerator, run_folder, seed_everything
 from toolkit.config import Config
 from toolkit.data.loader import TrainLoader
 from toolkit.dist import World
@@ -72,7 +73,7 @@ def build_run(config: Config) -> Run:
     # The run's folder, and what the run says of itself
     facts = run_facts(config, data, opt, method, lr, schedule, plan, world)
     folder, resume_from, lock = run_folder(asked, opt, facts, world)
-    seed_rank(config.seed, world.rank)
+    torch.manual_seed(config.seed + world.rank)  # each rank draws its own dropout and erasing noise, as in timm
     if world.is_main:
         shutil.rmtree(folder / RANKS_FOLDER, ignore_errors=True)  # of a run that was killed here
         write_args(folder, dataclasses.replace(asked, batch_size=config.batch_size))

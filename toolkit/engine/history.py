@@ -2,7 +2,7 @@
 
 import csv
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +46,6 @@ class History:
     seconds_so_far: float = 0.0
     train_seconds_so_far: float = 0.0
     bad_so_far: int = 0
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain containers only."""
-        return asdict(self)
 
 
 def is_complete(folder: Path) -> bool:

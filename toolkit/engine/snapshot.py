@@ -1,5 +1,6 @@
 """A run as a checkpoint: everything that makes the next step what it would have been, saved and loaded."""
 
+from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
@@ -57,7 +58,7 @@ def _save(run: Run, history: History, update: int, metric: float | None, best: b
     ]
     scaler = run.engine.scaler
     state = {
-        "history": {**history.to_dict(), "bad_so_far": bad_so_far},
+        "history": {**asdict(history), "bad_so_far": bad_so_far},
         "model": {},
         "ema": None if run.ema is None else {},
         "optimizer": {"state": plain, "param_groups": groups},
