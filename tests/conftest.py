@@ -1,3 +1,4 @@
+import logging
 import os
 import sys
 
@@ -54,3 +55,14 @@ def _fresh_accelerate():
         from ranks import reset_accelerate
 
         reset_accelerate()
+
+
+@pytest.fixture(autouse=True)
+def _fresh_log():
+    """A run in this process sets up the toolkit's logger; the next test's caplog must see messages again, once each."""
+    yield
+    logger = logging.getLogger("toolkit")
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+    logger.propagate = True
+    logger.setLevel(logging.NOTSET)

@@ -1,6 +1,5 @@
 """Which names others may give to files, and how much JSON; where a link leads."""
 
-import logging
 import os
 import pwd
 import tempfile
@@ -191,8 +190,7 @@ def no_home(tmp_path, monkeypatch):
     return tmp_path / f"adamwprune-toolkit-{os.getuid()}"
 
 
-def test_without_a_home_the_cache_is_in_a_folder_of_ones_own(no_home, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("toolkit"), "propagate", True)
+def test_without_a_home_the_cache_is_in_a_folder_of_ones_own(no_home, caplog):
     assert files.cache_folder() == files.cache_folder() == no_home
     assert no_home.stat().st_mode & 0o777 == 0o700
     assert [str(no_home) in record.getMessage() for record in caplog.records] == [True]
