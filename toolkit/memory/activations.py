@@ -169,10 +169,10 @@ def _track(
 ) -> tuple[list[Lifetime], int, list[str]]:
     """(lifetimes, events, row of each) of one step."""
     model = make_model().train()  # a real one: many constructors read values, which fake tensors do not have
+    if channels_last:  # before it is fake: torch 2.14 cannot swap the layout of a fake parameter
+        model = model.to(memory_format=torch.channels_last)
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         _make_fake(model, fake)
-        if channels_last:
-            model = model.to(memory_format=torch.channels_last)
         tracker = StorageTracker()
         tracker.forget(tensor for tensor in (*model.parameters(), *model.buffers()))
         gradients: list[Lifetime | None] = []

@@ -1,5 +1,6 @@
 """What a real step takes against the tracks on fake tensors, and the command that predicts."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -16,15 +17,19 @@ from toolkit.memory.predict import main
 
 @pytest.mark.parametrize("model", ["test_resnet", "test_vit", "resnet10t"])
 @pytest.mark.parametrize("amp", [None, torch.bfloat16])
-def test_a_real_step_takes_what_was_predicted(model, amp):
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_real_step_takes_what_was_predicted(model, amp, layout):
     size = 160 if model == "test_vit" else 64
     options = {"img_size": size} if model == "test_vit" else {}
-    expected = track_step(lambda: timm.create_model(model, **options), (3, size, size), 1000, amp_dtype=amp)
-    real = timm.create_model(model, **options).train()
+    last = layout is torch.channels_last
+    make = functools.partial(timm.create_model, model, **options)
+    expected = track_step(make, (3, size, size), 1000, amp_dtype=amp, channels_last=last)
+    real = make().train().to(memory_format=layout)
     tracker = StorageTracker()
     tracker.forget(tensor for tensor in (*real.parameters(), *real.buffers()))
     with tracker:
         images, labels = torch.zeros(11, 3, size, size), torch.zeros(11, dtype=torch.int64)
+        images = images.contiguous(memory_format=layout)
         with torch.autocast("cpu", dtype=amp or torch.bfloat16, enabled=amp is not None):
             loss = nn.functional.cross_entropy(real(images), labels)
         loss.backward()
