@@ -8,9 +8,10 @@ DEMO = runs/demo$(if $(MODEL),-$(MODEL))
 STUDY = $(shell $(BIN)/python -m launch.matrix.kconfig name)
 CHOSEN = .config $(if $(EPOCHS),--epochs $(EPOCHS)) $(if $(ONLY),--only '$(ONLY)')
 MATRIX = $(BIN)/python -m launch.matrix $(CHOSEN)
+BOUNDS = runs/bounds
 
 .PHONY: help setup demo demo-report menuconfig list-defconfigs savedefconfig test-matrix test-matrix-dry-run continue estimate \
-  test-rerun summary test test-long chaos lint clean
+  test-rerun summary test test-long test-bounds chaos lint clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -75,6 +76,16 @@ test: setup .venv/.installed-dev  ## all tests (GPU tests are skipped where ther
 
 test-long: setup .venv/.installed-dev  ## all of make test, and the full products of engines, methods and ranks
 	$(BIN)/python -m pytest -m "long or not long"
+
+test-bounds:  ## make test with the lowest and the newest versions that requirements.txt allows (an hour, 12 GB)
+	mkdir -p $(BOUNDS)
+	sed -E 's/>=([0-9.]+)[^#]*/==\1 /' requirements.txt > $(BOUNDS)/lowest.txt
+	cp requirements.txt $(BOUNDS)/newest.txt
+	failed=; for end in lowest newest; do \
+	  $(PYTHON) -m venv $(BOUNDS)/$$end || exit 1; \
+	  $(BOUNDS)/$$end/bin/pip install -q --upgrade -c $(BOUNDS)/$$end.txt -r requirements-dev.txt || exit 1; \
+	  $(BOUNDS)/$$end/bin/python -m pytest || failed="$$failed $$end"; \
+	done; test -z "$$failed" || { echo "make: tests fail with the versions:$$failed"; exit 1; }
 
 chaos: setup  ## kill ranks of real runs 20 times, try nine other faults -> results/chaos.md (20 minutes)
 	rm -rf runs/chaos
