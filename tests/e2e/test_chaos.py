@@ -1,4 +1,4 @@
-"""A bounded part of `make chaos`: two kills and three of the other faults."""
+"""A bounded part of `make chaos`: two kills and three of the other faults (`test_launch.py` kills one real run)."""
 
 import pytest
 
@@ -7,6 +7,7 @@ from launch.chaos.kills import run_kills, run_undisturbed
 from launch.chaos.report import all_well, to_markdown
 
 
+@pytest.mark.long
 @pytest.mark.timeout(500)
 def test_nothing_is_lost(digits, tmp_path):
     wanted, whole_s = run_undisturbed(digits, tmp_path)
