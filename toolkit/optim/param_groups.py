@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from toolkit.log import get_logger
-from toolkit.prune.groups import prunable_names, tied_names
+from toolkit.prune.groups import computed_names, prunable_names, tied_names
 
 
 def param_groups(model: nn.Module, weight_decay: float | None = None) -> list[dict[str, Any]]:
@@ -22,6 +22,7 @@ def param_groups(model: nn.Module, weight_decay: float | None = None) -> list[di
     | transformers' `Conv1D`, projections of `nn.MultiheadAttention` | yes | yes |
     | embeddings, recurrent layers, other matrices | no | yes |
     | a head whose weight is an embedding's (tied) | no, said in the log | yes |
+    | what a weight is computed from (`weight_norm`, parametrizations) | no, said in the log | yes |
     | biases, norms and all else of one dimension | no | no |
 
     What a model names in its `no_weight_decay()` (timm's models have one) does not decay: timm's rule. Frozen
@@ -38,6 +39,8 @@ def param_groups(model: nn.Module, weight_decay: float | None = None) -> list[di
     """
     for name, embedding in tied_names(model).items():
         get_logger().info("%s is not pruned: it is the embedding %s", name, embedding)
+    if computed := computed_names(model):
+        get_logger().warning("not pruned, for they are computed from other parameters: %s", ", ".join(computed))
     prunable = prunable_names(model)
     exempt: set[str] = set(getattr(model, "no_weight_decay", set)())
     groups: dict[tuple[bool, bool], list[tuple[str, Tensor]]] = {}

@@ -19,16 +19,18 @@ def _is_conv1d(module: nn.Module) -> bool:
     )
 
 
-def _layer_weights(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
-    """Attribute and tensor of the weights of one convolution, linear or attention layer; nothing of other modules."""
-    names: tuple[str, ...] = ()
+def _weight_names(module: nn.Module) -> tuple[str, ...]:
+    """Attributes of the weights of one convolution, linear or attention layer; none of other modules."""
     if isinstance(module, nn.MultiheadAttention):
-        names = _ATTENTION
-    elif isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)) or _is_conv1d(module):
-        names = ("weight",)
-    for name in names:
-        weight = getattr(module, name, None)
-        if isinstance(weight, nn.Parameter):  # a parametrized weight is computed, and its sources are no layer's
+        return _ATTENTION
+    return ("weight",) if isinstance(module, (nn.modules.conv._ConvNd, nn.Linear)) or _is_conv1d(module) else ()
+
+
+def _layer_weights(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
+    """Attribute and tensor of a layer's weights; without those that are computed (see `computed_names`)."""
+    for name in _weight_names(module):
+        weight = module._parameters.get(name)
+        if weight is not None:
             yield name, weight
 
 
@@ -62,6 +64,19 @@ def tied_names(model: nn.Module) -> dict[str, str]:
         for attribute, weight in _layer_weights(module)
         if id(weight) in embeddings
     }
+
+
+def computed_names(model: nn.Module) -> list[str]:
+    """Layers' weights that a parametrization or `weight_norm` computes from other parameters, and so not prunable.
+
+    What a zero there would have to be is the computation's affair: a direction's, an angle's, a factor's.
+    """
+    return [
+        f"{name}.{attribute}".lstrip(".")
+        for name, module in model.named_modules()
+        for attribute in _weight_names(module)
+        if attribute not in module._parameters
+    ]
 
 
 def _is_weight_matrix(parameter: Tensor) -> bool:

@@ -5,8 +5,9 @@ import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from timm.optim import param_groups_weight_decay
+from timm.optim import create_optimizer_v2, param_groups_weight_decay
 from torch import nn
+from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
 
 from toolkit.optim import AdamWPrune, param_groups
 from toolkit.prune.groups import prunable_names, prunable_parameters
@@ -96,3 +97,35 @@ def test_a_tied_head_is_said_once(caplog):
     with caplog.at_level("INFO", logger="toolkit"):
         param_groups(model)
     assert caplog.messages == ["1.weight is not pruned: it is the embedding 0.weight"]
+
+
+@pytest.mark.parametrize("name", ["adamwprune", "sgdprune", "adamw-movement", "momentum-movement", "adamw-magnitude"])
+@pytest.mark.parametrize(
+    "normed", [nn.utils.weight_norm, weight_norm, spectral_norm, orthogonal], ids=lambda f: f.__module__
+)
+def test_computed_weights_stay_dense_and_are_named(name, normed, caplog):
+    torch.manual_seed(0)
+    model = nn.Sequential(normed(nn.Conv2d(3, 8, 3)), nn.Flatten(), normed(nn.Linear(288, 10)), nn.Linear(10, 10))
+    optimizer = create_optimizer_v2(param_groups(model), name, lr=1e-3, sparsity=0.5, end_step=6, frequency=2)
+    assert caplog.messages == ["not pruned, for they are computed from other parameters: 0.weight, 2.weight"]
+    for _ in range(8):
+        optimizer.zero_grad()
+        model(torch.randn(4, 3, 8, 8)).square().mean().backward()
+        optimizer.step()
+    assert optimizer.pruning.sparsity() == (50, 100)
+    assert int((model[0].weight == 0).sum()) == int((model[2].weight == 0).sum()) == 0
+
+
+@pytest.mark.parametrize("name", ["adamwprune", "sgdprune", "adamw-movement", "adamw-magnitude"])
+def test_what_a_weight_is_computed_from_is_pruned_where_a_group_says_so(name):
+    """A direction of `weight_norm` that is 0 is a weight that is 0."""
+    torch.manual_seed(0)
+    layer = weight_norm(nn.Linear(20, 10))
+    length, direction = layer.parametrizations.weight.original0, layer.parametrizations.weight.original1
+    groups = [{"params": [direction], "prunable": True}, {"params": [length, layer.bias], "prunable": False}]
+    optimizer = create_optimizer_v2(groups, name, lr=1e-3, sparsity=0.7, end_step=6, frequency=2)
+    for _ in range(8):
+        optimizer.zero_grad()
+        layer(torch.randn(4, 20)).square().mean().backward()
+        optimizer.step()
+    assert int((layer.weight == 0).sum()) == 140
