@@ -5,11 +5,8 @@ on the number of processes nor on what was there before: a killed build that is 
 """
 
 import hashlib
-import itertools
 import json
-import multiprocessing
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +23,7 @@ from toolkit.data.index import scan_shards
 from toolkit.data.info import INFO_NAME
 from toolkit.files import check_name, write_json
 from toolkit.log import printable
+from toolkit.process import in_processes
 from toolkit.progress import Progress
 
 _PLAN_NAME = "_build.json"  # there while a build is unfinished: what it was asked for
@@ -82,17 +80,17 @@ def _fingerprint(catalogue: Catalogue, settings: BuildSettings) -> str:
     return digest.hexdigest()
 
 
-def _write(shard: _Shard, cleaning: Cleaning, leave_out_bad: bool) -> list[str]:
+def _write(shard: _Shard, settings: BuildSettings) -> list[str]:
     """Write one shard; returns the images that were left out, with the reason."""
     bad: list[str] = []
 
     def samples() -> Iterator[Sample]:
         for key, image in shard.rows:
             try:
-                data, width, height = clean_jpeg(image.read(), cleaning)
+                data, width, height = clean_jpeg(image.read(), settings.cleaning)
             except BadImageError as error:
                 reason = printable(f"{image.name} in {image.path}: {error}")
-                if not leave_out_bad:
+                if not settings.partial:
                     raise ValueError(
                         f"{reason}; fetch it again, or leave out what cannot be decoded with --partial"
                     ) from None
@@ -108,30 +106,22 @@ def _write(shard: _Shard, cleaning: Cleaning, leave_out_bad: bool) -> list[str]:
 def _write_missing(shards: Sequence[_Shard], settings: BuildSettings, workers: int) -> list[str]:
     """Write the shards that are not there yet; returns what was left out."""
     bad: list[str] = []
-    waiting: dict[Future[list[str]], _Shard] = {}
-    todo = iter([shard for shard in shards if not shard.path.is_file()])
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork"))
-    with Progress(sum(len(shard.rows) for shard in shards), "images", settings.name) as progress, pool:
-        progress.skip(sum(len(shard.rows) for shard in shards if shard.path.is_file()))
-        try:
-            while True:
-                for shard in itertools.islice(todo, 2 * workers - len(waiting)):  # no more than keeps them busy
-                    waiting[pool.submit(_write, shard, settings.cleaning, settings.partial)] = shard
-                if not waiting:
-                    return bad
-                for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-                    bad += future.result()
-                    progress.advance(len(waiting.pop(future).rows))
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    missing = [shard for shard in shards if not shard.path.is_file()]
+    counts = [sum(len(shard.rows) for shard in some) for some in (shards, missing)]
+    with Progress(counts[0], "images", settings.name) as progress:
+        progress.skip(counts[0] - counts[1])
+        written = in_processes(partial(_write, settings=settings), missing, workers)
+        for shard, left_out in zip(missing, written, strict=True):
+            bad += left_out
+            progress.advance(len(shard.rows))
+    return bad
 
 
 def _index(out: Path, shards: Sequence[_Shard], split: str, workers: int) -> dict[str, Any]:
     """Read what was written, with checksums: the index is of the files, not of the plan. Returns the split's entry."""
     names = [shard.path.name for shard in shards if shard.split == split]
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork")) as pool:
-        return index_split(out, split, scan_shards(out, names, checksums=True, run=pool.map))
+    index = scan_shards(out, names, checksums=True, run=partial(in_processes, workers=workers))
+    return index_split(out, split, index)
 
 
 def build(out: Path, catalogue: Catalogue, settings: BuildSettings, workers: int) -> dict[str, Any]:

@@ -1,10 +1,8 @@
 """`python -m shards.verify DIR`: reads every image of a data set again, checks it against the index and decodes it."""
 
 import argparse
-import multiprocessing
 import os
 import zlib
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import numpy as np
 from toolkit.command import one_line_errors
 from toolkit.data.index import ShardIndex, load_split, scan_shards
 from toolkit.data.info import read_info
+from toolkit.process import in_processes
 from toolkit.progress import Progress
 
 
@@ -46,9 +45,8 @@ def verify(folder: Path, workers: int) -> list[str]:
         for column in ("shard", "offset", "size", "label"):
             if not np.array_equal(getattr(found, column), getattr(index, column)):
                 wrong.append(f"{folder}, split {split}: the index has another {column} for some image than the shards")
-        pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork"))
-        with Progress(len(index), "images", f"verify {split}") as progress, pool:
-            for count, lines in pool.map(partial(_check_shard, index), range(len(index.names))):
+        with Progress(len(index), "images", f"verify {split}") as progress:
+            for count, lines in in_processes(partial(_check_shard, index), range(len(index.names)), workers):
                 wrong += lines
                 progress.advance(count)
     return wrong
