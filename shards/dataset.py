@@ -2,9 +2,11 @@
 
 The plan (which image goes where, under which key) is made first from the seed alone, so a shard's bytes depend neither
 on the number of processes nor on what was there before: a killed build that is started again ends byte-identical.
+Nothing is changed in an image on its way into a shard, but for PNG, CMYK and a size asked for.
 """
 
 import hashlib
+import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -13,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
-from shards.clean import Cleaning, clean_jpeg
 from shards.sources import Catalogue, SourceImage
-from shards.writer import Sample, index_split, shard_parts, write_info, write_shard
+from shards.writer import Sample, encoded, index_split, shard_parts, write_info, write_shard
 from toolkit.command import say
-from toolkit.data.decode import BadImageError
+from toolkit.data.decode import BadImageError, decode_rgb
 from toolkit.data.index import scan_shards
 from toolkit.data.info import INFO_NAME
 from toolkit.files import check_name, write_json
@@ -27,6 +29,15 @@ from toolkit.process import in_processes
 from toolkit.progress import Progress
 
 _PLAN_NAME = "_build.json"  # there while a build is unfinished: what it was asked for
+
+
+@dataclass(frozen=True)
+class Cleaning:
+    """Longest and shortest side in pixels that an image may have (0: any), and the quality of what is encoded anew."""
+
+    max_long: int = 0
+    max_short: int = 0
+    quality: int = 95
 
 
 @dataclass(frozen=True)
@@ -78,6 +89,29 @@ def _fingerprint(catalogue: Catalogue, settings: BuildSettings) -> str:
         rows = [(Path(image.path).name, image.offset, image.size, image.name, image.label) for image in images]
         digest.update(json.dumps([split, rows]).encode())
     return digest.hexdigest()
+
+
+def clean_jpeg(data: bytes, cleaning: Cleaning) -> tuple[bytes, int, int]:
+    """(JPEG bytes, width, height): those given if they are a JPEG in grey or RGB of an allowed size, else encoded anew.
+
+    Every image is decoded. Raises BadImageError for one that is not whole.
+    """
+    pixels = decode_rgb(data)  # refuses what the training run would refuse
+    with Image.open(io.BytesIO(data)) as image:
+        mode, kind = image.mode, image.format
+    height, width = pixels.shape[:2]
+    factor = min(
+        1.0,
+        cleaning.max_long / max(height, width) if cleaning.max_long else 1.0,
+        cleaning.max_short / min(height, width) if cleaning.max_short else 1.0,
+    )
+    if kind in ("JPEG", "MPO") and mode in ("L", "RGB") and factor == 1.0:
+        return data, width, height
+    picture = Image.fromarray(pixels)
+    if factor < 1.0:
+        width, height = max(1, round(width * factor)), max(1, round(height * factor))
+        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
+    return encoded(picture, "JPEG", quality=cleaning.quality), width, height
 
 
 def _write(shard: _Shard, settings: BuildSettings) -> list[str]:

@@ -105,19 +105,16 @@ def _read_devkit(path: Path) -> tuple[dict[int, str], list[int]]:
     """(ILSVRC id -> wnid, the id of each validation image)"""
     from scipy.io import loadmat
 
-    truth: list[int] | None = None
-    synsets = None
+    found: dict[str, bytes] = {}
     with tarfile.open(path, "r:gz") as tar:
         for member in tar:
-            file = tar.extractfile(member)
-            if file is None:
-                continue
-            if member.name.endswith("validation_ground_truth.txt"):
-                truth = [int(line) for line in file.read(_DEVKIT_BYTES).split()]
-            elif member.name.endswith("/meta.mat"):
-                synsets = loadmat(io.BytesIO(file.read(_DEVKIT_BYTES)), squeeze_me=True)["synsets"]
-    if truth is None or synsets is None:
+            name, file = Path(member.name).name, tar.extractfile(member)
+            if file is not None and name in ("meta.mat", "ILSVRC2012_validation_ground_truth.txt"):
+                found[name] = file.read(_DEVKIT_BYTES)
+    if len(found) < 2:
         raise ValueError(f"{path} lacks data/meta.mat or data/ILSVRC2012_validation_ground_truth.txt; fetch it again")
+    truth = [int(line) for line in found["ILSVRC2012_validation_ground_truth.txt"].split()]
+    synsets = loadmat(io.BytesIO(found["meta.mat"]), squeeze_me=True)["synsets"]
     # Classes are the synsets without children; the others are their hypernyms.
     leaves = [synset for synset in synsets.reshape(-1) if int(synset["num_children"]) == 0]
     return {int(synset["ILSVRC2012_ID"]): str(synset["WNID"]) for synset in leaves}, truth
@@ -146,8 +143,10 @@ def from_image_folder(folder: Path, on_image: Callable[[], None] = lambda: None)
                 splits[split].append(SourceImage(str(path), 0, size, path.name, classes[entry.name]))
                 on_image()
         if not splits[split]:
+            count = sum(_suffix(path) in PIL_SUFFIXES for path in (folder / name).iterdir())
+            flat = f", but {count:,} directly in it, whose classes are not known" if count else ""
             raise ValueError(
-                f"{folder / name} has no images in class folders{_flat(folder / name)}; move each image into "
+                f"{folder / name} has no images in class folders{flat}; move each image into "
                 f"{name}/<class>/, for ImageNet's validation images give a folder with the archives instead"
             )
     return Catalogue(splits, list(classes), left_out=left_out)
@@ -155,11 +154,6 @@ def from_image_folder(folder: Path, on_image: Callable[[], None] = lambda: None)
 
 def _is_hidden(path: Path) -> bool:
     return path.name.startswith(".") or path.name in ("__MACOSX", "__pycache__")
-
-
-def _flat(folder: Path) -> str:
-    count = sum(_suffix(path) in PIL_SUFFIXES for path in folder.iterdir())
-    return f", but {count:,} directly in it, whose classes are not known" if count else ""
 
 
 def _suffix(path: Path) -> str:

@@ -26,10 +26,9 @@ def _check_shard(index: ShardIndex, shard: int) -> tuple[int, list[str]]:
         for row in rows.tolist():
             where = f"{path}, image {row} at byte {index.offset[row]}"
             data = os.pread(file.fileno(), int(index.size[row]), int(index.offset[row]))
-            if index.has_checksums and zlib.crc32(data) != int(index.crc32[row]):
-                wrong.append(f"{where}: its bytes are not those indexed")
-                continue
             try:
+                if index.has_checksums and zlib.crc32(data) != int(index.crc32[row]):
+                    raise BadImageError("its bytes are not those indexed")
                 decode_rgb(data)
             except BadImageError as error:
                 wrong.append(f"{where}: {error}")

@@ -153,10 +153,7 @@ def fetch_info(prefix: str, folder: Path) -> dict[str, Any]:
         return read_info(folder)
 
 
-def _check_index(path: Path, sha256: str | None) -> None:
-    if sha256 is None:
-        read_index(path.parent, path)
-        return
+def _check_sha256(sha256: str, path: Path) -> None:
     with open(path, "rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
             raise ValueError(f"its bytes are not those {INFO_NAME} was written with")
@@ -168,9 +165,9 @@ def remote_index(prefix: str, entry: dict[str, Any], folder: Path, limit_bytes: 
     Of these no more than `limit_bytes` stay in `folder`.
     """
     path, names, sha256 = index_path(folder, entry["name"]), entry["filenames"], entry.get("index_sha256")
+    check, attempts = (partial(_check_sha256, sha256), ATTEMPTS) if sha256 else (partial(read_index, folder), 3)
     try:
-        url, attempts = file_url(prefix, path.name), ATTEMPTS if sha256 else 3
-        fetch(url, path, partial(_check_index, sha256=sha256), attempts, limit_bytes=INDEX_LIMIT_BYTES)
+        fetch(file_url(prefix, path.name), path, check, attempts, limit_bytes=INDEX_LIMIT_BYTES)
         return read_index(folder, path)
     except UnsafeNameError:
         raise

@@ -67,11 +67,10 @@ def _is_ours(shard: Path) -> bool:
 def _drop_other_shards(folder: Path, split: str, index: ShardIndex) -> None:
     """Delete cached shards that were fetched under another index: they may have been made anew under the same names."""
     mark = folder / f"{split}.fingerprint"
-    if mark.is_file() and mark.read_text() == index.fingerprint:
-        return
-    for name in index.names:
-        inside(folder, name, f"shard in {folder}:").unlink(missing_ok=True)
-    mark.write_text(index.fingerprint)
+    if not mark.is_file() or mark.read_text() != index.fingerprint:
+        for name in index.names:
+            inside(folder, name, f"shard in {folder}:").unlink(missing_ok=True)
+        mark.write_text(index.fingerprint)
 
 
 class ShardCache:
@@ -103,14 +102,11 @@ class ShardCache:
         """File descriptor of a shard, fetched if it is not there."""
         path = self._path(shard)
         while True:
-            try:
-                descriptor = os.open(path, os.O_RDONLY)
-            except FileNotFoundError:
-                self._fetch(shard, wait=True)
-                continue
             with suppress(FileNotFoundError):
-                os.utime(path)  # used now: the last to go
-            return descriptor
+                descriptor = os.open(path, os.O_RDONLY)
+                os.utime(descriptor)  # used now: the last to go
+                return descriptor
+            self._fetch(shard, wait=True)
 
     def prefetch(self, shards: Sequence[int]) -> None:
         """Fetch shards in the background; one that another process is fetching is left to it."""

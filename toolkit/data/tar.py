@@ -5,6 +5,7 @@ import re
 import tarfile
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -56,9 +57,7 @@ class _Headers:
     def __init__(self, file: BinaryIO, end: int) -> None:
         self._file = file
         self._end = end
-
-    def tell(self) -> int:
-        return self._file.tell()
+        self.tell = file.tell
 
     def seek(self, place: int) -> int:
         if not self.tell() - 1 <= place <= self._end:  # tarfile looks at the byte before
@@ -117,17 +116,19 @@ def _check_rest(file: BinaryIO, place: int, end: int) -> None:
         place += len(piece) or _PIECE_BYTES
 
 
+@dataclass
 class _Shard:
-    """Members by key, each image, label and other file put where it belongs."""
+    """Members by key, each image, label and other file put where it belongs.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.left_out: LeftOut = {}
-        # Key -> its samples, each its images by suffix, and under "cls" its class number.
-        self.samples: dict[str, list[dict[str, Any]]] = {}
-        self._dotted: list[tuple[str, str]] = []  # (key, name)
-        self._dotted_labels: set[str] = set()
-        self._others: dict[str, str] = {}  # key -> name
+    A sample is its images by suffix and, under "cls", its class number.
+    """
+
+    path: Path
+    left_out: LeftOut = field(default_factory=dict)
+    samples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    _dotted: list[tuple[str, str]] = field(default_factory=list)  # (key, name)
+    _dotted_labels: set[str] = field(default_factory=set)
+    _others: dict[str, str] = field(default_factory=dict)  # key -> name
 
     def add(self, file: BinaryIO, member: Member) -> None:
         folder, _, base = member.name.rpartition("/")

@@ -143,7 +143,7 @@ def test_shards_with_a_label_beyond_their_classes_stop(tmp_path):
 
 
 def test_a_png_of_16_bits_does_not_turn_white_in_a_shard():
-    from shards.clean import Cleaning, clean_jpeg
+    from shards.dataset import Cleaning, clean_jpeg
 
     data = io.BytesIO()
     Image.fromarray(np.tile(np.linspace(0, 65535, 64), (48, 1)).astype(np.uint16)).save(data, "PNG")
