@@ -8,7 +8,7 @@ Nothing is changed in an image on its way into a shard, but for PNG, CMYK and a 
 import hashlib
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -52,11 +52,8 @@ class BuildSettings:
     partial: bool = False
 
 
-@dataclass(frozen=True)
-class _Shard:
-    split: str
-    path: Path
-    rows: tuple[tuple[str, SourceImage], ...]  # (key, image)
+Rows = Sequence[tuple[str, SourceImage]]
+"""(key, image) of each sample of a shard."""
 
 
 def _key(image: SourceImage, taken: set[str]) -> str:
@@ -69,17 +66,16 @@ def _key(image: SourceImage, taken: set[str]) -> str:
     return key
 
 
-def _plan(out: Path, catalogue: Catalogue, settings: BuildSettings) -> list[_Shard]:
-    """All shards of the data set, in the order of a global shuffle by the seed."""
-    shards = []
+def _plan(catalogue: Catalogue, settings: BuildSettings) -> dict[str, dict[str, Rows]]:
+    """Split -> its shards by file name, in the order of a global shuffle by the seed."""
+    plan = {}
     for number, (split, images) in enumerate(catalogue.splits.items()):
         count = settings.train_shards if split == "train" else settings.validation_shards
         order = np.random.default_rng((settings.seed, number)).permutation(len(images)).tolist()
         taken: set[str] = set()
         rows = [(_key(images[place], taken), images[place]) for place in order]
-        for name, part in shard_parts(settings.name, split, rows, count).items():
-            shards.append(_Shard(split, out / name, tuple(part)))
-    return shards
+        plan[split] = shard_parts(settings.name, split, rows, count)
+    return plan
 
 
 def _fingerprint(catalogue: Catalogue, settings: BuildSettings) -> str:
@@ -114,12 +110,13 @@ def clean_jpeg(data: bytes, cleaning: Cleaning) -> tuple[bytes, int, int]:
     return encoded(picture, "JPEG", quality=cleaning.quality), width, height
 
 
-def _write(shard: _Shard, settings: BuildSettings) -> list[str]:
+def _write(settings: BuildSettings, shard: tuple[Path, Rows]) -> list[str]:
     """Write one shard; returns the images that were left out, with the reason."""
+    path, rows = shard
     bad: list[str] = []
 
     def samples() -> Iterator[Sample]:
-        for key, image in shard.rows:
+        for key, image in rows:
             try:
                 data, width, height = clean_jpeg(image.read(), settings.cleaning)
             except BadImageError as error:
@@ -133,29 +130,21 @@ def _write(shard: _Shard, settings: BuildSettings) -> list[str]:
             meta = {"filename": image.name, "label": image.label, "width": width, "height": height}
             yield Sample(key, image.label, partial(bytes, data), meta)
 
-    write_shard(shard.path, samples())
+    write_shard(path, samples())
     return bad
 
 
-def _write_missing(shards: Sequence[_Shard], settings: BuildSettings, workers: int) -> list[str]:
+def _write_missing(shards: Mapping[Path, Rows], settings: BuildSettings, workers: int) -> list[str]:
     """Write the shards that are not there yet; returns what was left out."""
     bad: list[str] = []
-    missing = [shard for shard in shards if not shard.path.is_file()]
-    counts = [sum(len(shard.rows) for shard in some) for some in (shards, missing)]
-    with Progress(counts[0], "images", settings.name) as progress:
-        progress.skip(counts[0] - counts[1])
-        written = in_processes(partial(_write, settings=settings), missing, workers)
-        for shard, left_out in zip(missing, written, strict=True):
+    missing = {path: rows for path, rows in shards.items() if not path.is_file()}
+    with Progress(sum(map(len, shards.values())), "images", settings.name) as progress:
+        progress.skip(progress.total - sum(map(len, missing.values())))
+        written = in_processes(partial(_write, settings), missing.items(), workers)
+        for rows, left_out in zip(missing.values(), written, strict=True):
             bad += left_out
-            progress.advance(len(shard.rows))
+            progress.advance(len(rows))
     return bad
-
-
-def _index(out: Path, shards: Sequence[_Shard], split: str, workers: int) -> dict[str, Any]:
-    """Read what was written, with checksums: the index is of the files, not of the plan. Returns the split's entry."""
-    names = [shard.path.name for shard in shards if shard.split == split]
-    index = scan_shards(out, names, checksums=True, run=partial(in_processes, workers=workers))
-    return index_split(out, split, index)
 
 
 def build(out: Path, catalogue: Catalogue, settings: BuildSettings, workers: int) -> dict[str, Any]:
@@ -166,7 +155,7 @@ def build(out: Path, catalogue: Catalogue, settings: BuildSettings, workers: int
     """
     check_name(settings.name, "--name")
     fingerprint = _fingerprint(catalogue, settings)
-    shards = _plan(out, catalogue, settings)
+    plan = _plan(catalogue, settings)
     for name in (INFO_NAME, _PLAN_NAME):
         if (out / name).is_file():
             there = json.loads((out / name).read_text())
@@ -177,9 +166,13 @@ def build(out: Path, catalogue: Catalogue, settings: BuildSettings, workers: int
     write_json(out / _PLAN_NAME, {"build_fingerprint": fingerprint, **asdict(settings)}, indent=1)
     for stray in out.glob("*.tmp"):  # of a build that was killed
         stray.unlink()
+    shards = {out / name: rows for parts in plan.values() for name, rows in parts.items()}
     left_out = _write_missing(shards, settings, workers)
-    splits = {split: _index(out, shards, split, workers) for split in catalogue.splits}
+    splits = {}
     for split, images in catalogue.splits.items():
+        # Read with checksums: the index is of the files, not of the plan.
+        index = scan_shards(out, list(plan[split]), checksums=True, run=partial(in_processes, workers=workers))
+        splits[split] = index_split(out, split, index)
         counts = {reason: count for reason, (count, _) in catalogue.left_out.get(split, {}).items()}
         bad = len(images) - splits[split]["num_samples"]  # also by a run that was stopped
         splits[split]["left_out"] = bad + sum(counts.values())

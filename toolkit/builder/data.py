@@ -167,8 +167,7 @@ def eval_transform(inputs: dict[str, Any]) -> Transform:
     if inputs["crop_mode"] == "center" and inputs["interpolation"] in ("bilinear", "bicubic"):
         return EvalTransform((height, width), inputs["crop_pct"], inputs["interpolation"])
     options = {key: inputs[key] for key in ("interpolation", "mean", "std", "crop_pct", "crop_mode")}
-    transform = create_transform((height, width), is_training=False, use_prefetcher=True, **options)
-    return partial(timm_transform, transform)
+    return partial(timm_transform, create_transform((height, width), is_training=False, use_prefetcher=True, **options))
 
 
 def to_inputs(

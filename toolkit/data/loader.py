@@ -27,7 +27,6 @@ from toolkit.data.order import (
     epoch_windows,
     evaluation_slices,
     micro_batch_slice,
-    steps_per_epoch,
 )
 from toolkit.data.shard_cache import ShardCache
 from toolkit.log import get_logger
@@ -250,7 +249,7 @@ class TrainLoader:
         self.index = index
         self.workers = workers
         self.global_batch_size = batch_size * accumulation * num_ranks
-        self.steps = steps_per_epoch(len(index), self.global_batch_size)
+        self.steps = len(index) // self.global_batch_size  # what is over is left out, other samples each epoch
         if self.steps == 0:
             raise ValueError(
                 f"{len(index)} training samples do not fill one global batch of {self.global_batch_size}; "
