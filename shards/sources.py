@@ -170,13 +170,11 @@ def _reason(path: Path) -> str:
 def _files(folder: Path, left_out: LeftOut) -> Iterator[Path]:
     """The images below a folder, in sorted order, without hidden ones and those behind links to folders."""
     for path in sorted(folder.rglob("*")):
-        if any(_is_hidden(folder / part) for part in path.relative_to(folder).parts):
-            if path.is_symlink() or not path.is_dir():
-                leave_out(left_out, HIDDEN, str(path))
-        elif path.is_file() and _suffix(path) in PIL_SUFFIXES:
+        hidden = any(_is_hidden(folder / part) for part in path.relative_to(folder).parts)
+        if not hidden and path.is_file() and _suffix(path) in PIL_SUFFIXES:
             yield path
         elif path.is_symlink() or not path.is_dir():
-            leave_out(left_out, _reason(path), str(path))
+            leave_out(left_out, HIDDEN if hidden else _reason(path), str(path))
 
 
 def from_shards(folder: Path, on_image: Callable[[], None] = lambda: None) -> Catalogue:

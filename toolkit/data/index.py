@@ -61,10 +61,8 @@ class ShardIndex:
     @functools.cached_property
     def fingerprint(self) -> str:
         """sha256 over shard names, sizes, lengths, labels and image checksums: what a resumed run must find again."""
-        digest = hashlib.sha256(json.dumps([self.names, self.shard_bytes, self.shard_lengths]).encode())
-        digest.update(self.label.tobytes())
-        digest.update(self.crc32.tobytes())
-        return digest.hexdigest()
+        shards = json.dumps([self.names, self.shard_bytes, self.shard_lengths]).encode()
+        return hashlib.sha256(shards + self.label.tobytes() + self.crc32.tobytes()).hexdigest()
 
     def check_files(self) -> None:
         """Raise ValueError that names the first shard that is missing or has another size than the index says."""
@@ -161,12 +159,11 @@ def _current(folder: Path, split: str, names: Sequence[str]) -> ShardIndex | Non
 
 
 def _unchanged(index: ShardIndex, names: Sequence[str]) -> bool:
-    known = zip(index.names, index.shard_bytes, index.modified_ns, strict=True)
-    shards = ((index.folder / name, size_bytes, modified_ns) for name, size_bytes, modified_ns in known)
-    return index.names == tuple(names) and all(
-        not path.is_file() or (path.stat().st_size, path.stat().st_mtime_ns) == (size_bytes, modified_ns)
-        for path, size_bytes, modified_ns in shards
-    )
+    if index.names != tuple(names):
+        return False
+    there = [(index.folder / name).is_file() and (index.folder / name).stat() for name in names]
+    known = zip(there, index.shard_bytes, index.modified_ns, strict=True)
+    return all(not stat or (stat.st_size, stat.st_mtime_ns) == (size, modified) for stat, size, modified in known)
 
 
 def read_index(folder: Path, path: Path) -> ShardIndex:

@@ -67,7 +67,9 @@ class _Reader:
         file = self._files.pop(shard, None)
         if file is None:
             if self.cache is not None:
-                self._close_forgotten()
+                # Shards that were taken out of the cache still fill the disk while they are open here.
+                for gone in [number for number, known in self._files.items() if not os.fstat(known).st_nlink]:
+                    os.close(self._files.pop(gone))
             if len(self._files) >= _OPEN_FILES:
                 os.close(self._files.pop(next(iter(self._files))))
             file = (
@@ -78,25 +80,17 @@ class _Reader:
         self._files[shard] = file
         return os.pread(file, int(self.index.size[sample]), int(self.index.offset[sample]))
 
-    def _close_forgotten(self) -> None:
-        """Close shards that were taken out of the cache: while open they still fill the disk."""
-        for shard, file in list(self._files.items()):
-            if not os.fstat(file).st_nlink:
-                os.close(self._files.pop(shard))
-
     def complain(self, sample: int, error: BadImageError) -> None:
         """Say which image cannot be read, the first few times in this worker."""
         self._complaints += 1
         if self._complaints <= _COMPLAINTS:
-            shard = self.index.folder / self.index.names[int(self.index.shard[sample])]
-            more = "; further ones are only counted" if self._complaints == _COMPLAINTS else ""
             get_logger().warning(
                 "unreadable image: number %d, in %s at byte %d (%s)%s",
                 sample,
-                shard,
+                self.index.folder / self.index.names[int(self.index.shard[sample])],
                 self.index.offset[sample],
                 error,
-                more,
+                "; further ones are only counted" if self._complaints == _COMPLAINTS else "",
             )
 
     def pixels(self, sample: int, epoch: int) -> Tensor:

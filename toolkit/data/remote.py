@@ -111,7 +111,7 @@ def fetch(
     More than `limit_bytes` are not taken, whatever the server announces. Raises ValueError that names the URL and the
     last fault when all tries have failed, and UnsafeNameError from `check` at once.
     """
-    pause_s, fault = FIRST_PAUSE_S, ""
+    fault = ""
     with replacing(target, sync=True) as temporary:
         for attempt in range(1, attempts + 1):
             try:
@@ -124,8 +124,7 @@ def fetch(
                 fault = str(error)
                 get_logger().warning("%s: try %d of %d failed: %s", url, attempt, attempts, fault)
                 if attempt < attempts:
-                    time.sleep(pause_s)
-                    pause_s *= 2
+                    time.sleep(FIRST_PAUSE_S * 2 ** (attempt - 1))
         raise ValueError(f"{url} could not be fetched in {attempts} tries, the last fault: {fault}; check the server")
 
 
