@@ -12,7 +12,7 @@ import random
 import struct
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,10 +64,12 @@ def decode_rgb(data: bytes) -> np.ndarray:
     Images of more than MAX_PIXELS are refused before they are decoded. 16-bit pixels keep their upper byte.
     """
     if simplejpeg is not None:
-        with suppress(ValueError, KeyError):  # KeyError: a header with a colour space it has no name for; PIL decides
+        try:
             height, width, *_ = simplejpeg.decode_jpeg_header(data)
             _check_pixels(width, height)
             return simplejpeg.decode_jpeg(data, colorspace="RGB")
+        except (ValueError, KeyError):  # KeyError: a header with a colour space it has no name for
+            pass  # PIL decides
     try:
         with Image.open(io.BytesIO(data), formats=[reader.format for reader in _READERS]) as image:
             _check_pixels(*image.size)

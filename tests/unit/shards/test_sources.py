@@ -1,5 +1,6 @@
 """Every file under an image folder is read, or counted and named; what is no class is none."""
 
+import dataclasses
 import io
 import json
 import tarfile
@@ -12,6 +13,7 @@ from PIL import Image
 
 from shards.imagenet import main
 from shards.sources import _EMPTY, from_image_folder, from_shards
+from toolkit.data.index import index_path, load_split
 from toolkit.data.tar import FORMAT, HIDDEN, LINK, ORPHAN, SECOND
 
 
@@ -140,6 +142,13 @@ def test_shards_with_a_label_beyond_their_classes_stop(tmp_path):
     assert from_shards(shards(tmp_path, ["a", "b", "c"], b"2")).classes == ["a", "b", "c"]
     with pytest.raises(ValueError, match="has label 2, but 2 classes"):
         from_shards(shards(tmp_path, ["a", "b"], b"2"))
+
+
+def test_an_index_that_points_at_no_file_stops(tmp_path):
+    index = load_split(shards(tmp_path), "train")
+    dataclasses.replace(index, offset=index.offset + 1, size=index.size - 1).save(index_path(tmp_path, "train"))
+    with pytest.raises(ValueError, match=r"x-train-0\.tar has no file at byte 513, its index says one"):
+        from_shards(tmp_path)
 
 
 def test_a_png_of_16_bits_does_not_turn_white_in_a_shard():
