@@ -2,33 +2,42 @@
 
 The plan (which image goes where, under which key) is made first from the seed alone, so a shard's bytes depend neither
 on the number of processes nor on what was there before: a killed build that is started again ends byte-identical.
+Nothing is changed in an image on its way into a shard, but for PNG, CMYK and a size asked for.
 """
 
 import hashlib
-import itertools
+import io
 import json
-import multiprocessing
-from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
-from shards.clean import Cleaning, clean_jpeg
 from shards.sources import Catalogue, SourceImage
-from shards.writer import Sample, index_split, shard_parts, write_info, write_shard
+from shards.writer import Sample, encoded, index_split, shard_parts, write_info, write_shard
 from toolkit.command import say
-from toolkit.data.decode import BadImageError
+from toolkit.data.decode import BadImageError, decode_rgb
 from toolkit.data.index import scan_shards
 from toolkit.data.info import INFO_NAME
 from toolkit.files import check_name, write_json
 from toolkit.log import printable
+from toolkit.process import in_processes
 from toolkit.progress import Progress
 
 _PLAN_NAME = "_build.json"  # there while a build is unfinished: what it was asked for
+
+
+@dataclass(frozen=True)
+class Cleaning:
+    """Longest and shortest side in pixels that an image may have (0: any), and the quality of what is encoded anew."""
+
+    max_long: int = 0
+    max_short: int = 0
+    quality: int = 95
 
 
 @dataclass(frozen=True)
@@ -43,11 +52,8 @@ class BuildSettings:
     partial: bool = False
 
 
-@dataclass(frozen=True)
-class _Shard:
-    split: str
-    path: Path
-    rows: tuple[tuple[str, SourceImage], ...]  # (key, image)
+Rows = Sequence[tuple[str, SourceImage]]
+"""(key, image) of each sample of a shard."""
 
 
 def _key(image: SourceImage, taken: set[str]) -> str:
@@ -60,17 +66,16 @@ def _key(image: SourceImage, taken: set[str]) -> str:
     return key
 
 
-def _plan(out: Path, catalogue: Catalogue, settings: BuildSettings) -> list[_Shard]:
-    """All shards of the data set, in the order of a global shuffle by the seed."""
-    shards = []
+def _plan(catalogue: Catalogue, settings: BuildSettings) -> dict[str, dict[str, Rows]]:
+    """Split -> its shards by file name, in the order of a global shuffle by the seed."""
+    plan = {}
     for number, (split, images) in enumerate(catalogue.splits.items()):
         count = settings.train_shards if split == "train" else settings.validation_shards
         order = np.random.default_rng((settings.seed, number)).permutation(len(images)).tolist()
         taken: set[str] = set()
         rows = [(_key(images[place], taken), images[place]) for place in order]
-        for name, part in shard_parts(settings.name, split, rows, count).items():
-            shards.append(_Shard(split, out / name, tuple(part)))
-    return shards
+        plan[split] = shard_parts(settings.name, split, rows, count)
+    return plan
 
 
 def _fingerprint(catalogue: Catalogue, settings: BuildSettings) -> str:
@@ -82,17 +87,41 @@ def _fingerprint(catalogue: Catalogue, settings: BuildSettings) -> str:
     return digest.hexdigest()
 
 
-def _write(shard: _Shard, cleaning: Cleaning, leave_out_bad: bool) -> list[str]:
+def clean_jpeg(data: bytes, cleaning: Cleaning) -> tuple[bytes, int, int]:
+    """(JPEG bytes, width, height): those given if they are a JPEG in grey or RGB of an allowed size, else encoded anew.
+
+    Every image is decoded. Raises BadImageError for one that is not whole.
+    """
+    pixels = decode_rgb(data)  # refuses what the training run would refuse
+    with Image.open(io.BytesIO(data)) as image:
+        mode, kind = image.mode, image.format
+    height, width = pixels.shape[:2]
+    factor = min(
+        1.0,
+        cleaning.max_long / max(height, width) if cleaning.max_long else 1.0,
+        cleaning.max_short / min(height, width) if cleaning.max_short else 1.0,
+    )
+    if kind in ("JPEG", "MPO") and mode in ("L", "RGB") and factor == 1.0:
+        return data, width, height
+    picture = Image.fromarray(pixels)
+    if factor < 1.0:
+        width, height = max(1, round(width * factor)), max(1, round(height * factor))
+        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
+    return encoded(picture, "JPEG", quality=cleaning.quality), width, height
+
+
+def _write(settings: BuildSettings, shard: tuple[Path, Rows]) -> list[str]:
     """Write one shard; returns the images that were left out, with the reason."""
+    path, rows = shard
     bad: list[str] = []
 
     def samples() -> Iterator[Sample]:
-        for key, image in shard.rows:
+        for key, image in rows:
             try:
-                data, width, height = clean_jpeg(image.read(), cleaning)
+                data, width, height = clean_jpeg(image.read(), settings.cleaning)
             except BadImageError as error:
                 reason = printable(f"{image.name} in {image.path}: {error}")
-                if not leave_out_bad:
+                if not settings.partial:
                     raise ValueError(
                         f"{reason}; fetch it again, or leave out what cannot be decoded with --partial"
                     ) from None
@@ -101,37 +130,21 @@ def _write(shard: _Shard, cleaning: Cleaning, leave_out_bad: bool) -> list[str]:
             meta = {"filename": image.name, "label": image.label, "width": width, "height": height}
             yield Sample(key, image.label, partial(bytes, data), meta)
 
-    write_shard(shard.path, samples())
+    write_shard(path, samples())
     return bad
 
 
-def _write_missing(shards: Sequence[_Shard], settings: BuildSettings, workers: int) -> list[str]:
+def _write_missing(shards: Mapping[Path, Rows], settings: BuildSettings, workers: int) -> list[str]:
     """Write the shards that are not there yet; returns what was left out."""
     bad: list[str] = []
-    waiting: dict[Future[list[str]], _Shard] = {}
-    todo = iter([shard for shard in shards if not shard.path.is_file()])
-    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork"))
-    with Progress(sum(len(shard.rows) for shard in shards), "images", settings.name) as progress, pool:
-        progress.skip(sum(len(shard.rows) for shard in shards if shard.path.is_file()))
-        try:
-            while True:
-                for shard in itertools.islice(todo, 2 * workers - len(waiting)):  # no more than keeps them busy
-                    waiting[pool.submit(_write, shard, settings.cleaning, settings.partial)] = shard
-                if not waiting:
-                    return bad
-                for future in wait(waiting, return_when=FIRST_COMPLETED).done:
-                    bad += future.result()
-                    progress.advance(len(waiting.pop(future).rows))
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-
-
-def _index(out: Path, shards: Sequence[_Shard], split: str, workers: int) -> dict[str, Any]:
-    """Read what was written, with checksums: the index is of the files, not of the plan. Returns the split's entry."""
-    names = [shard.path.name for shard in shards if shard.split == split]
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork")) as pool:
-        return index_split(out, split, scan_shards(out, names, checksums=True, run=pool.map))
+    missing = {path: rows for path, rows in shards.items() if not path.is_file()}
+    with Progress(sum(map(len, shards.values())), "images", settings.name) as progress:
+        progress.skip(progress.total - sum(map(len, missing.values())))
+        written = in_processes(partial(_write, settings), missing.items(), workers)
+        for rows, left_out in zip(missing.values(), written, strict=True):
+            bad += left_out
+            progress.advance(len(rows))
+    return bad
 
 
 def build(out: Path, catalogue: Catalogue, settings: BuildSettings, workers: int) -> dict[str, Any]:
@@ -142,7 +155,7 @@ def build(out: Path, catalogue: Catalogue, settings: BuildSettings, workers: int
     """
     check_name(settings.name, "--name")
     fingerprint = _fingerprint(catalogue, settings)
-    shards = _plan(out, catalogue, settings)
+    plan = _plan(catalogue, settings)
     for name in (INFO_NAME, _PLAN_NAME):
         if (out / name).is_file():
             there = json.loads((out / name).read_text())
@@ -153,9 +166,13 @@ def build(out: Path, catalogue: Catalogue, settings: BuildSettings, workers: int
     write_json(out / _PLAN_NAME, {"build_fingerprint": fingerprint, **asdict(settings)}, indent=1)
     for stray in out.glob("*.tmp"):  # of a build that was killed
         stray.unlink()
+    shards = {out / name: rows for parts in plan.values() for name, rows in parts.items()}
     left_out = _write_missing(shards, settings, workers)
-    splits = {split: _index(out, shards, split, workers) for split in catalogue.splits}
+    splits = {}
     for split, images in catalogue.splits.items():
+        # Read with checksums: the index is of the files, not of the plan.
+        index = scan_shards(out, list(plan[split]), checksums=True, run=partial(in_processes, workers=workers))
+        splits[split] = index_split(out, split, index)
         counts = {reason: count for reason, (count, _) in catalogue.left_out.get(split, {}).items()}
         bad = len(images) - splits[split]["num_samples"]  # also by a run that was stopped
         splits[split]["left_out"] = bad + sum(counts.values())

@@ -64,8 +64,7 @@ def main(argv: list[str] | None = None) -> None:
         "--partial", action="store_true", help="take an incomplete source, and leave out what cannot be decoded"
     )
     options = parser.parse_args(argv)
-    from shards.clean import Cleaning
-    from shards.dataset import BuildSettings, build
+    from shards.dataset import BuildSettings, Cleaning, build
 
     settings = BuildSettings(
         options.name,

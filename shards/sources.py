@@ -67,23 +67,6 @@ class Catalogue:
     left_out: dict[str, LeftOut] = field(default_factory=dict)
 
 
-def _members(
-    path: Path, start: int = 0, end: int | None = None, left_out: LeftOut | None = None
-) -> Iterator[tuple[str, int, int]]:
-    """(name, offset in the file, size) of each file in the tar that lies in `path` from `start` to `end`.
-
-    Links are counted in `left_out`.
-    """
-
-    def on_other(name: str) -> None:
-        if left_out is not None:
-            leave_out(left_out, LINK, f"{name!r} in {path.name}")
-
-    with open(path, "rb") as file:
-        for member in tar_members(file, path, start, end, on_other):
-            yield member.name, member.offset_data, member.size
-
-
 def from_archives(folder: Path, on_image: Callable[[], None] = lambda: None) -> Catalogue:
     """ILSVRC2012_img_train.tar (a tar of a tar a class), ILSVRC2012_img_val.tar, ILSVRC2012_devkit_t12.tar.gz.
 
@@ -95,16 +78,16 @@ def from_archives(folder: Path, on_image: Callable[[], None] = lambda: None) -> 
         raise ValueError(f"{folder} lacks {', '.join(missing)}; all three archives of ILSVRC2012 are needed")
     wnid_of_id, truth = _read_devkit(paths["devkit_t12.tar.gz"])
     left_out: dict[str, LeftOut] = {"train": {}, "validation": {}}
-    outer = sorted(_members(paths["img_train.tar"], left_out=left_out["train"]))
+    outer = sorted(tar_members(paths["img_train.tar"], left_out["train"]))
     wnids = sorted(Path(name).stem for name, _, _ in outer)
     rank = {wnid: number for number, wnid in enumerate(wnids)}
     train = []
     for name, offset, length in outer:
-        for inner, at, size in _members(paths["img_train.tar"], offset, offset + length, left_out["train"]):
+        for inner, at, size in tar_members(paths["img_train.tar"], left_out["train"], offset, offset + length):
             train.append(SourceImage(str(paths["img_train.tar"]), at, size, Path(inner).name, rank[Path(name).stem]))
             on_image()
     validation = []
-    for name, at, size in sorted(_members(paths["img_val.tar"], left_out=left_out["validation"])):
+    for name, at, size in sorted(tar_members(paths["img_val.tar"], left_out["validation"])):
         base = Path(name).name
         digits = re.search(r"_(\d+)\.", base)
         number = int(digits.group(1)) if digits else 0
@@ -122,19 +105,16 @@ def _read_devkit(path: Path) -> tuple[dict[int, str], list[int]]:
     """(ILSVRC id -> wnid, the id of each validation image)"""
     from scipy.io import loadmat
 
-    truth: list[int] | None = None
-    synsets = None
+    found: dict[str, bytes] = {}
     with tarfile.open(path, "r:gz") as tar:
         for member in tar:
-            file = tar.extractfile(member)
-            if file is None:
-                continue
-            if member.name.endswith("validation_ground_truth.txt"):
-                truth = [int(line) for line in file.read(_DEVKIT_BYTES).split()]
-            elif member.name.endswith("/meta.mat"):
-                synsets = loadmat(io.BytesIO(file.read(_DEVKIT_BYTES)), squeeze_me=True)["synsets"]
-    if truth is None or synsets is None:
+            name, file = Path(member.name).name, tar.extractfile(member)
+            if file is not None and name in ("meta.mat", "ILSVRC2012_validation_ground_truth.txt"):
+                found[name] = file.read(_DEVKIT_BYTES)
+    if len(found) < 2:
         raise ValueError(f"{path} lacks data/meta.mat or data/ILSVRC2012_validation_ground_truth.txt; fetch it again")
+    truth = [int(line) for line in found["ILSVRC2012_validation_ground_truth.txt"].split()]
+    synsets = loadmat(io.BytesIO(found["meta.mat"]), squeeze_me=True)["synsets"]
     # Classes are the synsets without children; the others are their hypernyms.
     leaves = [synset for synset in synsets.reshape(-1) if int(synset["num_children"]) == 0]
     return {int(synset["ILSVRC2012_ID"]): str(synset["WNID"]) for synset in leaves}, truth
@@ -163,8 +143,10 @@ def from_image_folder(folder: Path, on_image: Callable[[], None] = lambda: None)
                 splits[split].append(SourceImage(str(path), 0, size, path.name, classes[entry.name]))
                 on_image()
         if not splits[split]:
+            count = sum(_suffix(path) in PIL_SUFFIXES for path in (folder / name).iterdir())
+            flat = f", but {count:,} directly in it, whose classes are not known" if count else ""
             raise ValueError(
-                f"{folder / name} has no images in class folders{_flat(folder / name)}; move each image into "
+                f"{folder / name} has no images in class folders{flat}; move each image into "
                 f"{name}/<class>/, for ImageNet's validation images give a folder with the archives instead"
             )
     return Catalogue(splits, list(classes), left_out=left_out)
@@ -172,11 +154,6 @@ def from_image_folder(folder: Path, on_image: Callable[[], None] = lambda: None)
 
 def _is_hidden(path: Path) -> bool:
     return path.name.startswith(".") or path.name in ("__MACOSX", "__pycache__")
-
-
-def _flat(folder: Path) -> str:
-    count = sum(_suffix(path) in PIL_SUFFIXES for path in folder.iterdir())
-    return f", but {count:,} directly in it, whose classes are not known" if count else ""
 
 
 def _suffix(path: Path) -> str:
@@ -193,13 +170,11 @@ def _reason(path: Path) -> str:
 def _files(folder: Path, left_out: LeftOut) -> Iterator[Path]:
     """The images below a folder, in sorted order, without hidden ones and those behind links to folders."""
     for path in sorted(folder.rglob("*")):
-        if any(_is_hidden(folder / part) for part in path.relative_to(folder).parts):
-            if path.is_symlink() or not path.is_dir():
-                leave_out(left_out, HIDDEN, str(path))
-        elif path.is_file() and _suffix(path) in PIL_SUFFIXES:
+        hidden = any(_is_hidden(folder / part) for part in path.relative_to(folder).parts)
+        if not hidden and path.is_file() and _suffix(path) in PIL_SUFFIXES:
             yield path
         elif path.is_symlink() or not path.is_dir():
-            leave_out(left_out, _reason(path), str(path))
+            leave_out(left_out, HIDDEN if hidden else _reason(path), str(path))
 
 
 def from_shards(folder: Path, on_image: Callable[[], None] = lambda: None) -> Catalogue:
@@ -216,17 +191,14 @@ def from_shards(folder: Path, on_image: Callable[[], None] = lambda: None) -> Ca
             raise ValueError(f"{folder / INFO_NAME} has no {wanted} split; it has {', '.join(info['splits'])}")
         index = load_split(folder, found)
         splits[wanted], left_out[wanted] = [], index.left_out
-        file_names: dict[int, str] = {}
-        shard = -1
-        for number in range(len(index)):
-            if shard != int(index.shard[number]):
-                shard = int(index.shard[number])
-                path = index.folder / index.names[shard]
-                file_names = {offset: Path(member).name for member, offset, _ in _members(path)}
-            where = int(index.offset[number]), int(index.size[number])
-            name = file_names[where[0]]
-            splits[wanted].append(SourceImage(str(path), *where, name, int(index.label[number])))
-            on_image()
+        for shard, path in enumerate(folder / name for name in index.names):
+            file_names = {offset: Path(member).name for member, offset, _ in tar_members(path, {})}
+            for row in (index.shard == shard).nonzero()[0].tolist():
+                offset, size, label = (int(column[row]) for column in (index.offset, index.size, index.label))
+                if offset not in file_names:
+                    raise ValueError(f"{path} has no file at byte {offset}, its index says one; build the shards again")
+                splits[wanted].append(SourceImage(str(path), offset, size, file_names[offset], label))
+                on_image()
     count = max(max((image.label for image in images), default=-1) for images in splits.values()) + 1
     file = folder / "classes.json"
     classes = read_json(file) if file.is_file() else []

@@ -1,10 +1,8 @@
 """`python -m shards.verify DIR`: reads every image of a data set again, checks it against the index and decodes it."""
 
 import argparse
-import multiprocessing
 import os
 import zlib
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import numpy as np
 from toolkit.command import one_line_errors
 from toolkit.data.index import ShardIndex, load_split, scan_shards
 from toolkit.data.info import read_info
+from toolkit.process import in_processes
 from toolkit.progress import Progress
 
 
@@ -27,10 +26,9 @@ def _check_shard(index: ShardIndex, shard: int) -> tuple[int, list[str]]:
         for row in rows.tolist():
             where = f"{path}, image {row} at byte {index.offset[row]}"
             data = os.pread(file.fileno(), int(index.size[row]), int(index.offset[row]))
-            if index.has_checksums and zlib.crc32(data) != int(index.crc32[row]):
-                wrong.append(f"{where}: its bytes are not those indexed")
-                continue
             try:
+                if index.has_checksums and zlib.crc32(data) != int(index.crc32[row]):
+                    raise BadImageError("its bytes are not those indexed")
                 decode_rgb(data)
             except BadImageError as error:
                 wrong.append(f"{where}: {error}")
@@ -46,9 +44,8 @@ def verify(folder: Path, workers: int) -> list[str]:
         for column in ("shard", "offset", "size", "label"):
             if not np.array_equal(getattr(found, column), getattr(index, column)):
                 wrong.append(f"{folder}, split {split}: the index has another {column} for some image than the shards")
-        pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork"))
-        with Progress(len(index), "images", f"verify {split}") as progress, pool:
-            for count, lines in pool.map(partial(_check_shard, index), range(len(index.names))):
+        with Progress(len(index), "images", f"verify {split}") as progress:
+            for count, lines in in_processes(partial(_check_shard, index), range(len(index.names)), workers):
                 wrong += lines
                 progress.advance(count)
     return wrong

@@ -101,9 +101,8 @@ def write_shard(path: Path, samples: Iterable[Sample], on_sample: Callable[[], N
     ):
         for sample in samples:
             assert "." not in sample.key, sample.key
-            label = sample.label
-            meta = sample.meta or {"label": label, "filename": f"{sample.key}.{sample.extension}"}
-            tar.write({"__key__": sample.key, sample.extension: sample.content(), "cls": label, "json": meta})
+            meta = sample.meta or {"label": sample.label, "filename": f"{sample.key}.{sample.extension}"}
+            tar.write({"__key__": sample.key, sample.extension: sample.content(), "cls": sample.label, "json": meta})
             on_sample()
 
 

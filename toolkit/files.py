@@ -22,7 +22,9 @@ from typing import Any
 # 100,000 shards' names take 5 MB. Parsed, JSON may take 20 times its bytes.
 JSON_LIMIT_BYTES = 2**24
 _SHOWN = 200  # characters of a name in an error
-_UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\\]")  # controls, line ends, another system's slash
+# Controls, line ends, another system's slash, and halves of surrogate pairs, which are no file's name: but U+DC80 to
+# U+DCFF, which stand for bytes of names that are no UTF-8.
+_UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\\\ud800-\udc7f\udd00-\udfff]")
 
 
 class UnsafeNameError(ValueError):
@@ -37,20 +39,12 @@ def check_name(name: Any, what: str, *, dash: bool = False) -> str:
     """
     if isinstance(name, str) and not _UNSAFE.search(name) and not (name.startswith("-") and not dash):
         parts = name.split("/")
-        if parts[-1] != "." and not {"", ".."} & set(parts) and _is_encodable(name):
+        if parts[-1] != "." and not {"", ".."} & set(parts):
             return name
     raise UnsafeNameError(
         f"{what} {repr(name)[:_SHOWN]} is not a plain name or a path below its folder; use one without .., a leading "
         "/ or -, backslashes and control characters"
     )
-
-
-def _is_encodable(name: str) -> bool:
-    try:
-        os.fsencode(name)  # half a surrogate pair is no file's name
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def inside(folder: Path, name: Any, what: str) -> Path:

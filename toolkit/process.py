@@ -1,11 +1,30 @@
-"""A process that dies with its parent (Linux): what goes on unseen would write on, and keep its folder locked."""
+"""Processes that share work, and one that dies with its parent (Linux), since unseen it would go on writing."""
 
 import ctypes
+import multiprocessing
 import os
 import signal
 import sys
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from typing import TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 _PR_SET_PDEATHSIG = 1
+
+
+def in_processes(
+    function: Callable[[Item], Result], items: Iterable[Item], workers: int | None = None
+) -> Iterator[Result]:
+    """As `map`, by `workers` forked processes (None: one a core, no more than 8); an error ends what has not begun."""
+    context = multiprocessing.get_context("fork")
+    pool = ProcessPoolExecutor(workers or min(8, os.cpu_count() or 1), mp_context=context)
+    try:
+        yield from pool.map(function, items)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def die_with_parent(parent: int | None = None) -> None:

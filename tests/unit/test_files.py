@@ -64,6 +64,17 @@ def test_any_other_name_is_an_error_of_one_line_that_shows_it(tmp_path, name):
         assert str(caught.value).isprintable()
 
 
+def test_halves_of_surrogate_pairs_are_taken_where_they_stand_for_a_byte():
+    for code in range(0xD7FF, 0xE001):
+        try:
+            taken = check_name(chr(code), "x").encode("utf-8", "surrogateescape")
+        except UnsafeNameError:
+            with pytest.raises(UnicodeEncodeError):
+                chr(code).encode("utf-8", "surrogateescape")
+        else:
+            assert taken
+
+
 def test_an_endless_name_is_not_shown_whole():
     with pytest.raises(UnsafeNameError) as caught:
         check_name("../" * 1_000_000, "x")

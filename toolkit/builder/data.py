@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
 
 from toolkit.config import Config
-from toolkit.data.decode import EvalTransform, TimmTransform, TrainTransform, Transform
+from toolkit.data.decode import EvalTransform, TrainTransform, Transform, timm_transform
 from toolkit.data.index import ShardIndex, load_split
 from toolkit.data.info import MAX_CLASSES, read_info
 from toolkit.data.loader import Batch, EvalLoader, TrainLoader
@@ -157,7 +158,7 @@ def train_transform(config: Config, inputs: dict[str, Any]) -> Transform:
             mean=inputs["mean"],
             std=inputs["std"],
         )
-    return TimmTransform(transform)
+    return partial(timm_transform, transform)
 
 
 def eval_transform(inputs: dict[str, Any]) -> Transform:
@@ -166,7 +167,7 @@ def eval_transform(inputs: dict[str, Any]) -> Transform:
     if inputs["crop_mode"] == "center" and inputs["interpolation"] in ("bilinear", "bicubic"):
         return EvalTransform((height, width), inputs["crop_pct"], inputs["interpolation"])
     options = {key: inputs[key] for key in ("interpolation", "mean", "std", "crop_pct", "crop_mode")}
-    return TimmTransform(create_transform((height, width), is_training=False, use_prefetcher=True, **options))
+    return partial(timm_transform, create_transform((height, width), is_training=False, use_prefetcher=True, **options))
 
 
 def to_inputs(

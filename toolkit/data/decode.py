@@ -197,13 +197,9 @@ def _seeded(seed: int) -> Iterator[None]:
         torch.set_rng_state(states[2])
 
 
-@dataclass(frozen=True)
-class TimmTransform:
-    """One of timm's transforms (PIL image -> uint8 array or tensor [3, h, w]), made a function of the sample."""
-
-    transform: Callable[[Image.Image], Tensor | np.ndarray]
-
-    def __call__(self, image: np.ndarray, rng: np.random.Generator) -> Tensor:
-        """uint8 [h, w, 3] -> uint8 [3, *size]."""
-        with _seeded(int(rng.integers(2**62))):
-            return torch.as_tensor(np.asarray(self.transform(Image.fromarray(image))))
+def timm_transform(
+    transform: Callable[[Image.Image], Tensor | np.ndarray], image: np.ndarray, rng: np.random.Generator
+) -> Tensor:
+    """uint8 [h, w, 3] -> uint8 [3, *size] by one of timm's (PIL image -> uint8 array or tensor [3, h, w])."""
+    with _seeded(int(rng.integers(2**62))):
+        return torch.as_tensor(np.asarray(transform(Image.fromarray(image))))

@@ -7,20 +7,19 @@ an error at start, not a silent loss (webdataset's reader drops the rest of a sh
 import functools
 import hashlib
 import json
-import multiprocessing
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from toolkit.data.info import INFO_NAME, check_shard_names, read_info, split_entry
+from toolkit.data.info import INFO_NAME, check_shard_names, is_count, read_info, split_entry
 from toolkit.data.tar import LOST, MAX_IMAGE_BYTES, LeftOut, leave_out, scan_shard
 from toolkit.files import cache_folder, locked, write_atomically
 from toolkit.log import get_logger, printable
+from toolkit.process import in_processes
 
 _SCAN_ALONE = 16  # shards that one process scans; more are shared by several
 _DTYPES = {"shard": np.int32, "offset": np.int64, "size": np.int32, "label": np.int32, "crc32": np.uint32}
@@ -62,38 +61,17 @@ class ShardIndex:
     @functools.cached_property
     def fingerprint(self) -> str:
         """sha256 over shard names, sizes, lengths, labels and image checksums: what a resumed run must find again."""
-        digest = hashlib.sha256(json.dumps([self.names, self.shard_bytes, self.shard_lengths]).encode())
-        digest.update(self.label.tobytes())
-        digest.update(self.crc32.tobytes())
-        return digest.hexdigest()
-
-    @staticmethod
-    def joined(parts: "Sequence[ShardIndex]") -> "ShardIndex":
-        """One index of several, whose shards follow each other."""
-        starts = np.cumsum([0, *(len(part.names) for part in parts)])
-        columns = {key: np.concatenate([getattr(part, key) for part in parts]) for key in _DTYPES if key != "shard"}
-        shard = [part.shard + start for part, start in zip(parts, starts, strict=False)]
-        return ShardIndex(
-            parts[0].folder,
-            sum((part.names for part in parts), ()),
-            sum((part.shard_bytes for part in parts), ()),
-            shard=np.concatenate(shard).astype(np.int32),
-            **columns,
-            has_checksums=all(part.has_checksums for part in parts),
-            modified_ns=sum((part.modified_ns for part in parts), ()),
-            left_out=_summed(part.left_out for part in parts),
-        )
+        shards = json.dumps([self.names, self.shard_bytes, self.shard_lengths]).encode()
+        return hashlib.sha256(shards + self.label.tobytes() + self.crc32.tobytes()).hexdigest()
 
     def check_files(self) -> None:
         """Raise ValueError that names the first shard that is missing or has another size than the index says."""
         for name, expected in zip(self.names, self.shard_bytes, strict=True):
-            path = self.folder / name
-            _check_is_file(path)
-            actual = path.stat().st_size
+            actual = _size_bytes(self.folder / name)
             if actual != expected:
                 raise ValueError(
-                    f"shard {path} has {actual} bytes, its index says {expected}; copy it again, or delete "
-                    "the *.index.safetensors beside it if the shard was replaced on purpose"
+                    f"shard {self.folder / name} has {actual} bytes, its index says {expected}; copy it again, or "
+                    "delete the *.index.safetensors beside it if the shard was replaced on purpose"
                 )
 
     def save(self, path: Path) -> str:
@@ -107,8 +85,7 @@ class ShardIndex:
             facts |= {"has_checksums": False, "modified_ns": self.modified_ns}
         if self.left_out:
             facts["left_out"] = self.left_out
-        shards = json.dumps(facts)
-        content = save(arrays, metadata={"shards": shards})
+        content = save(arrays, metadata={"shards": json.dumps(facts)})
         write_atomically(path, content)  # ranks may scan at once
         return hashlib.sha256(content).hexdigest()
 
@@ -130,12 +107,14 @@ def load_split(folder: Path, split: str, max_left_out: float = MAX_LEFT_OUT) -> 
     names = entry["filenames"]
     index = _current(folder, split, names)
     if index is None:
-        path = _own_path(folder, split)
+        path = index_path(folder, split) if os.access(folder, os.W_OK) else _cached_path(folder, split)
         with locked(path):  # the other ranks wait for the scan of the first
             index = _current(folder, split, names)
             if index is None:
                 get_logger().info("reading the headers of %d shards in %s", len(names), folder)
-                index = scan_shards(folder, names, run=_in_processes if len(names) > _SCAN_ALONE else map)
+                for name in names:  # said before the others are read
+                    _size_bytes(folder / name)
+                index = scan_shards(folder, names, run=in_processes if len(names) > _SCAN_ALONE else map)
                 index.save(path)
     index.check_files()
     check_count(index, entry, str(folder), max_left_out)
@@ -164,11 +143,6 @@ def check_count(index: ShardIndex, entry: dict[str, Any], place: str, max_left_o
         )
 
 
-def _own_path(folder: Path, split: str) -> Path:
-    """Where an index that is scanned is kept."""
-    return index_path(folder, split) if os.access(folder, os.W_OK) else _cached_path(folder, split)
-
-
 def _cached_path(folder: Path, split: str) -> Path:
     key = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
     return index_path(cache_folder() / "index" / key, split)
@@ -187,11 +161,9 @@ def _current(folder: Path, split: str, names: Sequence[str]) -> ShardIndex | Non
 def _unchanged(index: ShardIndex, names: Sequence[str]) -> bool:
     if index.names != tuple(names):
         return False
-    for name, known in zip(names, zip(index.shard_bytes, index.modified_ns, strict=True), strict=True):
-        shard = index.folder / name
-        if shard.is_file() and (shard.stat().st_size, shard.stat().st_mtime_ns) != known:
-            return False
-    return True
+    there = [(index.folder / name).is_file() and (index.folder / name).stat() for name in names]
+    known = zip(there, index.shard_bytes, index.modified_ns, strict=True)
+    return all(not stat or (stat.st_size, stat.st_mtime_ns) == (size, modified) for stat, size, modified in known)
 
 
 def read_index(folder: Path, path: Path) -> ShardIndex:
@@ -223,41 +195,25 @@ def read_index(folder: Path, path: Path) -> ShardIndex:
 def _with_facts(folder: Path, facts: dict[str, Any], arrays: dict[str, np.ndarray], path: Path) -> ShardIndex:
     """The index of these columns; raises ValueError where `facts`, its JSON, are not of their types."""
     names = check_shard_names(facts.get("names"), str(path))
-    numbers: dict[str, tuple[int, ...]] = {}
-    for key, lengths in (("bytes", {len(names)}), ("modified_ns", {0, len(names)})):
-        values = facts.get(key, [])
-        whole = isinstance(values, list) and all(type(value) is int and 0 <= value < 2**63 for value in values)
-        if not whole or len(values) not in lengths:
+    sizes, times, left_out = facts.get("bytes", []), facts.get("modified_ns", []), facts.get("left_out", {})
+    for key, values, lengths in (("bytes", sizes, {len(names)}), ("modified_ns", times, {0, len(names)})):
+        if not isinstance(values, list) or len(values) not in lengths or not all(map(is_count, values)):
             raise ValueError(f"{path}: {key} is not a whole number a shard; delete it, or build the shards again")
-        numbers[key] = tuple(values)
+    if not isinstance(left_out, dict) or not all(map(_is_count_and_first, left_out.values())):
+        raise ValueError(f"{path}: left_out is no count by reason; delete it, or build the shards again")
     return ShardIndex(
         folder,
         tuple(names),
-        numbers["bytes"],
+        tuple(sizes),
         **arrays,
         has_checksums=facts.get("has_checksums", True) is True,
-        modified_ns=numbers["modified_ns"],
-        left_out=_checked_left_out(facts.get("left_out", {}), path),
+        modified_ns=tuple(times),
+        left_out={reason: (count, first) for reason, (count, first) in left_out.items()},
     )
 
 
-def _checked_left_out(left_out: Any, path: Path) -> LeftOut:
-    try:
-        checked = {str(reason): (count, first) for reason, (count, first) in left_out.items()}
-        sound = all(type(n) is int and 0 <= n < 2**63 and isinstance(first, str) for n, first in checked.values())
-    except (AttributeError, TypeError, ValueError):
-        sound = False
-    if not sound:
-        raise ValueError(f"{path}: left_out is no count by reason; delete it, or build the shards again")
-    return checked
-
-
-def _summed(parts: Iterable[LeftOut]) -> LeftOut:
-    total: LeftOut = {}
-    for part in parts:
-        for reason, (count, first) in part.items():
-            leave_out(total, reason, first, count)
-    return total
+def _is_count_and_first(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and is_count(value[0]) and isinstance(value[1], str)
 
 
 def _check_rows(index: ShardIndex, path: Path) -> None:
@@ -274,16 +230,13 @@ def _check_rows(index: ShardIndex, path: Path) -> None:
         )
 
 
-def _check_is_file(path: Path) -> None:
+def _size_bytes(path: Path) -> int:
+    """Of a shard. Raises ValueError where it is no file."""
     if path.is_dir():
         raise ValueError(f"shard {path} is a folder; pack its files into a tar of that name")
     if not path.is_file():
         raise ValueError(f"shard {path} is missing; build it again or take the split out of {INFO_NAME}")
-
-
-def _in_processes(function: Any, *iterables: Any) -> Iterator[Any]:
-    with ProcessPoolExecutor(min(8, os.cpu_count() or 1), mp_context=multiprocessing.get_context("fork")) as pool:
-        yield from pool.map(function, *iterables)
+    return path.stat().st_size
 
 
 def scan_shards(
@@ -291,23 +244,23 @@ def scan_shards(
 ) -> ShardIndex:
     """Build the index by reading each shard's headers and labels, with `checksums` the images too.
 
-    `run` applies a function to many shards, as `map` does. Raises ValueError that names a shard which is missing, cut
-    short or damaged.
+    `run` applies a function to many shards, as `map` does. Raises ValueError that names a shard which is cut short or
+    damaged.
     """
-    paths = [folder / name for name in names]
-    for path in paths:
-        _check_is_file(path)
-    stats = [path.stat() for path in paths]
-    found = list(run(functools.partial(scan_shard, checksums=checksums), paths))
-    rows = [(number, *sample) for number, (samples, _) in enumerate(found) for sample in samples]
+    found = list(run(functools.partial(scan_shard, checksums=checksums), [folder / name for name in names]))
+    rows = [(number, *sample) for number, (_, samples, _) in enumerate(found) for sample in samples]
     columns = np.array(rows, dtype=np.int64).reshape(-1, len(_DTYPES)).T
     arrays = {key: column.astype(dtype) for (key, dtype), column in zip(_DTYPES.items(), columns, strict=True)}
+    total: LeftOut = {}
+    for _, _, left_out in found:
+        for reason, (count, first) in left_out.items():
+            leave_out(total, reason, first, count)
     return ShardIndex(
         folder,
         tuple(names),
-        tuple(stat.st_size for stat in stats),
+        tuple(stat.st_size for stat, _, _ in found),
         **arrays,
         has_checksums=checksums,
-        modified_ns=() if checksums else tuple(stat.st_mtime_ns for stat in stats),
-        left_out=_summed(left_out for _, left_out in found),
+        modified_ns=() if checksums else tuple(stat.st_mtime_ns for stat, _, _ in found),
+        left_out=total,
     )

@@ -61,7 +61,7 @@ def _checked(info: Any, place: Path | str) -> dict[str, Any]:
         if not isinstance(info.get(key, ""), str):
             raise ValueError(f"{place}: {key} {info[key]!r:.200} is no text; build the shards again")
     classes = info.get("num_classes", 1)
-    if not _is_count(classes) or not 1 <= classes <= MAX_CLASSES:
+    if not is_count(classes) or not 1 <= classes <= MAX_CLASSES:
         raise ValueError(f"{place}: num_classes {classes!r:.200} is no number from 1 to {MAX_CLASSES:,}")
     return {**info, "splits": {split: _checked_split(split, entry, place) for split, entry in info["splits"].items()}}
 
@@ -74,7 +74,7 @@ def _checked_split(split: str, entry: Any, place: Path | str) -> dict[str, Any]:
         raise ValueError(f"{where} is no mapping of name, num_samples and filenames; {_DELETE}")
     check_shard_names(entry.get("filenames"), where)
     samples, sha256 = entry.get("num_samples", 0), entry.get("index_sha256")
-    if not _is_count(samples):
+    if not is_count(samples):
         raise ValueError(f"{where}: num_samples {samples!r:.200} is no number of images; build the shards again")
     if sha256 is not None and not (isinstance(sha256, str) and re.fullmatch("[0-9a-f]{64}", sha256)):
         raise ValueError(f"{where}: index_sha256 {sha256!r:.200} is no SHA-256; build the shards again")
@@ -88,8 +88,9 @@ def check_shard_names(names: Any, where: str) -> list[str]:
     return [check_name(name, f"{where}: shard") for name in names]
 
 
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 0  # neither true nor 1.0
+def is_count(value: Any) -> bool:
+    """Whether it is a whole number that an int64 holds: neither true nor 1.0."""
+    return type(value) is int and 0 <= value < 2**63
 
 
 def split_entry(info: dict[str, Any], split: str, place: str) -> dict[str, Any]:

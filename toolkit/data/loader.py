@@ -4,17 +4,20 @@ torch returns map-style items in the sampler's order, so the batches do not depe
 can be empty, and resuming at (epoch, step) reads nothing that is not trained on.
 """
 
+import itertools
 import math
 import os
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from toolkit.data.decode import BadImageError, Transform, decode_rgb, sample_generator
 from toolkit.data.index import ShardIndex
@@ -24,7 +27,6 @@ from toolkit.data.order import (
     epoch_windows,
     evaluation_slices,
     micro_batch_slice,
-    steps_per_epoch,
 )
 from toolkit.data.shard_cache import ShardCache
 from toolkit.log import get_logger
@@ -47,19 +49,17 @@ class Batch(NamedTuple):
     num_bad: int
 
 
+@dataclass
 class _Reader:
-    """Reads and decodes single samples; files are opened on first use, so in the worker that uses them."""
+    """Reads and decodes samples; files are opened on first use, so in the worker that uses them."""
 
-    def __init__(
-        self, index: ShardIndex, transform: Transform, size: tuple[int, int], seed: int, cache: ShardCache | None
-    ) -> None:
-        self.index = index
-        self.transform = transform
-        self.size = size
-        self.seed = seed
-        self.cache = cache
-        self._files: dict[int, int] = {}  # the last used comes last
-        self._complaints = 0
+    index: ShardIndex
+    transform: Transform
+    size: tuple[int, int]
+    seed: int
+    cache: ShardCache | None
+    _files: dict[int, int] = field(default_factory=dict)  # the last used comes last
+    _complaints: int = 0
 
     def read(self, sample: int) -> bytes:
         """A sample's image bytes."""
@@ -67,7 +67,9 @@ class _Reader:
         file = self._files.pop(shard, None)
         if file is None:
             if self.cache is not None:
-                self._close_forgotten()
+                # Shards that were taken out of the cache still fill the disk while they are open here.
+                for gone in [number for number, known in self._files.items() if not os.fstat(known).st_nlink]:
+                    os.close(self._files.pop(gone))
             if len(self._files) >= _OPEN_FILES:
                 os.close(self._files.pop(next(iter(self._files))))
             file = (
@@ -78,25 +80,17 @@ class _Reader:
         self._files[shard] = file
         return os.pread(file, int(self.index.size[sample]), int(self.index.offset[sample]))
 
-    def _close_forgotten(self) -> None:
-        """Close shards that were taken out of the cache: while open they still fill the disk."""
-        for shard, file in list(self._files.items()):
-            if not os.fstat(file).st_nlink:
-                os.close(self._files.pop(shard))
-
     def complain(self, sample: int, error: BadImageError) -> None:
         """Say which image cannot be read, the first few times in this worker."""
         self._complaints += 1
         if self._complaints <= _COMPLAINTS:
-            shard = self.index.folder / self.index.names[int(self.index.shard[sample])]
-            more = "; further ones are only counted" if self._complaints == _COMPLAINTS else ""
             get_logger().warning(
                 "unreadable image: number %d, in %s at byte %d (%s)%s",
                 sample,
-                shard,
+                self.index.folder / self.index.names[int(self.index.shard[sample])],
                 self.index.offset[sample],
                 error,
-                more,
+                "; further ones are only counted" if self._complaints == _COMPLAINTS else "",
             )
 
     def pixels(self, sample: int, epoch: int) -> Tensor:
@@ -108,6 +102,18 @@ class _Reader:
             raise BadImageError(f"sample {sample} does not match its checksum")
         return self.transform(decode_rgb(data), sample_generator(self.seed, epoch, sample))
 
+    def images(self, samples: np.ndarray, epoch: int) -> tuple[Tensor, np.ndarray]:
+        """(uint8 [b, 3, h, w], bool [b]: which of them are there); padding and the unreadable are left black."""
+        images, there = self.empty(len(samples)), np.zeros(len(samples), dtype=bool)
+        for place in np.flatnonzero(samples != PADDING).tolist():
+            sample = int(samples[place])
+            try:
+                images[place] = self.pixels(sample, epoch)
+                there[place] = True
+            except BadImageError as error:
+                self.complain(sample, error)
+        return images, there
+
     def empty(self, count: int) -> Tensor:
         """uint8 [count, 3, h, w] of zeros, channels last; shared memory in a worker, which saves a copy."""
         shape = (count, *self.size, 3)
@@ -117,18 +123,17 @@ class _Reader:
         return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape).permute(0, 3, 1, 2)
 
 
+@dataclass
 class _TrainBatches(Dataset):
-    """Item (epoch, step, micro) -> Batch; the order is rebuilt where the epoch changes, 40-85 ms for ImageNet."""
+    """Item (epoch, step, micro) -> Batch; the order is rebuilt where the epoch changes, 40-85 ms for ImageNet.
 
-    def __init__(
-        self, reader: _Reader, window: int | None, batch_size: int, accumulation: int, rank: int, num_ranks: int
-    ) -> None:
-        self.reader = reader
-        self.window = window
-        self.layout = {"batch_size": batch_size, "accumulation": accumulation, "rank": rank, "num_ranks": num_ranks}
-        self._epoch = self._ahead = -1
-        self._order = np.zeros(0, dtype=np.int64)
-        self._windows: tuple[np.ndarray, list[list[int]]] = (self._order, [])
+    `place`: (step, micro) -> this rank's part of an epoch's order.
+    """
+
+    reader: _Reader
+    window: int | None
+    place: Callable[[int, int], slice]
+    _epoch: int = -1
 
     def __getitem__(self, key: tuple[int, int, int]) -> Batch:
         epoch, step, micro = key
@@ -137,47 +142,36 @@ class _TrainBatches(Dataset):
             self._order = epoch_order(lengths, self.reader.seed, epoch, self.window)
             self._windows = epoch_windows(lengths, self.reader.seed, epoch, self.window or len(lengths))
             self._epoch, self._ahead = epoch, -1
-        place_in_order = micro_batch_slice(step, micro, **self.layout)
-        self._fetch_ahead(place_in_order.start)
-        wanted = self._order[place_in_order]
-        images = self.reader.empty(len(wanted))
+        place = self.place(step, micro)
+        self._fetch_ahead(place.start)
+        wanted = self._order[place]
+        images, there = self.reader.images(wanted, epoch)
+        if not there.any():
+            raise ValueError(f"no sample of step {step} in epoch {epoch} can be decoded; check the shards")
+        # An unreadable sample is replaced by the next readable one of the same slice.
+        good, bad = np.flatnonzero(there), np.flatnonzero(~there)
+        substitutes = good[np.searchsorted(good, bad) % len(good)]
+        images[bad] = images[substitutes]
         taken = wanted.copy()
-        num_bad = 0
-        for place in range(len(wanted)):
-            # An unreadable sample is replaced by the next readable one of the same slice.
-            for turn in range(len(wanted)):
-                sample = int(wanted[(place + turn) % len(wanted)])
-                try:
-                    images[place] = self.reader.pixels(sample, epoch)
-                except BadImageError as error:
-                    if turn == 0:
-                        num_bad += 1
-                        self.reader.complain(sample, error)
-                    continue
-                taken[place] = sample
-                break
-            else:
-                raise ValueError(f"no sample of step {step} in epoch {epoch} can be decoded; check the shards")
+        taken[bad] = wanted[substitutes]
         labels = torch.from_numpy(self.reader.index.label[taken].astype(np.int64))
-        return Batch(images, labels, torch.ones(len(taken)), torch.from_numpy(taken), num_bad)
+        return Batch(images, labels, torch.ones(len(taken)), torch.from_numpy(taken), len(bad))
 
     def _fetch_ahead(self, position: int) -> None:
         """Where a window begins, have its shards and the next window's fetched."""
-        if self.reader.cache is None:
-            return
         starts, groups = self._windows
         window = int(np.searchsorted(starts, position, side="right")) - 1
-        if window > self._ahead:
+        if self.reader.cache is not None and window > self._ahead:
             self._ahead = window
             self.reader.cache.prefetch([shard for group in groups[window : window + 2] for shard in group])
 
 
+@dataclass
 class _EvalBatches(Dataset):
     """Item step -> Batch, padded at the tail."""
 
-    def __init__(self, reader: _Reader, slices: np.ndarray) -> None:
-        self.reader = reader
-        self.slices = slices
+    reader: _Reader
+    slices: np.ndarray
 
     def __len__(self) -> int:
         return len(self.slices)
@@ -187,38 +181,11 @@ class _EvalBatches(Dataset):
         if self.reader.cache is not None:
             first = int(self.reader.index.shard[max(0, int(wanted[0]))])
             self.reader.cache.prefetch(range(first, min(first + 3, len(self.reader.index.names))))
-        images = self.reader.empty(len(wanted))
-        weights = torch.zeros(len(wanted))
-        num_bad = 0
-        for place, sample in enumerate(wanted.tolist()):
-            if sample == PADDING:
-                continue
-            try:
-                images[place] = self.reader.pixels(sample, 0)
-                weights[place] = 1.0
-            except BadImageError as error:
-                num_bad += 1
-                self.reader.complain(sample, error)
-        labels = torch.from_numpy(np.where(wanted == PADDING, 0, self.reader.index.label[wanted]).astype(np.int64))
-        return Batch(images, labels, weights, torch.from_numpy(wanted.copy()), num_bad)
-
-
-class _Keys(Sampler):
-    """The (epoch, step, micro) still to be trained in an epoch."""
-
-    def __init__(self, steps: int, accumulation: int) -> None:
-        self.steps = steps
-        self.accumulation = accumulation
-        self.epoch = 0
-        self.start = 0
-
-    def __iter__(self) -> Iterator[tuple[int, int, int]]:
-        for step in range(self.start, self.steps):
-            for micro in range(self.accumulation):
-                yield self.epoch, step, micro
-
-    def __len__(self) -> int:
-        return (self.steps - self.start) * self.accumulation
+        images, there = self.reader.images(wanted, 0)
+        padding = wanted == PADDING
+        labels = torch.from_numpy(np.where(padding, 0, self.reader.index.label[wanted]).astype(np.int64))
+        num_bad = int((~there & ~padding).sum())
+        return Batch(images, labels, torch.from_numpy(there).float(), torch.from_numpy(wanted.copy()), num_bad)
 
 
 def _leave_signals_to_the_rank(worker: int) -> None:
@@ -275,22 +242,23 @@ class TrainLoader:
     ) -> None:
         self.index = index
         self.workers = workers
-        self.accumulation = accumulation
         self.global_batch_size = batch_size * accumulation * num_ranks
-        self.steps = steps_per_epoch(len(index), self.global_batch_size)
+        self.steps = len(index) // self.global_batch_size  # what is over is left out, other samples each epoch
         if self.steps == 0:
             raise ValueError(
                 f"{len(index)} training samples do not fill one global batch of {self.global_batch_size}; "
                 f"lower -b or --global-batch-size to at most {len(index)}"
             )
-        self._keys = _Keys(self.steps, accumulation)
+        self._accumulation = accumulation
+        self._keys: list[tuple[int, int, int]] = []  # (epoch, step, micro) still to be trained in an epoch
+        layout = {"batch_size": batch_size, "accumulation": accumulation, "rank": rank, "num_ranks": num_ranks}
         reader = _Reader(index, transform, size, seed, cache)
-        batches = _TrainBatches(reader, window, batch_size, accumulation, rank, num_ranks)
+        batches = _TrainBatches(reader, window, partial(micro_batch_slice, **layout))
         self._loader = DataLoader(batches, sampler=self._keys, **_worker_options(workers, pin_memory))  # type: ignore[arg-type]
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """Batches of `epoch` from `start_step` on."""
-        self._keys.epoch, self._keys.start = epoch, start_step
+        self._keys[:] = itertools.product([epoch], range(start_step, self.steps), range(self._accumulation))
         return _with_room_named(iter(self._loader))
 
 
@@ -311,8 +279,8 @@ class EvalLoader:
         pin_memory: bool = False,
     ) -> None:
         self.num_samples = len(index)
-        slices = evaluation_slices(len(index), batch_size, rank, num_ranks)
-        batches = _EvalBatches(_Reader(index, transform, size, 0, cache), slices)
+        reader = _Reader(index, transform, size, 0, cache)
+        batches = _EvalBatches(reader, evaluation_slices(len(index), batch_size, rank, num_ranks))
         self._loader = DataLoader(batches, **_worker_options(workers, pin_memory))  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[Batch]:

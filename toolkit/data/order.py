@@ -42,11 +42,6 @@ def epoch_windows(
     return np.cumsum([0, *(sum(shard_lengths[shard] for shard in group) for group in groups)]), groups
 
 
-def steps_per_epoch(num_samples: int, global_batch_size: int) -> int:
-    """Optimizer steps in an epoch: the last, incomplete global batch is left out, another one each epoch."""
-    return num_samples // global_batch_size
-
-
 def micro_batch_slice(step: int, micro: int, *, batch_size: int, accumulation: int, rank: int, num_ranks: int) -> slice:
     """Part of an epoch's order that `rank` reads for micro-batch `micro` of global step `step`."""
     rank_share = batch_size * accumulation

@@ -6,17 +6,18 @@ server may be a stranger's: names are checked before they become part of a URL, 
 """
 
 import hashlib
-import os
 import shlex
 import threading
 import time
 import urllib.parse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from toolkit.data.index import INDEX_LIMIT_BYTES, ShardIndex, index_path, read_index, scan_shards
 from toolkit.data.info import INFO_NAME, read_info
+from toolkit.data.tar import scan_shard
 from toolkit.files import (
     JSON_LIMIT_BYTES,
     UnsafeNameError,
@@ -78,8 +79,6 @@ def _transfer(url: str, target: Path, limit_bytes: int) -> None:
                         raise OSError(f"more came than the {limit_bytes} bytes expected")
                     file.write(piece)
                     last_s = time.monotonic()
-                file.flush()
-                os.fsync(file.fileno())
             stream.close()  # raises where the command behind the stream failed
         except BaseException as error:  # raised again below, in the thread that waits
             failed.append(error)
@@ -102,7 +101,7 @@ def _transfer(url: str, target: Path, limit_bytes: int) -> None:
 def fetch(
     url: str,
     target: Path,
-    check: Callable[[Path], None],
+    check: Callable[[Path], object],
     attempts: int = ATTEMPTS,
     *,
     limit_bytes: int = JSON_LIMIT_BYTES,
@@ -112,8 +111,8 @@ def fetch(
     More than `limit_bytes` are not taken, whatever the server announces. Raises ValueError that names the URL and the
     last fault when all tries have failed, and UnsafeNameError from `check` at once.
     """
-    pause_s, fault = FIRST_PAUSE_S, ""
-    with replacing(target) as temporary:
+    fault = ""
+    with replacing(target, sync=True) as temporary:
         for attempt in range(1, attempts + 1):
             try:
                 _transfer(url, temporary, limit_bytes)
@@ -125,8 +124,7 @@ def fetch(
                 fault = str(error)
                 get_logger().warning("%s: try %d of %d failed: %s", url, attempt, attempts, fault)
                 if attempt < attempts:
-                    time.sleep(pause_s)
-                    pause_s *= 2
+                    time.sleep(FIRST_PAUSE_S * 2 ** (attempt - 1))
         raise ValueError(f"{url} could not be fetched in {attempts} tries, the last fault: {fault}; check the server")
 
 
@@ -150,18 +148,11 @@ def fetch_info(prefix: str, folder: Path) -> dict[str, Any]:
     if found and "start.lock" not in found:  # the first file that a cache makes
         raise ValueError(f"--shard-cache {folder} holds other files; name a folder of its own, in which it may delete")
     with locked(folder / "start"):  # the ranks of a host, one after the other
-        fetch(file_url(prefix, INFO_NAME), folder / INFO_NAME, _check_json)
+        fetch(file_url(prefix, INFO_NAME), folder / INFO_NAME, read_json)
         return read_info(folder)
 
 
-def _check_json(path: Path) -> None:
-    read_json(path)
-
-
-def _check_index(path: Path, sha256: str | None) -> None:
-    if sha256 is None:
-        read_index(path.parent, path)
-        return
+def _check_sha256(sha256: str, path: Path) -> None:
     with open(path, "rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
             raise ValueError(f"its bytes are not those {INFO_NAME} was written with")
@@ -173,9 +164,9 @@ def remote_index(prefix: str, entry: dict[str, Any], folder: Path, limit_bytes: 
     Of these no more than `limit_bytes` stay in `folder`.
     """
     path, names, sha256 = index_path(folder, entry["name"]), entry["filenames"], entry.get("index_sha256")
+    check, attempts = (partial(_check_sha256, sha256), ATTEMPTS) if sha256 else (partial(read_index, folder), 3)
     try:
-        url, attempts = file_url(prefix, path.name), ATTEMPTS if sha256 else 3
-        fetch(url, path, lambda got: _check_index(got, sha256), attempts, limit_bytes=INDEX_LIMIT_BYTES)
+        fetch(file_url(prefix, path.name), path, check, attempts, limit_bytes=INDEX_LIMIT_BYTES)
         return read_index(folder, path)
     except UnsafeNameError:
         raise
@@ -186,19 +177,20 @@ def remote_index(prefix: str, entry: dict[str, Any], folder: Path, limit_bytes: 
     own = path.with_name(f"scanned-{path.name}")
     if own.is_file() and read_index(folder, own).names == tuple(names):
         return read_index(folder, own)
-    parts, total = [], 0
-    for name in names:
-        shard = inside(folder, name, f"{prefix}: shard")
-        with locked(shard):  # the lock beside it says later that this cache has made it
-            fetch(file_url(prefix, name), shard, _check_shard, limit_bytes=limit_bytes)
-            parts.append(scan_shards(folder, [name], checksums=True))
-            total += parts[-1].shard_bytes[0]
-            if total > limit_bytes:
-                shard.unlink()
-    index = ShardIndex.joined(parts)
+
+    def fetched(scan: Callable[[Path], Any], shards: Iterable[Path]) -> Iterator[Any]:
+        """As `map`, of shards that are not here yet."""
+        total = 0
+        for name, shard in zip(names, shards, strict=True):
+            inside(folder, name, f"{prefix}: shard")
+            with locked(shard):  # the lock beside it says later that this cache has made it
+                fetch(file_url(prefix, name), shard, partial(scan_shard, checksums=False), limit_bytes=limit_bytes)
+                found = scan(shard)
+                total += found[0].st_size
+                if total > limit_bytes:
+                    shard.unlink()
+            yield found
+
+    index = scan_shards(folder, names, checksums=True, run=fetched)
     index.save(own)
     return index
-
-
-def _check_shard(path: Path) -> None:
-    scan_shards(path.parent, [path.name])

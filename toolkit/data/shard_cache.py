@@ -11,6 +11,7 @@ import threading
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +68,10 @@ def _is_ours(shard: Path) -> bool:
 def _drop_other_shards(folder: Path, split: str, index: ShardIndex) -> None:
     """Delete cached shards that were fetched under another index: they may have been made anew under the same names."""
     mark = folder / f"{split}.fingerprint"
-    if mark.is_file() and mark.read_text() == index.fingerprint:
-        return
-    for name in index.names:
-        inside(folder, name, f"shard in {folder}:").unlink(missing_ok=True)
-    mark.write_text(index.fingerprint)
+    if not mark.is_file() or mark.read_text() != index.fingerprint:
+        for name in index.names:
+            inside(folder, name, f"shard in {folder}:").unlink(missing_ok=True)
+        mark.write_text(index.fingerprint)
 
 
 class ShardCache:
@@ -103,14 +103,11 @@ class ShardCache:
         """File descriptor of a shard, fetched if it is not there."""
         path = self._path(shard)
         while True:
-            try:
-                descriptor = os.open(path, os.O_RDONLY)
-            except FileNotFoundError:
-                self._fetch(shard, wait=True)
-                continue
             with suppress(FileNotFoundError):
-                os.utime(path)  # used now: the last to go
-            return descriptor
+                descriptor = os.open(path, os.O_RDONLY)
+                os.utime(descriptor)  # used now: the last to go
+                return descriptor
+            self._fetch(shard, wait=True)
 
     def prefetch(self, shards: Sequence[int]) -> None:
         """Fetch shards in the background; one that another process is fetching is left to it."""
@@ -123,22 +120,20 @@ class ShardCache:
 
     def _fetch_ahead(self, wanted: "queue.SimpleQueue[int]") -> None:
         while True:
-            shard = wanted.get()
             try:
-                self._fetch(shard, wait=False)
+                self._fetch(wanted.get(), wait=False)
             except (ValueError, OSError) as error:  # whoever needs it will try again and report
                 get_logger().warning("fetching ahead failed: %s", error)
 
     def _fetch(self, shard: int, wait: bool) -> None:
-        path = self._path(shard)
+        path, size = self._path(shard), self.index.shard_bytes[shard]
         with locked(path, wait) as mine:
-            if not mine or (path.is_file() and path.stat().st_size == self.index.shard_bytes[shard]):
-                return
-            url, size = file_url(self.prefix, self.index.names[shard]), self.index.shard_bytes[shard]
-            with self._room_for(path, size):
-                fetch(url, path, lambda got: self._check(got, shard), limit_bytes=size)
+            if mine and not (path.is_file() and path.stat().st_size == size):
+                with self._room_for(path, size):
+                    url = file_url(self.prefix, self.index.names[shard])
+                    fetch(url, path, partial(self._check, shard), limit_bytes=size)
 
-    def _check(self, path: Path, shard: int) -> None:
+    def _check(self, shard: int, path: Path) -> None:
         """Raise ValueError unless the file has the size and every image the checksum of the index."""
         index, size = self.index, path.stat().st_size
         if size != index.shard_bytes[shard]:
@@ -146,10 +141,8 @@ class ShardCache:
                 f"{size} bytes came, the index says {index.shard_bytes[shard]}; if the shards were made anew, delete "
                 f"{index.folder}"
             )
-        if not index.has_checksums:
-            return
         with open(path, "rb") as file:
-            for row in np.flatnonzero(index.shard == shard).tolist():
+            for row in np.flatnonzero(index.has_checksums & (index.shard == shard)).tolist():
                 data = os.pread(file.fileno(), int(index.size[row]), int(index.offset[row]))
                 if zlib.crc32(data) != int(index.crc32[row]):
                     raise ValueError(f"image {row} came with other bytes than the index was made from")

@@ -4,10 +4,10 @@ import os
 import re
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from toolkit.files import UnsafeNameError, check_name
 
@@ -43,15 +43,21 @@ def leave_out(left_out: LeftOut, reason: str, name: str, count: int = 1) -> None
     left_out[reason] = known + count, first
 
 
+class Member(NamedTuple):
+    """A file in a tar: its data are `size` bytes at `offset` of the file that holds the tar."""
+
+    name: str
+    offset: int
+    size: int
+
+
 class _Headers:
     """A file as tarfile sees it: it reads small pieces forwards, whatever sizes, negative ones too, a header claims."""
 
     def __init__(self, file: BinaryIO, end: int) -> None:
         self._file = file
         self._end = end
-
-    def tell(self) -> int:
-        return self._file.tell()
+        self.tell = file.tell
 
     def seek(self, place: int) -> int:
         if not self.tell() - 1 <= place <= self._end:  # tarfile looks at the byte before
@@ -64,46 +70,41 @@ class _Headers:
         return self._file.read(size)
 
 
-def tar_members(
-    file: BinaryIO,
-    path: Path,
-    start: int = 0,
-    end: int | None = None,
-    on_other: Callable[[str], None] = lambda name: None,
-) -> Iterator[tarfile.TarInfo]:
-    """The files of the tar that is in `file` from `start` to `end` (its last byte); their data lie between these.
+def tar_members(path: Path, left_out: LeftOut, start: int = 0, end: int | None = None) -> Iterator[Member]:
+    """The files of the tar that lies in `path` from `start` to `end` (its last byte); their data lie between these.
 
-    `on_other` gets the name of each member that is neither a file nor a folder, such as a link. Raises ValueError,
-    naming `path`, for a tar that is damaged, cut short, claims what it has not, or has data after its end mark.
+    Members that are neither files nor folders, such as links, are counted in `left_out`. Raises ValueError for a tar
+    that is damaged, cut short, claims what it has not, or has data after its end mark.
     """
-    end = os.fstat(file.fileno()).st_size if end is None else end
-    first = os.pread(file.fileno(), 8, start)
-    for magic, kind in _COMPRESSED.items():
-        if first.startswith(magic):
-            raise ValueError(f"{path} is compressed with {kind}; {UNPACK}")
-    file.seek(start)
-    try:
-        tar = tarfile.open(fileobj=_Headers(file, end), mode="r:")  # type: ignore[call-overload]  # noqa: SIM115
-        while (member := tar.next()) is not None:
-            tar.members = []  # else it keeps 1 GB of headers for ImageNet
-            if not member.isfile():
-                if not member.isdir():
-                    on_other(member.name)
-                continue
-            check_name(member.name, f"{path}: member", dash=True)  # no command sees it
-            if member.issparse():
-                raise ValueError(f"{member.name!r} is stored with holes")
-            if not 0 <= member.size <= end - member.offset_data:
-                raise ValueError(f"{member.name!r} claims {member.size} bytes, the file has less: it is cut short")
-            yield member
-        # tarfile takes a file that ends after a member for a whole tar; a whole one ends with empty blocks.
-        if os.pread(file.fileno(), tarfile.BLOCKSIZE, tar.offset) != bytes(tarfile.BLOCKSIZE):
-            raise ValueError("it is cut short: the end mark is missing")
-        _check_rest(file, tar.offset, end)
-    except UnsafeNameError:
-        raise
-    except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
-        raise ValueError(f"{path} is no whole tar ({error}); build or copy it again") from None
+    with open(path, "rb") as file:
+        end = os.fstat(file.fileno()).st_size if end is None else end
+        first = os.pread(file.fileno(), 8, start)
+        for magic, kind in _COMPRESSED.items():
+            if first.startswith(magic):
+                raise ValueError(f"{path} is compressed with {kind}; {UNPACK}")
+        file.seek(start)
+        try:
+            tar = tarfile.open(fileobj=_Headers(file, end), mode="r:")  # type: ignore[call-overload]  # noqa: SIM115
+            while (member := tar.next()) is not None:
+                tar.members = []  # else it keeps 1 GB of headers for ImageNet
+                if not member.isfile():
+                    if not member.isdir():
+                        leave_out(left_out, LINK, f"{member.name!r:.200} in {path.name}")
+                    continue
+                check_name(member.name, f"{path}: member", dash=True)  # no command sees it
+                if member.issparse():
+                    raise ValueError(f"{member.name!r} is stored with holes")
+                if not 0 <= member.size <= end - member.offset_data:
+                    raise ValueError(f"{member.name!r} claims {member.size} bytes, the file has less: it is cut short")
+                yield Member(member.name, member.offset_data, member.size)
+            # tarfile takes a file that ends after a member for a whole tar; a whole one ends with empty blocks.
+            if os.pread(file.fileno(), tarfile.BLOCKSIZE, tar.offset) != bytes(tarfile.BLOCKSIZE):
+                raise ValueError("it is cut short: the end mark is missing")
+            _check_rest(file, tar.offset, end)
+        except UnsafeNameError:
+            raise
+        except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
+            raise ValueError(f"{path} is no whole tar ({error}); build or copy it again") from None
 
 
 def _check_rest(file: BinaryIO, place: int, end: int) -> None:
@@ -116,26 +117,20 @@ def _check_rest(file: BinaryIO, place: int, end: int) -> None:
 
 
 @dataclass
-class _Sample:
-    """The images of a sample by suffix, (name, offset, size) each, and its class number."""
-
-    key: str
-    images: dict[str, tuple[str, int, int]] = field(default_factory=dict)
-    label: int | None = None
-
-
 class _Shard:
-    """Members by key, each image, label and other file put where it belongs."""
+    """Members by key, each image, label and other file put where it belongs.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.left_out: LeftOut = {}
-        self.samples: dict[str, list[_Sample]] = {}
-        self._dotted: list[tuple[str, str, str]] = []  # (key, key with dots, name)
-        self._dotted_labels: set[str] = set()
-        self._others: dict[str, str] = {}  # key -> name
+    A sample is its images by suffix and, under "cls", its class number.
+    """
 
-    def add(self, file: BinaryIO, member: tarfile.TarInfo) -> None:
+    path: Path
+    left_out: LeftOut = field(default_factory=dict)
+    samples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    _dotted: list[tuple[str, str]] = field(default_factory=list)  # (key, name)
+    _dotted_labels: set[str] = field(default_factory=set)
+    _others: dict[str, str] = field(default_factory=dict)  # key -> name
+
+    def add(self, file: BinaryIO, member: Member) -> None:
         folder, _, base = member.name.rpartition("/")
         start, _, suffix = base.partition(".")
         key, suffix = f"{folder}/{start}", suffix.lower()
@@ -143,18 +138,16 @@ class _Shard:
         if not start:
             self.leave_out(HIDDEN, member.name)
         elif suffix == "cls":
-            label = _label(file, member, self.path)
-            self._open(key, lambda sample: sample.label is not None).label = label
+            self._put(key, suffix, _label(file, member, self.path))
         elif suffix in IMAGE_SUFFIXES:
             if member.size > MAX_IMAGE_BYTES:
                 raise ValueError(
                     f"shard {self.path}: {member.name!r} has {member.size:,} bytes, more than the {MAX_IMAGE_BYTES:,} "
                     "that an image may have; take it out"
                 )
-            image = member.name, member.offset_data, member.size
-            self._open(key, lambda sample: suffix in sample.images).images[suffix] = image
+            self._put(key, suffix, member)
         elif "." in suffix and last in (*PIL_SUFFIXES, *FOREIGN_SUFFIXES):
-            self._dotted.append((key, member.name.rpartition(".")[0], member.name))
+            self._dotted.append((key, member.name))
         elif suffix in (*PIL_SUFFIXES, *FOREIGN_SUFFIXES):
             self.leave_out(FORMAT, member.name)
         else:
@@ -165,28 +158,26 @@ class _Shard:
     def leave_out(self, reason: str, name: str) -> None:
         leave_out(self.left_out, reason, f"{name!r:.200} in {self.path.name}")
 
-    def _open(self, key: str, is_full: Callable[[_Sample], bool]) -> _Sample:
-        """The last sample of this key, or a new one where that has such a member already: a key may come again."""
-        samples = self.samples.setdefault(key, [])
-        if not samples or is_full(samples[-1]):
-            samples.append(_Sample(key))
-        return samples[-1]
+    def _put(self, key: str, suffix: str, content: Member | int) -> None:
+        """Into the last sample of this key, or a new one where that has such a member already: a key may come again."""
+        samples = self.samples.setdefault(key, [{}])
+        if suffix in samples[-1]:
+            samples.append({})
+        samples[-1][suffix] = content
 
     def finish(self) -> list[tuple[int, int, int]]:
         """(offset, size, label) of each sample, as they lie; what is not read is counted."""
         rows = []
-        for sample in (sample for samples in self.samples.values() for sample in samples):
-            if sample.label is None or not sample.images:
-                raise ValueError(
-                    f"shard {self.path}: sample {sample.key!r} lacks its image or its .cls; build it again"
-                )
-            chosen, *others = (sample.images[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample.images)
-            rows.append((*chosen[1:], sample.label))
-            for name, _, _ in others:
-                self.leave_out(SECOND, name)
-        for key, whole_key, name in self._dotted:
+        for key, sample in ((key, sample) for key, samples in self.samples.items() for sample in samples):
+            images = [sample[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample]
+            if not images or "cls" not in sample:
+                raise ValueError(f"shard {self.path}: sample {key!r} lacks its image or its .cls; build it again")
+            rows.append((images[0].offset, images[0].size, sample["cls"]))
+            for image in images[1:]:
+                self.leave_out(SECOND, image.name)
+        for key, name in self._dotted:
             # `key.mask.png` beside `key.jpg` is a part of that sample, unless it has a label of its own.
-            belongs = key in self.samples and whole_key not in self._dotted_labels
+            belongs = key in self.samples and name.rpartition(".")[0] not in self._dotted_labels
             self.leave_out(SECOND if belongs else DOTTED, name)
         for key, name in self._others.items():
             if key not in self.samples:
@@ -194,26 +185,28 @@ class _Shard:
         return sorted(rows)
 
 
-def scan_shard(path: Path, checksums: bool) -> tuple[list[tuple[int, int, int, int]], LeftOut]:
-    """(offset, size, label, crc32) of each sample, and what was left out. Keys end at the first dot, as in webdataset.
+def scan_shard(path: Path, checksums: bool) -> tuple[os.stat_result, list[tuple[int, int, int, int]], LeftOut]:
+    """(its size and times, (offset, size, label, crc32) of each sample, what was left out).
 
-    Of two formats the first of IMAGE_SUFFIXES is read; a suffix that comes again starts another sample of that key.
-    Raises ValueError that names the shard where it is damaged, or a sample lacks its image or its label.
+    Keys end at the first dot, as in webdataset. Of two formats the first of IMAGE_SUFFIXES is read; a suffix that comes
+    again starts another sample of that key. Raises ValueError that names the shard where it is damaged, or a sample
+    lacks its image or its label.
     """
     shard = _Shard(path)
     with open(path, "rb") as file:
-        for member in tar_members(file, path, on_other=lambda name: shard.leave_out(LINK, name)):
+        stat = os.fstat(file.fileno())
+        for member in tar_members(path, shard.left_out):
             shard.add(file, member)
         rows = [
             (offset, size, label, zlib.crc32(os.pread(file.fileno(), size, offset)) if checksums else 0)
             for offset, size, label in shard.finish()
         ]
-    return rows, shard.left_out
+    return stat, rows, shard.left_out
 
 
-def _label(file: BinaryIO, member: tarfile.TarInfo, path: Path) -> int:
+def _label(file: BinaryIO, member: Member, path: Path) -> int:
     size = min(member.size, _LABEL_BYTES + 1)
-    text = os.pread(file.fileno(), size, member.offset_data)
+    text = os.pread(file.fileno(), size, member.offset)
     label = int(text) if size <= _LABEL_BYTES and _NUMBER.fullmatch(text) else -1
     if not 0 <= label <= MAX_LABEL:
         raise ValueError(

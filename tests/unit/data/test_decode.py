@@ -3,6 +3,7 @@ import io
 import math
 import random
 import zlib
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,10 +15,10 @@ from toolkit.data import decode
 from toolkit.data.decode import (
     BadImageError,
     EvalTransform,
-    TimmTransform,
     TrainTransform,
     decode_rgb,
     sample_generator,
+    timm_transform,
 )
 
 
@@ -138,8 +139,9 @@ def test_augmentation_depends_on_seed_epoch_and_sample_alone():
 
 
 def test_timms_transforms_are_seeded_by_sample_and_leave_the_generators_alone():
-    transform = TimmTransform(
-        create_transform(32, is_training=True, use_prefetcher=True, auto_augment="rand-m9-mstd0.5", color_jitter=0.4)
+    transform = partial(
+        timm_transform,
+        create_transform(32, is_training=True, use_prefetcher=True, auto_augment="rand-m9-mstd0.5", color_jitter=0.4),
     )
     image = picture()
     random.seed(1)

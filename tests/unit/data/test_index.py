@@ -6,8 +6,9 @@ import pytest
 import webdataset
 from timm.data import create_dataset
 
-from toolkit.data.index import _in_processes, index_path, load_split, scan_shards
+from toolkit.data.index import index_path, load_split, scan_shards
 from toolkit.data.info import read_info
+from toolkit.process import in_processes
 
 
 @pytest.fixture
@@ -84,7 +85,7 @@ def test_a_stale_index_in_a_folder_that_cannot_be_written_gives_way_to_the_cache
 def test_many_shards_are_scanned_by_several_processes(few_digits, monkeypatch):
     monkeypatch.setattr("toolkit.data.index._SCAN_ALONE", 1)
     names = load_split(few_digits, "train").names
-    assert same_rows(scan_shards(few_digits, names, run=_in_processes), load_split(few_digits, "train"))
+    assert same_rows(scan_shards(few_digits, names, run=in_processes), load_split(few_digits, "train"))
 
 
 def test_timms_reader_reads_our_shards(few_digits):

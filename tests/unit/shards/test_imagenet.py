@@ -220,8 +220,7 @@ def test_a_truncated_image_is_named_and_left_out_only_on_request(image_folder, t
     shutil.copytree(image_folder, source)
     broken = source / "train" / WNIDS[2] / f"{WNIDS[2]}_3.JPEG"
     broken.write_bytes(broken.read_bytes()[:-300])
-    from shards.clean import Cleaning
-    from shards.dataset import BuildSettings
+    from shards.dataset import BuildSettings, Cleaning
     from shards.dataset import build as build_shards
 
     settings = BuildSettings("tiny", 3, 2, 0, Cleaning())

@@ -1,5 +1,6 @@
 """Every file under an image folder is read, or counted and named; what is no class is none."""
 
+import dataclasses
 import io
 import json
 import tarfile
@@ -12,6 +13,7 @@ from PIL import Image
 
 from shards.imagenet import main
 from shards.sources import _EMPTY, from_image_folder, from_shards
+from toolkit.data.index import index_path, load_split
 from toolkit.data.tar import FORMAT, HIDDEN, LINK, ORPHAN, SECOND
 
 
@@ -142,8 +144,15 @@ def test_shards_with_a_label_beyond_their_classes_stop(tmp_path):
         from_shards(shards(tmp_path, ["a", "b"], b"2"))
 
 
+def test_an_index_that_points_at_no_file_stops(tmp_path):
+    index = load_split(shards(tmp_path), "train")
+    dataclasses.replace(index, offset=index.offset + 1, size=index.size - 1).save(index_path(tmp_path, "train"))
+    with pytest.raises(ValueError, match=r"x-train-0\.tar has no file at byte 513, its index says one"):
+        from_shards(tmp_path)
+
+
 def test_a_png_of_16_bits_does_not_turn_white_in_a_shard():
-    from shards.clean import Cleaning, clean_jpeg
+    from shards.dataset import Cleaning, clean_jpeg
 
     data = io.BytesIO()
     Image.fromarray(np.tile(np.linspace(0, 65535, 64), (48, 1)).astype(np.uint16)).save(data, "PNG")
