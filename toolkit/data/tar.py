@@ -129,6 +129,7 @@ class _Shard:
     _dotted: list[tuple[str, str]] = field(default_factory=list)  # (key, name)
     _dotted_labels: set[str] = field(default_factory=set)
     _others: dict[str, str] = field(default_factory=dict)  # key -> name
+    _foreign: set[str] = field(default_factory=set)  # keys with an image of a format that is not read
 
     def add(self, file: BinaryIO, member: Member) -> None:
         folder, _, base = member.name.rpartition("/")
@@ -150,6 +151,7 @@ class _Shard:
             self._dotted.append((key, member.name))
         elif suffix in (*PIL_SUFFIXES, *FOREIGN_SUFFIXES):
             self.leave_out(FORMAT, member.name)
+            self._foreign.add(key)
         else:
             if last == "cls":
                 self._dotted_labels.add(member.name.rpartition(".")[0])
@@ -170,6 +172,8 @@ class _Shard:
         rows = []
         for key, sample in ((key, sample) for key, samples in self.samples.items() for sample in samples):
             images = [sample[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample]
+            if not images and key in self._foreign:  # its image is counted already
+                continue
             if not images or "cls" not in sample:
                 raise ValueError(f"shard {self.path}: sample {key!r} lacks its image or its .cls; build it again")
             rows.append((images[0].offset, images[0].size, sample["cls"]))

@@ -95,6 +95,8 @@ def test_links_are_counted(tmp_path):
 def test_formats_that_shards_are_not_read_with_and_what_is_no_sample(tmp_path):
     members = [*pair("a", 0), ("b.BMP", b""), ("c.heic", b""), ("README", b""), ("._a.jpg", b""), ("__X/._a.cls", b"")]
     assert read(tmp_path, *members) == ([(0, b"a/0")], {FORMAT: 2, ORPHAN: 1, HIDDEN: 2})
+    for labelled in ([("b.cls", b"1"), *members], [*members, ("b.cls", b"1")]):  # a sample of a format that is not read
+        assert read(tmp_path, *labelled) == ([(0, b"a/0")], {FORMAT: 2, ORPHAN: 1, HIDDEN: 2})
 
 
 def test_more_than_the_allowed_share_stops_and_fewer_do_not(tmp_path):
