@@ -20,7 +20,7 @@ from toolkit.builder.model import amp_dtype, create_model
 from toolkit.builder.optimizer import resolve_optimizer
 from toolkit.builder.recompute import checkpoint_activations
 from toolkit.config import Config
-from toolkit.engine.engines import Engine
+from toolkit.engine.engines.ddp import Engine
 from toolkit.log import get_logger
 from toolkit.memory.activations import track_step
 from toolkit.memory.arithmetic import ParameterFacts, predict_optimizer_rows

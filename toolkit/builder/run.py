@@ -32,7 +32,7 @@ from toolkit.config import Config
 from toolkit.data.loader import TrainLoader
 from toolkit.dist import World
 from toolkit.engine.checkpoint import CheckpointStore
-from toolkit.engine.engines import Engine
+from toolkit.engine.engines.ddp import Engine
 from toolkit.engine.run import Plan, Run
 from toolkit.log import get_logger
 from toolkit.memory.ledger import Owners, find_owners

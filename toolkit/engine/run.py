@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from toolkit.data.loader import Batch, EvalLoader, TrainLoader
 from toolkit.dist import World
 from toolkit.engine.checkpoint import CheckpointStore
-from toolkit.engine.engines import Engine
+from toolkit.engine.engines.ddp import Engine
 from toolkit.engine.lock import FolderLock
 from toolkit.memory.recorder import MemoryLog
 from toolkit.prune.pruning import Pruning

@@ -13,7 +13,7 @@ from toolkit.builder.optimizer import resolve_optimizer
 from toolkit.cli import parse
 from toolkit.dist import World
 from toolkit.engine.checkpoint import CheckpointStore, load_checkpoint
-from toolkit.engine.engines.ddp import DdpEngine
+from toolkit.engine.engines.ddp import Engine
 
 REFUSED = {"adahessian": "second derivatives", **dict.fromkeys(("kron", "kronc", "kronw"), "compiles parts of itself")}
 PACKAGES = {"bnb": "bitsandbytes", "fused": "apex"}  # names that begin so come with another package
@@ -30,7 +30,7 @@ def make(name):
         warnings.simplefilter("ignore")
         optimizer = create_optimizer_v2(model, name, lr=1e-3, **(PRUNED if ours else {}))
     accelerator = Accelerator(cpu=True)
-    return DdpEngine(accelerator, model, model, optimizer, optimizer, World.detect(torch.device("cpu")))
+    return Engine(accelerator, model, model, optimizer, optimizer, World.detect(torch.device("cpu")))
 
 
 def train(engine, first, last):
