@@ -99,7 +99,8 @@ def new_accelerator(config: Config) -> Accelerator:
     on_cpu, engine = not torch.cuda.is_available(), launched_engine()
     timeout = datetime.timedelta(seconds=config.dist_timeout)
     stay_on_this_host()
-    _join_after_restart("gloo" if on_cpu else "nccl", timeout)
+    backend = "gloo" if on_cpu else "nccl"
+    _join_after_restart(backend, timeout)
     if engine == "ddp":
         return Accelerator(
             cpu=on_cpu,
@@ -121,7 +122,7 @@ def new_accelerator(config: Config) -> Accelerator:
     return Accelerator(
         mixed_precision="no",
         deepspeed_plugin=_deepspeed_plugin(config, on_cpu),
-        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=timeout)],
+        kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=timeout)],
     )
 
 

@@ -6,6 +6,7 @@ optimizers make in their update are left out (they decide only where the batch i
 top (see `needed_bytes`). The rows of FSDP2 and ZeRO are arithmetic that was not compared with a measurement.
 """
 
+import bisect
 import dataclasses
 import math
 import re
@@ -22,6 +23,7 @@ from toolkit.builder.recompute import checkpoint_activations
 from toolkit.config import Config
 from toolkit.engine.engines.ddp import Engine
 from toolkit.log import get_logger
+from toolkit.markdown import MIB
 from toolkit.memory.activations import track_step
 from toolkit.memory.arithmetic import ParameterFacts, predict_optimizer_rows
 from toolkit.memory.ledger import is_optimizer_row
@@ -115,11 +117,6 @@ class Prediction:
             on_progress=log,
         )
 
-    @property
-    def final_sparsity(self) -> float | None:
-        """Sparsity at the end, None where nothing is ever pruned."""
-        return None if self.method == "none" else self.config.sparsity
-
     def _parameters_at(self, sparsity: float) -> list[ParameterFacts]:
         left = math.floor(sparsity * sum(one.numel for one in self.parameters if one.prunable and one.trained))
         facts = []
@@ -155,7 +152,8 @@ class Prediction:
 
     def ledgers(self, batch_size: int) -> dict[str, dict[str, int]]:
         """The ledger at the peak in the dense phase and at final sparsity."""
-        return {"dense": self.ledger(batch_size, None), "final": self.ledger(batch_size, self.final_sparsity)}
+        final_sparsity = None if self.method == "none" else self.config.sparsity
+        return {"dense": self.ledger(batch_size, None), "final": self.ledger(batch_size, final_sparsity)}
 
     def peaks(self, batch_size: int) -> dict[str, int]:
         """Peak allocated bytes in the dense phase and at final sparsity."""
@@ -167,13 +165,10 @@ class Prediction:
 
     def largest_batch(self, limit_bytes: int) -> int:
         """The largest batch size whose `needed_bytes` stay within the limit; 0 where none does."""
-        low, high = 0, 1
-        while self.needed_bytes(high) <= limit_bytes:
-            low, high = high, 2 * high
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self.needed_bytes(middle) <= limit_bytes else (low, middle)
-        return low
+        too_large = 1
+        while self.needed_bytes(too_large) <= limit_bytes:
+            too_large *= 2
+        return bisect.bisect_right(range(1, too_large), limit_bytes, key=self.needed_bytes)
 
 
 def predict_run(
@@ -253,7 +248,6 @@ def predict(
 
 def to_text(result: dict[str, Any]) -> str:
     """The prediction as a table in MiB."""
-    mib = 2**20
     dense, final = result["ledger"]["dense"], result["ledger"]["final"]
     lines = [
         f"{result['model']}, batch {result['batch_size']} a rank, {'x'.join(map(str, result['input_size']))}, "
@@ -261,14 +255,13 @@ def to_text(result: dict[str, Any]) -> str:
         "",
         f"{'':18}{'dense phase':>14}{'final sparsity':>16}",
     ]
-    for row in dict.fromkeys([*dense, *final]):
-        lines.append(f"{row:18}{dense.get(row, 0) / mib:14,.1f}{final.get(row, 0) / mib:16,.1f}")
-    peaks = result["peak_allocated_bytes"]
-    lines.append(f"{'peak allocated':18}{peaks['dense'] / mib:14,.1f}{peaks['final'] / mib:16,.1f}")
+    rows = {row: (dense.get(row, 0), final.get(row, 0)) for row in [*dense, *final]}
+    rows["peak allocated"] = tuple(result["peak_allocated_bytes"][phase] for phase in ("dense", "final"))
+    lines += [f"{row:18}{first / MIB:14,.1f}{last / MIB:16,.1f}" for row, (first, last) in rows.items()]
     lines += [
         "",
-        f"A GPU should have about {result['needed_bytes'] / mib:,.0f} MiB: the higher peak × {RESERVED_OVER_ALLOCATED} "
-        f"for the allocator's cache, and {CONTEXT_BYTES // mib} MiB of context (rules of thumb).",
+        f"A GPU should have about {result['needed_bytes'] / MIB:,.0f} MiB: the higher peak × {RESERVED_OVER_ALLOCATED} "
+        f"for the allocator's cache, and {CONTEXT_BYTES // MIB} MiB of context (rules of thumb).",
     ]
     if "fits" in result:
         limit, fits = result["fits"]["limit_bytes"], result["fits"]["fits"]

@@ -2,14 +2,13 @@
 
 import dataclasses
 import shutil
-from functools import partial
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
-from timm.utils import ModelEmaV3
-from torch import Tensor, nn
+from timm.utils import ModelEmaV3, random_seed
+from torch import nn
 
 import toolkit.optim  # noqa: F401  registers our optimizers
 from toolkit.builder.accelerator import create_engine
@@ -22,12 +21,13 @@ from toolkit.builder.optimizer import (
     base_learning_rate,
     create_optimizer,
     keep_zeros,
+    prunable_weights,
     pruning_schedule,
     resolve_optimizer,
     total_epochs,
 )
 from toolkit.builder.predict import predict_run
-from toolkit.builder.process import create_accelerator, run_folder, seed_everything
+from toolkit.builder.process import create_accelerator, run_folder
 from toolkit.config import Config
 from toolkit.data.loader import TrainLoader
 from toolkit.dist import World
@@ -35,10 +35,9 @@ from toolkit.engine.checkpoint import CheckpointStore
 from toolkit.engine.engines.ddp import Engine
 from toolkit.engine.run import Plan, Run
 from toolkit.log import get_logger
-from toolkit.memory.ledger import Owners, find_owners
-from toolkit.memory.phases import Phase, plan_phases
+from toolkit.memory.ledger import find_owners
+from toolkit.memory.phases import plan_phases
 from toolkit.memory.recorder import RANKS_FOLDER, MemoryLog
-from toolkit.prune.groups import prunable_names
 from toolkit.prune.schedule import Schedule
 
 
@@ -55,7 +54,7 @@ def build_run(config: Config) -> Run:
     config = with_automatic_batch_size(config, data, world.num_ranks)
 
     # Model and batches
-    seed_everything(config.seed)
+    random_seed(config.seed)  # the same model on every rank; samples and mixing have their own generators
     module = create_model(config, data.num_classes)
     inputs = input_settings(config, module)
     train_loader, eval_loader = create_loaders(config, data, inputs, world)
@@ -68,7 +67,7 @@ def build_run(config: Config) -> Run:
     lr = base_learning_rate(config, opt, plan.global_batch_size)
     schedule = pruning_schedule(config, method, plan.total_steps)
     engine, scheduler = _engine(config, opt, lr, accelerator, module, schedule, train_loader.steps, world)
-    prunable = _prunable(module)
+    prunable = prunable_weights(module)
 
     # The run's folder, and what the run says of itself
     facts = run_facts(config, data, opt, method, lr, schedule, plan, world)
@@ -78,7 +77,14 @@ def build_run(config: Config) -> Run:
         shutil.rmtree(folder / RANKS_FOLDER, ignore_errors=True)  # of a run that was killed here
         write_args(folder, dataclasses.replace(asked, batch_size=config.batch_size))
         get_logger().info("%s", describe(facts, folder, module, prunable))
-    memory.begin(partial(_owners, engine, ema, world.num_ranks > 1), _phases(config, plan, schedule), folder)
+    memory.begin(
+        # The optimizer's state is looked up anew: a load replaces it.
+        lambda: find_owners(module, engine.optimizer_state, ema=ema, in_buckets=world.num_ranks > 1),
+        plan_phases(
+            plan.total_steps, 0 if config.sched == "none" else config.warmup_epochs * plan.steps_per_epoch, schedule
+        ),
+        folder,
+    )
     return Run(
         plan=plan,
         engine=engine,
@@ -117,22 +123,6 @@ def _engine(
     keep_zeros(optimizer, module, config, schedule)
     scheduler, _ = create_scheduler_v2(optimizer, **scheduler_kwargs(config), updates_per_epoch=steps_per_epoch)
     return create_engine(config, opt, accelerator, module, optimizer, world), scheduler
-
-
-def _prunable(module: nn.Module) -> list[tuple[str, Tensor]]:
-    """The weights that pruning counts: frozen ones the optimizer does not see, and leaves alone."""
-    names = prunable_names(module)
-    return [(name, weight) for name, weight in module.named_parameters() if name in names and weight.requires_grad]
-
-
-def _owners(engine: Engine, ema: nn.Module | None, in_buckets: bool) -> Owners:
-    """Whose tensors the memory ledger counts. (The optimizer's state is looked up anew: a load replaces it.)"""
-    return find_owners(engine.module, engine.optimizer_state, ema=ema, in_buckets=in_buckets)
-
-
-def _phases(config: Config, plan: Plan, schedule: Schedule) -> list[Phase]:
-    warmup_steps = 0 if config.sched == "none" else config.warmup_epochs * plan.steps_per_epoch
-    return plan_phases(plan.total_steps, warmup_steps, schedule)
 
 
 def _plan(config: Config, loader: TrainLoader) -> Plan:

@@ -26,11 +26,12 @@ from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from toolkit.dist import World
-from toolkit.files import inside, read_json, sync_to_disk, write_atomically
+from toolkit.files import inside, read_json, sync_to_disk, write_json
 from toolkit.log import get_logger
 from toolkit.memory.ledger import storage_key
 
 _STATE, _TENSORS, _COMPLETE, _BEST = "state.pt", "tensors", "COMPLETE", "best.json"
+_NAME = re.compile("step-[0-9]+")
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
@@ -59,11 +60,7 @@ def step_of(folder: Path) -> int:
 def complete_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     found = (path.parent for path in folder.glob(f"step-*/{_COMPLETE}"))
-    return sorted((path for path in found if _is_named_by_step(path)), key=step_of)
-
-
-def _is_named_by_step(folder: Path) -> bool:
-    return re.fullmatch(r"step-[0-9]+", folder.name) is not None
+    return sorted((path for path in found if _NAME.fullmatch(path.name)), key=step_of)
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -82,10 +79,9 @@ def best_checkpoint(folder: Path) -> Path | None:
 
 def read_identity(path: Path) -> dict[str, Any]:
     """What a checkpoint says it belongs to. Raises ValueError where the folder is not a complete checkpoint."""
-    if not (path / _COMPLETE).is_file() or not _is_named_by_step(path):
+    if not (path / _COMPLETE).is_file() or not _NAME.fullmatch(path.name):
         raise ValueError(f"{path} is not a complete checkpoint, a step-<number> folder; --resume auto finds the newest")
-    identity, _ = _read_mark(path)
-    return identity
+    return _read_mark(path)[0]
 
 
 def _read_mark(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
@@ -215,8 +211,7 @@ class CheckpointStore:
             try:
                 final = self._write(state, tensors or {}, step, facts)
                 if best:
-                    content = {"checkpoint": final.name, "metric": metric}
-                    write_atomically(self._folder / _BEST, json.dumps(content) + "\n")
+                    write_json(self._folder / _BEST, {"checkpoint": final.name, "metric": metric})
                 sync_to_disk(self._folder)
                 self._prune()
             except (OSError, dcp.api.CheckpointException) as error:
@@ -244,7 +239,7 @@ class CheckpointStore:
         files = sorted(path for path in temporary.rglob("*") if path.is_file())
         sums = {str(path.relative_to(temporary)): _checksum(path) for path in files}
         (temporary / _COMPLETE).write_text(json.dumps({**facts, "files": sums}) + "\n")
-        for path in (*files, temporary / _COMPLETE, *(p for p in (temporary / _TENSORS,) if p.is_dir()), temporary):
+        for path in (*temporary.rglob("*"), temporary):
             sync_to_disk(path)
         if final.exists():  # out of the way whole: a half-removed folder must not look complete
             final.rename(self._folder / f"tmp-old-{step:08d}")
@@ -260,10 +255,9 @@ class CheckpointStore:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _refusal_of_the_disk(error: BaseException) -> OSError:
+def _refusal_of_the_disk(error: OSError | dcp.api.CheckpointException) -> OSError:
     """The OSError in it; torch.distributed.checkpoint wraps what each rank raised. Anything else is raised."""
-    failures = getattr(error, "failures", None)
-    inner = next(iter(failures.values()))[0] if failures else error
-    if isinstance(inner, OSError):
-        return inner
-    raise inner
+    inner = error if isinstance(error, OSError) else next(iter(error.failures.values()))[0]
+    if not isinstance(inner, OSError):
+        raise inner
+    return inner

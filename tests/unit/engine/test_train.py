@@ -224,8 +224,8 @@ def test_two_runs_in_one_folder_are_refused_and_a_leftover_lock_is_no_obstacle(f
         [
             sys.executable,
             "-c",
-            "import sys, time; from pathlib import Path; from toolkit.engine.lock import FolderLock;"
-            "lock = FolderLock(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)",
+            "import sys, time; from pathlib import Path; from toolkit.engine.lock import lock_folder;"
+            "lock = lock_folder(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)",
             str(folder),
         ],
         stdout=subprocess.PIPE,
