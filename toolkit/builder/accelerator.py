@@ -94,7 +94,7 @@ def _join_after_restart(backend: str, timeout: datetime.timedelta) -> None:
         )
 
 
-def new_accelerator(config: Config) -> Accelerator:
+def _join(config: Config) -> Accelerator:
     """Join the process group by the engine's way."""
     on_cpu, engine = not torch.cuda.is_available(), launched_engine()
     timeout = datetime.timedelta(seconds=config.dist_timeout)
@@ -146,6 +146,30 @@ def _deepspeed_plugin(config: Config, on_cpu: bool) -> Any:
         steps_per_print=2**31,
     )
     return plugin
+
+
+def create_accelerator(config: Config) -> Accelerator:
+    """Join the process group. Raises ValueError where Accelerate did not take all processes the launcher started."""
+    check_engine(config)
+    if config.mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise ValueError("--amp fp16 needs a GPU (there is no fp16 autocast on CPU); use --amp bf16")
+    accelerator = _join(config)
+    expected, found = int(os.environ.get("WORLD_SIZE", "1")), accelerator.num_processes
+    refuse(
+        {
+            # accelerate launch --cpu --num_processes 2, or distributed_type MULTI_CPU
+            "was asked for several processes but started one; use --config_file accelerate_configs/cpu.yaml": (
+                "MASTER_ADDR" in os.environ and "LOCAL_RANK" not in os.environ
+            ),
+            f"started {expected} processes but Accelerate sees {found}; start with accelerate launch --config_file "
+            "accelerate_configs/<machine>.yaml": found != expected,
+        },
+        "the launcher {}",
+    )
+    if accelerator.device.type == "cuda":  # as timm's train.py sets them
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+    return accelerator
 
 
 def create_engine(

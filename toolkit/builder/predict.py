@@ -1,4 +1,4 @@
-"""What training will take of a GPU, row by row, before one is touched.
+"""What training will take of a GPU, row by row, before one is touched, and the batch that fits.
 
 Forward and backward are tracked on fake tensors, optimizer state, masks, averages and buckets follow by arithmetic. The
 figure is what torch's allocator has given out at its peak in forward and backward; the copies that torch's own
@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from toolkit.builder.data import batch_size_per_rank, input_settings
+from toolkit.builder.data import DataSet, batch_size_per_rank, input_settings
 from toolkit.builder.model import amp_dtype, create_model
 from toolkit.builder.optimizer import resolve_optimizer
 from toolkit.builder.recompute import checkpoint_activations
 from toolkit.config import Config
 from toolkit.engine.engines.ddp import Engine
+from toolkit.errors import refuse
 from toolkit.log import get_logger
 from toolkit.markdown import MIB
 from toolkit.memory.activations import track_step
@@ -206,6 +207,54 @@ def parse_bytes(text: str) -> int:
     return int(float(match.group(1)) * _UNITS[match.group(2)])
 
 
+def with_automatic_batch_size(config: Config, data: DataSet, num_ranks: int) -> Config:
+    """`config` with the batch size that --auto-batch-size asks for, or as it is without that flag."""
+    if not config.auto_batch_size:
+        return config
+    if config.global_batch_size is not None:
+        raise ValueError("--auto-batch-size and --global-batch-size both set the batch; leave one out")
+    limit_bytes = parse_bytes(config.auto_batch_size)
+    prediction = Prediction(config, data.num_classes, num_ranks)
+    most = len(data.train) // (num_ranks * config.grad_accum_steps)
+    found = min(prediction.largest_batch(limit_bytes), most)
+    if config.mixes:
+        found -= found % 2  # mixup and CutMix pair images
+    if found < 1:
+        raise ValueError(
+            f"--auto-batch-size {config.auto_batch_size}: one image needs {prediction.needed_bytes(1) / MIB:,.0f} "
+            "MiB; use --amp, --grad-checkpointing or a smaller model"
+        )
+    get_logger().info(
+        "--auto-batch-size %s: %d images per rank, predicted to need %.0f MiB%s",
+        config.auto_batch_size,
+        found,
+        prediction.needed_bytes(found) / MIB,
+        " (all the data there is)" if found == most else "",
+    )
+    return dataclasses.replace(config, batch_size=found)
+
+
+def confirm_batch_size(model: nn.Module, config: Config, size: tuple[int, ...], device: torch.device) -> None:
+    """Forward and backward once at the batch size found, on a GPU; leaves weights, buffers, generators as they were."""
+    if not config.auto_batch_size or device.type != "cuda":
+        return
+    kept = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    amp = amp_dtype(config)
+    try:
+        with torch.random.fork_rng([device]), torch.autocast("cuda", dtype=amp, enabled=amp is not None):
+            model.train()(torch.zeros(config.batch_size, *size, device=device)).float().sum().backward()
+    except torch.cuda.OutOfMemoryError as error:
+        raise ValueError(
+            f"a step with the predicted {config.batch_size} images per rank does not fit this GPU "
+            f"({str(error).splitlines()[0]}); give --auto-batch-size less"
+        ) from None
+    finally:
+        model.zero_grad(set_to_none=True)
+        for name, buffer in model.named_buffers():
+            buffer.copy_(kept[name])
+        torch.cuda.empty_cache()
+
+
 def predict(
     config: Config,
     num_ranks: int = 1,
@@ -216,10 +265,12 @@ def predict(
     log: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """The prediction as one JSON object: peaks, both ledgers, and what `--fits` and `--max-batch-size` ask."""
-    if num_ranks < 1:
-        raise ValueError(f"--ranks {num_ranks} must be at least 1")
-    if config.auto_batch_size:
-        raise ValueError("--auto-batch-size is answered by --max-batch-size here; give that")
+    refuse(
+        {
+            f"--ranks {num_ranks} must be at least 1": num_ranks < 1,
+            "--auto-batch-size is answered by --max-batch-size here; give that": config.auto_batch_size,
+        }
+    )
     batch_size = batch_size_per_rank(config, num_ranks)
     prediction = Prediction(config, num_ranks=num_ranks, engine=engine, log=log)
     result: dict[str, Any] = {

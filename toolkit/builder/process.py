@@ -1,4 +1,4 @@
-"""How a process joins its run: Accelerate, the run folder."""
+"""How a process joins its run: its launcher, and the run folder."""
 
 import os
 import time
@@ -6,10 +6,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate import Accelerator
-
-from toolkit.builder.accelerator import check_engine, new_accelerator
 from toolkit.builder.resume import check_same_settings
 from toolkit.config import Config
 from toolkit.dist import World
@@ -24,7 +20,7 @@ from toolkit.engine.checkpoint import (
 from toolkit.engine.history import is_complete
 from toolkit.engine.lock import lock_folder
 from toolkit.engine.snapshot import IDENTITY
-from toolkit.errors import RunCompleteError, refuse
+from toolkit.errors import RunCompleteError
 from toolkit.files import inside, refuse_links_out
 from toolkit.log import get_logger, start_logging
 from toolkit.process import die_with_parent
@@ -39,30 +35,6 @@ def die_with_launcher() -> None:
     """
     if "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ:
         die_with_parent(os.getppid())
-
-
-def create_accelerator(config: Config) -> Accelerator:
-    """Join the process group. Raises ValueError where Accelerate did not take all processes the launcher started."""
-    check_engine(config)
-    if config.mixed_precision == "fp16" and not torch.cuda.is_available():
-        raise ValueError("--amp fp16 needs a GPU (there is no fp16 autocast on CPU); use --amp bf16")
-    accelerator = new_accelerator(config)
-    expected, found = int(os.environ.get("WORLD_SIZE", "1")), accelerator.num_processes
-    refuse(
-        {
-            # accelerate launch --cpu --num_processes 2, or distributed_type MULTI_CPU
-            "was asked for several processes but started one; use --config_file accelerate_configs/cpu.yaml": (
-                "MASTER_ADDR" in os.environ and "LOCAL_RANK" not in os.environ
-            ),
-            f"started {expected} processes but Accelerate sees {found}; start with accelerate launch --config_file "
-            "accelerate_configs/<machine>.yaml": found != expected,
-        },
-        "the launcher {}",
-    )
-    if accelerator.device.type == "cuda":  # as timm's train.py sets them
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.benchmark = True
-    return accelerator
 
 
 def run_folder(config: Config, opt: str, facts: dict[str, Any], world: World) -> tuple[Path, Path | None, ExitStack]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,8 +12,7 @@ from timm.utils import ModelEmaV3, random_seed
 from torch import nn
 
 import toolkit.optim  # noqa: F401  registers our optimizers
-from toolkit.builder.accelerator import create_engine
-from toolkit.builder.batch import confirm_batch_size, with_automatic_batch_size
+from toolkit.builder.accelerator import create_accelerator, create_engine
 from toolkit.builder.data import augment, create_loaders, input_settings, open_data, to_inputs
 from toolkit.builder.metadata import describe, run_facts, write_args
 from toolkit.builder.model import create_model, place_model, train_loss
@@ -26,17 +26,16 @@ from toolkit.builder.optimizer import (
     resolve_optimizer,
     total_epochs,
 )
-from toolkit.builder.predict import predict_run
-from toolkit.builder.process import create_accelerator, run_folder
+from toolkit.builder.predict import confirm_batch_size, predict_run, with_automatic_batch_size
+from toolkit.builder.process import run_folder
 from toolkit.config import Config
 from toolkit.data.loader import TrainLoader
 from toolkit.dist import World
-from toolkit.engine.checkpoint import CheckpointStore
 from toolkit.engine.engines.ddp import Engine
 from toolkit.engine.run import Plan, Run
 from toolkit.log import get_logger
-from toolkit.memory.ledger import find_owners
-from toolkit.memory.phases import plan_phases
+from toolkit.memory.ledger import Owners, find_owners
+from toolkit.memory.phases import Phase, plan_phases
 from toolkit.memory.recorder import RANKS_FOLDER, MemoryLog
 from toolkit.prune.schedule import Schedule
 
@@ -77,14 +76,7 @@ def build_run(config: Config) -> Run:
         shutil.rmtree(folder / RANKS_FOLDER, ignore_errors=True)  # of a run that was killed here
         write_args(folder, dataclasses.replace(asked, batch_size=config.batch_size))
         get_logger().info("%s", describe(facts, folder, module, prunable))
-    memory.begin(
-        # The optimizer's state is looked up anew: a load replaces it.
-        lambda: find_owners(module, engine.optimizer_state, ema=ema, in_buckets=world.num_ranks > 1),
-        plan_phases(
-            plan.total_steps, 0 if config.sched == "none" else config.warmup_epochs * plan.steps_per_epoch, schedule
-        ),
-        folder,
-    )
+    memory.begin(partial(_owners, engine, ema, world.num_ranks > 1), _phases(config, plan, schedule), folder)
     return Run(
         plan=plan,
         engine=engine,
@@ -101,7 +93,6 @@ def build_run(config: Config) -> Run:
         schedule=schedule,
         prunable=prunable,
         predict_memory=lambda: predict_run(config, engine, facts["num_classes"], world.num_ranks),
-        checkpoints=CheckpointStore(folder / "checkpoints", world, config.checkpoint_hist),
         memory=memory,
         facts=facts,
         resume_from=resume_from,
@@ -125,6 +116,16 @@ def _engine(
     return create_engine(config, opt, accelerator, module, optimizer, world), scheduler
 
 
+def _owners(engine: Engine, ema: nn.Module | None, in_buckets: bool) -> Owners:
+    """Whose tensors the memory ledger counts. (The optimizer's state is looked up anew: a load replaces it.)"""
+    return find_owners(engine.module, engine.optimizer_state, ema=ema, in_buckets=in_buckets)
+
+
+def _phases(config: Config, plan: Plan, schedule: Schedule) -> list[Phase]:
+    warmup_steps = 0 if config.sched == "none" else config.warmup_epochs * plan.steps_per_epoch
+    return plan_phases(plan.total_steps, warmup_steps, schedule)
+
+
 def _plan(config: Config, loader: TrainLoader) -> Plan:
     return Plan(
         epochs=total_epochs(config, loader.steps),
@@ -134,6 +135,7 @@ def _plan(config: Config, loader: TrainLoader) -> Plan:
         log_interval=config.log_interval,
         val_interval=config.val_interval,
         checkpoint_interval=config.checkpoint_interval,
+        checkpoint_hist=config.checkpoint_hist,
         eval_metric=config.eval_metric,
         dist_bn=config.dist_bn,
         max_bad_images=config.max_bad_images,

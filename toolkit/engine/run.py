@@ -10,7 +10,6 @@ from torch import Tensor
 
 from toolkit.data.loader import Batch, EvalLoader, TrainLoader
 from toolkit.dist import World
-from toolkit.engine.checkpoint import CheckpointStore
 from toolkit.engine.engines.ddp import Engine
 from toolkit.memory.recorder import MemoryLog
 from toolkit.prune.pruning import Pruning
@@ -28,6 +27,7 @@ class Plan:
     log_interval: int
     val_interval: int
     checkpoint_interval: int
+    checkpoint_hist: int
     eval_metric: str
     dist_bn: str
     max_bad_images: float
@@ -57,7 +57,6 @@ class Run:
     schedule: Schedule
     prunable: list[tuple[str, Tensor]]
     predict_memory: Callable[[], tuple[dict[str, int], dict[str, dict[str, int]]]]
-    checkpoints: CheckpointStore
     memory: MemoryLog
     facts: dict[str, Any]
     resume_from: Path | None

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from toolkit.engine.checkpoint import load_checkpoint, random_state, restore_random_state
+from toolkit.engine.checkpoint import load_checkpoint, random_state, restore_random_state, save_checkpoint
 from toolkit.engine.history import History
 from toolkit.engine.run import Run
 from toolkit.log import get_logger
@@ -65,7 +65,17 @@ def save_snapshot(run: Run, history: History, update: int, metric: float | None 
             "versions": {name: str(version) for name, version in run.facts["versions"].items()},
         }
         identity = {key: run.facts[key] for key in IDENTITY}
-        return run.checkpoints.save(state, update, tensors=tensors, identity=identity, metric=metric, best=best)
+        return save_checkpoint(
+            run.folder / "checkpoints",
+            state,
+            update,
+            world=run.world,
+            history=run.plan.checkpoint_hist,
+            tensors=tensors,
+            identity=identity,
+            metric=metric,
+            best=best,
+        )
 
 
 def _state_of(part: Any) -> dict[str, Any] | None:
