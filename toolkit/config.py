@@ -260,9 +260,14 @@ def _check_value(item: dataclasses.Field[Any], value: Any) -> None:
     if isinstance(value, str) and not meta.get("at_build") and _UNPRINTABLE.search(value):
         raise ValueError(f"{flag} {value!r} has a character that cannot be printed; use plain text on one line")
     if isinstance(value, dict):
-        bad = [key for key in value if not (isinstance(key, str) and key.isidentifier())]
-        if bad:
-            raise ValueError(f"{flag} {bad[0]!r} is no argument's name; give key=value")
+        refuse(
+            {
+                f"{flag} {key!r} is no argument's name; give key=value": not (
+                    isinstance(key, str) and key.isidentifier()
+                )
+                for key in value
+            }
+        )
     shown = f"{flag} {' '.join(map(str, value)) if many else value}"
     counts = (meta["nargs"],) if many and isinstance(meta["nargs"], int) else meta.get("counts")
     if many and counts and len(value) not in counts:

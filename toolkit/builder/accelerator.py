@@ -50,9 +50,14 @@ def check_engine(config: Config) -> None:
             "--clip-grad",
         ),
     }
-    for key, (value, neutral, flag, name) in said.items():
-        if value not in (neutral, flag):
-            raise ValueError(f"the launch file says {key}: {value}, {name} says {flag}; leave {key} out of the file")
+    refuse(
+        {
+            f"the launch file says {key}: {value}, {name} says {flag}; leave {key} out of the file": (
+                value not in (neutral, flag)
+            )
+            for key, (value, neutral, flag, name) in said.items()
+        }
+    )
     engine = launched_engine()
     lacking = {
         "--model-ema": config.model_ema,

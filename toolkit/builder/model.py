@@ -28,11 +28,13 @@ def create_model(config: Config, num_classes: int) -> nn.Module:
     if not timm.is_model(config.model.partition(".")[0]):
         near = difflib.get_close_matches(config.model, timm.list_models(), n=3)
         raise ValueError(f"--model {config.model} is not a timm model; did you mean {', '.join(near) or 'resnet50'}?")
-    if config.initial_checkpoint and not Path(config.initial_checkpoint).exists():
-        raise ValueError(f"--initial-checkpoint {config.initial_checkpoint} does not exist; check the path")
-    num_classes = config.num_classes or num_classes
-    if num_classes < 1:
-        raise ValueError(f"{config.data_dir} does not say how many classes it has; add --num-classes")
+    num_classes, start = config.num_classes or num_classes, config.initial_checkpoint
+    refuse(
+        {
+            f"--initial-checkpoint {start} does not exist; check the path": start and not Path(start).exists(),
+            f"{config.data_dir} does not say how many classes it has; add --num-classes": num_classes < 1,
+        }
+    )
     options: dict[str, Any] = {"drop_rate": config.drop, **config.model_kwargs}
     if config.drop_path is not None:
         options["drop_path_rate"] = config.drop_path

@@ -20,7 +20,7 @@ from toolkit.engine.checkpoint import (
 from toolkit.engine.history import is_complete
 from toolkit.engine.lock import lock_folder
 from toolkit.engine.snapshot import IDENTITY
-from toolkit.errors import RunCompleteError
+from toolkit.errors import RunCompleteError, refuse
 from toolkit.files import inside, refuse_links_out
 from toolkit.log import get_logger, start_logging
 from toolkit.process import die_with_parent
@@ -109,12 +109,10 @@ def _newest_sound_checkpoint(folder: Path, world: World) -> Path | None:
 def _check_identity(checkpoint: Path, facts: dict[str, Any], folder: Path, world: World) -> None:
     """Raise ValueError unless the checkpoint is of this very run; then drop the later ones that it departs from."""
     identity = read_identity(checkpoint)
-    for key in IDENTITY:
-        if identity.get(key) != facts[key]:
-            raise ValueError(
-                f"--resume: the checkpoint has {key} {identity.get(key)}, this run {facts[key]}; use the "
-                "settings of its args.yaml, or another --experiment"
-            )
+    refuse(
+        {f"{key} {identity.get(key)}, this run {facts[key]}": identity.get(key) != facts[key] for key in IDENTITY},
+        "--resume: the checkpoint has {}; use the settings of its args.yaml, or another --experiment",
+    )
     world.barrier()
     if world.is_main:
         for name in discard_after(folder / "checkpoints", step_of(checkpoint)):
