@@ -52,8 +52,7 @@ def _probe(cell: Cell) -> dict[str, Any]:
         step_s = statistics.median(taken[min(_WARM_UP, len(taken) - 1) :])
         _, peaks = run.predict_memory()
         run.memory.close()
-        if run.lock is not None:
-            run.lock.release()
+        run.lock.close()
     return {
         "step_s": step_s,
         "steps": plan.total_steps,

@@ -63,7 +63,7 @@ def _build_parser(prog: str) -> _Parser:
         meta = item.metadata
         if "group" in meta:
             group = parser.add_argument_group(meta["group"])
-        default = item.default_factory() if callable(item.default_factory) else item.default
+        default = meta["default"]
         names = [flag_name(item), *([meta["short"]] if "short" in meta else [])]
         shown = f" (default {default})" if default not in (None, "", False) and default != {} else ""
         options: dict[str, Any] = {"dest": item.name, "help": meta["help"].replace("%", "%%") + shown}
@@ -73,8 +73,8 @@ def _build_parser(prog: str) -> _Parser:
         elif isinstance(default, dict):
             options |= {"action": _KeyValues, "nargs": meta["nargs"], "metavar": "KEY=VALUE"}
         else:
-            options["type"] = meta.get("kind") or (type(default) if isinstance(default, (int, float)) else str)
             options |= {key: meta[key] for key in ("nargs", "const", "choices") if key in meta}
+            options["type"] = meta["kind"]
             if "choices" in meta:
                 options["choices"] = [choice for choice in meta["choices"] if choice != "default"]
                 if "const" in meta:  # argparse would refuse its own const; __post_init__ checks the value
@@ -114,19 +114,16 @@ def _read_recipe(path: str) -> dict[str, Any]:
 def _checked(item: dataclasses.Field[Any], value: Any, path: str) -> Any:
     """A recipe's value in the type of its field; 1e-3 and 1 are good floats, True is a good bool only."""
     meta = item.metadata
-    default = item.default_factory() if callable(item.default_factory) else item.default
-    if value is None and default is None:
-        return None
     many = isinstance(meta.get("nargs"), int) or meta.get("nargs") == "+"
-    kind = dict if isinstance(default, dict) else meta.get("kind") or (str if default is None else type(default))
+    if value is None and meta["default"] is None:
+        return None
     try:
         if many:
             return [_scalar(meta["kind"], entry) for entry in value]
-        return _scalar(kind, meta["const"] if value is True and "const" in meta else value)
+        return _scalar(meta["kind"], meta["const"] if value is True and "const" in meta else value)
     except (TypeError, ValueError):
-        raise ValueError(
-            f"{item.name}: {value!r} in {path} must be {'a list of ' if many else ''}{kind.__name__}"
-        ) from None
+        kind = f"{'a list of ' if many else ''}{meta['kind'].__name__}"
+        raise ValueError(f"{item.name}: {value!r} in {path} must be {kind}") from None
 
 
 def _scalar(kind: type, value: Any) -> Any:

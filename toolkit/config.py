@@ -6,11 +6,14 @@ defaults are timm's wherever timm has the flag. Order of precedence: command lin
 
 import dataclasses
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any
 
+from toolkit.errors import refuse
 from toolkit.files import check_name
+
+_PRECISIONS = {"float16": "fp16", "fp16": "fp16", "bfloat16": "bf16", "bf16": "bf16"}
 
 
 def _flag(default: Any, help_text: str, **options: Any) -> Any:
@@ -19,9 +22,11 @@ def _flag(default: Any, help_text: str, **options: Any) -> Any:
     Options: group (once, at its first flag), kind, nargs, const, choices, short; and what `_check_value` holds a value
     against: within (an interval), counts (of values that nargs="+" may have), ordered; at_build: timm judges the text.
     """
+    kind: Any = str if default is None else type(default)
+    metadata = {"help": help_text, "default": default, "kind": kind, **options}
     if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: type(default)(default), metadata={"help": help_text, **options})
-    return field(default=default, metadata={"help": help_text, **options})
+        return field(default_factory=partial(kind, default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -191,35 +196,35 @@ class Config:
             value = getattr(self, item.name)
             if value is not None:
                 _check_value(item, value)
-        if not 0 <= self.prune_begin < self.prune_end <= 1:
-            raise ValueError(
-                f"--prune-begin {self.prune_begin} and --prune-end {self.prune_end} are fractions of all steps; "
-                "use 0 <= begin < end <= 1"
-            )
-        if self.amp_dtype and not self.amp:
-            raise ValueError(f"--amp-dtype {self.amp_dtype} does nothing without --amp; add --amp or drop it")
-        if self.amp_dtype and self.amp not in (None, "default") and self.amp_dtype != self._amp_name():
-            raise ValueError(f"--amp {self.amp} and --amp-dtype {self.amp_dtype} disagree; keep one of them")
-        if self.sched == "plateau" and self.sched_on_updates:
-            raise ValueError("--sched plateau looks at each epoch's metric; drop --sched-on-updates")
-        if self.mixed_precision == "fp16" and self.sparsity and self.prune_end > 0.9:
-            raise ValueError(
+        refuse(
+            {
+                f"--prune-begin {self.prune_begin} and --prune-end {self.prune_end} are fractions of all steps; use "
+                "0 <= begin < end <= 1": not 0 <= self.prune_begin < self.prune_end <= 1,
+                f"--amp-dtype {self.amp_dtype} does nothing without --amp; add --amp or drop it": (
+                    self.amp_dtype and not self.amp
+                ),
+                f"--amp {self.amp} and --amp-dtype {self.amp_dtype} disagree; keep one of them": (
+                    self.amp_dtype and self.mixed_precision != _PRECISIONS[self.amp_dtype]
+                ),
+                "--sched plateau looks at each epoch's metric; drop --sched-on-updates": (
+                    self.sched == "plateau" and self.sched_on_updates
+                ),
                 f"--prune-end {self.prune_end} with --amp fp16: steps that the gradient scaler skips put the last mask "
-                "update behind the end; use --prune-end 0.9 or less, or --amp bf16"
-            )
-        if self.global_batch_size is not None and "batch_size" in self.given:
-            raise ValueError("-b and --global-batch-size both set the batch; keep one of them")
-
-    def _amp_name(self) -> str:
-        return {"fp16": "float16", "bf16": "bfloat16"}.get(self.amp or "", self.amp or "")
+                "update behind the end; use --prune-end 0.9 or less, or --amp bf16": (
+                    self.mixed_precision == "fp16" and self.sparsity and self.prune_end > 0.9
+                ),
+                "-b and --global-batch-size both set the batch; keep one of them": (
+                    self.global_batch_size is not None and "batch_size" in self.given
+                ),
+            }
+        )
 
     @property
     def mixed_precision(self) -> str:
         """Accelerate's word for the precision: no, fp16 or bf16."""
         if not self.amp:
             return "no"
-        dtype = (self.amp_dtype or "float16") if self.amp == "default" else self._amp_name()
-        return {"float16": "fp16", "bfloat16": "bf16"}[dtype]
+        return _PRECISIONS[(self.amp_dtype or "float16") if self.amp == "default" else self.amp]
 
     @property
     def mixes(self) -> bool:
@@ -236,10 +241,6 @@ def flags() -> list[dataclasses.Field[Any]]:
     return [item for item in fields(Config) if item.name != "given"]
 
 
-def _list(choices: Sequence[str]) -> str:
-    return ", ".join(choice for choice in choices if choice not in ("", "default"))
-
-
 def flag_name(item: dataclasses.Field[Any]) -> str:
     """--weight-decay for the field weight_decay."""
     return "--" + item.name.replace("_", "-")
@@ -254,13 +255,19 @@ def _check_value(item: dataclasses.Field[Any], value: Any) -> None:
     meta, flag = item.metadata, flag_name(item)
     choices, many = meta.get("choices"), isinstance(value, (list, tuple))
     if choices and value not in choices:
-        raise ValueError(f"{flag} {value!r} is not known; choose one of {_list(choices)}")
+        known = ", ".join(choice for choice in choices if choice not in ("", "default"))
+        raise ValueError(f"{flag} {value!r} is not known; choose one of {known}")
     if isinstance(value, str) and not meta.get("at_build") and _UNPRINTABLE.search(value):
         raise ValueError(f"{flag} {value!r} has a character that cannot be printed; use plain text on one line")
     if isinstance(value, dict):
-        bad = [key for key in value if not (isinstance(key, str) and key.isidentifier())]
-        if bad:
-            raise ValueError(f"{flag} {bad[0]!r} is no argument's name; give key=value")
+        refuse(
+            {
+                f"{flag} {key!r} is no argument's name; give key=value": not (
+                    isinstance(key, str) and key.isidentifier()
+                )
+                for key in value
+            }
+        )
     shown = f"{flag} {' '.join(map(str, value)) if many else value}"
     counts = (meta["nargs"],) if many and isinstance(meta["nargs"], int) else meta.get("counts")
     if many and counts and len(value) not in counts:

@@ -1,7 +1,7 @@
-"""Why a run ends before its plan does: one family of errors, which says how the process is to end."""
+"""Why a run ends before its plan does, or cannot begin: errors that say how the process is to end, and refusals."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 # What libraries raise over a value that they do not take; most do not name it.
@@ -25,6 +25,13 @@ def blaming(flag: str, remedy: str = "") -> Iterator[None]:
     except _REFUSALS as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{' '.join(flag.split())}: {reason}{f'; {remedy}' if remedy else ''}") from error
+
+
+def refuse(reasons: Mapping[str, object], words: str = "{}") -> None:
+    """Raise ValueError with the first of the reasons that holds, put into `words`; return where none does."""
+    for reason, holds in reasons.items():
+        if holds:
+            raise ValueError(words.format(reason))
 
 
 class RunError(RuntimeError):

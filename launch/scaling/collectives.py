@@ -53,7 +53,7 @@ def traffic_of(run: Run) -> Traffic:
         len(run.prunable),
         sum(b.nbytes for b in buffers if b.is_floating_point()),
         sum(b.nbytes for b in buffers if not b.is_floating_point()),
-        _kept_by_fsdp2(run.model) if run.engine.name == "fsdp2" else (),
+        _kept_by_fsdp2(run.engine.model) if run.engine.name == "fsdp2" else (),
     )
 
 

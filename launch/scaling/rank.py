@@ -36,7 +36,7 @@ class BareLoop:
     """
 
     def __init__(self, run: Run) -> None:
-        self._model, self._optimizer = run.model, run.engine.inner_optimizer
+        self._model, self._optimizer = run.engine.model, run.engine.inner_optimizer
         self._loader, self._to_inputs, self._loss = run.train_loader, run.to_inputs, run.train_loss
 
     def epoch(self, epoch: int) -> None:

@@ -21,7 +21,7 @@ LEAVES = {
 }
 # What each room may import of ours, beside itself.
 ALLOWED = {
-    "toolkit.config": {"toolkit.files"},
+    "toolkit.config": {"toolkit.errors", "toolkit.files"},
     "toolkit.cli": {"toolkit.config", "toolkit.files"},
     **{leaf: set() for leaf in LEAVES},
     "toolkit.command": {"toolkit.log"},

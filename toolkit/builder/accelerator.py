@@ -18,11 +18,10 @@ from torch.optim import Optimizer
 from toolkit.builder.model import amp_dtype, compile_model
 from toolkit.config import Config
 from toolkit.dist import World
-from toolkit.engine.engines import Engine
-from toolkit.engine.engines.ddp import DdpEngine
-from toolkit.engine.engines.fsdp2 import Fsdp2Engine
+from toolkit.engine.engines.ddp import Engine, Fsdp2Engine
 from toolkit.engine.engines.fused import FusedEngine
-from toolkit.engine.engines.zero import ZeroEngine, attach
+from toolkit.engine.engines.zero import ZeroEngine, attach, inner_of
+from toolkit.errors import refuse
 from toolkit.optim.registry import find_spec
 
 
@@ -51,11 +50,15 @@ def check_engine(config: Config) -> None:
             "--clip-grad",
         ),
     }
-    for key, (value, neutral, flag, name) in said.items():
-        if value not in (neutral, flag):
-            raise ValueError(f"the launch file says {key}: {value}, {name} says {flag}; leave {key} out of the file")
-    if launched_engine() == "ddp":
-        return
+    refuse(
+        {
+            f"the launch file says {key}: {value}, {name} says {flag}; leave {key} out of the file": (
+                value not in (neutral, flag)
+            )
+            for key, (value, neutral, flag, name) in said.items()
+        }
+    )
+    engine = launched_engine()
     lacking = {
         "--model-ema": config.model_ema,
         "--amp fp16": config.mixed_precision == "fp16",
@@ -63,14 +66,11 @@ def check_engine(config: Config) -> None:
         "--sync-bn": config.sync_bn,
         "--fused-backward": config.fused_backward,
         f"--clip-mode {config.clip_mode}": config.clip_grad is not None and config.clip_mode != "norm",
-        f"--prune-scope {config.prune_scope}": launched_engine() == "deepspeed" and config.prune_scope != "global",
+        f"--prune-scope {config.prune_scope}": engine == "deepspeed" and config.prune_scope != "global",
     }
-    for name, asked in lacking.items():
-        if asked:
-            raise ValueError(
-                f"{name} is not offered with {launched_engine()}; leave it out, or launch with "
-                "accelerate_configs/multi_gpu.yaml (DDP)"
-            )
+    if engine != "ddp":
+        remedy = "leave it out, or launch with accelerate_configs/multi_gpu.yaml (DDP)"
+        refuse(lacking, f"{{}} is not offered with {engine}; {remedy}")
 
 
 def stay_on_this_host() -> None:
@@ -99,12 +99,13 @@ def _join_after_restart(backend: str, timeout: datetime.timedelta) -> None:
         )
 
 
-def new_accelerator(config: Config) -> Accelerator:
+def _join(config: Config) -> Accelerator:
     """Join the process group by the engine's way."""
     on_cpu, engine = not torch.cuda.is_available(), launched_engine()
     timeout = datetime.timedelta(seconds=config.dist_timeout)
     stay_on_this_host()
-    _join_after_restart("gloo" if on_cpu else "nccl", timeout)
+    backend = "gloo" if on_cpu else "nccl"
+    _join_after_restart(backend, timeout)
     if engine == "ddp":
         return Accelerator(
             cpu=on_cpu,
@@ -126,7 +127,7 @@ def new_accelerator(config: Config) -> Accelerator:
     return Accelerator(
         mixed_precision="no",
         deepspeed_plugin=_deepspeed_plugin(config, on_cpu),
-        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=timeout)],
+        kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=timeout)],
     )
 
 
@@ -152,6 +153,30 @@ def _deepspeed_plugin(config: Config, on_cpu: bool) -> Any:
     return plugin
 
 
+def create_accelerator(config: Config) -> Accelerator:
+    """Join the process group. Raises ValueError where Accelerate did not take all processes the launcher started."""
+    check_engine(config)
+    if config.mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise ValueError("--amp fp16 needs a GPU (there is no fp16 autocast on CPU); use --amp bf16")
+    accelerator = _join(config)
+    expected, found = int(os.environ.get("WORLD_SIZE", "1")), accelerator.num_processes
+    refuse(
+        {
+            # accelerate launch --cpu --num_processes 2, or distributed_type MULTI_CPU
+            "was asked for several processes but started one; use --config_file accelerate_configs/cpu.yaml": (
+                "MASTER_ADDR" in os.environ and "LOCAL_RANK" not in os.environ
+            ),
+            f"started {expected} processes but Accelerate sees {found}; start with accelerate launch --config_file "
+            "accelerate_configs/<machine>.yaml": found != expected,
+        },
+        "the launcher {}",
+    )
+    if accelerator.device.type == "cuda":  # as timm's train.py sets them
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+    return accelerator
+
+
 def create_engine(
     config: Config,
     opt: str,
@@ -162,20 +187,30 @@ def create_engine(
 ) -> Engine:
     """The engine around a placed model and its optimizer. Raises ValueError where it cannot train these."""
     model, wrapped = accelerator.prepare(module, optimizer)
-    parts = (accelerator, compile_model(model, config), module, wrapped, optimizer, world)
-    options: dict[str, Any] = {
-        "amp_dtype": amp_dtype(config),
-        "clip_grad": config.clip_grad,
-        "clip_mode": config.clip_mode,
-    }
+    compiled = compile_model(model, config)
+    kind: type[Engine] = Engine
     if accelerator.distributed_type == DistributedType.FSDP:
-        return Fsdp2Engine(*parts, **options)
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        return _zero_engine(accelerator.state.deepspeed_plugin.zero_stage, *parts, **options)
-    if config.fused_backward:
+        kind = Fsdp2Engine
+    elif accelerator.distributed_type == DistributedType.DEEPSPEED:
+        kind, inner = ZeroEngine, inner_of(wrapped)
+        assert inner is optimizer, f"DeepSpeed runs {type(inner).__name__} instead of {type(optimizer).__name__}"
+        if model.zero_optimization_stage() == 0:
+            raise ValueError("zero_stage: 0 is plain DDP; launch with accelerate_configs/multi_gpu.yaml")
+        attach(model)
+    elif config.fused_backward:
+        kind = FusedEngine
         _check_fused_backward(config, opt, world)
-        return FusedEngine(*parts, **options)
-    return DdpEngine(*parts, **options)
+    return kind(
+        accelerator,
+        compiled,
+        module,
+        wrapped,
+        optimizer,
+        world,
+        amp_dtype=amp_dtype(config),
+        clip_grad=config.clip_grad,
+        clip_mode=config.clip_mode,
+    )
 
 
 def _check_fused_backward(config: Config, opt: str, world: World) -> None:
@@ -188,19 +223,4 @@ def _check_fused_backward(config: Config, opt: str, world: World) -> None:
         "--torchcompile: it was not tried": config.torchcompile,
         f"--opt {opt}: it may look at all gradients together; see python -m toolkit.optim --list": not find_spec(opt),
     }
-    for reason, holds in reasons.items():
-        if holds:
-            raise ValueError(f"--fused-backward does not go with {reason}; leave one of them out")
-
-
-def _zero_engine(stage: int, *parts: Any, **options: Any) -> ZeroEngine:
-    wrapped, optimizer = parts[3:5]
-    base = wrapped
-    while hasattr(base, "optimizer"):
-        base = base.optimizer
-    assert base is optimizer, f"DeepSpeed runs {type(base).__name__} instead of {type(optimizer).__name__}"
-    if stage == 0:
-        raise ValueError("zero_stage: 0 is plain DDP; launch with accelerate_configs/multi_gpu.yaml")
-    engine = ZeroEngine(*parts, **options, stage=stage)
-    attach(engine.model)
-    return engine
+    refuse(reasons, "--fused-backward does not go with {}; leave one of them out")

@@ -128,10 +128,9 @@ def create_loaders(
 
 def shuffle_window(config: Config) -> int | None:
     """Shards whose samples are shuffled together; None is all of them."""
-    window = config.shuffle_window
-    if window is None:
-        return _REMOTE_WINDOW if is_remote(config.data_dir) else None
-    return window or None
+    if config.shuffle_window is None and is_remote(config.data_dir):
+        return _REMOTE_WINDOW
+    return config.shuffle_window or None
 
 
 def train_transform(config: Config, inputs: dict[str, Any]) -> Transform:
@@ -176,8 +175,9 @@ def to_inputs(
     """Batch of uint8 -> (normalised images in the model's dtype, labels) on the model's device."""
     weight = next(model.parameters())
     device, dtype = weight.device, weight.dtype
-    mean = torch.tensor(inputs["mean"], device=device, dtype=dtype).mul(255).view(1, 3, 1, 1)
-    std = torch.tensor(inputs["std"], device=device, dtype=dtype).mul(255).view(1, 3, 1, 1)
+    mean, std = (
+        torch.tensor(inputs[key], device=device, dtype=dtype).mul(255).view(1, 3, 1, 1) for key in ("mean", "std")
+    )
     layout = torch.channels_last if channels_last else torch.contiguous_format
 
     def normalise(batch: Batch) -> tuple[Tensor, Tensor]:
@@ -204,10 +204,8 @@ def to_inputs(
 
 def augment(config: Config, world: World, num_classes: int) -> Augment:
     """Mixup, CutMix and random erasing on a device batch, by timm; seeded from (seed, micro-batch number, rank)."""
-    mix: Mixup | None = None
-    erase: RandomErasing | None = None
-    if config.mixes:
-        mix = Mixup(
+    mix = (
+        Mixup(
             config.mixup,
             config.cutmix,
             config.cutmix_minmax,
@@ -217,8 +215,14 @@ def augment(config: Config, world: World, num_classes: int) -> Augment:
             label_smoothing=config.smoothing,
             num_classes=num_classes,
         )
-    if config.reprob > 0:
-        erase = RandomErasing(config.reprob, mode=config.remode, max_count=config.recount, device=world.device)
+        if config.mixes
+        else None
+    )
+    erase = (
+        RandomErasing(config.reprob, mode=config.remode, max_count=config.recount, device=world.device)
+        if config.reprob > 0
+        else None
+    )
 
     def change(images: Tensor, labels: Tensor, number: int, epoch: int) -> tuple[Tensor, Tensor]:
         if mix is None and erase is None:

@@ -15,7 +15,7 @@ from toolkit.builder.recompute import checkpoint_activations
 from toolkit.builder.weights import load_initial_weights
 from toolkit.config import Config
 from toolkit.dist import World
-from toolkit.errors import blaming
+from toolkit.errors import blaming, refuse
 
 
 def amp_dtype(config: Config) -> torch.dtype | None:
@@ -28,21 +28,27 @@ def create_model(config: Config, num_classes: int) -> nn.Module:
     if not timm.is_model(config.model.partition(".")[0]):
         near = difflib.get_close_matches(config.model, timm.list_models(), n=3)
         raise ValueError(f"--model {config.model} is not a timm model; did you mean {', '.join(near) or 'resnet50'}?")
-    if config.initial_checkpoint and not Path(config.initial_checkpoint).exists():
-        raise ValueError(f"--initial-checkpoint {config.initial_checkpoint} does not exist; check the path")
-    num_classes = config.num_classes or num_classes
-    if num_classes < 1:
-        raise ValueError(f"{config.data_dir} does not say how many classes it has; add --num-classes")
+    num_classes, start = config.num_classes or num_classes, config.initial_checkpoint
+    refuse(
+        {
+            f"--initial-checkpoint {start} does not exist; check the path": start and not Path(start).exists(),
+            f"{config.data_dir} does not say how many classes it has; add --num-classes": num_classes < 1,
+        }
+    )
     options: dict[str, Any] = {"drop_rate": config.drop, **config.model_kwargs}
     if config.drop_path is not None:
         options["drop_path_rate"] = config.drop_path
-    asked, remedy = _as_asked(config)
+    more = " ".join(f"{key}={value}" for key, value in config.model_kwargs.items())
+    asked = f"--model {config.model}{' --pretrained' * config.pretrained}{more and f' --model-kwargs {more}'}"
+    remedy = "see --model-kwargs" if more else "see timm.list_pretrained()" if config.pretrained else ""
     with blaming(asked, remedy):
         model = timm.create_model(config.model, pretrained=config.pretrained, num_classes=num_classes, **options)
-        if getattr(model, "num_classes", None) != num_classes:
-            raise ValueError(f"that is no classifier of {num_classes} classes")
-        if config.model_kwargs.get("in_chans", 3) != 3:
-            raise ValueError("images are read with 3 channels")
+        refuse(
+            {
+                f"that is no classifier of {num_classes} classes": getattr(model, "num_classes", None) != num_classes,
+                "images are read with 3 channels": config.model_kwargs.get("in_chans", 3) != 3,
+            }
+        )
     if config.img_size is not None and hasattr(model, "set_input_size") and "img_size" not in config.model_kwargs:
         with blaming(f"--img-size {config.img_size} does not suit {config.model}"):
             # Vision transformers: the position embeddings follow.
@@ -50,17 +56,6 @@ def create_model(config: Config, num_classes: int) -> nn.Module:
     if config.initial_checkpoint:  # after the input size, on which position embeddings depend
         load_initial_weights(model, config)
     return model
-
-
-def _as_asked(config: Config) -> tuple[str, str]:
-    """The flags that say which model, and where to look when timm does not make it."""
-    asked, remedy = f"--model {config.model}", ""
-    if config.pretrained:
-        asked, remedy = f"{asked} --pretrained", "see timm.list_pretrained()"
-    if config.model_kwargs:
-        pairs = " ".join(f"{key}={value}" for key, value in config.model_kwargs.items())
-        asked, remedy = f"{asked} --model-kwargs {pairs}", "see --model-kwargs"
-    return asked, remedy
 
 
 def place_model(model: nn.Module, config: Config, world: World) -> None:

@@ -5,10 +5,10 @@ import dataclasses
 import torch
 from timm.optim import create_optimizer_v2, get_optimizer_info, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
-from torch import nn
+from torch import Tensor, nn
 
 from toolkit.config import Config
-from toolkit.errors import blaming
+from toolkit.errors import blaming, refuse
 from toolkit.log import get_logger
 from toolkit.optim.param_groups import param_groups
 from toolkit.optim.registry import check_optimizer_name, find_spec, resolve_name
@@ -22,39 +22,34 @@ def resolve_optimizer(config: Config) -> tuple[str, str]:
     """Name in timm's factory and pruning method; checks that they and --sparsity fit together."""
     name, method = resolve_name(config.opt, config.pruning)
     check_optimizer_name(name)
-    refusal = _cannot_train(name)
-    if refusal:
-        raise ValueError(f"--opt {config.opt} cannot train here: {refusal}; choose another, --help lists them")
-    info = get_optimizer_info(name.removeprefix("lookahead_"))
+    bare, prunes = name.removeprefix("lookahead_"), method != "none"
+    info = get_optimizer_info(bare)
     betas = info.num_betas if info.has_betas else 0
-    if config.opt_betas is not None and len(config.opt_betas) != betas:
-        raise ValueError(f"--opt-betas: --opt {name} takes {betas or 'none'}; give as many, or leave the flag out")
-    if method != "none":
-        if config.sparsity is None:
-            raise ValueError(
-                f"--opt {config.opt} with pruning by {method} needs --sparsity, for example --sparsity 0.7 (0 = off)"
-            )
-        if name.startswith("lookahead_"):
-            raise ValueError(
-                f"--opt {name}: Lookahead revives pruned weights, its slow weights know no mask; "
-                f"use --opt {name.removeprefix('lookahead_')}"
-            )
-    elif config.sparsity and config.pruning is None:
-        raise ValueError(
+    refuse(
+        {
+            "needs second derivatives, which backward does not keep the graph for": info.second_order,
+            "compiles parts of itself at the first step, which the memory probe watches and breaks": (
+                bare in ("kron", "kronc", "kronw")
+            ),
+        },
+        f"--opt {config.opt} cannot train here: it {{}}; choose another, --help lists them",
+    )
+    refuse(
+        {
+            f"--opt-betas: --opt {name} takes {betas or 'none'}; give as many, or leave the flag out": (
+                config.opt_betas is not None and len(config.opt_betas) != betas
+            ),
+            f"--opt {config.opt} with pruning by {method} needs --sparsity, for example --sparsity 0.7 (0 = off)": (
+                prunes and config.sparsity is None
+            ),
+            f"--opt {name}: Lookahead revives pruned weights, its slow weights know no mask; use --opt {bare}": (
+                prunes and bare != name
+            ),
             f"--sparsity {config.sparsity} but --opt {config.opt} does not prune; add --pruning magnitude, movement "
-            "or state, or use --opt adamwprune"
-        )
+            "or state, or use --opt adamwprune": config.sparsity and config.pruning is None and not prunes,
+        }
+    )
     return name, method
-
-
-def _cannot_train(name: str) -> str | None:
-    """Why an optimizer of timm's does not work with the training step, if so."""
-    name = name.removeprefix("lookahead_")
-    if get_optimizer_info(name).second_order:
-        return "it needs second derivatives, which backward does not keep the graph for"
-    if name in ("kron", "kronc", "kronw"):
-        return "it compiles parts of itself at the first step, which the memory probe watches and breaks"
-    return None
 
 
 def apply_recipe(config: Config, opt: str) -> Config:
@@ -98,30 +93,34 @@ def create_optimizer(
     arguments = {**optimizer_kwargs(config), "opt": opt, "lr": lr, **config.opt_kwargs}
     spec = find_spec(opt)
     if spec is not None and spec.method != "none":
-        clash = sorted(config.opt_kwargs.keys() & {*dataclasses.asdict(schedule), "score", "scope", "regrow"})
+        given = {"score": config.prune_score, "scope": config.prune_scope, "regrow": config.prune_regrow}
+        given |= dataclasses.asdict(schedule)
+        clash = sorted(config.opt_kwargs.keys() & given)
         if clash:
             raise ValueError(f"--opt-kwargs {clash[0]} is set by the --prune flags here; use them instead")
-        arguments |= {**dataclasses.asdict(schedule), "scope": config.prune_scope, "regrow": config.prune_regrow}
-        if config.prune_score is not None:
-            arguments["score"] = config.prune_score
+        arguments |= given
     remedy = "see --opt-kwargs, --opt-betas and --opt-eps"
     with blaming(f"--opt {opt} does not take one of its arguments", remedy):
         return create_optimizer_v2(model, **arguments, param_group_fn=lambda m: param_groups(m, config.weight_decay))
+
+
+def prunable_weights(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """The weights that pruning counts: frozen ones the optimizer does not see, and leaves alone."""
+    names = prunable_names(model)
+    return [(name, weight) for name, weight in model.named_parameters() if name in names and weight.requires_grad]
 
 
 def keep_zeros(optimizer: torch.optim.Optimizer, model: nn.Module, config: Config, schedule: Schedule) -> None:
     """Have a pruned --initial-checkpoint stay pruned, from the first step on."""
     if not (config.initial_checkpoint and schedule.enabled):
         return
-    names = prunable_names(model)
-    weights = [parameter for name, parameter in model.named_parameters() if name in names]
+    weights = [weight for _, weight in prunable_weights(model)]
     zeros = sum(int((weight == 0).sum()) for weight in weights)
-    if not zeros:
-        return
-    optimizer.pruning.keep_zeros()  # type: ignore[attr-defined]
-    _log.info(
-        "%s: its %d zeros among %d prunable weights stay zeros",
-        config.initial_checkpoint,
-        zeros,
-        sum(weight.numel() for weight in weights),
-    )
+    if zeros:
+        optimizer.pruning.keep_zeros()  # type: ignore[attr-defined]
+        _log.info(
+            "%s: its %d zeros among %d prunable weights stay zeros",
+            config.initial_checkpoint,
+            zeros,
+            sum(weight.numel() for weight in weights),
+        )

@@ -1,4 +1,4 @@
-"""What training will take of a GPU, row by row, before one is touched.
+"""What training will take of a GPU, row by row, before one is touched, and the batch that fits.
 
 Forward and backward are tracked on fake tensors, optimizer state, masks, averages and buckets follow by arithmetic. The
 figure is what torch's allocator has given out at its peak in forward and backward; the copies that torch's own
@@ -6,6 +6,7 @@ optimizers make in their update are left out (they decide only where the batch i
 top (see `needed_bytes`). The rows of FSDP2 and ZeRO are arithmetic that was not compared with a measurement.
 """
 
+import bisect
 import dataclasses
 import math
 import re
@@ -15,13 +16,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from toolkit.builder.data import batch_size_per_rank, input_settings
+from toolkit.builder.data import DataSet, batch_size_per_rank, input_settings
 from toolkit.builder.model import amp_dtype, create_model
 from toolkit.builder.optimizer import resolve_optimizer
 from toolkit.builder.recompute import checkpoint_activations
 from toolkit.config import Config
-from toolkit.engine.engines import Engine
+from toolkit.engine.engines.ddp import Engine
+from toolkit.errors import refuse
 from toolkit.log import get_logger
+from toolkit.markdown import MIB
 from toolkit.memory.activations import track_step
 from toolkit.memory.arithmetic import ParameterFacts, predict_optimizer_rows
 from toolkit.memory.ledger import is_optimizer_row
@@ -115,11 +118,6 @@ class Prediction:
             on_progress=log,
         )
 
-    @property
-    def final_sparsity(self) -> float | None:
-        """Sparsity at the end, None where nothing is ever pruned."""
-        return None if self.method == "none" else self.config.sparsity
-
     def _parameters_at(self, sparsity: float) -> list[ParameterFacts]:
         left = math.floor(sparsity * sum(one.numel for one in self.parameters if one.prunable and one.trained))
         facts = []
@@ -155,7 +153,8 @@ class Prediction:
 
     def ledgers(self, batch_size: int) -> dict[str, dict[str, int]]:
         """The ledger at the peak in the dense phase and at final sparsity."""
-        return {"dense": self.ledger(batch_size, None), "final": self.ledger(batch_size, self.final_sparsity)}
+        final_sparsity = None if self.method == "none" else self.config.sparsity
+        return {"dense": self.ledger(batch_size, None), "final": self.ledger(batch_size, final_sparsity)}
 
     def peaks(self, batch_size: int) -> dict[str, int]:
         """Peak allocated bytes in the dense phase and at final sparsity."""
@@ -167,13 +166,10 @@ class Prediction:
 
     def largest_batch(self, limit_bytes: int) -> int:
         """The largest batch size whose `needed_bytes` stay within the limit; 0 where none does."""
-        low, high = 0, 1
-        while self.needed_bytes(high) <= limit_bytes:
-            low, high = high, 2 * high
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self.needed_bytes(middle) <= limit_bytes else (low, middle)
-        return low
+        too_large = 1
+        while self.needed_bytes(too_large) <= limit_bytes:
+            too_large *= 2
+        return bisect.bisect_right(range(1, too_large), limit_bytes, key=self.needed_bytes)
 
 
 def predict_run(
@@ -211,6 +207,54 @@ def parse_bytes(text: str) -> int:
     return int(float(match.group(1)) * _UNITS[match.group(2)])
 
 
+def with_automatic_batch_size(config: Config, data: DataSet, num_ranks: int) -> Config:
+    """`config` with the batch size that --auto-batch-size asks for, or as it is without that flag."""
+    if not config.auto_batch_size:
+        return config
+    if config.global_batch_size is not None:
+        raise ValueError("--auto-batch-size and --global-batch-size both set the batch; leave one out")
+    limit_bytes = parse_bytes(config.auto_batch_size)
+    prediction = Prediction(config, data.num_classes, num_ranks)
+    most = len(data.train) // (num_ranks * config.grad_accum_steps)
+    found = min(prediction.largest_batch(limit_bytes), most)
+    if config.mixes:
+        found -= found % 2  # mixup and CutMix pair images
+    if found < 1:
+        raise ValueError(
+            f"--auto-batch-size {config.auto_batch_size}: one image needs {prediction.needed_bytes(1) / MIB:,.0f} "
+            "MiB; use --amp, --grad-checkpointing or a smaller model"
+        )
+    get_logger().info(
+        "--auto-batch-size %s: %d images per rank, predicted to need %.0f MiB%s",
+        config.auto_batch_size,
+        found,
+        prediction.needed_bytes(found) / MIB,
+        " (all the data there is)" if found == most else "",
+    )
+    return dataclasses.replace(config, batch_size=found)
+
+
+def confirm_batch_size(model: nn.Module, config: Config, size: tuple[int, ...], device: torch.device) -> None:
+    """Forward and backward once at the batch size found, on a GPU; leaves weights, buffers, generators as they were."""
+    if not config.auto_batch_size or device.type != "cuda":
+        return
+    kept = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    amp = amp_dtype(config)
+    try:
+        with torch.random.fork_rng([device]), torch.autocast("cuda", dtype=amp, enabled=amp is not None):
+            model.train()(torch.zeros(config.batch_size, *size, device=device)).float().sum().backward()
+    except torch.cuda.OutOfMemoryError as error:
+        raise ValueError(
+            f"a step with the predicted {config.batch_size} images per rank does not fit this GPU "
+            f"({str(error).splitlines()[0]}); give --auto-batch-size less"
+        ) from None
+    finally:
+        model.zero_grad(set_to_none=True)
+        for name, buffer in model.named_buffers():
+            buffer.copy_(kept[name])
+        torch.cuda.empty_cache()
+
+
 def predict(
     config: Config,
     num_ranks: int = 1,
@@ -221,10 +265,12 @@ def predict(
     log: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """The prediction as one JSON object: peaks, both ledgers, and what `--fits` and `--max-batch-size` ask."""
-    if num_ranks < 1:
-        raise ValueError(f"--ranks {num_ranks} must be at least 1")
-    if config.auto_batch_size:
-        raise ValueError("--auto-batch-size is answered by --max-batch-size here; give that")
+    refuse(
+        {
+            f"--ranks {num_ranks} must be at least 1": num_ranks < 1,
+            "--auto-batch-size is answered by --max-batch-size here; give that": config.auto_batch_size,
+        }
+    )
     batch_size = batch_size_per_rank(config, num_ranks)
     prediction = Prediction(config, num_ranks=num_ranks, engine=engine, log=log)
     result: dict[str, Any] = {
@@ -253,7 +299,6 @@ def predict(
 
 def to_text(result: dict[str, Any]) -> str:
     """The prediction as a table in MiB."""
-    mib = 2**20
     dense, final = result["ledger"]["dense"], result["ledger"]["final"]
     lines = [
         f"{result['model']}, batch {result['batch_size']} a rank, {'x'.join(map(str, result['input_size']))}, "
@@ -261,14 +306,13 @@ def to_text(result: dict[str, Any]) -> str:
         "",
         f"{'':18}{'dense phase':>14}{'final sparsity':>16}",
     ]
-    for row in dict.fromkeys([*dense, *final]):
-        lines.append(f"{row:18}{dense.get(row, 0) / mib:14,.1f}{final.get(row, 0) / mib:16,.1f}")
-    peaks = result["peak_allocated_bytes"]
-    lines.append(f"{'peak allocated':18}{peaks['dense'] / mib:14,.1f}{peaks['final'] / mib:16,.1f}")
+    rows = {row: (dense.get(row, 0), final.get(row, 0)) for row in [*dense, *final]}
+    rows["peak allocated"] = tuple(result["peak_allocated_bytes"][phase] for phase in ("dense", "final"))
+    lines += [f"{row:18}{first / MIB:14,.1f}{last / MIB:16,.1f}" for row, (first, last) in rows.items()]
     lines += [
         "",
-        f"A GPU should have about {result['needed_bytes'] / mib:,.0f} MiB: the higher peak × {RESERVED_OVER_ALLOCATED} "
-        f"for the allocator's cache, and {CONTEXT_BYTES // mib} MiB of context (rules of thumb).",
+        f"A GPU should have about {result['needed_bytes'] / MIB:,.0f} MiB: the higher peak × {RESERVED_OVER_ALLOCATED} "
+        f"for the allocator's cache, and {CONTEXT_BYTES // MIB} MiB of context (rules of thumb).",
     ]
     if "fits" in result:
         limit, fits = result["fits"]["limit_bytes"], result["fits"]["fits"]

@@ -1,16 +1,11 @@
-"""How a process joins its run: Accelerate, the seeds, the run folder."""
+"""How a process joins its run: its launcher, and the run folder."""
 
 import os
-import random
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from accelerate import Accelerator
-
-from toolkit.builder.accelerator import check_engine, new_accelerator
 from toolkit.builder.resume import check_same_settings
 from toolkit.config import Config
 from toolkit.dist import World
@@ -23,9 +18,9 @@ from toolkit.engine.checkpoint import (
     step_of,
 )
 from toolkit.engine.history import is_complete
-from toolkit.engine.lock import FolderLock
+from toolkit.engine.lock import lock_folder
 from toolkit.engine.snapshot import IDENTITY
-from toolkit.errors import RunCompleteError
+from toolkit.errors import RunCompleteError, refuse
 from toolkit.files import inside, refuse_links_out
 from toolkit.log import get_logger, start_logging
 from toolkit.process import die_with_parent
@@ -42,41 +37,8 @@ def die_with_launcher() -> None:
         die_with_parent(os.getppid())
 
 
-def create_accelerator(config: Config) -> Accelerator:
-    """Join the process group. Raises ValueError where Accelerate did not take all processes the launcher started."""
-    check_engine(config)
-    if config.mixed_precision == "fp16" and not torch.cuda.is_available():
-        raise ValueError("--amp fp16 needs a GPU (there is no fp16 autocast on CPU); use --amp bf16")
-    accelerator = new_accelerator(config)
-    if "MASTER_ADDR" in os.environ and "LOCAL_RANK" not in os.environ:
-        # accelerate launch --cpu --num_processes 2, or distributed_type MULTI_CPU
-        raise ValueError(
-            "the launcher was asked for several processes but started one; use "
-            "--config_file accelerate_configs/cpu.yaml"
-        )
-    expected = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != expected:
-        raise ValueError(
-            f"the launcher started {expected} processes but Accelerate sees {accelerator.num_processes}; start with "
-            "accelerate launch --config_file accelerate_configs/<machine>.yaml"
-        )
-    if accelerator.device.type == "cuda":  # as timm's train.py sets them
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.benchmark = True
-    return accelerator
-
-
-def seed_everything(seed: int) -> None:
-    """The same model on every rank; samples and mixing have their own generators."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002  timm's model code may use it
-    torch.manual_seed(seed)
-
-
-def run_folder(
-    config: Config, opt: str, facts: dict[str, Any], world: World
-) -> tuple[Path, Path | None, FolderLock | None]:
-    """The run's folder, made, with logging started; the checkpoint to resume from, if any; the lock, on rank 0.
+def run_folder(config: Config, opt: str, facts: dict[str, Any], world: World) -> tuple[Path, Path | None, ExitStack]:
+    """The run's folder, made, with logging started; the checkpoint to resume from, if any; the lock, held on rank 0.
 
     Raises ValueError where the folder holds another run or one is going on in it, RunCompleteError where it holds this
     one, finished, OSError where it cannot be made.
@@ -85,13 +47,9 @@ def run_folder(
         raise ValueError("--resume auto needs --experiment, the name of the run folder to go on with")
     name = config.experiment or f"{time.strftime('%Y%m%d-%H%M%S')}-{config.model.replace('/', '-')}-{opt}"
     folder = inside(Path(config.output), world.gather(name)[0], "--experiment")  # rank 0's clock
-    lock = _take(folder, world)  # before looking: what another run writes there is not to be judged
-    try:
+    with _take(folder, world) as taken:  # before looking: what another run writes there is not to be judged
         checkpoint = _start_of(config, folder, world)
-    except BaseException:
-        if lock is not None:
-            lock.release()
-        raise
+        lock = taken.pop_all()
     world.barrier()  # all ranks have looked before rank 0 writes
     start_logging(world.rank, folder / "train.log")
     if config.resume == "auto" and checkpoint is None:
@@ -103,9 +61,9 @@ def run_folder(
 
 def _start_of(config: Config, folder: Path, world: World) -> Path | None:
     """The checkpoint to go on from. Raises as `run_folder` does."""
-    checkpoint = _newest_sound_checkpoint(folder / "checkpoints", world) if config.resume else None
-    if config.resume not in ("", "auto"):
-        checkpoint = Path(config.resume)
+    checkpoint = Path(config.resume) if config.resume else None
+    if config.resume == "auto":
+        checkpoint = _newest_sound_checkpoint(folder / "checkpoints", world)
     seen = world.gather(str(checkpoint))
     if len(set(seen)) > 1:
         raise ValueError(f"ranks see different checkpoints ({', '.join(seen)}); --output must be a shared folder")
@@ -118,14 +76,14 @@ def _start_of(config: Config, folder: Path, world: World) -> Path | None:
     return checkpoint
 
 
-def _take(folder: Path, world: World) -> FolderLock | None:
+def _take(folder: Path, world: World) -> ExitStack:
     """Make and lock the folder on rank 0; all ranks raise what rank 0 meets."""
-    lock, problem = None, None
+    lock, problem = ExitStack(), None
     if world.is_main:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             refuse_links_out(folder)
-            lock = FolderLock(folder)
+            lock = lock_folder(folder)
         except (ValueError, OSError) as error:
             problem = error
     problem = world.gather(problem)[0]
@@ -136,13 +94,13 @@ def _take(folder: Path, world: World) -> FolderLock | None:
 
 def _newest_sound_checkpoint(folder: Path, world: World) -> Path | None:
     """The newest complete checkpoint whose files are as they were written; damaged ones are named and left out."""
-    damaged: dict[str, str] = {}
+    damaged: list[str] = []
     if world.is_main:  # one rank reads them; the others look by name
         for path in complete_checkpoints(folder)[::-1]:
             reason = damage_of(path)
             if reason is None:
                 break
-            damaged[path.name] = reason
+            damaged.append(path.name)
             _log.warning("%s is damaged (%s); trying the one before", path, reason)
     damaged = world.gather(damaged)[0]
     return next((path for path in complete_checkpoints(folder)[::-1] if path.name not in damaged), None)
@@ -151,12 +109,10 @@ def _newest_sound_checkpoint(folder: Path, world: World) -> Path | None:
 def _check_identity(checkpoint: Path, facts: dict[str, Any], folder: Path, world: World) -> None:
     """Raise ValueError unless the checkpoint is of this very run; then drop the later ones that it departs from."""
     identity = read_identity(checkpoint)
-    for key in IDENTITY:
-        if identity.get(key) != facts[key]:
-            raise ValueError(
-                f"--resume: the checkpoint has {key} {identity.get(key)}, this run {facts[key]}; use the "
-                "settings of its args.yaml, or another --experiment"
-            )
+    refuse(
+        {f"{key} {identity.get(key)}, this run {facts[key]}": identity.get(key) != facts[key] for key in IDENTITY},
+        "--resume: the checkpoint has {}; use the settings of its args.yaml, or another --experiment",
+    )
     world.barrier()
     if world.is_main:
         for name in discard_after(folder / "checkpoints", step_of(checkpoint)):

@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
-from timm.utils import ModelEmaV3
-from torch import Tensor, nn
+from timm.utils import ModelEmaV3, random_seed
+from torch import nn
 
 import toolkit.optim  # noqa: F401  registers our optimizers
-from toolkit.builder.accelerator import create_engine
-from toolkit.builder.batch import confirm_batch_size, with_automatic_batch_size
+from toolkit.builder.accelerator import create_accelerator, create_engine
 from toolkit.builder.data import augment, create_loaders, input_settings, open_data, to_inputs
 from toolkit.builder.metadata import describe, run_facts, write_args
 from toolkit.builder.model import create_model, place_model, train_loss
@@ -22,23 +21,22 @@ from toolkit.builder.optimizer import (
     base_learning_rate,
     create_optimizer,
     keep_zeros,
+    prunable_weights,
     pruning_schedule,
     resolve_optimizer,
     total_epochs,
 )
-from toolkit.builder.predict import predict_run
-from toolkit.builder.process import create_accelerator, run_folder, seed_everything
+from toolkit.builder.predict import confirm_batch_size, predict_run, with_automatic_batch_size
+from toolkit.builder.process import run_folder
 from toolkit.config import Config
 from toolkit.data.loader import TrainLoader
 from toolkit.dist import World
-from toolkit.engine.checkpoint import CheckpointStore
-from toolkit.engine.engines import Engine
+from toolkit.engine.engines.ddp import Engine
 from toolkit.engine.run import Plan, Run
 from toolkit.log import get_logger
 from toolkit.memory.ledger import Owners, find_owners
 from toolkit.memory.phases import Phase, plan_phases
 from toolkit.memory.recorder import RANKS_FOLDER, MemoryLog
-from toolkit.prune.groups import prunable_names
 from toolkit.prune.schedule import Schedule
 
 
@@ -55,7 +53,7 @@ def build_run(config: Config) -> Run:
     config = with_automatic_batch_size(config, data, world.num_ranks)
 
     # Model and batches
-    seed_everything(config.seed)
+    random_seed(config.seed)  # the same model on every rank; samples and mixing have their own generators
     module = create_model(config, data.num_classes)
     inputs = input_settings(config, module)
     train_loader, eval_loader = create_loaders(config, data, inputs, world)
@@ -68,7 +66,7 @@ def build_run(config: Config) -> Run:
     lr = base_learning_rate(config, opt, plan.global_batch_size)
     schedule = pruning_schedule(config, method, plan.total_steps)
     engine, scheduler = _engine(config, opt, lr, accelerator, module, schedule, train_loader.steps, world)
-    prunable = _prunable(module)
+    prunable = prunable_weights(module)
 
     # The run's folder, and what the run says of itself
     facts = run_facts(config, data, opt, method, lr, schedule, plan, world)
@@ -95,7 +93,6 @@ def build_run(config: Config) -> Run:
         schedule=schedule,
         prunable=prunable,
         predict_memory=lambda: predict_run(config, engine, facts["num_classes"], world.num_ranks),
-        checkpoints=CheckpointStore(folder / "checkpoints", world, config.checkpoint_hist),
         memory=memory,
         facts=facts,
         resume_from=resume_from,
@@ -119,12 +116,6 @@ def _engine(
     return create_engine(config, opt, accelerator, module, optimizer, world), scheduler
 
 
-def _prunable(module: nn.Module) -> list[tuple[str, Tensor]]:
-    """The weights that pruning counts: frozen ones the optimizer does not see, and leaves alone."""
-    names = prunable_names(module)
-    return [(name, weight) for name, weight in module.named_parameters() if name in names and weight.requires_grad]
-
-
 def _owners(engine: Engine, ema: nn.Module | None, in_buckets: bool) -> Owners:
     """Whose tensors the memory ledger counts. (The optimizer's state is looked up anew: a load replaces it.)"""
     return find_owners(engine.module, engine.optimizer_state, ema=ema, in_buckets=in_buckets)
@@ -144,6 +135,7 @@ def _plan(config: Config, loader: TrainLoader) -> Plan:
         log_interval=config.log_interval,
         val_interval=config.val_interval,
         checkpoint_interval=config.checkpoint_interval,
+        checkpoint_hist=config.checkpoint_hist,
         eval_metric=config.eval_metric,
         dist_bn=config.dist_bn,
         max_bad_images=config.max_bad_images,

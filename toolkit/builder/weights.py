@@ -10,9 +10,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from toolkit.config import Config
-from toolkit.engine.checkpoint import load_checkpoint as read_checkpoint
-from toolkit.engine.checkpoint import newest_checkpoint
-from toolkit.errors import blaming
+from toolkit.engine.checkpoint import load_checkpoint, newest_checkpoint
+from toolkit.errors import blaming, refuse
 from toolkit.log import get_logger
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -33,7 +32,7 @@ def load_initial_weights(model: nn.Module, config: Config) -> None:
 
 def _read(source: Path) -> dict[str, Tensor]:
     if source.is_dir():
-        saved = read_checkpoint(newest_checkpoint(source / "checkpoints") or source)
+        saved = load_checkpoint(newest_checkpoint(source / "checkpoints") or source)
         return saved["ema"] or saved["model"]
     _check_start(source)
     try:
@@ -53,12 +52,16 @@ def _check_start(file: Path) -> None:
     """Raise ValueError for what is no file of weights by its first bytes."""
     with open(file, "rb") as opened:
         start = opened.read(len(_LFS_POINTER))
-    if not start:
-        raise ValueError("it is empty; copy it again")
-    if start == _LFS_POINTER:
-        raise ValueError("it is Git LFS's pointer to the weights, not the weights; fetch them with git lfs pull")
-    if file.suffix != ".safetensors" and not start.startswith(_TORCH_SAVES):
-        raise ValueError(f"torch.save did not write it (it begins with {start[:8]!r}); use .pth or .safetensors")
+    known = file.suffix == ".safetensors" or start.startswith(_TORCH_SAVES)
+    refuse(
+        {
+            "it is empty; copy it again": not start,
+            "it is Git LFS's pointer to the weights, not the weights; fetch them with git lfs pull": (
+                start == _LFS_POINTER
+            ),
+            f"torch.save did not write it (it begins with {start[:8]!r}); use .pth or .safetensors": not known,
+        }
+    )
 
 
 def _load(model: nn.Module, weights: dict[str, Tensor], source: Path) -> None:
@@ -75,11 +78,8 @@ def _load(model: nn.Module, weights: dict[str, Tensor], source: Path) -> None:
         model.load_state_dict({**weights, **{key: own[key] for key in classifier}})
     except RuntimeError as error:  # a title, then a line of missing names, one of unknown ones, one a wrong shape
         lines = [line.strip() for line in str(error).splitlines()[1:4]]
-        raise ValueError(" ".join(_shortened(line) for line in lines)) from error
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]} …"
+        shown = [line if len(line) <= _SHOWN_CHARACTERS else f"{line[:_SHOWN_CHARACTERS]} …" for line in lines]
+        raise ValueError(" ".join(shown)) from error
 
 
 def _classifier_names(model: nn.Module) -> set[str]:

@@ -26,11 +26,12 @@ from torch import Tensor
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from toolkit.dist import World
-from toolkit.files import inside, read_json, sync_to_disk, write_atomically
+from toolkit.files import inside, read_json, sync_to_disk, write_json
 from toolkit.log import get_logger
 from toolkit.memory.ledger import storage_key
 
 _STATE, _TENSORS, _COMPLETE, _BEST = "state.pt", "tensors", "COMPLETE", "best.json"
+_NAME = re.compile("step-[0-9]+")
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
@@ -59,17 +60,12 @@ def step_of(folder: Path) -> int:
 def complete_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     found = (path.parent for path in folder.glob(f"step-*/{_COMPLETE}"))
-    return sorted((path for path in found if _is_named_by_step(path)), key=step_of)
-
-
-def _is_named_by_step(folder: Path) -> bool:
-    return re.fullmatch(r"step-[0-9]+", folder.name) is not None
+    return sorted((path for path in found if _NAME.fullmatch(path.name)), key=step_of)
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """The complete checkpoint with the highest step, or None."""
-    complete = complete_checkpoints(folder)
-    return complete[-1] if complete else None
+    return max(complete_checkpoints(folder), key=step_of, default=None)
 
 
 def best_checkpoint(folder: Path) -> Path | None:
@@ -82,10 +78,9 @@ def best_checkpoint(folder: Path) -> Path | None:
 
 def read_identity(path: Path) -> dict[str, Any]:
     """What a checkpoint says it belongs to. Raises ValueError where the folder is not a complete checkpoint."""
-    if not (path / _COMPLETE).is_file() or not _is_named_by_step(path):
+    if not (path / _COMPLETE).is_file() or not _NAME.fullmatch(path.name):
         raise ValueError(f"{path} is not a complete checkpoint, a step-<number> folder; --resume auto finds the newest")
-    identity, _ = _read_mark(path)
-    return identity
+    return _read_mark(path)[0]
 
 
 def _read_mark(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
@@ -187,83 +182,79 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-class CheckpointStore:
-    """The checkpoints/ folder of one run; rank 0 writes."""
+def save_checkpoint(
+    folder: Path,
+    state: dict[str, Any],
+    step: int,
+    *,
+    world: World,
+    history: int,
+    tensors: Mapping[str, Tensor] | None = None,
+    identity: dict[str, Any] | None = None,
+    metric: float | None = None,
+    best: bool = False,
+) -> bool:
+    """Write `step-<step>/` below `folder`; keep the newest `history` (one at least) and the best.
 
-    def __init__(self, folder: Path, world: World, history: int) -> None:
-        self._folder = folder
-        self._world = world
-        self._history = max(1, history)
-
-    def save(
-        self,
-        state: dict[str, Any],
-        step: int,
-        *,
-        tensors: Mapping[str, Tensor] | None = None,
-        identity: dict[str, Any] | None = None,
-        metric: float | None = None,
-        best: bool = False,
-    ) -> bool:
-        """Write `step-<step>/`; keep the newest `history` and the best. Call on all ranks; rank 0's `state` counts.
-
-        Where the disk refuses, the earlier checkpoints stay, the log says so, and False is returned on all ranks.
-        """
-        written = True
-        if self._world.is_main:
-            facts = {"step": step, "metric": metric, "identity": identity}
-            try:
-                final = self._write(state, tensors or {}, step, facts)
-                if best:
-                    content = {"checkpoint": final.name, "metric": metric}
-                    write_atomically(self._folder / _BEST, json.dumps(content) + "\n")
-                sync_to_disk(self._folder)
-                self._prune()
-            except (OSError, dcp.api.CheckpointException) as error:
-                refusal, written = _refusal_of_the_disk(error), False
-                shutil.rmtree(self._folder / f"tmp-{step:08d}", ignore_errors=True)
-                kept = newest_checkpoint(self._folder)
-                get_logger().error(
-                    "the checkpoint of step %d could not be written (%s); %s",
-                    step,
-                    refusal,
-                    f"{kept.name} stays the newest" if kept else "there is none yet",
-                )
-        return all(self._world.gather(written))
-
-    def _write(self, state: dict[str, Any], tensors: Mapping[str, Tensor], step: int, facts: dict[str, Any]) -> Path:
-        final = self._folder / f"step-{step:08d}"
-        temporary = self._folder / f"tmp-{step:08d}"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        content = io.BytesIO()  # written in one go: torch's own writer does not say that a disk is full
-        torch.save(state, content)
-        (temporary / _STATE).write_bytes(content.getbuffer())
-        if tensors:
-            _write_tensors(temporary / _TENSORS, tensors)
-        files = sorted(path for path in temporary.rglob("*") if path.is_file())
-        sums = {str(path.relative_to(temporary)): _checksum(path) for path in files}
-        (temporary / _COMPLETE).write_text(json.dumps({**facts, "files": sums}) + "\n")
-        for path in (*files, temporary / _COMPLETE, *(p for p in (temporary / _TENSORS,) if p.is_dir()), temporary):
-            sync_to_disk(path)
-        if final.exists():  # out of the way whole: a half-removed folder must not look complete
-            final.rename(self._folder / f"tmp-old-{step:08d}")
-        temporary.rename(final)
-        return final
-
-    def _prune(self) -> None:
-        best = best_checkpoint(self._folder)
-        for path in complete_checkpoints(self._folder)[: -self._history]:
-            if path != best:
-                shutil.rmtree(path)
-        for path in self._folder.glob("tmp-*"):
-            shutil.rmtree(path, ignore_errors=True)
+    Call on all ranks; rank 0 writes, its `state` counts. Where the disk refuses, the earlier checkpoints stay, the log
+    says so, and False is returned on all ranks.
+    """
+    written = True
+    if world.is_main:
+        facts = {"step": step, "metric": metric, "identity": identity}
+        try:
+            final = _write(folder, state, tensors or {}, step, facts)
+            if best:
+                write_json(folder / _BEST, {"checkpoint": final.name, "metric": metric})
+            sync_to_disk(folder)
+            _prune(folder, max(1, history))
+        except (OSError, dcp.api.CheckpointException) as error:
+            refusal, written = _refusal_of_the_disk(error), False
+            shutil.rmtree(folder / f"tmp-{step:08d}", ignore_errors=True)
+            kept = newest_checkpoint(folder)
+            get_logger().error(
+                "the checkpoint of step %d could not be written (%s); %s",
+                step,
+                refusal,
+                f"{kept.name} stays the newest" if kept else "there is none yet",
+            )
+    return all(world.gather(written))
 
 
-def _refusal_of_the_disk(error: BaseException) -> OSError:
+def _write(
+    folder: Path, state: dict[str, Any], tensors: Mapping[str, Tensor], step: int, facts: dict[str, Any]
+) -> Path:
+    final, temporary = folder / f"step-{step:08d}", folder / f"tmp-{step:08d}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    content = io.BytesIO()  # written in one go: torch's own writer does not say that a disk is full
+    torch.save(state, content)
+    (temporary / _STATE).write_bytes(content.getbuffer())
+    if tensors:
+        _write_tensors(temporary / _TENSORS, tensors)
+    files = sorted(path for path in temporary.rglob("*") if path.is_file())
+    sums = {str(path.relative_to(temporary)): _checksum(path) for path in files}
+    (temporary / _COMPLETE).write_text(json.dumps({**facts, "files": sums}) + "\n")
+    for path in (*temporary.rglob("*"), temporary):
+        sync_to_disk(path)
+    if final.exists():  # out of the way whole: a half-removed folder must not look complete
+        final.rename(folder / f"tmp-old-{step:08d}")
+    temporary.rename(final)
+    return final
+
+
+def _prune(folder: Path, history: int) -> None:
+    best = best_checkpoint(folder)
+    for path in complete_checkpoints(folder)[:-history]:
+        if path != best:
+            shutil.rmtree(path)
+    for path in folder.glob("tmp-*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _refusal_of_the_disk(error: OSError | dcp.api.CheckpointException) -> OSError:
     """The OSError in it; torch.distributed.checkpoint wraps what each rank raised. Anything else is raised."""
-    failures = getattr(error, "failures", None)
-    inner = next(iter(failures.values()))[0] if failures else error
-    if isinstance(inner, OSError):
-        return inner
-    raise inner
+    inner = error if isinstance(error, OSError) else next(iter(error.failures.values()))[0]
+    if not isinstance(inner, OSError):
+        raise inner
+    return inner

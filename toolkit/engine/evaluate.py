@@ -38,10 +38,9 @@ def evaluate(run: Run, model: nn.Module, between: Callable[[], None] = lambda: N
         logits = logits.float()
         losses = nn.functional.cross_entropy(logits, labels, reduction="none").double()
         ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-        sums[0] += (losses * weights).sum()
-        sums[1] += (ranked[:, 0] * weights).sum()
-        sums[2] += (ranked.any(1) * weights).sum()
-        sums[3] += weights.sum()
+        sums[:4] += torch.stack(
+            [(losses * weights).sum(), (ranked[:, 0] * weights).sum(), (ranked.any(1) * weights).sum(), weights.sum()]
+        )
         sums[4] += batch.num_bad
         if number % _BETWEEN == 0:
             between()

@@ -1,12 +1,10 @@
 """What a run has done so far, and the files that tell it: summary.csv and metrics.json, each replaced as a whole."""
 
-import csv
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from toolkit.files import read_json, replacing, write_atomically
+from toolkit.files import csv_text, read_json, write_atomically, write_json
 
 # timm's columns first, in timm's order.
 SUMMARY_COLUMNS = (
@@ -47,6 +45,14 @@ class History:
     train_seconds_so_far: float = 0.0
     bad_so_far: int = 0
 
+    def end_epoch(self, **figures: Any) -> None:
+        """Add an epoch's figures, by column, to the lists, and begin the next epoch."""
+        for column in SUMMARY_COLUMNS[1:]:
+            getattr(self, column).append(figures[column])
+        self.epoch, self.step = self.epoch + 1, 0
+        self.loss_sums_so_far, self.bad_so_far = [], 0
+        self.seconds_so_far = self.train_seconds_so_far = 0.0
+
 
 def is_complete(folder: Path) -> bool:
     """Whether a run folder holds a finished run."""
@@ -56,17 +62,13 @@ def is_complete(folder: Path) -> bool:
         return False
 
 
-def write_records(folder: Path, history: History, facts: dict[str, Any], *, target: float, completed: bool) -> None:
+def write_records(folder: Path, history: History, facts: dict[str, Any], *, completed: bool) -> None:
     """Write summary.csv and metrics.json. Rank 0 only. `facts` are the run's fixed entries of metrics.json."""
     rows = [
         {"epoch": epoch, **{key: getattr(history, key)[epoch] for key in SUMMARY_COLUMNS[1:]}}
         for epoch in range(len(history.train_loss))
     ]
-    with replacing(folder / "summary.csv") as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, SUMMARY_COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-
+    write_atomically(folder / "summary.csv", csv_text(SUMMARY_COLUMNS, rows))
     evaluated = [(top1, epoch) for epoch, top1 in enumerate(history.eval_top1) if top1 is not None]
     rates = history.images_per_sec
     metrics = {
@@ -80,10 +82,10 @@ def write_records(folder: Path, history: History, facts: dict[str, Any], *, targ
         "best_top1": max(evaluated)[0] if evaluated else None,
         "best_epoch": max(evaluated, key=lambda pair: (pair[0], -pair[1]))[1] if evaluated else None,
         "final_sparsity": history.sparsity[-1] if history.sparsity else None,
-        "target_sparsity": target,
+        "target_sparsity": facts["target_sparsity"],
         "images_per_sec": sum(rates) / len(rates) if rates else None,
         "bad_images": sum(history.bad_images),
         **facts,
         "completed": completed,
     }
-    write_atomically(folder / "metrics.json", json.dumps(metrics, indent=1) + "\n")
+    write_json(folder / "metrics.json", metrics, indent=1)

@@ -20,7 +20,6 @@ from toolkit.errors import InterruptedRunError, LostRankError, RunError, Sparsit
 from toolkit.log import get_logger
 from toolkit.markdown import MIB
 from toolkit.memory.ledger import count_bytes, optimizer_bytes
-from toolkit.memory.probe import StepProbe
 from toolkit.memory.report import write_report, write_report_of_survivors
 from toolkit.progress import Progress, duration
 
@@ -38,7 +37,13 @@ def train(run: Run) -> History:
     done = history.epoch * run.plan.steps_per_epoch + history.step
     bar = Progress(run.plan.total_steps, "steps", "train", done, lambda line: None) if run.world.is_main else None
     metrics = Metrics(run)
-    with StopRequest() as stop:  # around all: the launcher sends SIGTERM when a rank is lost
+    with (
+        StopRequest() as stop,  # around all: the launcher sends SIGTERM when a rank is lost
+        run.lock,
+        contextlib.closing(run.memory),
+        contextlib.closing(metrics),
+        bar or contextlib.nullcontext(),
+    ):
         try:
             while history.epoch < run.plan.epochs:
                 train_epoch(run, history, stop, metrics, bar)
@@ -59,13 +64,6 @@ def train(run: Run) -> History:
             if lost and LostRankError.explains(error):
                 raise LostRankError(lost) from error
             raise
-        finally:
-            if bar is not None:
-                bar.close()
-            metrics.close()
-            run.memory.close()
-            if run.lock is not None:
-                run.lock.release()
     return history
 
 
@@ -90,7 +88,7 @@ def _interrupt(run: Run, history: History) -> NoReturn:
 def train_epoch(run: Run, history: History, stop: StopRequest, metrics: Metrics, bar: Progress | None = None) -> None:
     """Train from `history.step` to the end of the epoch, without its evaluation. Call on all ranks."""
     plan, begin = run.plan, time.perf_counter()
-    run.model.train()
+    run.engine.model.train()
     sums, ranks = history.loss_sums_so_far, run.world.num_ranks
     # Each rank's own sum; after a change of the number of ranks rank 0 holds what keeps the mean.
     own = sums[run.world.rank] if len(sums) == ranks else sum(sums) * ranks / max(len(sums), 1) * run.world.is_main
@@ -111,7 +109,9 @@ def train_epoch(run: Run, history: History, stop: StopRequest, metrics: Metrics,
         update = history.epoch * plan.steps_per_epoch + history.step + 1
         logs = update % plan.log_interval == 0 or history.step + 1 == plan.steps_per_epoch
         run.memory.enter_step(update)
-        with _memory_probe(run, update) as probe:
+        # Watched is one step a phase; of a compiled model none, for under the tracker it would be compiled anew.
+        compiled = hasattr(run.engine.model, "_orig_mod")
+        with contextlib.nullcontext() if compiled else run.memory.probe(update) as probe:
             result = train_step(run, batches, update, history.epoch, stop=stop.asked, want_grad_norm=logs, probe=probe)
         if run.scheduler is not None:
             run.scheduler.step_update(num_updates=update)
@@ -125,7 +125,7 @@ def train_epoch(run: Run, history: History, stop: StopRequest, metrics: Metrics,
                 _release_memory(run)
         history.step += 1
         history.bad_so_far += result.num_bad
-        metrics.add(result)
+        metrics.results.append(result)
         if bar is not None:
             bar.advance()
         if logs:
@@ -138,11 +138,6 @@ def train_epoch(run: Run, history: History, stop: StopRequest, metrics: Metrics,
             account()
             save_snapshot(run, history, update)
     account()
-
-
-def _memory_probe(run: Run, update: int) -> contextlib.AbstractContextManager[StepProbe | None]:
-    """Watches one step a phase; of a compiled model none, for under the tracker it would be compiled anew."""
-    return contextlib.nullcontext() if hasattr(run.model, "_orig_mod") else run.memory.probe(update)
 
 
 def _release_memory(run: Run) -> None:
@@ -201,18 +196,18 @@ def _finish_epoch(run: Run, history: History, stop: StopRequest, metrics: Metric
     if (epoch + 1) % plan.val_interval == 0 or epoch + 1 == plan.epochs:
         result = _evaluate(run, history, stop, metrics, update)
     zeros, weights = run.sparsity()
-    images = plan.steps_per_epoch * plan.global_batch_size
-    loss_sums = history.loss_sums_so_far
-    history.train_loss.append(sum(loss_sums) / len(loss_sums) / plan.steps_per_epoch)
-    history.eval_loss.append(None if result is None else result.loss)
-    history.eval_top1.append(None if result is None else result.top1)
-    history.eval_top5.append(None if result is None else result.top5)
-    history.lr.append(run.learning_rate)
-    history.sparsity.append(zeros / max(weights, 1))
-    history.epoch_s.append(history.seconds_so_far + time.perf_counter() - begin)
-    history.images_per_sec.append(images / history.train_seconds_so_far)
-    bad = torch.tensor(history.bad_so_far, dtype=torch.int64, device=run.world.device)
-    history.bad_images.append(int(run.world.sum(bad)))
+    loss_sums, bad = history.loss_sums_so_far, torch.tensor(history.bad_so_far, device=run.world.device)
+    history.end_epoch(
+        train_loss=sum(loss_sums) / len(loss_sums) / plan.steps_per_epoch,
+        eval_loss=result and result.loss,
+        eval_top1=result and result.top1,
+        eval_top5=result and result.top5,
+        lr=run.learning_rate,
+        sparsity=zeros / max(weights, 1),
+        epoch_s=history.seconds_so_far + time.perf_counter() - begin,
+        images_per_sec=plan.steps_per_epoch * plan.global_batch_size / history.train_seconds_so_far,
+        bad_images=int(run.world.sum(bad)),
+    )
     metric = getattr(result, plan.eval_metric) if result is not None else None
     if run.scheduler is not None:
         run.scheduler.step(epoch + 1, metric)
@@ -221,9 +216,6 @@ def _finish_epoch(run: Run, history: History, stop: StopRequest, metrics: Metric
     if best:
         history.best = metric
         _log.info("*** Best metric: %s (epoch %d)", metric, epoch)
-    history.epoch, history.step = epoch + 1, 0
-    history.loss_sums_so_far, history.bad_so_far = [], 0
-    history.seconds_so_far = history.train_seconds_so_far = 0.0
     save_snapshot(run, history, update, metric, best)
     _write(run, history, completed=False)
 
@@ -261,4 +253,4 @@ def _write_memory_of_survivors(run: Run, error: Exception) -> list[dict[str, Any
 
 def _write(run: Run, history: History, *, completed: bool) -> None:
     if run.world.is_main:
-        write_records(run.folder, history, run.facts, target=run.schedule.sparsity, completed=completed)
+        write_records(run.folder, history, run.facts, completed=completed)

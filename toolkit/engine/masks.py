@@ -10,11 +10,9 @@ from toolkit.errors import MasksDifferError
 from toolkit.prune.mask import flat_view, zero_pruned
 
 
-def _digest(parts: list[bytes]) -> int:
-    digest = hashlib.blake2b(digest_size=8)
-    for part in parts:
-        digest.update(part)
-    return int.from_bytes(digest.digest(), "little", signed=True) >> 1  # 63 bits: the comparison negates it
+def _digest(content: bytes) -> int:
+    digest = hashlib.blake2b(content, digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True) >> 1  # 63 bits: the comparison negates it
 
 
 def check_masks(run: Run) -> None:
@@ -26,16 +24,16 @@ def check_masks(run: Run) -> None:
     if run.world.num_ranks == 1 or run.engine.name != "ddp":
         return
     names = {id(parameter): name for name, parameter in run.prunable}
-    masks = {
-        names[id(parameter)]: mask.cpu().numpy().tobytes()
+    digests = {
+        names[id(parameter)]: _digest(mask.cpu().numpy().tobytes())
         for parameter, mask in run.masked_parameters()
         if id(parameter) in names
     }
-    own = _digest(list(masks.values()))
+    own = _digest(repr(digests).encode())
     highest, lowest = run.world.max(torch.tensor([own, -own], dtype=torch.int64, device=run.world.device)).tolist()
     if highest == -lowest:
         return
-    every = run.world.gather({name: _digest([mask]) for name, mask in masks.items()})
+    every = run.world.gather(digests)
     for name in sorted({name for one in every for name in one}):
         found = [one.get(name) for one in every]
         usual = max(set(found), key=found.count)
@@ -59,9 +57,8 @@ class AverageMasks:
         self._run = run
         self._applied: dict[int, Tensor] = {}
         if run.ema is not None:
-            names = {id(parameter): name for name, parameter in run.engine.module.named_parameters()}
-            averages = dict(run.ema.module.named_parameters())
-            self._averages = {key: averages[name] for key, name in names.items()}
+            trained = map(id, run.engine.module.parameters())
+            self._averages = dict(zip(trained, run.ema.module.parameters(), strict=True))
 
     @torch.no_grad()
     def apply(self) -> None:

@@ -77,9 +77,8 @@ def memory_scalars(columns: Tensor, *, on_gpu: bool) -> dict[str, float | None]:
             name = tag.removesuffix("(MiB)")
             scalars[tag] = max(values) / MIB
             if len(values) > 1:
-                scalars[f"{name}_min(MiB)"] = min(values) / MIB
-                scalars[f"{name}_mean(MiB)"] = sum(values) / len(values) / MIB
-                scalars[f"{name}_argmax_rank"] = values.index(max(values))
+                figures = (min(values) / MIB, sum(values) / len(values) / MIB, values.index(max(values)))
+                scalars |= zip([name + suffix for suffix in _OVER_RANKS], figures, strict=True)
     return scalars
 
 
@@ -100,13 +99,9 @@ class Metrics:
         self.begin_window()
 
     def begin_window(self) -> None:
-        """Time and count from here."""
+        """Time and count from here; the loop puts each step's result into `results`."""
         self._begin = time.perf_counter()
-        self._results: list[StepResult] = []
-
-    def add(self, result: StepResult) -> None:
-        """A step is done."""
-        self._results.append(result)
+        self.results: list[StepResult] = []
 
     def report(self, update: int, history: History) -> int:
         """A log line and the scalars of the window, which ends. Returns the epoch's unreadable images on all ranks.
@@ -120,7 +115,7 @@ class Metrics:
         return bad
 
     def _reduce(self, update: int, history: History) -> tuple[dict[str, Any], int]:
-        run, plan, results = self._run, self._run.plan, self._results
+        run, plan, results = self._run, self._run.plan, self.results
         elapsed = time.perf_counter() - self._begin
         loss = torch.stack([result.loss for result in results]).double().mean()
         device = read_device(run.world.device)  # before the sample, whose record begins new peaks

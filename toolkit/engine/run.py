@@ -1,17 +1,16 @@
 """What `build` hands to the loop: the components of one run, built and placed, and nothing of the configuration."""
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from toolkit.data.loader import Batch, EvalLoader, TrainLoader
 from toolkit.dist import World
-from toolkit.engine.checkpoint import CheckpointStore
-from toolkit.engine.engines import Engine
-from toolkit.engine.lock import FolderLock
+from toolkit.engine.engines.ddp import Engine
 from toolkit.memory.recorder import MemoryLog
 from toolkit.prune.pruning import Pruning
 from toolkit.prune.schedule import Schedule
@@ -28,6 +27,7 @@ class Plan:
     log_interval: int
     val_interval: int
     checkpoint_interval: int
+    checkpoint_hist: int
     eval_metric: str
     dist_bn: str
     max_bad_images: float
@@ -46,7 +46,7 @@ class Run:
     engine: Engine
     world: World
     folder: Path
-    lock: FolderLock | None
+    lock: ExitStack
     scheduler: Any
     ema: Any
     train_loader: TrainLoader
@@ -57,15 +57,9 @@ class Run:
     schedule: Schedule
     prunable: list[tuple[str, Tensor]]
     predict_memory: Callable[[], tuple[dict[str, int], dict[str, dict[str, int]]]]
-    checkpoints: CheckpointStore
     memory: MemoryLog
     facts: dict[str, Any]
     resume_from: Path | None
-
-    @property
-    def model(self) -> nn.Module:
-        """What is trained: `engine.module` as the engine wraps it, perhaps compiled."""
-        return self.engine.model
 
     @property
     def learning_rate(self) -> float:

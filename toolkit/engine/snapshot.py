@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from toolkit.engine.checkpoint import load_checkpoint, random_state, restore_random_state
+from toolkit.engine.checkpoint import load_checkpoint, random_state, restore_random_state, save_checkpoint
 from toolkit.engine.history import History
 from toolkit.engine.run import Run
 from toolkit.log import get_logger
@@ -31,53 +31,55 @@ def save_snapshot(run: Run, history: History, update: int, metric: float | None 
     Returns whether it was written; a full disk is logged and no reason to stop.
     """
     with run.memory.during("checkpoint"):
-        return _save(run, history, update, metric, best)
+        random_states = run.world.gather(random_state(run.world.device))
+        memory_states = run.world.gather(run.memory.state_dict())
+        bad_so_far = sum(run.world.gather(history.bad_so_far))
+        # Whole tensors one at a time, through all ranks; only rank 0, which writes, keeps them.
+        tensors: dict[str, Tensor] = {}
+        for name, tensor in run.engine.weights():
+            if run.world.is_main:
+                tensors[f"model.{name}"] = tensor
+        plain: dict[str, dict[str, Any]] = {}  # what some of timm's optimizers keep as numbers
+        for name, key, value in run.engine.optimizer_states():
+            if run.world.is_main and isinstance(value, Tensor):
+                tensors[f"optimizer.{key}.{name}"] = value
+            elif run.world.is_main:
+                plain.setdefault(name, {})[key] = value
+        if run.ema is not None and run.world.is_main:
+            tensors |= {f"ema.{name}": tensor.cpu() for name, tensor in run.ema.module.state_dict().items()}
+        groups = [
+            {key: value for key, value in group.items() if key not in ("params", "param_names")}
+            for group in run.engine.inner_optimizer.param_groups
+        ]
+        plateau = getattr(run.scheduler, "lr_scheduler", None)  # timm's own state leaves out how long it has waited
+        state = {
+            "history": {**asdict(history), "bad_so_far": bad_so_far},
+            "model": {},
+            "ema": None if run.ema is None else {},
+            "optimizer": {"state": plain, "param_groups": groups},
+            "scheduler": run.scheduler and {"outer": run.scheduler.state_dict(), "inner": _state_of(plateau)},
+            "scaler": _state_of(run.engine.scaler),
+            "random": random_states,
+            "memory": memory_states,
+            "engine": run.engine.name,
+            "versions": {name: str(version) for name, version in run.facts["versions"].items()},
+        }
+        identity = {key: run.facts[key] for key in IDENTITY}
+        return save_checkpoint(
+            run.folder / "checkpoints",
+            state,
+            update,
+            world=run.world,
+            history=run.plan.checkpoint_hist,
+            tensors=tensors,
+            identity=identity,
+            metric=metric,
+            best=best,
+        )
 
 
-def _save(run: Run, history: History, update: int, metric: float | None, best: bool) -> bool:
-    random_states = run.world.gather(random_state(run.world.device))
-    memory_states = run.world.gather(run.memory.state_dict())
-    bad_so_far = sum(run.world.gather(history.bad_so_far))
-    identity = {key: run.facts[key] for key in IDENTITY}
-    # Whole tensors one at a time, through all ranks; only rank 0, which writes, keeps them.
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in run.engine.weights():
-        if run.world.is_main:
-            tensors[f"model.{name}"] = tensor
-    plain: dict[str, dict[str, Any]] = {}  # what some of timm's optimizers keep as numbers
-    for name, key, value in run.engine.optimizer_states():
-        if run.world.is_main and isinstance(value, Tensor):
-            tensors[f"optimizer.{key}.{name}"] = value
-        elif run.world.is_main:
-            plain.setdefault(name, {})[key] = value
-    if run.ema is not None and run.world.is_main:
-        tensors |= {f"ema.{name}": tensor.cpu() for name, tensor in run.ema.module.state_dict().items()}
-    groups = [
-        {key: value for key, value in group.items() if key not in ("params", "param_names")}
-        for group in run.engine.inner_optimizer.param_groups
-    ]
-    scaler = run.engine.scaler
-    state = {
-        "history": {**asdict(history), "bad_so_far": bad_so_far},
-        "model": {},
-        "ema": None if run.ema is None else {},
-        "optimizer": {"state": plain, "param_groups": groups},
-        "scheduler": _scheduler_state(run.scheduler),
-        "scaler": scaler.state_dict() if scaler is not None else None,
-        "random": random_states,
-        "memory": memory_states,
-        "engine": run.engine.name,
-        "versions": {name: str(version) for name, version in run.facts["versions"].items()},
-    }
-    return run.checkpoints.save(state, update, tensors=tensors, identity=identity, metric=metric, best=best)
-
-
-def _scheduler_state(scheduler: Any) -> dict[str, Any] | None:
-    """State of timm's schedule; plateau's own leaves out how long it has waited."""
-    if scheduler is None:
-        return None
-    inner = getattr(scheduler, "lr_scheduler", None)
-    return {"outer": scheduler.state_dict(), "inner": inner.state_dict() if inner is not None else None}
+def _state_of(part: Any) -> dict[str, Any] | None:
+    return None if part is None else part.state_dict()
 
 
 def load_snapshot(run: Run) -> History:

@@ -1,7 +1,7 @@
 """One optimizer step: micro-batches, backward, the check that the loss is finite, update."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -27,37 +27,37 @@ class StepResult:
     stop: bool
 
 
-class _Signal:
+def _send_signal(loss: Tensor, stop: bool, world: World) -> Callable[[int], bool]:
     """One small collective a step: which rank's loss is not finite, and whether any rank was asked to stop.
 
     The flag is made and reduced on the device before backward and copied without blocking; the host reads it when
     backward has been launched, so a GPU is never idle for it, and before the update, so a bad one never happens. On CPU
     it travels during backward: waiting there for the slowest rank would be a second wait a step.
+
+    Returns what reads it: given the update's number it raises NonFiniteLossError on all ranks if any one's loss is not
+    finite, and returns whether to stop.
     """
+    bad = torch.where(loss.isfinite(), 0.0, float(world.num_ranks - world.rank))
+    flags = torch.stack([bad, torch.full_like(bad, float(stop))])
+    if flags.is_cuda:
+        flags, copied = world.max(flags).to("cpu", non_blocking=True), torch.cuda.Event()
+        copied.record()
+        arrive: Callable[[], object] = copied.synchronize
+    else:
+        travelling = world.begin_max(flags)
+        arrive = (lambda: None) if travelling is None else travelling.wait  # one rank has nothing to wait for
 
-    def __init__(self, loss: Tensor, stop: bool, world: World) -> None:
-        self._world = world
-        bad = torch.where(loss.isfinite(), 0.0, float(world.num_ranks - world.rank))
-        flags = torch.stack([bad, torch.full_like(bad, float(stop))])
-        self._travelling = world.begin_max(flags) if not flags.is_cuda else None
-        self._copy = world.max(flags).to("cpu", non_blocking=True) if flags.is_cuda else flags
-        self._ready = torch.cuda.Event() if flags.is_cuda else None
-        if self._ready is not None:
-            self._ready.record()
-
-    def refuse_non_finite(self, update: int) -> bool:
-        """Raise NonFiniteLossError on all ranks if any one's loss is not finite; returns whether to stop."""
-        if self._ready is not None:
-            self._ready.synchronize()
-        if self._travelling is not None:
-            self._travelling.wait()
-        bad, stop = self._copy.tolist()
-        if bad:
+    def refuse_non_finite(update: int) -> bool:
+        arrive()
+        refused, asked = flags.tolist()
+        if refused:
             raise NonFiniteLossError(
-                f"loss is not finite at step {update} on rank {self._world.num_ranks - int(bad)}; no rank made the "
+                f"loss is not finite at step {update} on rank {world.num_ranks - int(refused)}; no rank made the "
                 "update. Lower --lr, or add --clip-grad, and start anew"
             )
-        return bool(stop)
+        return bool(asked)
+
+    return refuse_non_finite
 
 
 def train_step(
@@ -97,9 +97,9 @@ def train_step(
 
         # Signal: it travels while backward computes, unless that makes the update, before which it must be read.
         if last:
-            signal = _Signal(total, stop, run.world)
+            refuse_non_finite = _send_signal(total, stop, run.world)
             if updates_in_backward:
-                stop = signal.refuse_non_finite(update)
+                stop = refuse_non_finite(update)
 
         # Backward
         if probe is not None:
@@ -111,7 +111,7 @@ def train_step(
     if probe is not None:
         probe.backward_done()
     if not updates_in_backward:
-        stop = signal.refuse_non_finite(update)
+        stop = refuse_non_finite(update)
 
     # Update
     grad_norm = engine.update(update, want_grad_norm)

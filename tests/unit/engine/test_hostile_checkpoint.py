@@ -13,23 +13,23 @@ from toolkit.builder.model import create_model
 from toolkit.cli import parse
 from toolkit.dist import World
 from toolkit.engine.checkpoint import (
-    CheckpointStore,
     best_checkpoint,
     complete_checkpoints,
     damage_of,
     load_checkpoint,
     newest_checkpoint,
     read_identity,
+    save_checkpoint,
 )
 from toolkit.files import UnsafeNameError
 
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    store = CheckpointStore(tmp_path / "run" / "checkpoints", World(), history=2)
     state = {"model": {}, "ema": None, "optimizer": {"state": {}}}
-    store.save(state, 10, tensors={"model.w": torch.arange(6.0).view(2, 3)}, identity={"seed": 1})
-    return newest_checkpoint(tmp_path / "run" / "checkpoints")
+    folder, tensors = tmp_path / "run" / "checkpoints", {"model.w": torch.arange(6.0).view(2, 3)}
+    save_checkpoint(folder, state, 10, world=World(), history=2, tensors=tensors, identity={"seed": 1})
+    return newest_checkpoint(folder)
 
 
 def change_mark(checkpoint, change):

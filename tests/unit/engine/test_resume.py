@@ -25,7 +25,7 @@ def test_a_stop_in_the_middle_of_an_evaluation_is_acted_on_there(flags, tmp_path
 
     def counting(batch):
         nonlocal seen
-        seen += not run.model.training
+        seen += not run.engine.model.training
         if seen == 10:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(batch)

@@ -12,8 +12,8 @@ import toolkit.optim  # noqa: F401  registers ours
 from toolkit.builder.optimizer import resolve_optimizer
 from toolkit.cli import parse
 from toolkit.dist import World
-from toolkit.engine.checkpoint import CheckpointStore, load_checkpoint
-from toolkit.engine.engines.ddp import DdpEngine
+from toolkit.engine.checkpoint import load_checkpoint, save_checkpoint
+from toolkit.engine.engines.ddp import Engine
 
 REFUSED = {"adahessian": "second derivatives", **dict.fromkeys(("kron", "kronc", "kronw"), "compiles parts of itself")}
 PACKAGES = {"bnb": "bitsandbytes", "fused": "apex"}  # names that begin so come with another package
@@ -30,7 +30,7 @@ def make(name):
         warnings.simplefilter("ignore")
         optimizer = create_optimizer_v2(model, name, lr=1e-3, **(PRUNED if ours else {}))
     accelerator = Accelerator(cpu=True)
-    return DdpEngine(accelerator, model, model, optimizer, optimizer, World.detect(torch.device("cpu")))
+    return Engine(accelerator, model, model, optimizer, optimizer, World.detect(torch.device("cpu")))
 
 
 def train(engine, first, last):
@@ -53,9 +53,8 @@ def through_a_checkpoint(engine, other, folder):
         {key: value for key, value in group.items() if key not in ("params", "param_names")}
         for group in engine.inner_optimizer.param_groups
     ]
-    store = CheckpointStore(folder, World.detect(torch.device("cpu")), 1)
     state = {"model": {}, "ema": None, "optimizer": {"state": plain, "param_groups": groups}}
-    assert store.save(state, 2, tensors=tensors)
+    assert save_checkpoint(folder, state, 2, world=World(), history=1, tensors=tensors)
     saved = load_checkpoint(folder / "step-00000002")
     other.load_weights(saved["model"])
     other.load_optimizer_states(saved["optimizer"]["state"], saved["optimizer"]["param_groups"])

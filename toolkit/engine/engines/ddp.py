@@ -1,6 +1,7 @@
-"""One rank, or DDP: every rank has everything."""
+"""The contract of an engine, and those that need no more than torch's: one rank, DDP and FSDP2."""
 
 import contextlib
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -13,10 +14,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from toolkit.dist import World
-from toolkit.engine.engines import States
 from toolkit.memory.probe import StepProbe
 from toolkit.prune.distributed import to_dtensor, to_local
 from toolkit.prune.packing import dense_state
+
+States = Mapping[str, Mapping[str, Tensor]]  # parameter name -> state key -> whole tensor
 
 
 def parameter_names(model: nn.Module) -> dict[int, str]:
@@ -24,26 +26,36 @@ def parameter_names(model: nn.Module) -> dict[int, str]:
     return {id(parameter): name for name, parameter in model.named_parameters()}
 
 
-def _gather(tensor: Tensor) -> Tensor:
-    """The whole of a DTensor, or the tensor itself; on CPU."""
-    sharded: Any = tensor
-    return (sharded.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().cpu()
+def _gather(tensor: Any) -> Tensor:
+    """The whole of a DTensor, or the tensor itself."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def _scatter(tensor: Tensor, like: Any) -> Tensor:
-    """A whole tensor laid out as the DTensor `like`; every rank has the whole, so nothing is sent. Else as it is."""
-    if not hasattr(like, "to_local"):
-        return tensor
+def _scatter(value: Any, like: Any) -> Any:
+    """A whole tensor laid out as the DTensor `like` of its shape; every rank has the whole, so nothing is sent.
+
+    Anything else as it is.
+    """
+    if not hasattr(like, "to_local") or getattr(value, "shape", None) != like.shape:
+        return value
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
-class DdpEngine:
-    """See Engine. `model` and `optimizer` are Accelerate's, `module` and `inner_optimizer` what they wrap.
+class Engine:
+    """An engine's way to train `module`; as it stands here that of one rank or DDP, where every rank has everything.
+
+    A step is `zero_grad`, then `forward` and `backward` for each micro-batch, then `update`. From `count_zeros` on all
+    methods are collectives; whole tensors are on CPU, on rank 0 at least.
+
+    name: ddp, fsdp2, zero1, zero2 or zero3.
+    model: what is trained: the module as the engine wraps it, perhaps compiled. `optimizer` is wrapped likewise.
+    inner_optimizer: ours or timm's; the engine may show it slices instead of parameters.
+    scaler: of fp16's gradients, or None.
 
     `amp_dtype` is the dtype of forward passes, None for float32; with `clip_mode` norm, value or agc gradients are
-    clipped at `clip_grad`, None for not at all. Tensors may be DTensors: FSDP2's engine is this one in all but a step.
+    clipped at `clip_grad`, None for not at all.
     """
 
     name = "ddp"
@@ -67,28 +79,32 @@ class DdpEngine:
         self._amp_dtype = amp_dtype
 
     def zero_grad(self) -> None:
+        """Begin a step: forget the gradients of the last one."""
         self._optimizer.zero_grad()
 
     def autocast(self) -> AbstractContextManager[Any]:
-        if self._amp_dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self._world.device.type, dtype=self._amp_dtype)
+        """The precision of forward passes."""
+        return torch.autocast(self._world.device.type, dtype=self._amp_dtype, enabled=self._amp_dtype is not None)
 
     def _no_sync(self, last: bool) -> AbstractContextManager[Any]:
         return contextlib.nullcontext() if last else self._accelerator.no_sync(self.model)
 
     def forward(self, images: Tensor, *, last: bool) -> Tensor:
+        """Outputs of one micro-batch, at least float32; `last` says whether it is the step's last."""
         with self._no_sync(last), self.autocast():  # DDP decides in forward whether backward will sum over the ranks
             output: Tensor = self.model(images)
         return output.float() if output.dtype.itemsize < 4 else output
 
     def updates_in_backward(self, step: int) -> bool:
+        """Whether the last `backward` of this step makes the update too, so that a bad loss is refused before it."""
         return False
 
     def backward(self, loss: Tensor, step: int, *, last: bool, probe: StepProbe | None = None) -> None:
+        """Gradients of one micro-batch; with the last one the ranks' are brought together."""
         self._accelerator.backward(loss)
 
     def update(self, step: int, want_norm: bool) -> Tensor | None:
+        """Clip, and let the optimizer step. Returns the gradients' norm before clipping where it was taken."""
         norm = self._clip() if want_norm or self.clip_grad is not None else None
         self._optimizer.step()
         return norm
@@ -99,31 +115,36 @@ class DdpEngine:
         if self.clip_grad is not None and self.clip_mode == "norm":
             return self._accelerator.clip_grad_norm_(parameters, self.clip_grad)
         self._accelerator.unscale_gradients()
-        norm: Any = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])  # type: ignore[misc]
+        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])  # type: ignore[misc]
         if self.clip_grad is not None:
             if self.clip_mode == "agc":  # timm leaves the classifier out
                 parameters = list(model_parameters(self.module, exclude_head=True))
             dispatch_clip_grad(parameters, self.clip_grad, mode=self.clip_mode)
-        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of shards, of which each rank has some
+        return _gather(norm)  # of shards, of which each rank has some
 
     def count_zeros(self, prunable: Iterable[tuple[str, Tensor]]) -> tuple[int, int]:
+        """(zeros, weights) over all ranks."""
         weights = [parameter for _, parameter in prunable]
-        return sum(int((weight == 0).sum()) for weight in weights), sum(weight.numel() for weight in weights)
+        return sum(int((to_local(weight) == 0).sum()) for weight in weights), sum(weight.numel() for weight in weights)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and whole tensor of every parameter and buffer."""
         for name, tensor in self.module.state_dict().items():
-            yield name, _gather(tensor)
+            yield name, _gather(tensor).detach().cpu()
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Take whole tensors by name. Raises RuntimeError where names or shapes differ."""
         own = self.module.state_dict()
         self.module.load_state_dict({name: _scatter(tensor, own.get(name)) for name, tensor in weights.items()})
 
     @property
     def optimizer_state(self) -> Mapping[Tensor, dict[str, Any]]:
+        """What the optimizer keeps for each parameter, as this rank has it."""
         optimizer: Any = self.inner_optimizer
         return getattr(optimizer, "_base_optimizer", optimizer).state  # timm's Lookahead has a state apart, unused
 
     def optimizer_states(self) -> Iterator[tuple[str, str, Any]]:
+        """Parameter name, state key and whole dense tensor of the optimizer's state; numbers as they are."""
         names = parameter_names(self.module)
         for parameter, state in self.optimizer_state.items():
             tensors = {key: to_local(value) for key, value in state.items() if torch.is_tensor(value)}
@@ -131,19 +152,33 @@ class DdpEngine:
                 yield names[id(parameter)], key, state[key]
             for key, value in dense_state(to_local(parameter), tensors).items():
                 shaped = value.ndim > 0 and value.shape == to_local(parameter).shape
-                yield names[id(parameter)], key, _gather(to_dtensor(value, parameter) if shaped else value)
+                whole = _gather(to_dtensor(value, parameter) if shaped else value)
+                yield names[id(parameter)], key, whole.detach().cpu()
 
     def load_optimizer_states(self, states: States, groups: list[dict[str, Any]]) -> None:
-        names, optimizer = parameter_names(self.module), self.inner_optimizer
-        state, numbered, position = {}, [], 0  # torch knows parameters by their number
-        for group, settings in zip(optimizer.param_groups, groups, strict=True):
-            first, position = position, position + len(group["params"])
-            numbered.append({**settings, "params": list(range(first, position))})
-            for number, parameter in enumerate(group["params"], first):
-                if saved := states.get(names[id(parameter)]):
-                    shaped = {key for key, value in saved.items() if getattr(value, "shape", ()) == parameter.shape}
-                    state[number] = {
-                        key: _scatter(value, parameter) if key in shaped and value.ndim else value
-                        for key, value in saved.items()
-                    }
-        optimizer.load_state_dict({"state": state, "param_groups": numbered})
+        """Take whole dense states by name, and the groups' settings."""
+        names, own, numbers = parameter_names(self.module), self.inner_optimizer.param_groups, itertools.count()
+        numbered = [  # torch knows parameters by their number
+            {**settings, "params": list(itertools.islice(numbers, len(group["params"])))}
+            for group, settings in zip(own, groups, strict=True)
+        ]
+        state = {}
+        for number, parameter in enumerate(parameter for group in own for parameter in group["params"]):
+            saved = states.get(names[id(parameter)])
+            if saved:
+                state[number] = {key: _scatter(value, parameter) for key, value in saved.items()}
+        self.inner_optimizer.load_state_dict({"state": state, "param_groups": numbered})
+
+
+class Fsdp2Engine(Engine):
+    """FSDP2: parameters, gradients and states are DTensors, each rank holding rows of each."""
+
+    name = "fsdp2"
+
+    def backward(self, loss: Tensor, step: int, *, last: bool, probe: StepProbe | None = None) -> None:
+        with self._no_sync(last):  # FSDP2 decides in backward whether it sums over the ranks
+            super().backward(loss, step, last=last, probe=probe)
+
+    def count_zeros(self, prunable: Iterable[tuple[str, Tensor]]) -> tuple[int, int]:
+        own_zeros, weights = super().count_zeros(prunable)
+        return int(self._world.sum(torch.tensor(own_zeros, dtype=torch.int64, device=self._world.device))), weights

@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from toolkit.engine.engines.ddp import DdpEngine
+from toolkit.engine.engines.ddp import Engine
 from toolkit.memory.probe import StepProbe
 from toolkit.prune.pruning import Pruning
 
+_LISTS = ("params", "param_names")  # of a group: an entry a parameter; the rest are settings of all
 
-class FusedEngine(DdpEngine):
+
+class FusedEngine(Engine):
     """See Engine: one rank's, with the update inside backward where no mask update is due."""
 
     def __init__(self, *parts: Any, **options: Any) -> None:
@@ -45,12 +47,9 @@ class FusedBackward:
         # for a load puts new dictionaries in the groups' place.
         self._alone: dict[Tensor, tuple[int, dict[str, Any]]] = {}
         for position, group in enumerate(optimizer.param_groups):
-            names = group.get("param_names")
             for number, parameter in enumerate(group["params"]):
-                alone = {**group, "params": [parameter]}
-                if names is not None:
-                    alone["param_names"] = [names[number]]
-                self._alone[parameter] = (position, alone)
+                own = {key: [group[key][number]] for key in _LISTS if key in group}
+                self._alone[parameter] = (position, group | own)
                 parameter.register_post_accumulate_grad_hook(self._update)
 
     def backward(self, step: int, backward: Callable[[], None], probe: StepProbe | None = None) -> bool:
@@ -89,4 +88,4 @@ class FusedBackward:
 
 
 def _settings(group: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in group.items() if key not in ("params", "param_names")}
+    return {key: value for key, value in group.items() if key not in _LISTS}

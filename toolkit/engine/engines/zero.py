@@ -4,8 +4,8 @@ A group's parameters stand one behind the other in a flat tensor of float32, cut
 each parameter first, and a slice is the parts' row). With P parameters in the group, `slice` [s] on each rank:
 
     slice    | part of p1 | p2 | ... | part of pk | padding |     a rank's slice may begin and end within a parameter
-    segment  name, start (of the parameter), place (in the slice), length; at most one a parameter and rank
-    flat_slices  (name, first, stop) for each of the P parameters in order, (name, 0, 0) where this rank has none of it
+    segment  start (in the parameter), place (in the slice), length; at most one a parameter and rank
+    FlatSlice.ranges  (name, first, stop) for each of the P parameters in order, (name, 0, 0) where this rank has none
     moments  [s] while dense, so a parameter's part of one is moment[place : place + length]
 
 With this map whole tensors are brought together, a parameter at a time, pruning ranks weights in the order of the
@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from toolkit.dist import World
-from toolkit.engine.engines import States
-from toolkit.engine.engines.ddp import DdpEngine, parameter_names
+from toolkit.engine.engines.ddp import Engine, States, parameter_names
+from toolkit.errors import refuse
 from toolkit.memory.probe import StepProbe
 from toolkit.prune.packing import dense_state
 
@@ -31,7 +31,6 @@ from toolkit.prune.packing import dense_state
 class Segment:
     """`length` elements of a parameter, from its element `start` on, at `place` of this rank's flat slice."""
 
-    name: str
     start: int
     place: int
     length: int
@@ -40,30 +39,56 @@ class Segment:
         """This segment's part of the slice, or of a moment laid out like it: a view."""
         return values[self.place : self.place + self.length]
 
+    def within(self, values: Tensor) -> Tensor:
+        """This segment's part of the whole parameter, or of something shaped like it, flat: a view."""
+        return values.reshape(-1)[self.start : self.start + self.length]
 
-def slice_map(optimizer: Any, stage: int, names: Mapping[int, str], world: World) -> list[tuple[Tensor, list[Segment]]]:
-    """This rank's flat slice of each group, and the segments it is made of. `optimizer` is DeepSpeed's."""
-    found = []
+
+@dataclass(frozen=True)
+class FlatSlice:
+    """This rank's slice of a group: whole shapes of all the group's parameters, in order, and its segments of some."""
+
+    flat: Tensor
+    shapes: dict[str, torch.Size]
+    segments: dict[str, Segment]
+
+    def ranges(self) -> list[tuple[str, int, int]]:
+        """First and last place in the slice of each of the group's parameters; 0, 0 where it has nothing of it."""
+        held = [(name, self.segments.get(name, Segment(0, 0, 0))) for name in self.shapes]
+        return [(name, segment.place, segment.place + segment.length) for name, segment in held]
+
+
+def slices_of(optimizer: Any, stage: int, model: nn.Module, world: World) -> list[FlatSlice]:
+    """This rank's slice of each group. `optimizer` is DeepSpeed's."""
+    names, made = parameter_names(model), []
     if stage == 3:
-        for flat, parameters in zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True):
-            segments, place = [], 0
-            for parameter in parameters:
-                size = parameter.partition_numel()
-                start = size * world.rank
-                length = max(0, min(size, parameter.ds_numel - start))
-                segments.append(Segment(names[id(parameter)], start, place, length))
-                place += size
-            found.append((flat, segments))
-        return found
-    for number, flat in enumerate(optimizer.single_partition_of_fp32_groups):
-        begin, segments = flat.numel() * world.rank, []
-        offsets = optimizer.round_robin_bit16_offsets[number]
-        for parameter, offset in zip(optimizer.round_robin_bit16_groups[number], offsets, strict=True):
-            first, last = max(offset, begin), min(offset + parameter.numel(), begin + flat.numel())
-            if first < last:
-                segments.append(Segment(names[id(parameter)], first - offset, first - begin, last - first))
-        found.append((flat, segments))
-    return found
+        flats, groups = optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups
+    else:
+        flats, groups = optimizer.single_partition_of_fp32_groups, optimizer.round_robin_bit16_groups
+    for number, (flat, group) in enumerate(zip(flats, groups, strict=True)):
+        one = FlatSlice(flat, {}, {})
+        begin, filled = flat.numel() * world.rank, 0  # where the slice begins in the group; how much of it is taken
+        for position, parameter in enumerate(group):
+            if stage == 3:
+                size, shape = parameter.partition_numel(), parameter.ds_shape
+                start, stop, place = size * world.rank, min(size * (world.rank + 1), shape.numel()), filled
+                filled += size
+            else:
+                offset, shape = optimizer.round_robin_bit16_offsets[number][position], parameter.shape
+                start, stop = max(0, begin - offset), min(shape.numel(), begin + flat.numel() - offset)
+                place = offset + start - begin
+            one.shapes[names[id(parameter)]] = shape
+            if start < stop:
+                one.segments[names[id(parameter)]] = Segment(start, place, stop - start)
+        made.append(one)
+    return made
+
+
+def inner_of(optimizer: Any) -> Any:
+    """The optimizer that wrappers, Accelerate's and DeepSpeed's, are around."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return optimizer
 
 
 def _is_shaped(value: Any) -> bool:
@@ -71,16 +96,16 @@ def _is_shaped(value: Any) -> bool:
     return torch.is_tensor(value) and value.ndim > 0
 
 
-class ZeroEngine(DdpEngine):
+class ZeroEngine(Engine):
     """See Engine. `model` is DeepSpeed's engine around the module; it clips as its own settings say."""
 
-    def __init__(self, *parts: Any, stage: int, **options: Any) -> None:
+    def __init__(self, *parts: Any, **options: Any) -> None:
         super().__init__(*parts, **options)
-        self.name = f"zero{stage}"
-        self._stage = stage
         self._deepspeed: Any = self.model
         self._zero: Any = self._deepspeed.optimizer
-        self.slices = slice_map(self._zero, stage, parameter_names(self.module), self._world)
+        self._stage: int = self._deepspeed.zero_optimization_stage()  # type: ignore[operator]
+        self.name = f"zero{self._stage}"
+        self.slices = slices_of(self._zero, self._stage, self.module, self._world)
 
     def backward(self, loss: Tensor, step: int, *, last: bool, probe: StepProbe | None = None) -> None:
         self._deepspeed.set_gradient_accumulation_boundary(is_boundary=last)
@@ -94,93 +119,76 @@ class ZeroEngine(DdpEngine):
 
     def count_zeros(self, prunable: Iterable[tuple[str, Tensor]]) -> tuple[int, int]:
         names = {name for name, _ in prunable}
-        counts = torch.zeros(2, dtype=torch.int64, device=self._world.device)
-        for flat, segments in self.slices:
-            for segment in segments:
-                if segment.name in names:
-                    zeros = int((segment.of(flat.detach()) == 0).sum())
-                    counts += torch.tensor([zeros, segment.length], device=counts.device)
-        zeros, weights = self._world.sum(counts).tolist()
+        parts = [
+            segment.of(one.flat.detach())
+            for one in self.slices
+            for name, segment in one.segments.items()
+            if name in names
+        ]
+        counts = [sum(int((part == 0).sum()) for part in parts), sum(part.numel() for part in parts)]
+        zeros, weights = self._world.sum(torch.tensor(counts, dtype=torch.int64, device=self._world.device)).tolist()
         return zeros, weights
 
-    def _whole(self, own: tuple[Segment, Tensor] | None, parameter: Any, dtype: torch.dtype) -> Tensor:
+    def _whole(self, one: FlatSlice, name: str, values: Tensor) -> Tensor:
         """Bring a parameter-shaped tensor together from every rank's part: bits are added where others have none."""
-        shape = parameter.ds_shape if self._stage == 3 else parameter.shape
-        whole = torch.zeros(shape.numel(), dtype=dtype, device=self._world.device)
-        if own is not None:
-            segment, values = own
-            whole[segment.start : segment.start + segment.length] = segment.of(values)
+        whole = torch.zeros(one.shapes[name].numel(), dtype=values.dtype, device=self._world.device)
+        if name in one.segments:
+            one.segments[name].within(whole).copy_(one.segments[name].of(values))
         self._world.sum(whole.view(torch.uint8))
-        return whole.view(shape).cpu()
+        return whole.view(one.shapes[name])
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        held = {segment.name: (segment, flat.detach()) for flat, segments in self.slices for segment in segments}
-        parameters = dict(self.module.named_parameters())
-        for name, buffer in self.module.state_dict().items():
-            if name in parameters:
-                yield name, self._whole(held.get(name), parameters[name], torch.float32)
-            else:
-                yield name, buffer.detach().cpu()
+        homes = {name: one for one in self.slices for name in one.shapes}
+        for name, tensor in self.module.state_dict().items():
+            whole = self._whole(homes[name], name, homes[name].flat.detach()) if name in homes else tensor
+            yield name, whole.detach().cpu()
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         if self._stage == 3:
-            self._load_partitioned(weights)
+            import deepspeed
+
+            for name, parameter in self.module.named_parameters():
+                with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                    if self._world.is_main:
+                        parameter.data.copy_(weights[name])
+            for name, buffer in self.module.named_buffers():
+                buffer.copy_(weights[name])
         else:
             self.module.load_state_dict(dict(weights))
         self._zero.refresh_fp32_params()
 
-    def _load_partitioned(self, weights: Mapping[str, Tensor]) -> None:
-        import deepspeed
-
-        for name, parameter in self.module.named_parameters():
-            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-                if self._world.is_main:
-                    parameter.data.copy_(weights[name])
-        for name, buffer in self.module.named_buffers():
-            buffer.copy_(weights[name])
-
     def optimizer_states(self) -> Iterator[tuple[str, str, Any]]:
-        parameters = dict(self.module.named_parameters())
-        for number, (flat, segments) in enumerate(self.slices):
-            state = self.optimizer_state.get(flat, {})
+        for one in self.slices:
+            state = self.optimizer_state.get(one.flat, {})
             tensors = {key: value for key, value in state.items() if torch.is_tensor(value)}
             numbers = {key: value for key, value in state.items() if key not in tensors}
-            dense = {**numbers, **dense_state(flat.detach(), tensors)}
-            held = {segment.name: segment for segment in segments}
-            for name in self._names_of(number):
+            dense = {**numbers, **dense_state(one.flat.detach(), tensors)}
+            for name in one.shapes:
                 for key, value in dense.items():
-                    if not _is_shaped(value):
-                        yield name, key, value.detach().cpu() if torch.is_tensor(value) else value
-                        continue
-                    own = (held[name], value) if name in held else None
-                    yield name, key, self._whole(own, parameters[name], value.dtype)
-
-    def _names_of(self, number: int) -> list[str]:
-        """Every parameter of a group, in the group's order; also those of which this rank has no segment."""
-        groups = self._zero.fp16_groups if self._stage == 3 else self._zero.round_robin_bit16_groups
-        names = parameter_names(self.module)
-        return [names[id(parameter)] for parameter in groups[number]]
+                    whole = self._whole(one, name, value) if _is_shaped(value) else value
+                    yield name, key, whole.detach().cpu() if torch.is_tensor(whole) else whole
 
     def load_optimizer_states(self, states: States, groups: list[dict[str, Any]]) -> None:
         flats: dict[int, dict[str, Tensor]] = {}
-        for number, (flat, segments) in enumerate(self.slices):
+        for number, one in enumerate(self.slices):
             # The group's keys and counters, also where this rank's slice is nothing but padding.
-            first: Mapping[str, Tensor] = next((states[name] for name in self._names_of(number) if name in states), {})
+            first: Mapping[str, Tensor] = next((states[name] for name in one.shapes if name in states), {})
             made = {
-                key: torch.zeros(flat.shape, dtype=value.dtype, device=flat.device) if _is_shaped(value) else value
+                key: torch.zeros(one.flat.shape, dtype=value.dtype, device=one.flat.device)
+                if _is_shaped(value)
+                else value
                 for key, value in first.items()
             }
-            for segment in segments:
-                for key, value in states.get(segment.name, {}).items():
+            for name, segment in one.segments.items():
+                for key, value in states.get(name, {}).items():
                     if _is_shaped(value):
-                        part = value.reshape(-1)[segment.start : segment.start + segment.length]
-                        segment.of(made[key]).copy_(part)
+                        segment.of(made[key]).copy_(segment.within(value))
             if made:
                 flats[number] = made
         # ZeRO-3 shows its optimizer a slice only while it steps.
         shown = [group["params"] for group in self.inner_optimizer.param_groups]
-        for group, (flat, _) in zip(self.inner_optimizer.param_groups, self.slices, strict=True):
-            group["params"] = [flat]
+        for group, one in zip(self.inner_optimizer.param_groups, self.slices, strict=True):
+            group["params"] = [one.flat]
         settings = [{**one, "params": [number]} for number, one in enumerate(groups)]
         self.inner_optimizer.load_state_dict({"state": flats, "param_groups": settings})
         for group, parameters in zip(self.inner_optimizer.param_groups, shown, strict=True):
@@ -198,36 +206,29 @@ def attach(engine: Any) -> None:
     slice in each model parameter's `_hp_mapping.optim_fragment`, and through them the dense moments would live on.
     Raises ValueError where ZeRO cannot prune as DDP does.
     """
-    zero, stage, model = engine.optimizer, engine.zero_optimization_stage(), engine.module
-    base = zero
-    while hasattr(base, "optimizer"):
-        base = base.optimizer
+    stage, base = engine.zero_optimization_stage(), inner_of(engine.optimizer)
     pruning = getattr(base, "pruning", None)
-    if pruning is None or not pruning.schedule.enabled or base is zero:
+    if pruning is None or not pruning.schedule.enabled or base is engine.optimizer:
         return
     world = World.detect(engine.device)
     marked = [group for group in base.param_groups if group.get("prunable")]
-    refused = {
-        f"zero_optimization stage {stage} with mixed precision": stage == 0,
-        f"{engine.dp_world_size} of {world.num_ranks} ranks as data parallel": engine.dp_world_size != world.num_ranks,
-        f"scope={pruning.options.scope!r}": pruning.options.scope != "global",
-        f"{len(marked)} groups marked prunable, where param_groups(model) makes the one it takes": len(marked) != 1,
-    }
-    for what, is_so in refused.items():
-        if is_so:
-            raise ValueError(f"{type(base).__name__} under DeepSpeed does not go with {what}; use FSDP2 or DDP")
-    names, slices = parameter_names(model), {}
-    groups = zero.fp16_groups if stage == 3 else zero.round_robin_bit16_groups
-    flats = slice_map(zero, stage, names, world)
-    for group, (flat, segments), parameters in zip(base.param_groups, flats, groups, strict=True):
-        if group.get("prunable"):
-            places = {segment.name: (segment.place, segment.place + segment.length) for segment in segments}
-            slices[flat] = [(name, *places.get(name, (0, 0))) for name in (names[id(one)] for one in parameters)]
+    refuse(
+        {
+            f"zero_optimization stage {stage} with mixed precision": stage == 0,
+            f"{engine.dp_world_size} of {world.num_ranks} ranks as data parallel": engine.dp_world_size
+            != world.num_ranks,
+            f"scope={pruning.options.scope!r}": pruning.options.scope != "global",
+            f"{len(marked)} groups marked prunable, where param_groups(model) makes the one it takes": len(marked) != 1,
+        },
+        f"{type(base).__name__} under DeepSpeed does not go with {{}}; use FSDP2 or DDP",
+    )
+    grouped = zip(base.param_groups, slices_of(engine.optimizer, stage, engine.module, world), strict=True)
 
     def release_views() -> None:
-        for parameter in model.parameters():
+        for parameter in engine.module.parameters():
             mapping = getattr(parameter, "_hp_mapping", None)
             if mapping is not None and mapping.optim_fragment is not None:
                 mapping.optim_fragment.clear()
 
-    pruning.shard_group, pruning.flat_slices, pruning.after_repack = dist.group.WORLD, slices, release_views
+    pruning.shard_group, pruning.after_repack = dist.group.WORLD, release_views
+    pruning.flat_slices = {one.flat: one.ranges() for group, one in grouped if group.get("prunable")}
