@@ -18,7 +18,8 @@ from torch.optim import Optimizer
 from toolkit.builder.model import amp_dtype, compile_model
 from toolkit.config import Config
 from toolkit.dist import World
-from toolkit.engine.engines.ddp import Engine, Fsdp2Engine
+from toolkit.engine.engines.ddp import Engine
+from toolkit.engine.engines.fsdp2 import Fsdp2Engine
 from toolkit.engine.engines.fused import FusedEngine
 from toolkit.engine.engines.zero import ZeroEngine, attach, inner_of
 from toolkit.errors import refuse

@@ -1,4 +1,4 @@
-"""The contract of an engine, and those that need no more than torch's: one rank, DDP and FSDP2."""
+"""The contract of an engine, and the plainest: one rank, or DDP."""
 
 import contextlib
 import itertools
@@ -168,17 +168,3 @@ class Engine:
             if saved:
                 state[number] = {key: _scatter(value, parameter) for key, value in saved.items()}
         self.inner_optimizer.load_state_dict({"state": state, "param_groups": numbered})
-
-
-class Fsdp2Engine(Engine):
-    """FSDP2: parameters, gradients and states are DTensors, each rank holding rows of each."""
-
-    name = "fsdp2"
-
-    def backward(self, loss: Tensor, step: int, *, last: bool, probe: StepProbe | None = None) -> None:
-        with self._no_sync(last):  # FSDP2 decides in backward whether it sums over the ranks
-            super().backward(loss, step, last=last, probe=probe)
-
-    def count_zeros(self, prunable: Iterable[tuple[str, Tensor]]) -> tuple[int, int]:
-        own_zeros, weights = super().count_zeros(prunable)
-        return int(self._world.sum(torch.tensor(own_zeros, dtype=torch.int64, device=self._world.device))), weights
