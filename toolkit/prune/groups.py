@@ -1,5 +1,6 @@
 """What may be pruned: in a model by its layers, in an optimizer by the marks of its groups."""
 
+import itertools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -64,11 +65,6 @@ def tied_names(model: nn.Module) -> dict[str, str]:
     }
 
 
-def _is_weight_matrix(parameter: Tensor) -> bool:
-    # A leading dimension of 1 leaves out class tokens and position embeddings.
-    return parameter.ndim > 1 and parameter.shape[0] > 1
-
-
 def _is_marked(groups: Iterable[Mapping[str, Any]]) -> bool:
     return any("prunable" in group for group in groups)
 
@@ -81,14 +77,12 @@ def prunable_parameters(param_groups: Iterable[Mapping[str, Any]]) -> list[tuple
     """
     groups = list(param_groups)
     marked = _is_marked(groups)
-    found = []
-    position = 0
+    found, position = [], itertools.count()
     for group in groups:
-        names = group.get("param_names")
-        for index, parameter in enumerate(group["params"]):
-            name = names[index] if names else f"parameter {position} of shape {tuple(parameter.shape)}"
-            position += 1
-            if bool(group.get("prunable", False)) if marked else _is_weight_matrix(parameter):
+        unnamed = (f"parameter {next(position)} of shape {tuple(parameter.shape)}" for parameter in group["params"])
+        for name, parameter in zip(group.get("param_names") or unnamed, group["params"], strict=False):
+            # A leading dimension of 1 leaves out class tokens and position embeddings.
+            if group.get("prunable", False) if marked else parameter.ndim > 1 and parameter.shape[0] > 1:
                 found.append((name, parameter))
     return found
 

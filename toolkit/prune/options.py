@@ -95,9 +95,5 @@ class PruningOptions:
             )
         return options
 
-    def as_dict(self) -> dict[str, Any]:
-        """The options as keyword arguments."""
-        return dataclasses.asdict(self)
-
 
 OPTION_NAMES = tuple(field.name for field in dataclasses.fields(PruningOptions))
