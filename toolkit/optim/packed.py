@@ -77,7 +77,7 @@ class PackedOptimizer(Optimizer):
         # The packing is this optimizer's own; a Pruner on its hooks, as in adamwspam-movement, takes the public name.
         store = PackedStore(STATE_SCORES[str(options.score)], self.MOMENTS)
         self.pruning = self._packing = self.PRUNING(self, options, store)
-        self.schedule: Schedule = options.schedule
+        self.schedule: Schedule = options
 
     def _number_parameters(self) -> None:
         """Positions that do not depend on which groups a caller shows: ZeRO and a fused backward show one at a time."""

@@ -39,7 +39,7 @@ class Pruner(Pruning):
         store = MaskedStore(HOOK_SCORES[self._score], _BESIDE_MASK, pruned_compete=self._score == "movement")
         super().__init__(optimizer, options, store)
         self._first: dict[Tensor, dict[str, Tensor]] = {}  # what a pre-hook made, until its post-hook
-        if not options.schedule.enabled:
+        if not options.enabled:
             return
         optimizer.register_step_pre_hook(self._before_step)
         optimizer.register_step_post_hook(self._after_step)

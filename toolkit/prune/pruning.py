@@ -32,7 +32,7 @@ class Pruning:
     def __init__(self, optimizer: Optimizer, options: PruningOptions, store: MaskedStore) -> None:
         self.optimizer: Optimizer = weakref.proxy(optimizer)  # a cycle would keep the moments until the next collection
         self.options = options
-        self.schedule: Schedule = options.schedule  # when the masks change, and to how many zeros
+        self.schedule: Schedule = options  # when the masks change, and to how many zeros
         self.shard_group: ProcessGroup | None = None
         self.flat_slices: Mapping[Tensor, FlatSlices] = {}
         self.after_repack: Callable[[], None] = lambda: None

@@ -57,7 +57,7 @@ def update_masks(
     weights = sum_over(group, [member.num_weights for member in members], device)
     survivors = sum_over(group, [member.num_survivors for member in members], device)
     pruned = [count - left for count, left in zip(weights, survivors, strict=True)]
-    zeros = max(options.schedule.num_zeros_at(step, sum(weights)), sum(pruned))
+    zeros = max(options.num_zeros_at(step, sum(weights)), sum(pruned))
     # Zeros that do not compete stay; the candidates bring the rest.
     fixed = [0] * len(pruned) if store.pruned_compete else pruned
     num_back = _num_regrown(options, step, sum(weights) - zeros, sum(pruned))
@@ -102,7 +102,10 @@ def _joined(
     """(member, marks of the whole tensor) from the marks of its ranges; padding is marked as told."""
     for member, own in itertools.groupby(sources, key=lambda source: source.member):
         ranges = list(own)
-        whole = torch.full((ranges[0].count,), of_padding, dtype=torch.bool, device=device)
+        if ranges[0].last - ranges[0].first == ranges[0].count:  # all is one range: a copy took a tenth of an update
+            ranges, whole = ranges[1:], next(marks)
+        else:
+            whole = torch.full((ranges[0].count,), of_padding, dtype=torch.bool, device=device)
         for source, mark in zip(ranges, marks, strict=False):
             whole[source.first : source.first + mark.numel()] = mark  # none where there is no gradient to grow by
         yield member, whole
@@ -113,11 +116,10 @@ def _num_regrown(options: PruningOptions, step: int, survivors: int, pruned: int
 
     RigL, arXiv 1911.11134, section 3 (3).
     """
-    schedule, share = options.schedule, options.regrow
-    if not share or schedule.end_step is None:
+    if not options.regrow or options.end_step is None:
         return 0
-    progress = min(1.0, (step - schedule.begin_step) / (schedule.end_step - schedule.begin_step))
-    wanted = math.floor(share * 0.5 * (1 + math.cos(math.pi * progress)) * survivors)
+    progress = min(1.0, (step - options.begin_step) / (options.end_step - options.begin_step))
+    wanted = math.floor(options.regrow * 0.5 * (1 + math.cos(math.pi * progress)) * survivors)
     return min(wanted, pruned, survivors)
 
 
