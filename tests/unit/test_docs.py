@@ -208,10 +208,10 @@ def test_the_names_table_has_every_name_once():
 def test_the_scores_table_has_every_score_and_who_offers_it():
     from toolkit.optim import AdamWPrune, AdamWSPAM, SGDPrune
     from toolkit.prune.hooks import HOOK_METHODS
-    from toolkit.prune.scores import MOVEMENT_SCORES, STATE_SCORES
+    from toolkit.prune.scores import STATE_SCORES
 
     rows = {row[0].strip("`"): row[2] for row in table_after(OPTIMIZERS, "scores")}
-    assert list(rows) == [*(name for name in AdamWPrune.SCORES if name in STATE_SCORES), *MOVEMENT_SCORES]
+    assert list(rows) == [*(name for name in AdamWPrune.SCORES if name in STATE_SCORES), *HOOK_METHODS["movement"]]
     assert AdamWPrune.SCORES == AdamWSPAM.SCORES
     for name, offered in rows.items():
         assert ("by state" in offered) == (name in AdamWPrune.SCORES), name

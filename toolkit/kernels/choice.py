@@ -22,7 +22,8 @@ def choose_implementation(asked: str, parameter: Tensor, moment_dtype: torch.dty
     """
     if asked == "reference":
         return "reference"
-    if asked != "triton" and _native_fits(parameter, moment_dtype):
+    on_cpu = parameter.device.type == "cpu"
+    if asked != "triton" and on_cpu and parameter.dtype is moment_dtype is torch.float32 and available():
         return "native"
     if asked != "native" and _triton_fits(asked, parameter, moment_dtype):
         return "triton"
@@ -34,15 +35,9 @@ def choose_implementation(asked: str, parameter: Tensor, moment_dtype: torch.dty
     return "reference"
 
 
-def _native_fits(parameter: Tensor, moment_dtype: torch.dtype) -> bool:
-    on_cpu = parameter.device.type == "cpu"
-    return on_cpu and parameter.dtype is moment_dtype is torch.float32 and available()
-
-
 def _triton_fits(asked: str, parameter: Tensor, moment_dtype: torch.dtype) -> bool:
-    if parameter.dtype is not torch.float32 or moment_dtype not in (torch.float32, torch.bfloat16):
-        return False
-    if importlib.util.find_spec("triton") is None:
+    fits = parameter.dtype is torch.float32 and moment_dtype in (torch.float32, torch.bfloat16)
+    if not fits or importlib.util.find_spec("triton") is None:
         return False
     if parameter.device.type == "cuda":
         return True

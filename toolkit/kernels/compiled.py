@@ -20,6 +20,17 @@ from toolkit.log import get_logger
 
 _SOURCES = tuple(Path(__file__).with_name(name) for name in ("packed.cpp", "bits.cpp"))
 _FLAGS = ("-O3", "-fno-math-errno", "-fopenmp")
+_POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_ARGUMENTS = {
+    "packed_adam": [_INT, _INT, _LONG, _POINTER, _POINTER],
+    "packed_sgd": [_INT, _INT, _LONG, _POINTER, _POINTER, _INT, _INT],
+    "bits_pack_bits": [_LONG, _POINTER, _POINTER],
+    "bits_offsets": [_LONG, _POINTER, _LONG, _POINTER],
+    "bits_compress": [_LONG, _POINTER, _POINTER, _POINTER],
+    "bits_zero_pruned": [_LONG, _POINTER, _POINTER],
+    "bits_thin": [_LONG, _POINTER, _POINTER, _POINTER],
+    "bits_histogram": [_LONG, _POINTER, _INT, _INT, ctypes.c_int32, _POINTER],
+}
 
 
 def _build(target: Path) -> None:
@@ -62,17 +73,9 @@ def library() -> ctypes.CDLL | None:
             str(error).splitlines()[0] if str(error) else type(error).__name__,
         )
         return None
-    pointer, long, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    found.packed_adam.argtypes = [number, number, long, pointer, pointer]
-    found.packed_sgd.argtypes = [number, number, long, pointer, pointer, number, number]
-    found.bits_pack_bits.argtypes = [long, pointer, pointer]
-    found.bits_offsets.argtypes = [long, pointer, long, pointer]
-    found.bits_offsets.restype = long
-    found.bits_compress.argtypes = [long, pointer, pointer, pointer]
-    found.bits_zero_pruned.argtypes = [long, pointer, pointer]
-    found.bits_thin.argtypes = [long, pointer, pointer, pointer]
-    found.bits_histogram.argtypes = [long, pointer, number, number, ctypes.c_int32, pointer]
-    found.bits_histogram.restype = long
+    for name, arguments in _ARGUMENTS.items():
+        getattr(found, name).argtypes = arguments
+    found.bits_offsets.restype = found.bits_histogram.restype = _LONG
     return found
 
 

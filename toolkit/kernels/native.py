@@ -1,9 +1,13 @@
-"""The packed updates in native code for CPU: AVX-512, AVX2 or portable, chosen by the processor."""
+"""Native code for CPU: the packed updates (AVX-512, AVX2 or portable, chosen by the processor), and work with bits.
+
+What a mask update does with bits stands beside the torch expression that it equals, exactly, in toolkit.prune (mask,
+packing, select), where `fits` says so.
+"""
 
 import array
 import ctypes
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +19,17 @@ from toolkit.kernels.compiled import library
 PackedTensor = tuple[Tensor, Tensor, Tensor, Tensor, Sequence[Tensor]]
 
 ISAS = ("portable", "avx2", "avx512")  # position = the number packed.cpp knows it by
+
+
+def fits(tensor: Tensor) -> bool:
+    """Whether the native code for bits takes this tensor: float32, uint8 or bool, on CPU, without gaps."""
+    return (
+        tensor.device.type == "cpu"
+        and tensor.dtype in (torch.float32, torch.uint8, torch.bool)
+        and tensor.is_contiguous()
+        and type(tensor) in (Tensor, torch.nn.Parameter)  # a fake or traced tensor has no memory to point at
+        and library() is not None
+    )
 
 
 def native_code() -> ctypes.CDLL:
@@ -49,15 +64,15 @@ def best_isa() -> str:
     return ISAS[native_code().packed_best_isa()]
 
 
+def address_row(weight: Tensor, grad: Tensor, mask: Tensor, offsets: Tensor, moments: Sequence[Tensor]) -> list[int]:
+    """A tensor's row of eight numbers, as packed.cpp and the Triton kernels read it."""
+    addresses = [tensor.data_ptr() for tensor in (weight, grad, mask, offsets, *moments)]
+    return [weight.numel(), *addresses, *[0] * (3 - len(moments))]
+
+
 def _table(tensors: Sequence[PackedTensor]) -> "array.array[int]":
-    """One row of eight numbers a tensor, as packed.cpp reads them."""
     check_memory(tensors, (torch.float32,))
-    rows = array.array("q")
-    for weight, grad, mask, offsets, moments in tensors:
-        rows.extend((weight.numel(), weight.data_ptr(), grad.data_ptr(), mask.data_ptr(), offsets.data_ptr()))
-        rows.extend([moment.data_ptr() for moment in moments])
-        rows.extend([0] * (3 - len(moments)))
-    return rows
+    return array.array("q", [number for tensor in tensors for number in address_row(*tensor)])
 
 
 def packed_adam(
@@ -96,13 +111,13 @@ def packed_adam(
 def packed_sgd(
     tensors: Sequence[PackedTensor],
     *,
+    step: int,
     lr: float,
     momentum: float,
     dampening: float,
     weight_decay: float,
     nesterov: bool,
     decoupled: bool,
-    first: bool,
     isa: str | None = None,
 ) -> None:
     """`sgd_update` for the survivors of pruned tensors; the only moment is momentum_buffer. See `packed_adam`."""
@@ -117,5 +132,8 @@ def packed_sgd(
         table.buffer_info()[0],
         hyper,
         int(nesterov),
-        int(first),
+        int(step == 1),
     )
+
+
+KERNELS: dict[str, Callable[..., None]] = {"adam": packed_adam, "sgd": packed_sgd}

@@ -4,6 +4,16 @@ import torch
 from torch import Tensor
 
 
+def _decay(weight: Tensor, grad: Tensor, lr: float | Tensor, weight_decay: float, decoupled: bool) -> Tensor:
+    """Weight decay in place where it is `decoupled`; the gradient, with the decay added where it is not."""
+    if weight_decay == 0:
+        return grad
+    if not decoupled:
+        return grad.add(weight, alpha=weight_decay)
+    weight.mul_(1 - lr * weight_decay)
+    return grad
+
+
 def adam_update(
     weight: Tensor,
     grad: Tensor,
@@ -25,18 +35,13 @@ def adam_update(
     that of `torch.optim.AdamW(foreach=False)`, so the results are the same bits. `max_exp_avg_sq` is AMSGrad's third
     moment or None; `decoupled=False` adds the decay to the gradient as `torch.optim.Adam` does.
     """
-    if weight_decay != 0:
-        if decoupled:
-            weight.mul_(1 - lr * weight_decay)
-        else:
-            grad = grad.add(weight, alpha=weight_decay)
+    grad = _decay(weight, grad, lr, weight_decay, decoupled)
     exp_avg.lerp_(grad, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     bias_correction2_sqrt = (1 - beta2**step) ** 0.5
     second = exp_avg_sq
     if max_exp_avg_sq is not None:
-        torch.maximum(max_exp_avg_sq, exp_avg_sq, out=max_exp_avg_sq)
-        second = max_exp_avg_sq
+        second = torch.maximum(max_exp_avg_sq, exp_avg_sq, out=max_exp_avg_sq)
     denominator = (second.sqrt() / bias_correction2_sqrt).add_(eps)
     step_size = lr / (1 - beta1**step)
     weight.addcdiv_(exp_avg, denominator, value=-step_size)  # a 0-d tensor lr is fine
@@ -60,11 +65,7 @@ def sgd_update(
     Shapes as in `adam_update`. The order of operations is that of `torch.optim.SGD(foreach=False)`; `decoupled=True`
     shrinks the weight by lr × decay instead of adding the decay to the gradient (arXiv 1711.05101).
     """
-    if weight_decay != 0:
-        if decoupled:
-            weight.mul_(1 - lr * weight_decay)
-        else:
-            grad = grad.add(weight, alpha=weight_decay)
+    grad = _decay(weight, grad, lr, weight_decay, decoupled)
     if first:
         momentum_buffer.copy_(grad)
     else:

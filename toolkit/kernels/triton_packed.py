@@ -13,14 +13,14 @@ counts on by itself.
 import array
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from toolkit.kernels.native import PackedTensor, check_memory
+from toolkit.kernels.native import PackedTensor, address_row, check_memory
 
 _BLOCK = tl.constexpr(1024)  # as toolkit.prune.packing; a table entry of the offsets covers one
 _ROW = tl.constexpr(10)  # numel, weight, grad, mask, offsets, three moments, first block, place
@@ -37,7 +37,6 @@ class AddressTable:
     def __init__(self) -> None:
         self.rows = array.array("q")
         self.blocks = 0
-        self.tensors = 0
         self.on_device = torch.zeros(0, dtype=torch.int64)
 
     def update(self, tensors: Sequence[PackedTensor], places: Sequence[int]) -> "AddressTable":
@@ -45,18 +44,15 @@ class AddressTable:
         check_memory(tensors, (torch.float32, torch.bfloat16))
         rows = array.array("q")
         blocks = 0
-        for (weight, grad, mask, offsets, moments), place in zip(tensors, places, strict=True):
-            rows.extend((weight.numel(), weight.data_ptr(), grad.data_ptr(), mask.data_ptr(), offsets.data_ptr()))
-            rows.extend([moment.data_ptr() for moment in moments])
-            rows.extend([0] * (3 - len(moments)))
-            rows.extend((blocks, place))
-            blocks += offsets.numel()
+        for tensor, place in zip(tensors, places, strict=True):
+            rows.extend((*address_row(*tensor), blocks, place))
+            blocks += tensor[3].numel()  # an offset each
         if rows != self.rows:
             device = tensors[0][0].device
             table = torch.frombuffer(rows, dtype=torch.int64)
             # From pinned memory the copy does not wait; torch keeps the memory until it is done.
             self.on_device = table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
-            self.rows, self.blocks, self.tensors = rows, blocks, len(tensors)
+            self.rows, self.blocks = rows, blocks
         return self
 
 
@@ -124,8 +120,11 @@ def _block(table, tensors, SEARCH: tl.constexpr):
 
 
 @triton.jit
-def _read(row, position, alive, rate, weight_decay, DECOUPLED: tl.constexpr):
-    """(address of the weights, survivors' gradients, their weights after decoupled decay)."""
+def _read(
+    row, position, alive, counter, lr_on_device, lr, weight_decay, DECOUPLED: tl.constexpr, LR_ON_DEVICE: tl.constexpr
+):
+    """(step, learning rate, address of the weights, survivors' gradients, their weights after decoupled decay)."""
+    rate = tl.load(lr_on_device).to(tl.float32) if LR_ON_DEVICE else lr
     weights = tl.load(row + 1).to(tl.pointer_type(tl.float32))
     weight = tl.load(weights + position, mask=alive, other=0.0)
     grad = tl.load(tl.load(row + 2).to(tl.pointer_type(tl.float32)) + position, mask=alive, other=0.0)
@@ -133,7 +132,7 @@ def _read(row, position, alive, rate, weight_decay, DECOUPLED: tl.constexpr):
         weight = weight * (1 - rate * weight_decay)
     else:
         grad = grad + weight_decay * weight
-    return weights, grad, weight
+    return tl.load(counter), rate, weights, grad, weight
 
 
 @triton.jit
@@ -157,9 +156,9 @@ def _adam_kernel(
     LR_ON_DEVICE: tl.constexpr,
 ):
     row, position, inside, alive, at = _block(table, tensors, SEARCH)
-    step = tl.load(counter)
-    rate = tl.load(lr_on_device).to(tl.float32) if LR_ON_DEVICE else lr
-    weights, grad, decayed = _read(row, position, alive, rate, weight_decay, DECOUPLED)
+    step, rate, weights, grad, decayed = _read(
+        row, position, alive, counter, lr_on_device, lr, weight_decay, DECOUPLED, LR_ON_DEVICE
+    )
     exp_avg = tl.load(row + 5).to(tl.pointer_type(STATE))
     exp_avg_sq = tl.load(row + 6).to(tl.pointer_type(STATE))
     place = tl.load(row + 9)
@@ -195,26 +194,24 @@ def _sgd_kernel(
     LR_ON_DEVICE: tl.constexpr,
 ):
     row, position, inside, alive, at = _block(table, tensors, SEARCH)
-    step = tl.load(counter)
-    rate = tl.load(lr_on_device).to(tl.float32) if LR_ON_DEVICE else lr
-    weights, grad, decayed = _read(row, position, alive, rate, weight_decay, DECOUPLED)
+    step, rate, weights, grad, decayed = _read(
+        row, position, alive, counter, lr_on_device, lr, weight_decay, DECOUPLED, LR_ON_DEVICE
+    )
     buffers = tl.load(row + 5).to(tl.pointer_type(STATE))
     buffer = tl.load(buffers + at, mask=alive, other=0.0).to(tl.float32)
     buffer = tl.where(step == 1, grad, buffer * momentum + grad * one_minus_dampening)
     _store_moment(buffers, at, buffer, alive, step, tl.load(row + 9), 0, STATE)
-    if NESTEROV:
-        moved = decayed - rate * (grad + momentum * buffer)
-    else:
-        moved = decayed - rate * buffer
+    moved = decayed - rate * (grad + momentum * buffer if NESTEROV else buffer)
     tl.store(weights + position, tl.where(alive, moved, 0.0), mask=inside)  # pruned places are 0 again
 
 
-def _search_steps(tensors: int) -> int:
-    return max(1, math.ceil(math.log2(tensors + 1)))
-
-
-def _state_type(table_tensors: Sequence[PackedTensor]) -> tl.dtype:
-    return tl.bfloat16 if table_tensors[0][4][0].dtype is torch.bfloat16 else tl.float32
+def _constants(tensors: Sequence[PackedTensor], lr: float | Tensor, decoupled: bool) -> dict[str, object]:
+    return {
+        "SEARCH": max(1, math.ceil(math.log2(len(tensors) + 1))),
+        "STATE": tl.bfloat16 if tensors[0][4][0].dtype is torch.bfloat16 else tl.float32,
+        "DECOUPLED": decoupled,
+        "LR_ON_DEVICE": isinstance(lr, Tensor),
+    }
 
 
 def packed_adam(
@@ -237,7 +234,7 @@ def packed_adam(
     on_device = isinstance(lr, Tensor)
     _adam_kernel[(table.blocks,)](
         table.on_device,
-        table.tensors,
+        len(tensors),
         counter,
         lr if on_device else counter,
         0.0 if on_device else lr,
@@ -248,11 +245,8 @@ def packed_adam(
         1 - beta2,
         eps,
         weight_decay,
-        SEARCH=_search_steps(table.tensors),
-        STATE=_state_type(tensors),
-        DECOUPLED=decoupled,
         AMSGRAD=len(tensors[0][4]) == 3,
-        LR_ON_DEVICE=on_device,
+        **_constants(tensors, lr, decoupled),
     )
 
 
@@ -272,16 +266,16 @@ def packed_sgd(
     on_device = isinstance(lr, Tensor)
     _sgd_kernel[(table.blocks,)](
         table.on_device,
-        table.tensors,
+        len(tensors),
         counter,
         lr if on_device else counter,
         0.0 if on_device else lr,
         momentum,
         1 - dampening,
         weight_decay,
-        SEARCH=_search_steps(table.tensors),
-        STATE=_state_type(tensors),
-        DECOUPLED=decoupled,
         NESTEROV=nesterov,
-        LR_ON_DEVICE=on_device,
+        **_constants(tensors, lr, decoupled),
     )
+
+
+KERNELS: dict[str, Callable[..., None]] = {"adam": packed_adam, "sgd": packed_sgd}

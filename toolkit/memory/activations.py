@@ -4,7 +4,7 @@ Every storage's size is linear in the batch, and the sequence of operations does
 tell for every moment of a step what is alive at any batch size; no memory is touched and no GPU is needed.
 """
 
-import contextlib
+import itertools
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +17,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from toolkit.memory.ledger import storage_key
+
+# Rows that live within a step only; the others of the ledger stand between steps.
+STEP_ROWS = ("gradients", "input", "activations", "weight_casts", "workspace")
+
+
+Life = tuple[str, int, int, int, torch.dtype | None]  # row, born, died (the last event: it stayed), bytes, dtype
 
 
 @dataclass
@@ -42,14 +48,10 @@ class StorageTracker(TorchDispatchMode):
         """Run an operator and note the storages it made."""
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self._note(leaf)
+            if isinstance(leaf, Tensor) and self.of(leaf) is None and leaf.untyped_storage().nbytes():
+                self._follow(leaf, self.events)
+                self.events += 1
         return result
-
-    def _note(self, tensor: Tensor) -> None:
-        if storage_key(tensor) not in self._alive and tensor.untyped_storage().nbytes():
-            self._follow(tensor, self.events)
-            self.events += 1
 
     def _follow(self, tensor: Tensor, born: int) -> Lifetime:
         storage, key = tensor.untyped_storage(), storage_key(tensor)
@@ -79,48 +81,42 @@ class StorageTracker(TorchDispatchMode):
 
 
 @dataclass(frozen=True)
-class _Storage:
-    """A storage of the step: bytes at batch b are `fixed + slope * b`."""
-
-    row: str
-    fixed: float
-    slope: float
-    born: int
-    died: int
-
-    def size_bytes(self, batch_size: int) -> int:
-        return round(self.fixed + self.slope * batch_size)
-
-
-@dataclass(frozen=True)
 class StepMemory:
-    """Forward and backward of one step: what lives when, at any batch size. `events` numbers their moments."""
+    """Forward and backward of one step: what lives when, at any batch size. `events` numbers their moments.
 
-    storages: tuple[_Storage, ...]
+    Of each storage: the row, the events at which it came and went, and `fixed` and `slope`: bytes at batch b are
+    fixed + slope * b.
+    """
+
+    storages: tuple[tuple[str, int, int, float, float], ...]
     events: int
 
     def peak(self, batch_size: int) -> dict[str, int]:
         """Bytes by row when most is allocated: gradients, input, activations, weight_casts, workspace."""
-        moment = fullest_moment([(p.born, p.died, p.size_bytes(batch_size)) for p in self.storages], self.events)
-        rows = dict.fromkeys(("gradients", "input", "activations", "weight_casts", "workspace"), 0)
-        for storage in self.storages:
-            if storage.born <= moment < storage.died:
-                rows[storage.row] += storage.size_bytes(batch_size)
-        return rows
+        lives = [
+            (row, born, died, round(fixed + slope * batch_size)) for row, born, died, fixed, slope in self.storages
+        ]
+        return rows_at_peak(lives, self.events, STEP_ROWS)[0]
 
 
-def fullest_moment(lives: Iterable[tuple[int, int, int]], events: int) -> int:
-    """The event at which most is alive; `lives` are (born, died, bytes)."""
+def rows_at_peak(
+    lives: Sequence[tuple[str, int, int, int]], events: int, rows: Iterable[str]
+) -> tuple[dict[str, int], int]:
+    """(bytes by row when most is alive, the event at which that is).
+
+    `lives` are (row, born, died, bytes); the rows of `rows` come first, also where nothing of them is alive.
+    """
     change = [0] * (events + 1)
-    for born, died, size in lives:
+    for _, born, died, size in lives:
         change[born] += size
         change[died] -= size
-    total, highest, moment = 0, -1, 0
-    for event, difference in enumerate(change):
-        total += difference
-        if total > highest:
-            highest, moment = total, event
-    return moment
+    totals = list(itertools.accumulate(change))
+    moment = totals.index(max(totals))
+    found = dict.fromkeys(rows, 0)
+    for row, born, died, size in lives:
+        if born <= moment < died:
+            found[row] = found.get(row, 0) + size
+    return found, moment
 
 
 def track_step(
@@ -144,18 +140,16 @@ def track_step(
         on_progress(f"tracking forward and backward at batch size {batch_size}")
         shape = (batch_size, *input_size)
         tracks.append(_track(make_model, shape, num_classes, amp_dtype, channels_last, frees_gradients))
-    (first, events, rows), (second, other_events, _) = tracks
+    (first, events), (second, other_events) = tracks
     if len(first) != len(second) or events != other_events:
         raise ValueError("the model's operations depend on the batch size; its memory cannot be predicted from two")
     small, large = batch_sizes
     storages = []
-    for one, other, row in zip(first, second, rows, strict=True):
-        slope = (other.size_bytes - one.size_bytes) / (large - small)
-        died = events if one.died is None else one.died
-        fixed = one.size_bytes - slope * small
-        if row == "activations" and slope == 0 and amp_dtype is not None and one.dtype is amp_dtype:
+    for (row, born, died, size, dtype), (_, _, _, other_size, _) in zip(first, second, strict=True):
+        slope = (other_size - size) / (large - small)
+        if row == "activations" and slope == 0 and dtype is amp_dtype:
             row = "weight_casts"
-        storages.append(_Storage(row, fixed, slope, one.born, died))
+        storages.append((row, born, died, size - slope * small, slope))
     return StepMemory(tuple(storages), events)
 
 
@@ -166,8 +160,8 @@ def _track(
     amp_dtype: torch.dtype | None,
     channels_last: bool,
     frees_gradients: bool,
-) -> tuple[list[Lifetime], int, list[str]]:
-    """(lifetimes, events, row of each) of one step."""
+) -> tuple[list[Life], int]:
+    """(what each storage was, events) of one step."""
     model = make_model().train()  # a real one: many constructors read values, which fake tensors do not have
     if channels_last:  # before it is fake: torch 2.14 cannot swap the layout of a fake parameter
         model = model.to(memory_format=torch.channels_last)
@@ -190,34 +184,30 @@ def _track(
                 images = images.contiguous(memory_format=torch.channels_last)
             labels = torch.zeros(shape[0], dtype=torch.int64)
             inputs = [tracker.of(images), tracker.of(labels)]
-            autocast = torch.autocast("cpu", dtype=amp_dtype) if amp_dtype else contextlib.nullcontext()
-            with autocast:
+            with torch.autocast("cpu", dtype=amp_dtype or torch.bfloat16, enabled=amp_dtype is not None):
                 loss = nn.functional.cross_entropy(model(images), labels)
             forward_end = tracker.events
             loss.backward()
         gradients += [tracker.of(p.grad) for p in model.parameters() if p.grad is not None]
         names = {id(one): "gradients" for one in gradients} | {id(one): "input" for one in inputs}
-        rows = classify(tracker, names, forward_end)
-    lifetimes = [Lifetime(one.size_bytes, one.born, one.died, one.dtype) for one in tracker.lifetimes]
-    return lifetimes, tracker.events, rows
+        return classify(tracker, names, forward_end), tracker.events
 
 
 def _make_fake(model: nn.Module, fake: FakeTensorMode) -> None:
     """Replace a model's parameters and buffers by fake ones."""
     for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                made = fake.from_tensor(parameter.detach())
-                module._parameters[name] = nn.Parameter(made, requires_grad=parameter.requires_grad)
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = fake.from_tensor(buffer)
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            made = fake.from_tensor(parameter.detach())
+            module._parameters[name] = nn.Parameter(made, requires_grad=parameter.requires_grad)
+        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
+            module._buffers[name] = fake.from_tensor(buffer)
 
 
-def classify(tracker: StorageTracker, names: Mapping[int, str], forward_end: int) -> list[str]:
-    """Row of each lifetime: its name by id, or else activations (alive when forward ends), or workspace."""
-    return [
-        names.get(id(one))
-        or ("activations" if one.born < forward_end and (one.died is None or one.died >= forward_end) else "workspace")
-        for one in tracker.lifetimes
-    ]
+def classify(tracker: StorageTracker, names: Mapping[int, str], forward_end: int) -> list[Life]:
+    """What each storage was: its row is its name by id, or else activations (alive when forward ends), or workspace."""
+    lives = []
+    for one in tracker.lifetimes:
+        died = tracker.events if one.died is None else one.died
+        row = names.get(id(one)) or ("activations" if one.born < forward_end <= died else "workspace")
+        lives.append((row, one.born, died, one.size_bytes, one.dtype))
+    return lives

@@ -52,14 +52,10 @@ def resident_bytes() -> int | None:
 
 def read_host() -> dict[str, int]:
     """Resident bytes of this process, now and at its peak (libraries and page-sized rounding included)."""
-    fields: dict[str, int] = {}
     status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            name, _, rest = line.partition(":")
-            if name in ("VmRSS", "VmHWM"):
-                fields[name] = int(rest.split()[0]) * 1024
+    fields = dict(line.split(":", 1) for line in status.read_text().splitlines()) if status.exists() else {}
     if "VmRSS" in fields:
-        return {"rss_bytes": fields["VmRSS"], "rss_peak_bytes": fields["VmHWM"]}
+        now, peak = (int(fields[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
+        return {"rss_bytes": now, "rss_peak_bytes": peak}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return {"rss_bytes": peak, "rss_peak_bytes": peak}

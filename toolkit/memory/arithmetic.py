@@ -31,19 +31,15 @@ def predict_optimizer_rows(
     `moments` are the parameter-sized state keys; `counts_steps` says that every parameter has a float32 step counter
     (Adam's family). `method` is none, magnitude, movement or state; `score` tells movement from displacement.
     """
-    rows = {f"optim.{key}": 0 for key in moments}
+    pruned = [one for one in parameters if one.prunable and method != "none"]
+    packed = sum((one.numel - one.survivors) * one.itemsize for one in pruned) if method == "state" else 0
+    rows = {f"optim.{key}": sum(one.nbytes for one in parameters) - packed for key in moments}
     if counts_steps:
         rows["optim.step"] = 4 * len(parameters)
-    for parameter in parameters:
-        pruned = parameter.prunable and method != "none"
-        kept = parameter.survivors if pruned and method == "state" else parameter.numel
-        for key in moments:
-            rows[f"optim.{key}"] += kept * parameter.itemsize
-        if pruned:
-            rows["masks"] = rows.get("masks", 0) + mask_bytes(parameter.numel)
-            if method == "state":
-                rows["offsets"] = rows.get("offsets", 0) + offset_bytes(parameter.numel)
-            if method == "movement":
-                row = "initial_weights" if score == "displacement" else "scores"
-                rows[row] = rows.get(row, 0) + parameter.numel * parameter.itemsize
+    if pruned:
+        rows["masks"] = sum(mask_bytes(one.numel) for one in pruned)
+    if pruned and method == "state":
+        rows["offsets"] = sum(offset_bytes(one.numel) for one in pruned)
+    if pruned and method == "movement":
+        rows["initial_weights" if score == "displacement" else "scores"] = sum(one.nbytes for one in pruned)
     return rows

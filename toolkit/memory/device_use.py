@@ -29,18 +29,6 @@ class DeviceUse:
     failed: dict[str, str] = field(default_factory=dict)
 
 
-def pci_address(device: torch.device) -> str:
-    """`0000:03:00.0` of a CUDA or HIP device."""
-    found: Any = torch.cuda.get_device_properties(device)
-    return f"{found.pci_domain_id:04x}:{found.pci_bus_id:02x}:{found.pci_device_id:02x}.0"
-
-
-def from_torch(device: torch.device) -> Callable[[], int]:
-    """torch's own query: NVML on CUDA, amdsmi on ROCm."""
-    torch.cuda.device_memory_used(device)
-    return lambda: int(torch.cuda.device_memory_used(device))
-
-
 def from_amdsmi(address: str) -> Callable[[], int]:
     """The amdsmi package; it counts in MiB. Raises LookupError where the card is not among its own."""
     import amdsmi
@@ -82,18 +70,19 @@ def from_nvml(address: str) -> Callable[[], int]:
 
     pynvml.nvmlInit()
     handle = pynvml.nvmlDeviceGetHandleByPciBusId(address.encode())
-    pynvml.nvmlDeviceGetMemoryInfo(handle)
     return lambda: int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)
 
 
-def find_device_use(device: torch.device, address: str | None = None) -> DeviceUse | None:
+def find_device_use(device: torch.device) -> DeviceUse | None:
     """The best source that answers for this device, None without a GPU."""
     if device.type != "cuda":
         return None
-    place = address or pci_address(device)
+    facts: Any = torch.cuda.get_device_properties(device)
+    place = f"{facts.pci_domain_id:04x}:{facts.pci_bus_id:02x}:{facts.pci_device_id:02x}.0"  # as 0000:03:00.0
     return first_that_answers(
         {
-            "torch.cuda.device_memory_used": lambda: from_torch(device),
+            # torch's own query: NVML on CUDA, amdsmi on ROCm.
+            "torch.cuda.device_memory_used": lambda: lambda: int(torch.cuda.device_memory_used(device)),
             "amdsmi": lambda: from_amdsmi(place),
             "sysfs": lambda: from_sysfs(place),
             "nvml": lambda: from_nvml(place),
@@ -117,8 +106,8 @@ def first_that_answers(sources: dict[str, Callable[[], Callable[[], int]]]) -> D
             read()
         except Exception as error:  # libraries of drivers fail in ways of their own; the report names them all
             failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
-            continue
-        return DeviceUse(name, read, failed)
+        else:
+            return DeviceUse(name, read, failed)
     return None
 
 

@@ -19,11 +19,6 @@ _OPTIMIZER_ROWS = {
 }
 
 
-def row_of_state(key: str) -> str:
-    """Ledger row of a key in an optimizer's state."""
-    return _OPTIMIZER_ROWS.get(key, f"optim.{key}")
-
-
 def is_optimizer_row(row: str) -> bool:
     """Whether a row is of the optimizer or its pruning: optim.*, masks, offsets, scores, initial_weights."""
     return row.startswith("optim.") or row in _OPTIMIZER_ROWS.values()
@@ -58,7 +53,7 @@ def find_owners(
     for state in optimizer_state.values():
         for key, value in state.items():
             if torch.is_tensor(value):
-                states.setdefault(row_of_state(key), []).append(value)
+                states.setdefault(_OPTIMIZER_ROWS.get(key, f"optim.{key}"), []).append(value)
     # In one order, for a loaded state has its keys in another; moments first, which own what a mask may be a view of.
     owners |= {row: states[row] for row in sorted(states, key=lambda row: (not row.startswith("optim."), row))}
     # ZeRO's optimizer owns flat slices instead of parameters: float32 copies under ZeRO-1 and 2, the weights under 3.

@@ -53,10 +53,10 @@ def _ranks(report: Mapping[str, Any]) -> list[str]:
         "ledger_end.total": "tensors, end",
     }
     wanted |= {f"phases.{name}.rows.total": f"tensors, {name} peak" for name in report["phases"]}
-    rows = []
-    for key, label in wanted.items():
-        found = report["reduced"].get(key)
-        if found is not None and found["max"] is not None:
-            cells = [mib(found[part]) for part in ("min", "mean", "max", "sum")]
-            rows.append([label, *cells, str(found["argmax_rank"])])
+    found = {label: report["reduced"][key] for key, label in wanted.items() if key in report["reduced"]}
+    rows = [
+        [label, *(mib(figures[part]) for part in ("min", "mean", "max", "sum")), str(figures["argmax_rank"])]
+        for label, figures in found.items()
+        if figures["max"] is not None
+    ]
     return table(["MiB", "min", "mean", "max", "sum", "rank with most"], rows)

@@ -89,9 +89,8 @@ class PeakWindows:
     def figures(self) -> dict[str, dict[str, int | None]]:
         """Peaks by phase in order, those of the window at hand included, and `life`, the highest of all."""
         self.close_window()
-        phases = [phase for phase in PHASES if phase in self.peaks]
         every: dict[str, dict[str, int | None]] = {
-            phase: {key: self.peaks[phase].get(key) for key in PEAKS} for phase in phases
+            phase: {key: self.peaks[phase].get(key) for key in PEAKS} for phase in PHASES if phase in self.peaks
         }
         every["life"] = {
             key: max((kept[key] for kept in self.peaks.values() if key in kept), default=None) for key in PEAKS

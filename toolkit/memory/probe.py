@@ -7,12 +7,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from toolkit.memory.activations import Lifetime, StorageTracker, classify, fullest_moment
+from toolkit.memory.activations import STEP_ROWS, Lifetime, StorageTracker, classify, rows_at_peak
 from toolkit.memory.ledger import Owners
 from toolkit.prune.distributed import to_local
-
-# Rows that live within a step only; the others of the ledger stand between steps.
-STEP_ROWS = ("gradients", "input", "activations", "weight_casts", "workspace")
 
 
 class StepProbe:
@@ -29,16 +26,11 @@ class StepProbe:
         self._names: dict[int, str] = {}  # of lifetimes, by id; the tracker keeps them alive
         self._forward_end = self._backward_end = 0
         self._weights: set[int] = set()
-        self._standing: dict[str, None] = {}  # rows of owners, in their order
         self.rows: dict[str, int] = {}
         self.part = ""
 
     def __enter__(self) -> Self:
-        owners = self._owners()
-        self._weights = {weight.numel() for weight in owners.get("weights", [])}
-        for row, tensors in owners.items():
-            for tensor in tensors:
-                self._name(row, self._tracker.stands(to_local(tensor)))
+        self._weights = {weight.numel() for weight in self._name_owners().get("weights", [])}
         self._tracker.__enter__()
         return self
 
@@ -47,33 +39,26 @@ class StepProbe:
     ) -> None:
         self._tracker.__exit__(kind, error, trace)
         if error is None:
-            self._name_what_is_left()
-            self._add_up()
+            self._add_up(self._name_owners())
 
     def _name(self, row: str, made: Lifetime | None) -> None:
         if made is not None:
             self._names.setdefault(id(made), row)
 
-    def _name_what_is_left(self) -> None:
-        for row, tensors in self._owners().items():
-            self._standing[row] = None
+    def _name_owners(self) -> Owners:
+        owners = self._owners()
+        for row, tensors in owners.items():
             for tensor in map(to_local, tensors):
-                made = self._tracker.of(tensor)
-                self._name(row, self._tracker.stands(tensor) if made is None else made)
+                self._name(row, self._tracker.stands(tensor))
+        return owners
 
-    def _add_up(self) -> None:
-        tracker = self._tracker
-        end = tracker.events
-        lives = [(one.born, end if one.died is None else one.died, one.size_bytes) for one in tracker.lifetimes]
-        moment = fullest_moment(lives, end)
-        rows = dict.fromkeys((*self._standing, *STEP_ROWS), 0)
-        for one, name in zip(tracker.lifetimes, classify(tracker, self._names, self._forward_end), strict=True):
-            if one.born <= moment and (one.died is None or one.died > moment):
-                half = one.dtype in (torch.bfloat16, torch.float16)
-                cast = name == "activations" and half and one.size_bytes // 2 in self._weights
-                row = "weight_casts" if cast else name
-                rows[row] = rows.get(row, 0) + one.size_bytes
-        self.rows = rows
+    def _add_up(self, owners: Owners) -> None:
+        lives = []
+        for row, born, died, size, dtype in classify(self._tracker, self._names, self._forward_end):
+            half = dtype in (torch.bfloat16, torch.float16)
+            cast = row == "activations" and half and size // 2 in self._weights
+            lives.append(("weight_casts" if cast else row, born, died, size))
+        self.rows, moment = rows_at_peak(lives, self._tracker.events, (*owners, *STEP_ROWS))
         self.part = "forward" if moment < self._forward_end else "backward" if moment < self._backward_end else "update"
 
     def leave_out(self, *tensors: Tensor) -> None:

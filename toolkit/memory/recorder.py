@@ -108,20 +108,15 @@ class MemoryLog:
             "alloc_retries": device["alloc_retries"],
         }
         self.timeline.append(row)
-        self._keep(row)
+        if self._file is not None:
+            table = self._file.with_suffix(".csv")
+            if len(self.timeline) == 1 or not table.exists():  # anew, or resumed
+                write_atomically(table, csv_text(TIMELINE_COLUMNS, self.timeline))
+            else:
+                with open(table, "a", newline="") as file:
+                    csv.DictWriter(file, TIMELINE_COLUMNS).writerow(row)
+            write_json(self._file, self.record())
         return ledger
-
-    def _keep(self, row: dict[str, Any]) -> None:
-        """Bring this rank's files up to the present."""
-        if self._file is None:
-            return
-        table = self._file.with_suffix(".csv")
-        if len(self.timeline) == 1 or not table.exists():  # anew, or resumed
-            write_atomically(table, csv_text(TIMELINE_COLUMNS, self.timeline))
-        else:
-            with open(table, "a", newline="") as file:
-                csv.DictWriter(file, TIMELINE_COLUMNS).writerow(row)
-        write_json(self._file, self.record())
 
     def close_record(self, reason: str) -> None:
         """Leave this rank's last word on disk, for a report that no gather can make."""
@@ -138,13 +133,12 @@ class MemoryLog:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must carry so that a resumed run still knows its peak."""
-        elapsed_s = time.monotonic() - self._begin
         return {
             "timeline": self.timeline,
             "peak": self.peak,
             "end": self.end,
             "peak_step": self.peak_step,
-            "elapsed_s": elapsed_s,
+            "elapsed_s": time.monotonic() - self._begin,
             "phases": self.phases,
             "windows": self.windows.peaks,
         }
@@ -158,17 +152,18 @@ class MemoryLog:
 
     def record(self) -> dict[str, Any]:
         """This rank's part of the report."""
-        device, use = read_device(self._world.device), self._sampler.use
+        place, use = self._world.device, self._sampler.use
+        on_gpu = place.type == "cuda"
         return {
             "rank": self._world.rank,
             "local_rank": self._world.local_rank,
             "host_name": socket.gethostname(),
             "unit": "bytes",
-            "device_type": self._world.device.type,
+            "device_type": place.type,
             "num_ranks": self._world.num_ranks,
             "last_step": self.timeline[-1]["step"] if self.timeline else 0,
-            "device": {key: value for key, value in device.items() if "peak" not in key},
-            "device_uuid": _device_uuid(self._world.device),
+            "device": {key: value for key, value in read_device(place).items() if "peak" not in key},
+            "device_uuid": str(getattr(torch.cuda.get_device_properties(place), "uuid", place)) if on_gpu else None,
             "device_used_source": use.name if use else "none",
             "device_used_failed": use.failed if use else {},
             **self._sampler.figures(),
@@ -183,9 +178,3 @@ class MemoryLog:
     def close(self) -> None:
         """End the sampling."""
         self._sampler.stop()
-
-
-def _device_uuid(device: torch.device) -> str | None:
-    if device.type != "cuda":
-        return None
-    return str(getattr(torch.cuda.get_device_properties(device), "uuid", device))

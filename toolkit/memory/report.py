@@ -8,7 +8,7 @@ import csv
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +188,8 @@ def reduce_ranks(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, fl
     flat = [dict(_byte_figures(record)) for record in records]
     reduced: dict[str, dict[str, float | int | None]] = {}
     for key in dict.fromkeys(key for figures in flat for key in figures):
-        values = [figures.get(key, 0 if _is_row(key) else None) for figures in flat]
+        absent = 0 if key.startswith(("ledger_", "phases.")) else None
+        values = [figures.get(key, absent) for figures in flat]
         known = [value for value in values if value is not None]
         if len(known) < len(values):
             reduced[key] = dict.fromkeys(("min", "mean", "max", "sum", "argmax_rank"))
@@ -203,10 +204,6 @@ def reduce_ranks(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, fl
     return reduced
 
 
-def _is_row(key: str) -> bool:
-    return key.startswith(("ledger_", "phases."))
-
-
 def _once_a_device(records: Sequence[Mapping[str, Any]], values: Sequence[int]) -> list[int]:
     """The highest reading of each device, by uuid and host."""
     highest: dict[tuple[Any, Any], int] = {}
@@ -216,16 +213,13 @@ def _once_a_device(records: Sequence[Mapping[str, Any]], values: Sequence[int]) 
     return list(highest.values())
 
 
-def _byte_figures(record: Mapping[str, Any], prefix: str = "") -> list[tuple[str, int | None]]:
+def _byte_figures(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, int | None]]:
     """Every `_bytes` figure and ledger row, and the totals of the ledgers, by dotted name."""
-    figures: list[tuple[str, int | None]] = []
     is_ledger = prefix.startswith("ledger_") or prefix.endswith(".rows.")
     for key, value in record.items():
-        name = f"{prefix}{key}"
         if isinstance(value, Mapping):
-            figures += _byte_figures(value, f"{name}.")
+            yield from _byte_figures(value, f"{prefix}{key}.")
         elif key.endswith("_bytes") or is_ledger:
-            figures.append((name, value))
+            yield f"{prefix}{key}", value
     if is_ledger:
-        figures.append((f"{prefix}total", sum(record.values())))
-    return figures
+        yield f"{prefix}total", sum(record.values())

@@ -50,8 +50,7 @@ class MemorySampler:
     def recent(self) -> dict[str, int | None]:
         """The highest readings since the last call; None where there were none."""
         with self._lock:
-            recent = dict(self._recent)
-            self._recent = dict.fromkeys(recent)
+            recent, self._recent = self._recent, dict.fromkeys(self._recent)
         return recent
 
     def stop(self) -> None:

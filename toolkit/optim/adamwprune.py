@@ -11,10 +11,9 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from toolkit.kernels import native
 from toolkit.kernels.reference import adam_update
 from toolkit.optim.buckets import Bucket
-from toolkit.optim.packed import PackedOptimizer, check_adam_options, rate_for
+from toolkit.optim.packed import PackedOptimizer, check_ranges, rate_for
 from toolkit.prune.options import PruningKeywords
 
 
@@ -52,6 +51,7 @@ class AdamWPrune(PackedOptimizer):
     MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
     SCORES = ("variance", "magnitude", "obd", "saliency", "snr")
     FAST = ("native", "triton")
+    KERNEL = "adam"
 
     def __init__(
         self,
@@ -66,17 +66,20 @@ class AdamWPrune(PackedOptimizer):
         maximize: bool = False,
         **pruning: Unpack[PruningKeywords],
     ) -> None:
-        check_adam_options(float(lr), betas, eps, weight_decay)
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "amsgrad": amsgrad,
-            "decoupled_weight_decay": decoupled_weight_decay,
-            "maximize": maximize,
-        }
-        super().__init__(params, defaults, pruning)
+        check_ranges(betas, lr=float(lr), eps=eps, weight_decay=weight_decay)
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "betas": betas,
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "amsgrad": amsgrad,
+                "decoupled_weight_decay": decoupled_weight_decay,
+                "maximize": maximize,
+            },
+            pruning,
+        )
 
     def moment_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
         """Adam's two moments, and AMSGrad's third."""
@@ -94,11 +97,11 @@ class AdamWPrune(PackedOptimizer):
             moments.get("max_exp_avg_sq"),
             step=step,
             lr=group["lr"],
-            **self._rule(group),
+            **self.rule(group),
         )
 
-    @staticmethod
-    def _rule(group: dict[str, Any]) -> dict[str, Any]:
+    def rule(self, group: dict[str, Any]) -> dict[str, Any]:
+        """AdamW's hyper-parameters."""
         return {
             "beta1": group["betas"][0],
             "beta2": group["betas"][1],
@@ -126,14 +129,3 @@ class AdamWPrune(PackedOptimizer):
             eps=group["eps"],
             maximize=False,
         )
-
-    def update_packed(self, bucket: Bucket, group: dict[str, Any]) -> None:
-        """AdamW for the survivors, all tensors in one call."""
-        rows, rule = self.packed_tensors(bucket, group), self._rule(group)
-        if bucket.how == "triton":
-            from toolkit.kernels import triton_packed
-
-            table, lr = self.address_table(bucket, rows), rate_for(bucket, group)
-            triton_packed.packed_adam(rows, table, bucket.step_tensor, lr=lr, **rule)
-        else:
-            native.packed_adam(rows, step=bucket.step, lr=float(group["lr"]), **rule)

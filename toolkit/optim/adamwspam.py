@@ -11,21 +11,19 @@ mask update due while the moments recover (the warm-up) waits for the warm-up's 
 reach over `end_step` is left out.
 """
 
-import logging
+import itertools
 import math
 from typing import Any, Unpack, cast
 
 import torch
 from torch import Tensor
 
-from toolkit.optim.packed import PackedOptimizer, check_adam_options
-from toolkit.prune.options import PruningKeywords, PruningOptions
+from toolkit.log import get_logger
+from toolkit.optim.packed import PackedOptimizer, check_ranges
+from toolkit.prune.options import PruningKeywords
 from toolkit.prune.pruning import Pruning
-from toolkit.prune.stores import PackedStore
 
 GRACE_STEPS = 20  # the paper's code does not clip this soon after the start or a reset: v is still near 0
-
-_logger = logging.getLogger("toolkit")
 
 
 def spam_clip(grad: Tensor, exp_avg_sq: Tensor, threshold: float) -> Tensor:
@@ -41,6 +39,17 @@ def spam_warmup_scale(steps_since_reset: int, warmup_steps: int) -> float:
     return 1.0 - 0.99 * (1.0 + math.cos(math.pi * steps_since_reset / (warmup_steps + 1))) / 2.0
 
 
+class _PatientPruning(Pruning):
+    """The schedule's mask updates; one that falls into a warm-up comes right after it."""
+
+    def is_due(self, step: int) -> bool:
+        recovering = cast(AdamWSPAM, self.optimizer).recovering
+        if recovering(step):
+            return False
+        waited = itertools.takewhile(recovering, range(step - 1, 0, -1))
+        return super().is_due(step) or any(map(self.schedule.is_update_step, waited))
+
+
 class AdamWSPAM(PackedOptimizer):
     """SPAM with decoupled weight decay; `sparsity` > 0 adds pruning by moments, packed (see AdamWPrune).
 
@@ -51,14 +60,7 @@ class AdamWSPAM(PackedOptimizer):
             v = 0, so it is clipped to 0 until the next reset (the paper's own code does the same).
         reset_interval: steps between resets of the moments, the paper's Delta T; 0 = no reset.
         warmup_steps: steps after a reset in which the update is scaled up again, the paper's N.
-        sparsity: final share of zeros among the prunable weights, 0 (off) to below 1.
-        begin_step: optimizer step of the first mask update.
-        end_step: step of the last one; the zeros are then exactly floor(sparsity × prunable weights), and stay.
-        frequency: steps between mask updates.
-        score: what a weight is worth; variance, magnitude, obd, saliency or snr. See toolkit.prune.scores.
-        scope: where weights compete: global (all layers together), layer, or erk.
-        regrow: share of the survivors that make way for pruned weights with the largest gradients, decayed by a cosine.
-        state_dtype: of the moments: float32, or bfloat16 with stochastic rounding; None is the parameter's own.
+        sparsity, begin_step, end_step, frequency, score, scope, regrow, state_dtype: as in AdamWPrune.
         implementation: auto or reference.
 
     Raises ValueError on a value out of range, TypeError that lists the options for an unknown one.
@@ -66,6 +68,7 @@ class AdamWSPAM(PackedOptimizer):
 
     MOMENTS = ("exp_avg", "exp_avg_sq")
     SCORES = ("variance", "magnitude", "obd", "saliency", "snr")
+    PRUNING = _PatientPruning
 
     def __init__(
         self,
@@ -81,35 +84,33 @@ class AdamWSPAM(PackedOptimizer):
         maximize: bool = False,
         **pruning: Unpack[PruningKeywords],
     ) -> None:
-        check_adam_options(float(lr), betas, eps, weight_decay)
+        check_ranges(betas, lr=float(lr), eps=eps, weight_decay=weight_decay)
         if spike_threshold < 0:
             raise ValueError(f"spike_threshold={spike_threshold} must be 0 (off) or more")
         if reset_interval and not 0 <= warmup_steps < reset_interval:
             raise ValueError(f"warmup_steps={warmup_steps} must be below reset_interval={reset_interval}")
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "spike_threshold": spike_threshold,
-            "reset_interval": reset_interval,
-            "warmup_steps": warmup_steps,
-            "maximize": maximize,
-        }
-        super().__init__(params, defaults, pruning)
-        if reset_interval and self.schedule.enabled:
-            end = self.schedule.end_step or 0
-            nearest = end - end % reset_interval
-            if nearest > 0 and not self._reset_at(nearest):
-                _logger.info(
-                    "SPAM's reset at step %d is left out: its warm-up would cover the last mask update (end_step=%d)",
-                    nearest,
-                    end,
-                )
-
-    def moment_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
-        """Adam's two moments."""
-        return self.MOMENTS
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "betas": betas,
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "spike_threshold": spike_threshold,
+                "reset_interval": reset_interval,
+                "warmup_steps": warmup_steps,
+                "maximize": maximize,
+            },
+            pruning,
+        )
+        end = self.schedule.end_step or 0
+        nearest = end - end % reset_interval if reset_interval else 0
+        if self.schedule.enabled and nearest > 0 and not self._reset_at(nearest):
+            get_logger().info(
+                "SPAM's reset at step %d is left out: its warm-up would cover the last mask update (end_step=%d)",
+                nearest,
+                end,
+            )
 
     def _reset_at(self, step: int) -> bool:
         """Whether the moments are reset at `step`: every interval, unless the warm-up would cover end_step."""
@@ -124,19 +125,13 @@ class AdamWSPAM(PackedOptimizer):
         interval = self.defaults["reset_interval"]
         if not interval:
             return None
-        last = step - step % interval
-        while last > 0 and not self._reset_at(last):
-            last -= interval
-        return step - last if last > 0 else None
+        multiples = range(step - step % interval, 0, -interval)
+        return next((step - last for last in multiples if self._reset_at(last)), None)
 
     def recovering(self, step: int) -> bool:
         """Whether the moments are still warming up after a reset."""
         since = self._steps_since_reset(step)
         return since is not None and since <= self.defaults["warmup_steps"]
-
-    def make_pruning(self, options: PruningOptions) -> Pruning:
-        """Pruning whose mask updates wait for the moments to recover."""
-        return _PatientPruning(self, options, PackedStore(str(options.score), self.MOMENTS))
 
     def update(
         self, weight: Tensor, grad: Tensor, moments: dict[str, Tensor], group: dict[str, Any], step: int
@@ -157,20 +152,3 @@ class AdamWSPAM(PackedOptimizer):
         weight.addcdiv_(exp_avg, exp_avg_sq.sqrt().add_(group["eps"]), value=-step_size)
         if group["weight_decay"]:
             weight.mul_(1 - lr * group["weight_decay"])
-
-
-class _PatientPruning(Pruning):
-    """The schedule's mask updates; one that falls into a warm-up comes right after it."""
-
-    def is_due(self, step: int) -> bool:
-        recovering = cast(AdamWSPAM, self.optimizer).recovering
-        if recovering(step):
-            return False
-        if super().is_due(step):
-            return True
-        waited = step - 1
-        while waited > 0 and recovering(waited):
-            if self.schedule.is_update_step(waited):
-                return True
-            waited -= 1
-        return False

@@ -69,35 +69,24 @@ class _Entry:
         )
 
 
-class BucketCache:
+class BucketCache(dict[Tensor, _Entry]):
     """Buckets by the parameters that have a gradient; a parameter is in those of one entry at most.
 
     Counters are shared within a bucket: a second entry with the same parameter would take its counter out of the first,
     whose additions would then miss it.
     """
 
-    def __init__(self) -> None:
-        self._entries: dict[Tensor, _Entry] = {}  # by the first parameter
-        self._entry_of: dict[Tensor, Tensor] = {}  # any parameter -> the first of its entry
-
-    def clear(self) -> None:
-        """Forget all: the states have changed."""
-        self._entries.clear()
-        self._entry_of.clear()
-
-    def get(
+    def buckets(
         self, ready: list[Tensor], states: States, sort: Callable[[list[Tensor]], Iterable[Bucket]]
     ) -> list[Bucket]:
         """The buckets of `ready`, sorted anew by `sort` where they are not known."""
-        entry = self._entries.get(ready[0])
+        entry = self.get(ready[0])
         if entry is None or not entry.serves(ready, states):
-            for parameter in ready:
-                first = self._entry_of.pop(parameter, None)
-                if first is not None:
-                    self._entries.pop(first, None)
-            buckets = list(sort(ready))
-            for bucket in buckets:
+            for stale in [self[parameter] for parameter in ready if parameter in self]:
+                for parameter in stale.ready:
+                    self.pop(parameter, None)
+            entry = _Entry(ready, states, list(sort(ready)), len(states))
+            for bucket in entry.buckets:
                 bucket.share_step_tensor()
-            entry = self._entries[ready[0]] = _Entry(ready, states, buckets, len(states))
-            self._entry_of.update(dict.fromkeys(ready, ready[0]))
+            self.update(dict.fromkeys(ready, entry))
         return entry.buckets

@@ -5,6 +5,7 @@ packed moments [survivors], a bit mask and a block-offset table, and nothing els
 `state_dict()` is dense and parameter-shaped, with the mask as bool, so it loads into the plain optimizer too.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
@@ -13,23 +14,25 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from toolkit.kernels import native
 from toolkit.kernels.choice import choose_implementation
 from toolkit.kernels.rounding import round_to_bfloat16
 from toolkit.log import get_logger
 from toolkit.optim.buckets import Bucket, BucketCache
-from toolkit.prune.distributed import to_dtensor, to_local
+from toolkit.prune.distributed import local_gradient, to_local
 from toolkit.prune.groups import prunable_parameters
 from toolkit.prune.mask import flat_view, pack_bits
 from toolkit.prune.options import OPTION_NAMES, STATE_DTYPES, PruningOptions
-from toolkit.prune.packing import block_offsets, dense_state, pack, survivors_before, unpack
-from toolkit.prune.pruning import Pruning, check_same_options, saved_states
+from toolkit.prune.packing import block_offsets, pack, survivors_before, unpack
+from toolkit.prune.pruning import Pruning, dense_states, saved_states
 from toolkit.prune.schedule import Schedule
+from toolkit.prune.scores import STATE_SCORES
 from toolkit.prune.stores import PackedStore
 
 
-def check_adam_options(lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+def check_ranges(betas: tuple[float, ...] = (), **at_least_0: float) -> None:
     """Raise ValueError for a hyper-parameter outside its range."""
-    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+    for name, value in at_least_0.items():
         if not value >= 0:
             raise ValueError(f"{name}={value} must be 0 or more")
     for index, beta in enumerate(betas):
@@ -45,23 +48,25 @@ def rate_for(bucket: Bucket, group: dict[str, Any]) -> Any:
 
 
 class PackedOptimizer(Optimizer):
-    """Moments for survivors only. Subclasses define MOMENTS, SCORES, `moment_keys` and `update`.
+    """Moments for survivors only. Subclasses define MOMENTS, SCORES and `update`.
 
     The pruning options live in `defaults` and, for everyone to see, in each group; those given to the constructor
     are in force, also after a `load_state_dict`. A subclass with faster code than `update` says so in FAST and
-    overrides `update_dense` and `update_packed`.
+    KERNEL, and overrides `update_dense` and `rule`; PRUNING decides when and what to prune.
     """
 
     MOMENTS: tuple[str, ...] = ()  # every state key a subclass may pack
     SCORES: tuple[str, ...] = ()  # the scores its moments allow; the first is the default
     FAST: tuple[str, ...] = ()  # implementations beside the reference
+    KERNEL = ""  # name of their packed update
+    PRUNING = Pruning
 
     pruning: Pruning
 
     def __init__(self, params: Any, defaults: dict[str, Any], pruning: Mapping[str, Any]) -> None:
         options = PruningOptions.of(pruning, scores=self.SCORES, implementations=("auto", "reference", *self.FAST))
         self._attach(options)
-        super().__init__(params, {**defaults, **options.as_dict()})
+        super().__init__(params, {**defaults, **dataclasses.asdict(options)})
         self._number_parameters()
         self._packing.check_prunable()
 
@@ -70,25 +75,18 @@ class PackedOptimizer(Optimizer):
         self._buckets = BucketCache()
         self._warned = False
         # The packing is this optimizer's own; a Pruner on its hooks, as in adamwspam-movement, takes the public name.
-        self.pruning = self._packing = self.make_pruning(options)
-
-    def make_pruning(self, options: PruningOptions) -> Pruning:
-        """What decides when and what to prune."""
-        return Pruning(self, options, PackedStore(str(options.score), self.MOMENTS))
+        store = PackedStore(STATE_SCORES[str(options.score)], self.MOMENTS)
+        self.pruning = self._packing = self.PRUNING(self, options, store)
+        self.schedule: Schedule = options
 
     def _number_parameters(self) -> None:
         """Positions that do not depend on which groups a caller shows: ZeRO and a fused backward show one at a time."""
         every = (parameter for group in self.param_groups for parameter in group["params"])
         self._indices = {parameter: number for number, parameter in enumerate(every, start=1)}
 
-    @property
-    def schedule(self) -> Schedule:
-        """The pruning schedule in force."""
-        return self._packing.schedule
-
     def moment_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
         """State keys of the moments a parameter of this group keeps."""
-        raise NotImplementedError
+        return self.MOMENTS
 
     def update(
         self, weight: Tensor, grad: Tensor, moments: dict[str, Tensor], group: dict[str, Any], step: int
@@ -100,26 +98,28 @@ class PackedOptimizer(Optimizer):
         """One step of dense float32 parameters by fast code; only called for implementations in FAST."""
         raise NotImplementedError
 
-    def update_packed(self, bucket: Bucket, group: dict[str, Any]) -> None:
-        """One step of pruned float32 parameters by fast code; see `update_dense`."""
+    def rule(self, group: dict[str, Any]) -> dict[str, Any]:
+        """Hyper-parameters of the kernels of KERNEL but for the learning rate; only called where there are any."""
         raise NotImplementedError
 
-    def packed_tensors(self, bucket: Bucket, group: dict[str, Any]) -> list[Any]:
-        """Pruned parameters as the kernels take them: weight, gradient, mask, offsets, moments."""
-        keys = self.moment_keys(group)
-        grads = self.gradients(bucket, group)
-        return [
+    def update_packed(self, bucket: Bucket, group: dict[str, Any]) -> None:
+        """One step of pruned float32 parameters by fast code, all tensors in one call."""
+        keys, rule = self.moment_keys(group), self.rule(group)
+        rows = [
             (parameter, grad, state["mask"], state["offsets"], [state[key] for key in keys])
-            for parameter, grad, state in zip(bucket.parameters, grads, bucket.states, strict=True)
+            for parameter, grad, state in zip(
+                bucket.parameters, self.gradients(bucket, group), bucket.states, strict=True
+            )
         ]
+        if bucket.how == "triton":
+            from toolkit.kernels import triton_packed
 
-    @staticmethod
-    def address_table(bucket: Bucket, tensors: list[Any]) -> Any:
-        """The Triton kernels' table for these tensors, kept with the bucket."""
-        from toolkit.kernels.triton_packed import AddressTable
-
-        bucket.addresses = bucket.addresses or AddressTable()
-        return bucket.addresses.update(tensors, bucket.param_indices)
+            bucket.addresses = bucket.addresses or triton_packed.AddressTable()
+            table = bucket.addresses.update(rows, bucket.param_indices)
+            kernel = triton_packed.KERNELS[self.KERNEL]
+            kernel(rows, table, bucket.step_tensor, lr=rate_for(bucket, group), **rule)
+        else:
+            native.KERNELS[self.KERNEL](rows, step=bucket.step, lr=float(group["lr"]), **rule)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -132,7 +132,7 @@ class PackedOptimizer(Optimizer):
             ready = [parameter for parameter in group["params"] if parameter.grad is not None]
             if not ready:
                 continue
-            for bucket in self._buckets.get(ready, self.state, partial(self._sort, group)):
+            for bucket in self._buckets.buckets(ready, self.state, partial(self._sort, group)):
                 bucket.count_step()
                 if bucket.packed:
                     self._packing.check_strides(bucket.owners)
@@ -156,10 +156,10 @@ class PackedOptimizer(Optimizer):
         buckets: dict[tuple[str, bool, int], Bucket] = {}
         for parameter in ready:
             state = self._state_of(parameter, group, id(parameter) in prunable)
-            how, packed, step = self._implementation(parameter), "offsets" in state, int(state["step"])
-            if not packed and self._moment_dtype(parameter) is not torch.float32:
-                how = "reference"  # torch's fused update takes no bfloat16 moments of float32 weights
-            if how != "reference" and not self._is_dense(parameter):
+            packed, step, dtype = "offsets" in state, int(state["step"]), self._moment_dtype(parameter)
+            how = choose_implementation(self.defaults["implementation"] if self.FAST else "reference", parameter, dtype)
+            # torch's fused update takes no bfloat16 moments of float32 weights.
+            if how != "reference" and not ((packed or dtype is torch.float32) and self._is_dense(parameter)):
                 how = "reference"
             bucket = buckets.setdefault((how, packed, step), Bucket(how, packed, step))
             bucket.sharded |= hasattr(parameter, "to_local")
@@ -184,7 +184,12 @@ class PackedOptimizer(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters. Raises ValueError where the group asks for pruning options of its own."""
-        check_same_options(param_group, self._packing.options)
+        for name, own in dataclasses.asdict(self._packing.options).items():
+            if param_group.get(name, own) != own:
+                raise ValueError(
+                    f"a parameter group has {name}={param_group[name]!r}, the optimizer {own!r}; all are pruned "
+                    "together: leave it out of the group, or use two optimizers"
+                )
         super().add_param_group(param_group)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -221,37 +226,22 @@ class PackedOptimizer(Optimizer):
         return state
 
     def _moment_dtype(self, parameter: Tensor) -> torch.dtype:
-        chosen = self.defaults["state_dtype"]
-        return parameter.dtype if chosen is None else STATE_DTYPES[chosen]
-
-    def _compute_dtype(self, parameter: Tensor) -> torch.dtype:
-        """The parameter's, as in torch; float32 or wider where a dtype of the state was asked for."""
-        chosen = self.defaults["state_dtype"]
-        return parameter.dtype if chosen is None else torch.promote_types(parameter.dtype, torch.float32)
-
-    def _implementation(self, parameter: Tensor) -> str:
-        if not self.FAST:
-            return "reference"
-        return choose_implementation(self.defaults["implementation"], parameter, self._moment_dtype(parameter))
+        return STATE_DTYPES.get(self.defaults["state_dtype"], parameter.dtype)
 
     @staticmethod
     def gradients(bucket: Bucket, group: dict[str, Any]) -> list[Tensor]:
         """The gradients, each in its parameter's memory layout, negated where the group maximizes."""
-        grads = []
-        for owner, parameter in zip(bucket.owners, bucket.parameters, strict=True):
-            assert owner.grad is not None
-            grad = to_local(owner.grad)
-            if grad.stride() != parameter.stride():
-                grad = torch.empty_like(parameter).copy_(grad)
-            grads.append(grad)
+        grads = list(map(local_gradient, bucket.owners, bucket.parameters))
         return [-grad for grad in grads] if group["maximize"] else grads
 
     def _update_reference(self, bucket: Bucket, group: dict[str, Any]) -> None:
         grads = self.gradients(bucket, group)
         columns = (bucket.parameters, grads, bucket.states, bucket.param_indices)
         for parameter, grad, state, index in zip(*columns, strict=True):
-            # 1. In the dtype to compute in (no copies where it is the parameter's), survivors only once packed.
-            dtype = self._compute_dtype(parameter)
+            # 1. In the dtype to compute in: the parameter's, as in torch (no copies then), or float32 and wider where a
+            # dtype of the state was asked for; survivors only once packed.
+            wider = torch.promote_types(parameter.dtype, torch.float32)
+            dtype = parameter.dtype if self.defaults["state_dtype"] is None else wider
             kept = {key: state[key] for key in self.moment_keys(group)}
             moments = {key: value.to(dtype) for key, value in kept.items()}
             weight, mask = parameter, state["mask"] if "offsets" in state else None
@@ -267,28 +257,16 @@ class PackedOptimizer(Optimizer):
             elif new is not parameter:
                 parameter.copy_(new)
             for number, (key, value) in enumerate(moments.items()):
-                if value is kept[key]:
-                    continue
-                if kept[key].dtype is not torch.bfloat16:
+                if kept[key].dtype is torch.bfloat16 and value is not kept[key]:
+                    # In memory order, so that the noise does not depend on the layout's logical shape.
+                    seed = (bucket.step * 65_537 + index) * 3 + number
+                    flat_view(kept[key]).copy_(round_to_bfloat16(flat_view(value), seed))
+                elif value is not kept[key]:
                     kept[key].copy_(value)
-                    continue
-                # In memory order, so that the noise does not depend on the layout's logical shape.
-                seed = (bucket.step * 65_537 + index) * 3 + number
-                flat_view(kept[key]).copy_(round_to_bfloat16(flat_view(value), seed))
 
     def state_dict(self) -> dict[str, Any]:
         """The plain optimizer's form: moments dense and shaped like the parameter, the mask as bool."""
-        packed = super().state_dict()
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        packed["state"] = {
-            index: self._dense_state(parameters[index], state) for index, state in packed["state"].items()
-        }
-        return packed
-
-    @staticmethod
-    def _dense_state(parameter: Tensor, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        dense = dense_state(to_local(parameter), state)
-        return {key: value if key == "step" else to_dtensor(value, parameter) for key, value in dense.items()}
+        return dense_states(self, super().state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the form `state_dict` gives, or the plain optimizer's, and pack again."""
@@ -296,27 +274,23 @@ class PackedOptimizer(Optimizer):
         saved = saved_states(self, state_dict)
         for group in self.param_groups:
             # What the plain optimizer does not know, and the pruning options in force here.
-            known = {key: value for key, value in self.defaults.items() if key not in ("differentiable", "pruning")}
-            group.update({key: value for key, value in known.items() if key not in group})
-            group.update({key: self.defaults[key] for key in OPTION_NAMES})
+            kept = {"differentiable", "pruning", *group} - set(OPTION_NAMES)
+            group.update({key: value for key, value in self.defaults.items() if key not in kept})
         for parameter, state in self.state.items():
             if state:
                 # torch's SGD counts no steps; its buffers have begun. A number is taken as torch takes it.
                 state["step"] = torch.as_tensor(state.get("step", 1.0), dtype=torch.float32)
             self._pack_loaded(parameter, state, saved.get(parameter, {}))
         self._packing.note_load()
-        if self._packing.after_repack is not None:
-            self._packing.after_repack()
+        self._packing.after_repack()
 
     def _pack_loaded(self, parameter: Tensor, state: dict[str, Tensor], saved: Mapping[str, Any]) -> None:
         """The dense form of a parameter's state -> what is kept. Moments as `saved`, before torch cast them."""
         part = to_local(parameter)
         mask, survivors = None, 0
         if "mask" in state and self.pruning is self._packing:  # a Pruner's mask is its own
-            mask = pack_bits(flat_view(torch.empty_like(part).copy_(to_local(state["mask"]))) != 0)
-            state["mask"] = mask
+            state["mask"] = mask = self._packing.pack_loaded_mask(parameter, state["mask"])
             state["offsets"], survivors = block_offsets(mask, part.numel())
-            self._packing.note_strides(parameter)
         for key in [key for key in self.MOMENTS if key in state]:
             # In the parameter's own memory order, whatever the order it was saved in.
             value = to_local(saved.get(key, state[key]))

@@ -8,7 +8,6 @@ import functools
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from timm.optim import get_optimizer_info, list_optimizers
 from timm.optim._optim_factory import OptimInfo, default_registry
 
@@ -22,26 +21,27 @@ from toolkit.prune.hooks import HOOK_METHODS, pruned_by_hooks
 METHODS = ("none", "magnitude", "movement", "state")
 _ADAM = ("exp_avg", "exp_avg_sq")
 _AMSGRAD = (*_ADAM, "max_exp_avg_sq")
+_SGD = ("momentum_buffer",)
+_TIMMS = {
+    "sgd": ("SGD with Nesterov momentum", _SGD),
+    "momentum": ("SGD with classical momentum", _SGD),
+    "adam": ("Adam", _ADAM),
+    "adamw": ("AdamW", _ADAM),
+}
 
 
-@dataclass(frozen=True)
-class OptimizerSpec:
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSpec(OptimInfo):
     """One name of ours in timm's factory.
 
     `base` and `method` say what it is made of, `moments` the parameter-sized state keys (for the memory arithmetic),
     `recipe` the train.py settings that belong to it unless a flag says otherwise.
     """
 
-    name: str
-    opt_class: type[torch.optim.Optimizer]
-    description: str
     base: str
     method: str
     moments: tuple[str, ...]
-    has_eps: bool = True
     has_betas: bool = True
-    has_momentum: bool = False
-    defaults: dict[str, Any] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -61,57 +61,38 @@ class OptimizerSpec:
 
 
 def _state_spec(base: str, opt_class: Any, what: str, moments: tuple[str, ...], **rest: Any) -> OptimizerSpec:
-    return OptimizerSpec(
-        f"{base}-state",
-        opt_class,
-        f"{what} pruned by its own moments, kept packed for the survivors",
-        base,
-        "state",
-        moments,
-        **rest,
-    )
+    description = f"{what} pruned by its own moments, kept packed for the survivors"
+    return OptimizerSpec(f"{base}-state", opt_class, description, base=base, method="state", moments=moments, **rest)
 
 
 def _base_specs() -> list[OptimizerSpec]:
-    info = {name: get_optimizer_info(name) for name in ("sgd", "momentum", "adam", "adamw")}
-
-    def stock(name: str, description: str, moments: tuple[str, ...]) -> OptimizerSpec:
-        entry = info[name]
-        assert isinstance(entry.opt_class, type), name
-        return OptimizerSpec(
-            name,
-            entry.opt_class,
-            description,
-            name,
-            "none",
-            moments,
-            has_eps=entry.has_eps,
-            has_betas=entry.has_betas,
-            has_momentum=entry.has_momentum,
-            defaults=dict(entry.defaults or {}),
+    stock = [
+        OptimizerSpec(
+            **{**vars(get_optimizer_info(name)), "description": f"{what} (timm's)"},
+            base=name,
+            method="none",
+            moments=moments,
         )
-
+        for name, (what, moments) in _TIMMS.items()
+    ]
     return [
-        stock("sgd", "SGD with Nesterov momentum (timm's)", ("momentum_buffer",)),
-        stock("momentum", "SGD with classical momentum (timm's)", ("momentum_buffer",)),
-        stock("adam", "Adam (timm's)", _ADAM),
-        stock("adamw", "AdamW (timm's)", _ADAM),
+        *stock,
         OptimizerSpec(
             "adamwadv",
             AdamWAdv,
             "AdamW with AMSGrad; its recipe adds gradient clipping at 1.0 and a cosine schedule",
-            "adamwadv",
-            "none",
-            _AMSGRAD,
+            base="adamwadv",
+            method="none",
+            moments=_AMSGRAD,
             recipe=ADAMWADV_RECIPE,
         ),
         OptimizerSpec(
             "adamwspam",
             AdamWSPAM,
             "Adam with spike-aware clipping and momentum reset (SPAM), decoupled weight decay",
-            "adamwspam",
-            "none",
-            _ADAM,
+            base="adamwspam",
+            method="none",
+            moments=_ADAM,
         ),
     ]
 
@@ -125,17 +106,17 @@ def specs() -> tuple[OptimizerSpec, ...]:
             "adamwprune",
             AdamWPrune,
             "AdamW pruned by its own moments, kept packed for the survivors",
-            "adamw",
-            "state",
-            _ADAM,
+            base="adamw",
+            method="state",
+            moments=_ADAM,
         ),
         OptimizerSpec(
             "sgdprune",
             SGDPrune,
             "SGD (Nesterov) pruned by weight or momentum, kept packed for the survivors",
-            "sgd",
-            "state",
-            ("momentum_buffer",),
+            base="sgd",
+            method="state",
+            moments=_SGD,
             has_eps=False,
             has_betas=False,
             has_momentum=True,
@@ -166,24 +147,14 @@ def register_all() -> None:
     """Put our names into timm's factory. Idempotent; refuses to replace a name that somebody else registered."""
     known = set(list_optimizers())
     for spec in specs():
-        if spec.name == spec.base and spec.name in ("sgd", "momentum", "adam", "adamw"):
+        if spec.name in _TIMMS:
             continue
         assert "_" not in spec.name, spec.name
         if spec.name in known:
             if get_optimizer_info(spec.name).description == spec.description:
                 continue
             raise ValueError(f"optimizer name {spec.name!r} is taken in timm's registry; another package registered it")
-        default_registry.register(
-            OptimInfo(
-                name=spec.name,
-                opt_class=spec.opt_class,
-                description=spec.description,
-                has_eps=spec.has_eps,
-                has_betas=spec.has_betas,
-                has_momentum=spec.has_momentum,
-                defaults=spec.defaults,
-            )
-        )
+        default_registry.register(spec)
 
 
 def find_spec(name: str) -> OptimizerSpec | None:

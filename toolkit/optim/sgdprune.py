@@ -10,10 +10,9 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from toolkit.kernels import native
 from toolkit.kernels.reference import sgd_update
 from toolkit.optim.buckets import Bucket
-from toolkit.optim.packed import PackedOptimizer, rate_for
+from toolkit.optim.packed import PackedOptimizer, check_ranges, rate_for
 from toolkit.prune.options import PruningKeywords
 
 
@@ -24,15 +23,8 @@ class SGDPrune(PackedOptimizer):
         params: parameters, named parameters or groups.
         lr, momentum, dampening, weight_decay, nesterov, maximize: as in torch.optim.SGD; momentum in (0, 1).
         decoupled_weight_decay: shrink the weights by lr × decay instead of adding the decay to the gradient.
-        sparsity: final share of zeros among the prunable weights, 0 (off) to below 1.
-        begin_step: optimizer step of the first mask update.
-        end_step: step of the last one; the zeros are then exactly floor(sparsity × prunable weights), and stay.
-        frequency: steps between mask updates.
         score: what a weight is worth; magnitude or saliency. See toolkit.prune.scores.
-        scope: where weights compete: global (all layers together), layer, or erk.
-        regrow: share of the survivors that make way for pruned weights with the largest gradients, decayed by a cosine.
-        state_dtype: of the moments: float32, or bfloat16 with stochastic rounding; None is the parameter's own.
-        implementation: auto, reference, native (C++ on CPU) or triton (GPU).
+        sparsity, begin_step, end_step, frequency, scope, regrow, state_dtype, implementation: as in AdamWPrune.
 
     Raises ValueError on a value out of range, TypeError that lists the options for an unknown one.
     """
@@ -40,6 +32,7 @@ class SGDPrune(PackedOptimizer):
     MOMENTS = ("momentum_buffer",)
     SCORES = ("magnitude", "saliency")
     FAST = ("native", "triton")
+    KERNEL = "sgd"
 
     def __init__(
         self,
@@ -54,46 +47,42 @@ class SGDPrune(PackedOptimizer):
         maximize: bool = False,
         **pruning: Unpack[PruningKeywords],
     ) -> None:
-        for name, value in (("lr", float(lr)), ("weight_decay", weight_decay)):
-            if not value >= 0:
-                raise ValueError(f"{name}={value} must be 0 or more")
+        check_ranges(lr=float(lr), weight_decay=weight_decay)
         if not 0 < momentum < 1:
             raise ValueError(
                 f"momentum={momentum} must be in (0, 1): without momentum there is no state to pack; use sgd-magnitude"
             )
         if nesterov and dampening:
             raise ValueError(f"nesterov needs dampening 0, not {dampening}")
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "dampening": dampening,
-            "weight_decay": weight_decay,
-            "nesterov": nesterov,
-            "decoupled_weight_decay": decoupled_weight_decay,
-            "maximize": maximize,
-        }
-        super().__init__(params, defaults, pruning)
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "momentum": momentum,
+                "dampening": dampening,
+                "weight_decay": weight_decay,
+                "nesterov": nesterov,
+                "decoupled_weight_decay": decoupled_weight_decay,
+                "maximize": maximize,
+            },
+            pruning,
+        )
 
-    def moment_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
-        """The momentum."""
-        return self.MOMENTS
-
-    @staticmethod
-    def _rule(group: dict[str, Any], step: int) -> dict[str, Any]:
+    def rule(self, group: dict[str, Any]) -> dict[str, Any]:
+        """SGD's hyper-parameters."""
         return {
             "momentum": group["momentum"],
             "dampening": group["dampening"],
             "weight_decay": group["weight_decay"],
             "nesterov": group["nesterov"],
             "decoupled": group["decoupled_weight_decay"],
-            "first": step == 1,
         }
 
     def update(
         self, weight: Tensor, grad: Tensor, moments: dict[str, Tensor], group: dict[str, Any], step: int
     ) -> None:
         """SGD on equally shaped tensors."""
-        sgd_update(weight, grad, moments["momentum_buffer"], lr=group["lr"], **self._rule(group, step))
+        sgd_update(weight, grad, moments["momentum_buffer"], lr=group["lr"], first=step == 1, **self.rule(group))
 
     def update_dense(self, bucket: Bucket, group: dict[str, Any]) -> None:
         """torch's fused SGD over all dense parameters at once."""
@@ -113,15 +102,3 @@ class SGDPrune(PackedOptimizer):
             maximize=False,
             is_first_step=bucket.step == 1,
         )
-
-    def update_packed(self, bucket: Bucket, group: dict[str, Any]) -> None:
-        """SGD for the survivors, all tensors in one call."""
-        rows, rule = self.packed_tensors(bucket, group), self._rule(group, bucket.step)
-        if bucket.how == "triton":
-            from toolkit.kernels import triton_packed
-
-            del rule["first"]  # the kernel asks the counter
-            table, lr = self.address_table(bucket, rows), rate_for(bucket, group)
-            triton_packed.packed_sgd(rows, table, bucket.step_tensor, lr=lr, **rule)
-        else:
-            native.packed_sgd(rows, lr=float(group["lr"]), **rule)

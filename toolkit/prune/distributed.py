@@ -7,7 +7,6 @@ lower indices, and only the choice of what to prune looks over all of them.
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
 import torch.distributed
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -20,6 +19,13 @@ FlatSlices = Sequence[tuple[str, int, int]]
 def to_local(tensor: Tensor) -> Tensor:
     """This rank's part of a DTensor (a view), or the tensor itself."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def local_gradient(parameter: Tensor, part: Tensor) -> Tensor:
+    """The gradient of this rank's part of a parameter, in the memory layout of the part."""
+    assert parameter.grad is not None
+    grad = to_local(parameter.grad)
+    return grad if grad.stride() == part.stride() else torch.empty_like(part).copy_(grad)
 
 
 def to_dtensor(part: Tensor, parameter: Tensor) -> Tensor:
@@ -43,22 +49,22 @@ def shard_group(parameters: Iterable[Tensor]) -> ProcessGroup | None:
             if len(axes) > 1:
                 raise ValueError(f"a parameter sharded over {len(axes)} mesh axes cannot be pruned; shard over one")
             if axes:
-                group: ProcessGroup = sharded.device_mesh.get_group(axes[0])
-                return group
+                return sharded.device_mesh.get_group(axes[0])
     return None
 
 
-def sum_over(group: ProcessGroup | None, counts: list[int], device: torch.device) -> list[int]:
+def sum_over(group: ProcessGroup | None, counts: Sequence[int] | Tensor, device: torch.device) -> list[int]:
     """Elementwise sum over the ranks of a group; the counts themselves where there is none."""
+    total = torch.as_tensor(counts, dtype=torch.int64, device=device)
+    if group is not None:
+        torch.distributed.all_reduce(total, group=group)
+    return total.tolist()
+
+
+def gather_over(group: ProcessGroup | None, values: Tensor) -> Tensor:
+    """Every rank's values [n], one row a rank: [ranks, n]; a row of its own where there is no group."""
     if group is None:
-        return counts
-    total = torch.tensor(counts, dtype=torch.int64, device=device)
-    torch.distributed.all_reduce(total, group=group)
-    return list(total.tolist())
-
-
-def gather_over(group: ProcessGroup, values: Tensor) -> Tensor:
-    """Every rank's values [n], one row a rank: [ranks, n]."""
+        return values.unsqueeze(0)
     size = torch.distributed.get_world_size(group)
     every = values.new_empty(size * values.numel())
     torch.distributed.all_gather_into_tensor(every, values, group=group)

@@ -4,6 +4,7 @@ Quotas are whole numbers that add up to the zeros asked for, never take pruned w
 least one weight.
 """
 
+import math
 from collections.abc import Sequence
 
 SCOPES = ("global", "layer", "erk")
@@ -14,7 +15,7 @@ def _erk_densities(shapes: Sequence[Sequence[int]], survivors: int) -> list[floa
 
     Scaled so that `survivors` weights are left; tensors that would need more than all their weights stay dense.
     """
-    counts = [_product(shape) for shape in shapes]
+    counts = [math.prod(shape) for shape in shapes]
     raw = [sum(shape) / max(count, 1) for shape, count in zip(shapes, counts, strict=True)]
     dense: set[int] = set()
     while True:
@@ -28,19 +29,12 @@ def _erk_densities(shapes: Sequence[Sequence[int]], survivors: int) -> list[floa
         dense |= full
 
 
-def _product(shape: Sequence[int]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
-
-
 def zero_quotas(scope: str, shapes: Sequence[Sequence[int]], zeros_now: Sequence[int], zeros: int) -> list[int]:
     """Zeros of each tensor for `zeros` over all of them. `scope` is layer or erk.
 
     Rounded by largest remainder, at least `zeros_now`, at most all weights but one (all, where that cannot be).
     """
-    counts = [_product(shape) for shape in shapes]
+    counts = [math.prod(shape) for shape in shapes]
     if scope == "layer":
         share = zeros / max(sum(counts), 1)
         ideal = [share * count for count in counts]

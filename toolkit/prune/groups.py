@@ -1,6 +1,7 @@
 """What may be pruned: in a model by its layers, in an optimizer by the marks of its groups."""
 
-from collections.abc import Iterable, Mapping
+import itertools
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch.distributed
@@ -79,46 +80,37 @@ def computed_names(model: nn.Module) -> list[str]:
     ]
 
 
-def _is_weight_matrix(parameter: Tensor) -> bool:
-    # A leading dimension of 1 leaves out class tokens and position embeddings.
-    return parameter.ndim > 1 and parameter.shape[0] > 1
-
-
-def _is_marked(groups: Iterable[Mapping[str, Any]]) -> bool:
+def _is_marked(groups: Collection[Mapping[str, Any]]) -> bool:
     return any("prunable" in group for group in groups)
 
 
-def prunable_parameters(param_groups: Iterable[Mapping[str, Any]]) -> list[tuple[str, Tensor]]:
+def prunable_parameters(param_groups: Collection[Mapping[str, Any]]) -> list[tuple[str, Tensor]]:
     """(name, parameter) of all prunable parameters, in the order of the groups.
 
     Groups that carry a `prunable` mark decide by it. Where no group does (timm's own train.py), every parameter with
     more than one dimension and a leading dimension above 1 is prunable.
     """
-    groups = list(param_groups)
-    marked = _is_marked(groups)
-    found = []
-    position = 0
-    for group in groups:
-        names = group.get("param_names")
-        for index, parameter in enumerate(group["params"]):
-            name = names[index] if names else f"parameter {position} of shape {tuple(parameter.shape)}"
-            position += 1
-            if bool(group.get("prunable", False)) if marked else _is_weight_matrix(parameter):
+    marked = _is_marked(param_groups)
+    found, position = [], itertools.count()
+    for group in param_groups:
+        unnamed = (f"parameter {next(position)} of shape {tuple(parameter.shape)}" for parameter in group["params"])
+        for name, parameter in zip(group.get("param_names") or unnamed, group["params"], strict=False):
+            # A leading dimension of 1 leaves out class tokens and position embeddings.
+            if group.get("prunable", False) if marked else parameter.ndim > 1 and parameter.shape[0] > 1:
                 found.append((name, parameter))
     return found
 
 
-def announce_unmarked(param_groups: Iterable[Mapping[str, Any]]) -> None:
+def announce_unmarked(param_groups: Collection[Mapping[str, Any]]) -> None:
     """Warn, on rank 0, of what an optimizer that is about to prune will take for lack of marks; for constructors.
 
     `param_groups` are the optimizer's own; marked ones are left without a word.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank():
         return
-    groups = list(param_groups)
-    if _is_marked(groups):
+    if _is_marked(param_groups):
         return
-    named = prunable_parameters(groups)
+    named = prunable_parameters(param_groups)
     names = [name for name, _ in named]
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     get_logger().warning(

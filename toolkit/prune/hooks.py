@@ -13,19 +13,17 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from toolkit.prune.distributed import to_dtensor, to_local
+from toolkit.prune.distributed import to_local
 from toolkit.prune.groups import prunable_parameters
 from toolkit.prune.mask import flat_view, pack_bits, zero_pruned
 from toolkit.prune.options import OPTION_NAMES, PruningOptions
-from toolkit.prune.packing import dense_state
-from toolkit.prune.pruning import Pruning, saved_states
-from toolkit.prune.scores import MAGNITUDE, MOVEMENT_SCORES, movement_increment
+from toolkit.prune.pruning import Pruning, dense_states, saved_states
+from toolkit.prune.scores import HOOK_SCORES, movement_increment
 from toolkit.prune.stores import MaskedStore
 
-HOOK_METHODS: dict[str, tuple[str, ...]] = {"magnitude": tuple(MAGNITUDE), "movement": MOVEMENT_SCORES}
-_NOT_OFFERED = ("regrow", "state_dtype", "implementation")
-_OPTIONS = tuple(name for name in OPTION_NAMES if name not in _NOT_OFFERED)
-_OWN_KEYS = ("mask", "scores", "initial_weights")
+HOOK_METHODS: dict[str, tuple[str, ...]] = {"magnitude": ("magnitude",), "movement": ("movement", "displacement")}
+_OPTIONS = tuple(name for name in OPTION_NAMES if name not in ("regrow", "state_dtype", "implementation"))
+_BESIDE_MASK = ("scores", "initial_weights")  # what movement and displacement keep
 
 
 class Pruner(Pruning):
@@ -38,29 +36,30 @@ class Pruner(Pruning):
 
     def __init__(self, optimizer: Optimizer, options: PruningOptions) -> None:
         self._score = str(options.score)
-        super().__init__(optimizer, options, MaskedStore(self._score))
+        store = MaskedStore(HOOK_SCORES[self._score], _BESIDE_MASK, pruned_compete=self._score == "movement")
+        super().__init__(optimizer, options, store)
         self._first: dict[Tensor, dict[str, Tensor]] = {}  # what a pre-hook made, until its post-hook
-        if not options.schedule.enabled:
+        if not options.enabled:
             return
         optimizer.register_step_pre_hook(self._before_step)
         optimizer.register_step_post_hook(self._after_step)
-        optimizer.register_state_dict_post_hook(self._masks_to_bool)
+        optimizer.register_state_dict_post_hook(dense_states)
         optimizer.register_load_state_dict_pre_hook(self._note_saved_scores)
         optimizer.register_load_state_dict_post_hook(self._masks_to_bits)
 
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Note what the update is about to change. A closure is called here, for the gradients it makes."""
         closure = args[1] if len(args) > 1 else kwargs.get("closure")  # args[0] is the optimizer
-        changed = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-            changed = ((args[0], lambda: loss, *args[2:]), {key: kwargs[key] for key in kwargs if key != "closure"})
+            args = (args[0], lambda: loss, *args[2:])
+            kwargs = {key: kwargs[key] for key in kwargs if key != "closure"}
         if not _skipped(optimizer):
             self._note(optimizer)
-        return changed
+        return args, kwargs
 
     @torch.no_grad()
     def _note(self, optimizer: Optimizer) -> None:
@@ -74,9 +73,8 @@ class Pruner(Pruning):
             own, part = optimizer.state.get(parameter, {}), to_local(parameter)
             if self.keeps_zeros and "mask" not in own:  # a resumed run has its masks
                 self._first.setdefault(parameter, {})["mask"] = pack_bits(flat_view(part) != 0)
-            if self._score == "displacement":
-                if "initial_weights" not in own:
-                    self._first.setdefault(parameter, {})["initial_weights"] = part.detach().clone()
+            if self._score == "displacement" and "initial_weights" not in own:
+                self._first.setdefault(parameter, {})["initial_weights"] = part.detach().clone()
             elif self._score == "movement" and parameter.grad is not None:
                 group = groups[id(parameter)]
                 rate = float(group["lr"]) * (-1.0 if group.get("maximize") else 1.0)
@@ -105,17 +103,6 @@ class Pruner(Pruning):
             if mask is not None:
                 zero_pruned(flat_view(to_local(parameter)), mask)
 
-    @staticmethod
-    def _masks_to_bool(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Checkpoint form: the mask as a parameter-shaped bool (torch casts a 1-D uint8 to float on loading)."""
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        for index, state in state_dict["state"].items():
-            own = {key: to_local(state[key]) for key in _OWN_KEYS if key in state}
-            dense = dense_state(to_local(parameters[index]), own)
-            wholes = {key: to_dtensor(value, parameters[index]) for key, value in dense.items()}
-            state_dict["state"][index] = {**state, **wholes}
-        return state_dict
-
     def _note_saved_scores(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         """The sums need float32, whatever the parameter's dtype."""
         saved = saved_states(optimizer, state_dict)
@@ -129,9 +116,8 @@ class Pruner(Pruning):
             if "keep" in state:  # the mask's name in checkpoints of version 0.1
                 state["mask"] = state.pop("keep")
             if "mask" in state:
-                state["mask"] = pack_bits(flat_view(torch.empty_like(part).copy_(to_local(state["mask"]))) != 0)
-                self.note_strides(parameter)
-            for key in ("scores", "initial_weights"):
+                state["mask"] = self.pack_loaded_mask(parameter, state["mask"])
+            for key in _BESIDE_MASK:
                 if key in state:
                     value = to_local(scores.get(parameter, state).get(key, state[key]))
                     state[key] = torch.empty_like(part, dtype=value.dtype).copy_(value)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from toolkit.kernels import bits as native_bits
+from toolkit.kernels import native
 
 
 def mask_bytes(numel: int) -> int:
@@ -33,8 +33,10 @@ def _weights_of_bits(device: torch.device) -> Tensor:
 
 def pack_bits(keep: Tensor) -> Tensor:
     """bool [n] -> uint8 [ceil(n / 8)]; spare bits of the last byte are 0."""
-    if native_bits.fits(keep):
-        return native_bits.pack_bits(keep)
+    if native.fits(keep):
+        mask = torch.empty(mask_bytes(keep.numel()), dtype=torch.uint8, device="cpu")
+        native.native_code().bits_pack_bits(keep.numel(), keep.data_ptr(), mask.data_ptr())
+        return mask
     spare = -keep.numel() % 8
     bits = torch.nn.functional.pad(keep.to(torch.uint8), (0, spare)).view(-1, 8)
     return (bits * _weights_of_bits(keep.device)).sum(1, dtype=torch.uint8)
@@ -47,8 +49,10 @@ def unpack_bits(mask: Tensor, numel: int) -> Tensor:
 
 def drop_survivors(mask: Tensor, numel: int, drop: Tensor) -> Tensor:
     """The bits of `numel` weights without the survivors marked in `drop`, bool [survivors]."""
-    if native_bits.fits(mask) and native_bits.fits(drop):
-        return native_bits.thin(mask, numel, drop)
+    if native.fits(mask) and native.fits(drop):
+        left = torch.empty_like(mask)
+        native.native_code().bits_thin(numel, mask.data_ptr(), drop.data_ptr(), left.data_ptr())
+        return left
     keep = unpack_bits(mask, numel)
     keep[keep.clone()] = ~drop
     return pack_bits(keep)
@@ -56,7 +60,7 @@ def drop_survivors(mask: Tensor, numel: int, drop: Tensor) -> Tensor:
 
 def zero_pruned(values: Tensor, mask: Tensor) -> None:
     """Set values [n] to 0 in place where the bit is 0."""
-    if native_bits.fits(values) and values.dtype is torch.float32:
-        native_bits.zero_pruned(values, mask)
+    if native.fits(values) and values.dtype is torch.float32:
+        native.native_code().bits_zero_pruned(values.numel(), values.data_ptr(), mask.data_ptr())
     else:
         values.masked_fill_(~unpack_bits(mask, values.numel()), 0.0)

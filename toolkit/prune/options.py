@@ -1,11 +1,11 @@
 """The pruning options: one frozen, checked record for constructors, flags and messages.
 
 Constructors of optimizers stay flat (timm hands them keyword arguments), `**pruning: Unpack[PruningKeywords]`, of which
-a PruningOptions is made at once. A new option is a field here and a line in PruningKeywords.
+a PruningOptions is made at once: a Schedule, which says when, and what says how. A new option is a field here and a
+line in PruningKeywords.
 """
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypedDict
@@ -35,7 +35,7 @@ class PruningKeywords(TypedDict, total=False):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruningOptions:
+class PruningOptions(Schedule):
     """How an optimizer prunes. Steps are optimizer steps. Raises ValueError on a value out of range.
 
     sparsity: final share of zeros among the prunable weights, in [0, 1); 0 switches pruning off.
@@ -48,10 +48,6 @@ class PruningOptions:
     implementation: auto, reference, native or triton.
     """
 
-    sparsity: float = 0.0
-    begin_step: int = 0
-    end_step: int | None = None
-    frequency: int = 50
     score: str | None = None
     scope: str = "global"
     regrow: float = 0.0
@@ -65,12 +61,7 @@ class PruningOptions:
                 raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(valid)}")
         if not 0.0 <= self.regrow < 1.0:
             raise ValueError(f"regrow={self.regrow} is a share of the survivors; use 0 (off) to below 1")
-        _ = self.schedule  # refuses a bad schedule here, not at the first step
-
-    @functools.cached_property
-    def schedule(self) -> Schedule:
-        """When the masks change, and to how many zeros."""
-        return Schedule(self.sparsity, self.begin_step, self.end_step, self.frequency)
+        super().__post_init__()
 
     @classmethod
     def of(
@@ -94,10 +85,6 @@ class PruningOptions:
                 f"implementation={options.implementation!r} is not known; choose one of {', '.join(implementations)}"
             )
         return options
-
-    def as_dict(self) -> dict[str, Any]:
-        """The options as keyword arguments."""
-        return dataclasses.asdict(self)
 
 
 OPTION_NAMES = tuple(field.name for field in dataclasses.fields(PruningOptions))

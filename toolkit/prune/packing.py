@@ -8,11 +8,13 @@ The layout knows no update rule, so every optimizer's moments are packed by this
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from toolkit.kernels import bits as native_bits
+from toolkit.kernels import native
+from toolkit.prune.distributed import to_dtensor, to_local
 from toolkit.prune.mask import flat_view, unpack_bits
 
 # Weights a table entry covers. One int32 for 1,024 weights costs 0.0039 bytes a weight, and lets a kernel start at
@@ -27,9 +29,10 @@ def offset_bytes(numel: int) -> int:
 
 def block_offsets(mask: Tensor, numel: int) -> tuple[Tensor, int]:
     """Bits of `numel` weights -> (int32 [ceil(n / BLOCK)] survivors before each block, survivors in all)."""
-    if native_bits.fits(mask):
-        return native_bits.block_offsets(mask, numel, BLOCK)
     blocks = -(-numel // BLOCK)
+    if native.fits(mask):
+        offsets = torch.empty(blocks, dtype=torch.int32, device="cpu")
+        return offsets, native.native_code().bits_offsets(numel, mask.data_ptr(), BLOCK, offsets.data_ptr())
     padded = torch.nn.functional.pad(unpack_bits(mask, numel), (0, blocks * BLOCK - numel))
     counts = padded.view(blocks, BLOCK).sum(1, dtype=torch.int32)
     ends = counts.cumsum(0, dtype=torch.int32)
@@ -38,8 +41,10 @@ def block_offsets(mask: Tensor, numel: int) -> tuple[Tensor, int]:
 
 def pack(dense: Tensor, mask: Tensor, survivors: int) -> Tensor:
     """Values [n] and their bits -> survivors' values [survivors], a storage of its own."""
-    if native_bits.fits(dense) and dense.dtype is torch.float32:
-        return native_bits.compress(dense, mask, survivors)
+    if native.fits(dense) and dense.dtype is torch.float32:
+        packed = torch.empty(survivors, dtype=torch.float32, device="cpu")  # whatever the default dtype and device
+        native.native_code().bits_compress(dense.numel(), dense.data_ptr(), mask.data_ptr(), packed.data_ptr())
+        return packed
     return dense[unpack_bits(mask, dense.numel())]
 
 
@@ -67,13 +72,13 @@ def pack_range(dense: Tensor, mask: Tensor | None, first: int, last: int) -> Ten
     return pack(values, bits, survivors_before(bits, values.numel()))
 
 
-def dense_state(part: Tensor, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """State of a parameter (this rank's part of it), packed or not -> the form of checkpoints.
+def dense_state(parameter: Tensor, state: Mapping[str, Any]) -> dict[str, Any]:
+    """State of a parameter, packed or not -> the form of checkpoints: of a DTensor too, where it has a value a weight.
 
-    Moments of pruned weights are 0, the mask is bool, both shaped like `part`; the offsets are left out (they follow
-    from the mask). What is dense already is not copied.
+    Moments of pruned weights are 0, the mask is bool, both shaped like the parameter; the offsets are left out (they
+    follow from the mask). What is dense already is not copied.
     """
-    dense = {}
+    part, dense = to_local(parameter), {}
     for key, value in state.items():
         if key == "offsets":
             continue
@@ -85,5 +90,6 @@ def dense_state(part: Tensor, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if values is not None:
             value = torch.empty_like(part, dtype=values.dtype)
             flat_view(value).copy_(values)
-        dense[key] = value
+        is_part = torch.is_tensor(value) and not hasattr(value, "to_local") and value.shape == part.shape
+        dense[key] = to_dtensor(value, parameter) if is_part else value
     return dense

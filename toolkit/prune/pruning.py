@@ -11,10 +11,12 @@ from torch.optim import Optimizer
 
 from toolkit.prune.distributed import FlatSlices, shard_group, sum_over, to_local
 from toolkit.prune.groups import announce_unmarked, prunable_parameters
-from toolkit.prune.mask import flat_view
-from toolkit.prune.options import OPTION_NAMES, PruningOptions
+from toolkit.prune.mask import flat_view, pack_bits
+from toolkit.prune.options import PruningOptions
+from toolkit.prune.packing import dense_state
 from toolkit.prune.schedule import Schedule
-from toolkit.prune.update import Member, Store, update_masks
+from toolkit.prune.stores import MaskedStore, Member
+from toolkit.prune.update import update_masks
 
 _STEP = "prune_step"  # counted in each group: ZeRO shows one group per call of step(), a fused backward one parameter
 
@@ -27,21 +29,17 @@ class Pruning:
     after_repack: told that what the optimizer keeps was replaced.
     """
 
-    def __init__(self, optimizer: Optimizer, options: PruningOptions, store: Store) -> None:
+    def __init__(self, optimizer: Optimizer, options: PruningOptions, store: MaskedStore) -> None:
         self.optimizer: Optimizer = weakref.proxy(optimizer)  # a cycle would keep the moments until the next collection
         self.options = options
+        self.schedule: Schedule = options  # when the masks change, and to how many zeros
         self.shard_group: ProcessGroup | None = None
         self.flat_slices: Mapping[Tensor, FlatSlices] = {}
-        self.after_repack: Callable[[], None] | None = None
+        self.after_repack: Callable[[], None] = lambda: None
         self.keeps_zeros = False
         self._arrived = False  # whether the masks are known to be those of end_step
         self._store = store
         self._strides: dict[Tensor, tuple[int, ...]] = {}  # of the parameters when their masks were made
-
-    @property
-    def schedule(self) -> Schedule:
-        """When the masks change, and to how many zeros."""
-        return self.options.schedule
 
     def is_due(self, step: int) -> bool:
         """Whether optimizer step `step` takes all prunable parameters together: the masks change, or are checked."""
@@ -68,21 +66,18 @@ class Pruning:
 
     def masks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(parameter, bit mask) of every parameter that has one."""
-        for parameter, state in self.optimizer.state.items():
-            if "mask" in state:
-                yield parameter, state["mask"]
+        return ((parameter, state["mask"]) for parameter, state in self.optimizer.state.items() if "mask" in state)
 
     @torch.no_grad()
     def sparsity(self) -> tuple[int, int]:
         """(zeros, prunable weights) of the model as it is, over the ranks it is sharded over; call on all of them."""
-        members = self._members()
-        if self.flat_slices:  # ZeRO-3 shows its optimizer a slice only while it steps
-            members = [Member("", flat, {}, ranges) for flat, ranges in self.flat_slices.items()]
-        parts = [flat_view(member.part)[first:last] for member in members for _, first, last in member.ranges]
-        zeros = sum(int((part == 0).sum()) for part in parts)
+        whole = dict.fromkeys(parameter for _, parameter in prunable_parameters(self.optimizer.param_groups))
+        # ZeRO-3 shows its optimizer a slice only while it steps.
+        members = [Member("", tensor, {}, ranges) for tensor, ranges in (self.flat_slices or whole).items()]
         if not members:
             return 0, 0
-        counts = [zeros, sum(part.numel() for part in parts)]
+        parts = [flat_view(member.part)[first:last] for member in members for _, first, last in member.ranges]
+        counts = [sum(int((part == 0).sum()) for part in parts), sum(part.numel() for part in parts)]
         return tuple(sum_over(self._group(members), counts, members[0].part.device))  # type: ignore[return-value]
 
     def count_step(self) -> int:
@@ -109,7 +104,11 @@ class Pruning:
 
         Raises ValueError after end_step where the masks miss the target.
         """
-        members = self._members(to_change=True)
+        states = self.optimizer.state  # a defaultdict: what has no state yet (SGD keeps none) gets a place for its mask
+        members = [
+            Member(name, parameter, states[parameter], self.flat_slices.get(parameter))
+            for name, parameter in prunable_parameters(self.optimizer.param_groups)
+        ]
         if not members:
             return False
         if self._must_check(step):
@@ -117,10 +116,8 @@ class Pruning:
             return False
         changed = update_masks(members, self._store, self.options, step, self._group(members))
         if changed:
-            for member in members:
-                self.note_strides(member.parameter)
-            if self.after_repack is not None:
-                self.after_repack()
+            self._strides.update((member.parameter, member.part.stride()) for member in members)
+            self.after_repack()
         self._arrived = step == self.schedule.end_step
         return changed
 
@@ -135,17 +132,6 @@ class Pruning:
                 "was made under another schedule; load one of this schedule, or give a later end_step"
             )
         self._arrived = True
-
-    def _members(self, *, to_change: bool = False) -> list[Member]:
-        """The prunable tensors; `to_change` gives one that has no state yet (SGD keeps none) a place for its mask."""
-        states = self.optimizer.state
-        if to_change:
-            for _, parameter in prunable_parameters(self.optimizer.param_groups):
-                _ = states[parameter]  # a defaultdict
-        return [
-            Member(name, parameter, states.get(parameter, {}), self.flat_slices.get(parameter))
-            for name, parameter in prunable_parameters(self.optimizer.param_groups)
-        ]
 
     def _group(self, members: list[Member]) -> ProcessGroup | None:
         return self.shard_group or shard_group(member.parameter for member in members)
@@ -165,9 +151,18 @@ class Pruning:
         """The state was replaced: what it prunes is to be looked at again."""
         self._arrived = False
 
-    def note_strides(self, parameter: Tensor) -> None:
-        """This parameter's mask was made anew, in its memory order of now."""
-        self._strides[parameter] = to_local(parameter).stride()
+    def pack_loaded_mask(self, parameter: Tensor, mask: Tensor) -> Tensor:
+        """A mask of a checkpoint, shaped like the parameter -> bits, in the parameter's memory order of now."""
+        part = to_local(parameter)
+        self._strides[parameter] = part.stride()
+        return pack_bits(flat_view(torch.empty_like(part).copy_(to_local(mask))) != 0)
+
+
+def dense_states(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """`state_dict`, as torch makes it, in the plain optimizer's form: see `dense_state`."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    states = {number: dense_state(parameters[number], state) for number, state in state_dict["state"].items()}
+    return {**state_dict, "state": states}
 
 
 def saved_states(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> dict[Tensor, Mapping[str, Any]]:
@@ -176,13 +171,3 @@ def saved_states(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> dict[Te
     numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
     states = state_dict["state"]
     return {parameter: states.get(number, {}) for parameter, number in zip(parameters, numbers, strict=False)}
-
-
-def check_same_options(group: Mapping[str, Any], options: PruningOptions) -> None:
-    """Raise ValueError where a parameter group asks for pruning options of its own."""
-    for name in OPTION_NAMES:
-        if name in group and group[name] != getattr(options, name):
-            raise ValueError(
-                f"a parameter group has {name}={group[name]!r}, the optimizer {getattr(options, name)!r}; all are "
-                "pruned together: leave it out of the group, or use two optimizers"
-            )

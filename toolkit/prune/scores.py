@@ -44,7 +44,6 @@ def _snr(weight: Tensor, state: Mapping[str, Tensor]) -> Tensor:
     return (weight.float().abs() * ratio.nan_to_num_(0.0, 0.0, 0.0)) * weight.float().abs()
 
 
-MAGNITUDE: dict[str, Score] = {"magnitude": _magnitude}
 STATE_SCORES: dict[str, Score] = {
     "magnitude": _magnitude,
     "variance": _variance,
@@ -52,7 +51,6 @@ STATE_SCORES: dict[str, Score] = {
     "saliency": _saliency,
     "snr": _snr,
 }
-MOVEMENT_SCORES = ("movement", "displacement")
 
 
 def movement_increment(weight: Tensor, grad: Tensor, lr: float) -> Tensor:
@@ -61,9 +59,17 @@ def movement_increment(weight: Tensor, grad: Tensor, lr: float) -> Tensor:
     return (weight.to(dtype) * grad).mul_(-lr)
 
 
-def displacement(weight: Tensor, initial: Tensor) -> Tensor:
+def _movement(weight: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+    """The running sum of -lr g w."""
+    return state["scores"].to(torch.float32, copy=True)
+
+
+def _displacement(weight: Tensor, state: Mapping[str, Tensor]) -> Tensor:
     """w (w - w0): the study's own score, positive where a weight has moved away from zero since w0."""
-    return weight.float() * (weight - initial).float()
+    return weight.float() * (weight - state["initial_weights"]).float()
+
+
+HOOK_SCORES: dict[str, Score] = {"magnitude": _magnitude, "movement": _movement, "displacement": _displacement}
 
 
 def check_score(score: str, valid: tuple[str, ...]) -> None:

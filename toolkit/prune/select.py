@@ -5,17 +5,16 @@ all-reduce each where the tensors are sharded) find the k-th key; scores equal t
 rank, index), for which the ranks exchange their tie counts. Peak memory is a few chunks of scores.
 """
 
-import struct
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 import torch.distributed
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from toolkit.kernels import bits as native_bits
+from toolkit.kernels import native
 from toolkit.prune.distributed import gather_over, sum_over
 
 CHUNK = 262_144  # scores made at a time: 1 MiB of float32
@@ -23,6 +22,7 @@ _PASSES = ((21, 11), (10, 11), (0, 10))  # (bits to the right of the digit, bits
 
 _DIGIT_OF_INF = 0x7F800000 >> 21 | 1 << 10  # of the first pass; no finite score has it
 _OUT_OF_REACH = torch.finfo(torch.float32).max  # +inf is refused
+_CPU = torch.device("cpu")
 
 Chunks = Callable[[], Iterable[Tensor]]
 
@@ -35,29 +35,22 @@ def _keys(scores: Tensor) -> Tensor:
 
 def _value(key: int) -> float:
     """The float32 of a key."""
-    bits = key ^ ((key >> 31) & 0x7FFFFFFF)
-    return float(struct.unpack("<f", struct.pack("<i", bits))[0])
+    return torch.tensor(key ^ ((key >> 31) & 0x7FFFFFFF), dtype=torch.int32, device=_CPU).view(torch.float32).item()
 
 
-def _add_histogram(scores: Tensor, shift: int, width: int, prefix: int, counts: Tensor) -> int:
-    """Count one digit of the scores whose higher bits are `prefix`; returns how many are NaN (first pass)."""
-    if native_bits.fits(scores) and scores.dtype is torch.float32:
-        return native_bits.add_histogram(scores, shift, width, prefix, counts)
+def _add_histogram(scores: Tensor, shift: int, width: int, prefix: int, counts: Tensor) -> None:
+    """Count one digit of the scores whose higher bits are `prefix`; the last count is that of NaN (first pass)."""
+    if native.fits(scores) and scores.dtype is torch.float32:
+        values = scores.numel(), scores.data_ptr()
+        counts[-1] += native.native_code().bits_histogram(*values, shift, width, prefix, counts.data_ptr())
+        return
     keys = _keys(scores)
-    nans = 0
     if shift + width == 32:
-        nans = int(scores.isnan().sum())
+        counts[-1] += scores.isnan().sum()
         digit = (keys >> shift) + 2 ** (width - 1)
     else:
         digit = (keys[(keys >> (shift + width)) == prefix] >> shift) & (2**width - 1)
-    counts += torch.bincount(digit, minlength=2**width)
-    return nans
-
-
-def _sum_over(group: ProcessGroup | None, values: Tensor) -> Tensor:
-    if group is not None:
-        torch.distributed.all_reduce(values, group=group)
-    return values
+    counts += torch.bincount(digit, minlength=counts.numel())
 
 
 @dataclass
@@ -67,13 +60,11 @@ class Threshold:
     `take` must see a source's chunks in their order, each once.
     """
 
-    value: float | None
+    value: float
     ties: list[int]
 
     def take(self, scores: Tensor, source: int) -> Tensor:
         """bool [n]: which of these scores of `source` are among the k lowest."""
-        if self.value is None:
-            return torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
         taken = scores < self.value
         if self.ties[source]:
             equal = (scores == self.value).nonzero().view(-1)[: self.ties[source]]
@@ -87,19 +78,13 @@ def _share_ties(own: Tensor, rest: int, group: ProcessGroup | None) -> list[int]
 
     `own` counts this rank's: int64 [sources].
     """
-    counts = own.unsqueeze(0)
-    rank = 0
-    if group is not None:
-        counts = gather_over(group, own)
-        rank = torch.distributed.get_rank(group)
-    mine = []
-    for column in counts.T.tolist():
-        for number, count in enumerate(column):
-            taken = min(rest, count)
-            rest -= taken
-            if number == rank:
-                mine.append(taken)
-    return mine
+    counts = gather_over(group, own).T
+    before = counts.flatten().cumsum(0).view(counts.shape) - counts
+    return (rest - before).clamp(min=0).minimum(counts)[:, _rank_in(group)].tolist()
+
+
+def _rank_in(group: ProcessGroup | None) -> int:
+    return 0 if group is None else torch.distributed.get_rank(group)
 
 
 def find_threshold(
@@ -108,25 +93,25 @@ def find_threshold(
     k: int,
     group: ProcessGroup | None = None,
     *,
+    device: torch.device = _CPU,
     refuse_infinite: bool = False,
 ) -> Threshold:
-    """Find what separates the `k` lowest scores from the rest.
+    """Find what separates the `k` lowest scores, which are on `device`, from the rest.
 
     Each source yields one parameter's scores in chunks, the same ones each time it is called (three times here). With
     a `group` it yields this rank's shard of them, lower ranks holding lower indices, and `k` is over all ranks. Raises
     ValueError that names the parameter where a score is NaN, or on demand +inf, on every rank.
     """
     if k <= 0:
-        return Threshold(None, [0] * len(sources))
+        return Threshold(-math.inf, [0] * len(sources))
     prefix = 0  # leading bits of the key found so far, signed as the keys are
     rest = k
-    ties: list[int] = []
     for number, (shift, width) in enumerate(_PASSES):
         # 1. Count this digit over all sources and ranks; refuse scores that say nothing.
-        digits = _count_digits(sources, shift, width, prefix, group)
-        *histogram, nans = _sum_over(group, digits.total_and_nans).tolist()
+        total, each = _count_digits(sources, shift, width, prefix, device)
+        *histogram, nans = sum_over(group, total, device)
         if nans or (refuse_infinite and number == 0 and histogram[_DIGIT_OF_INF]):
-            name, what = _first_not_finite(sources, names, group)
+            name, what = _first_not_finite(sources, names, group, device)
             raise ValueError(f"the pruning score of {name} is {what}; its weights, moments or gradients are not finite")
         assert number or k <= sum(histogram), f"asked for the {k} lowest of {sum(histogram)} scores"
         # 2. The k-th lowest has the digit at which the running count reaches k.
@@ -135,17 +120,16 @@ def find_threshold(
             rest -= histogram[found]
             found += 1
         prefix = found - 2 ** (width - 1) if number == 0 else (prefix << width) | found
-        # 3. With the last digit its value is known; what equals it is shared out in a fixed order.
-        if number == len(_PASSES) - 1:
-            ties = _share_ties(digits.of_each(found), rest, group)
-    return Threshold(_value(prefix), ties)
+    # 3. With the last digit its value is known; what equals it is shared out in a fixed order.
+    equal = [int(counts[digits == found].sum()) for digits, counts in each]
+    return Threshold(_value(prefix), _share_ties(torch.tensor(equal, dtype=torch.int64, device=device), rest, group))
 
 
-def _first_not_finite(sources: Sequence[Chunks], names: Sequence[str], group: ProcessGroup | None) -> tuple[str, str]:
+def _first_not_finite(
+    sources: Sequence[Chunks], names: Sequence[str], group: ProcessGroup | None, device: torch.device
+) -> tuple[str, str]:
     """(name, NaN or infinite) of the first source that has such a score on any rank."""
-    kinds = {"NaN": torch.isnan, "infinite": lambda scores: scores == torch.inf}
-    device = _device_of(group) if group is not None else torch.device("cpu")
-    for what, is_bad in kinds.items():
+    for what, is_bad in (("NaN", torch.isnan), ("infinite", torch.isposinf)):
         counts = [sum(int(is_bad(scores).sum()) for scores in source()) for source in sources]
         for name, count in zip(names, sum_over(group, counts, device), strict=True):
             if count:
@@ -153,54 +137,25 @@ def _first_not_finite(sources: Sequence[Chunks], names: Sequence[str], group: Pr
     raise AssertionError("all scores are finite")
 
 
-@dataclass
-class _Digits:
-    """This rank's counts of one digit: int64 [2^width + 1], the last that of NaN.
-
-    `each` has, of the last pass, which digits a source has and how often: whole histograms of 20,000 small tensors
-    would take more memory than their weights.
-    """
-
-    total_and_nans: Tensor
-    each: list[tuple[Tensor, Tensor] | None]
-
-    def of_each(self, digit: int) -> Tensor:
-        """int64 [sources]: how often each source has `digit`."""
-        found = [0 if one is None else int(one[1][one[0] == digit].sum()) for one in self.each]
-        return self.total_and_nans.new_tensor(found)
-
-
 def _count_digits(
-    sources: Sequence[Chunks], shift: int, width: int, prefix: int, group: ProcessGroup | None
-) -> _Digits:
-    counts: Tensor | None = None
-    nans = 0
-    each: list[tuple[Tensor, Tensor] | None] = []
+    sources: Sequence[Chunks], shift: int, width: int, prefix: int, device: torch.device
+) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """This rank's counts of one digit: int64 [2^width + 1], the last that of NaN; and those of each source.
+
+    The latter are of the last pass alone, which digits a source has and how often: whole histograms of 20,000 small
+    tensors would take more memory than their weights.
+    """
+    total = torch.zeros(2**width + 1, dtype=torch.int64, device=device)
+    each = []
     for source in sources:
-        own: Tensor | None = None
+        own = total if shift else torch.zeros_like(total)
         for scores in source():
-            if counts is None:
-                counts = torch.zeros(2**width, dtype=torch.int64, device=scores.device)
-            if own is None:
-                own = counts if shift else torch.zeros_like(counts)
-            nans += _add_histogram(scores, shift, width, prefix, own)
-        if shift or own is None or counts is None:
-            each.append(None)
-        else:
-            counts += own
+            _add_histogram(scores, shift, width, prefix, own)
+        if not shift:
+            total += own
             digits = own.nonzero().view(-1)
             each.append((digits, own[digits]))
-    if counts is None:
-        assert group is not None, "no scores to select from"
-        counts = torch.zeros(2**width, dtype=torch.int64, device=_device_of(group))
-    return _Digits(torch.cat([counts, counts.new_tensor([nans])]), each)
-
-
-def _device_of(group: ProcessGroup) -> torch.device:
-    """Where a rank without any scores makes its part of a collective."""
-    if torch.distributed.get_backend(group) == "nccl":
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
+    return total, each
 
 
 def choose_lowest(
@@ -209,12 +164,13 @@ def choose_lowest(
     sizes: Sequence[int],
     k: int,
     group: ProcessGroup | None = None,
+    device: torch.device = _CPU,
 ) -> Iterator[Tensor]:
     """Mark the `k` lowest scores: bool [size] of each source in turn, made as it is asked for.
 
     No source loses all its scores while another has some to give: the best of one that would is kept, and the next
     lowest elsewhere goes instead. Where fewer scores are left than sources, the best of the best sources are. `sizes`
-    are this rank's; see `find_threshold` for `group`.
+    are this rank's; see `find_threshold` for `group` and `device`.
     """
     numbers = range(len(sources))
     highest = [-torch.inf] * len(sources)  # of each source over all ranks, known after the first look
@@ -234,41 +190,31 @@ def choose_lowest(
             yield scores
 
     chunks = [partial(guarded, number) for number in numbers]
-    total, alive = _sizes_over(group, sizes)
+    everywhere = sum_over(group, sizes, device)
+    total, alive = sum(everywhere), sum(size > 0 for size in everywhere)
     while True:
-        threshold = find_threshold(chunks, names, k, group, refuse_infinite=True)
-        if len(sources) == 1 or threshold.value is None or k == total:
+        threshold = find_threshold(chunks, names, k, group, device=device, refuse_infinite=True)
+        if len(sources) == 1 or k <= 0 or k == total:
             break
-        holders = _holders(highest, group)
+        holders = _holders(highest, group, device)
         emptied = {n for n in numbers if holders[n] is not None and highest[n] <= threshold.value} - spared.keys()
-        if not emptied:
-            break
-        if total - k < alive:
+        if emptied and total - k < alive:
             best = sorted((n for n in numbers if holders[n] is not None), key=lambda n: (-highest[n], n))
             emptied = set(best[: total - k]) - spared.keys()
-            if not emptied:
-                break
+        if not emptied:
+            break
         spared.update({number: bool(holders[number]) for number in emptied})
     for number in numbers:
         marks = [threshold.take(scores, number) for scores in chunks[number]()]
         yield torch.cat(marks) if marks else torch.zeros(0, dtype=torch.bool)
 
 
-def _sizes_over(group: ProcessGroup | None, sizes: Sequence[int]) -> tuple[int, int]:
-    """(scores over all ranks, sources that have any)."""
-    counts = sum_over(group, list(sizes), _device_of(group)) if group else sizes
-    return sum(counts), sum(count > 0 for count in counts)
-
-
-def _holders(highest: list[float], group: ProcessGroup | None) -> list[bool | None]:
+def _holders(highest: list[float], group: ProcessGroup | None, device: torch.device) -> list[bool | None]:
     """Whether this rank is the first that holds each source's highest score; None where a source has no scores.
 
     Brings `highest` to the maximum over the ranks.
     """
-    if group is None:
-        return [True if value > -torch.inf else None for value in highest]
-    rank = torch.distributed.get_rank(group)
-    every = gather_over(group, torch.tensor(highest, dtype=torch.float64, device=_device_of(group)))
-    top, first = every.max(0).values.tolist(), every.argmax(0).tolist()
-    highest[:] = top
-    return [holder == rank if value > -torch.inf else None for value, holder in zip(top, first, strict=True)]
+    every = gather_over(group, torch.tensor(highest, dtype=torch.float64, device=device))
+    highest[:], first = every.max(0).values.tolist(), every.argmax(0).tolist()
+    rank = _rank_in(group)
+    return [holder == rank if value > -torch.inf else None for value, holder in zip(highest, first, strict=True)]

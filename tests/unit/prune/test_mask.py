@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from toolkit.kernels import bits as native_bits
+from toolkit.kernels import native as native_code
 from toolkit.prune.mask import drop_survivors, flat_view, mask_bytes, pack_bits, unpack_bits, zero_pruned
 from toolkit.prune.packing import BLOCK, block_offsets, offset_bytes, pack, unpack
 
@@ -77,7 +77,7 @@ def test_native_code_equals_torch(keep, seed):
         return [mask, drop_survivors(mask, len(keep), drop), zeroed, offsets, pack(values, mask, survivors)]
 
     native = everything()
-    with unittest.mock.patch.object(native_bits, "fits", return_value=False):
+    with unittest.mock.patch.object(native_code, "fits", return_value=False):
         plain = everything()
     for mine, wanted in zip(native, plain, strict=True):
         assert mine.dtype == wanted.dtype

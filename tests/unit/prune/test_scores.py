@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from toolkit.prune.scores import STATE_SCORES, check_score, displacement, movement_increment
+from toolkit.prune.scores import HOOK_SCORES, STATE_SCORES, check_score, movement_increment
 
 FORMULAS = {
     "magnitude": lambda w, m, v: w.abs(),
@@ -45,7 +45,7 @@ def test_is_zero_where_nothing_was_learned(name):
 def test_movement_and_displacement():
     weight, grad, initial = torch.tensor([2.0, -2.0]), torch.tensor([0.5, 0.5]), torch.tensor([1.0, -3.0])
     assert movement_increment(weight, grad, 0.1).tolist() == pytest.approx([-0.1, 0.1])
-    assert displacement(weight, initial).tolist() == [2.0, -2.0]
+    assert HOOK_SCORES["displacement"](weight, {"initial_weights": initial}).tolist() == [2.0, -2.0]
 
 
 def test_unknown_score_lists_the_known():

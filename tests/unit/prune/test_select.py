@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from toolkit.kernels import bits as native_bits
+from toolkit.kernels import native
 from toolkit.prune import select
 from toolkit.prune.select import CHUNK, choose_lowest, find_threshold
 
@@ -35,7 +35,7 @@ def expected_lowest(tensors, k):
 def test_equals_a_stable_sort(code, lists, data, pieces):
     tensors = [torch.tensor(values, dtype=torch.float32) for values in lists]
     k = data.draw(st.integers(0, sum(map(len, lists))))
-    with unittest.mock.patch.object(native_bits, "fits", return_value=False) if code == "torch" else nullcontext():
+    with unittest.mock.patch.object(native, "fits", return_value=False) if code == "torch" else nullcontext():
         found = take_lowest(tensors, k, pieces)
     for got, wanted in zip(found, expected_lowest(tensors, k), strict=True):
         assert torch.equal(got, wanted)
@@ -98,9 +98,9 @@ def test_many_small_tensors_take_no_more_memory_than_their_weights(monkeypatch):
     original = select._count_digits
 
     def counting(*arguments):
-        digits = original(*arguments)
-        kept.append(sum(t.nbytes for one in digits.each if one is not None for t in one))
-        return digits
+        total, each = original(*arguments)
+        kept.append(sum(t.nbytes for one in each for t in one))
+        return total, each
 
     monkeypatch.setattr(select, "_count_digits", counting)
     find_threshold([lambda t=t: [t] for t in tensors], [str(i) for i in range(500)], 20_000)
