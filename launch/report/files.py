@@ -40,25 +40,26 @@ _OF_A_RUN = (
 
 def environment(runs: Sequence[CellRun]) -> dict[str, Any]:
     """What all runs share, and every value where they do not."""
-    shared: dict[str, Any] = {}
-    for key in _SHARED:
-        values = [run.metrics[key] for run in runs]
-        shared[key] = values[0] if all(value == values[0] for value in values) else values
+    found = {key: [run.metrics[key] for run in runs] for key in _SHARED}
+    shared = {key: values[0] if values.count(values[0]) == len(values) else values for key, values in found.items()}
     return shared | {"seeds": sorted({run.metrics["seed"] for run in runs})}
 
 
 def summary(runs: Sequence[CellRun], groups: Groups) -> dict[str, Any]:
     """What summary.json holds: every run, and of every method the mean and spread (None for one seed)."""
-    methods = []
-    for name, members in groups.items():
-        mean, spread = top1(members)
-        seeds = [run.metrics["seed"] for run in members]
-        methods.append({"method": name, "seeds": seeds, "final_top1_mean": mean, "final_top1_stdev": spread})
     return {
         "schema": "study-summary/1",
         "environment": environment(runs),
         "cells": [_of_a_run(run) for run in runs],
-        "methods": methods,
+        "methods": [
+            {
+                "method": name,
+                "seeds": [run.metrics["seed"] for run in members],
+                "final_top1_mean": top1(members)[0],
+                "final_top1_stdev": top1(members)[1],
+            }
+            for name, members in groups.items()
+        ],
     }
 
 
@@ -89,7 +90,6 @@ def summary_csv(groups: Groups) -> str:
 
 def _of_a_method(name: str, members: Sequence[CellRun]) -> Mapping[str, Any]:
     first = members[0]
-    mean, spread = top1(members)
     return {
         "method": name,
         "optimizer": first.optimizer,
@@ -97,8 +97,8 @@ def _of_a_method(name: str, members: Sequence[CellRun]) -> Mapping[str, Any]:
         "target_sparsity": first.sparsity,
         "final_sparsity": first.metrics["final_sparsity"],
         "seeds": " ".join(str(run.metrics["seed"]) for run in members),
-        "top1_mean": mean,
-        "top1_stdev": spread,
+        "top1_mean": top1(members)[0],
+        "top1_stdev": top1(members)[1],
         "best_top1_mean": top1(members, "best")[0],
         "optimizer_end_bytes": first.memory["ledger"]["optimizer_bytes"],
         "state_bytes_per_weight": first.bytes_per_weight,

@@ -31,8 +31,8 @@ _STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
     "text.parse_math": False,  # names are others' text
 }
-# What draws it, of which runs, file name, size in inches, caption.
-_Picture = tuple[Callable[["Figure", Groups], None], Groups, str, tuple[float, float], str]
+# What draws it, of which runs, size in inches, caption.
+_Picture = tuple[Callable[["Figure", Groups], None], Groups, tuple[float, float], str]
 
 
 def draw_all(groups: Groups, out: Path) -> list[tuple[str, str]]:
@@ -44,7 +44,7 @@ def draw_all(groups: Groups, out: Path) -> list[tuple[str, str]]:
 
     plt.rcParams.update(_STYLE)
     made = []
-    for draw, data, name, size, caption in _pictures(groups):
+    for name, (draw, data, size, caption) in _pictures(groups).items():
         figure = plt.figure(figsize=size, layout="constrained")
         draw(figure, data)
         figure.suptitle(caption, fontsize=11)
@@ -54,26 +54,43 @@ def draw_all(groups: Groups, out: Path) -> list[tuple[str, str]]:
     return made
 
 
-def _pictures(groups: Groups) -> Iterator[_Picture]:
-    """What there is to be seen in these runs."""
+def _pictures(groups: Groups) -> dict[str, _Picture]:
+    """What there is to be seen in these runs, by file name."""
     every = [run for members in groups.values() for run in members]
     on_gpu = every[0].metrics["device_type"] != "cpu"
     where = "tensor-byte ledger, one rank" if on_gpu else "NO GPU: tensor-byte ledger of one CPU rank"
     levels, few = len(by_level(groups)), _few(groups)
-    size, caption = (max(7.5, 3.2 * levels), 4.8), "Validation top-1 over epochs, mean and spread over seeds"
-    yield accuracy_over_epochs, groups, "accuracy.png", size, caption
-    if levels > 1:
-        caption = "Final top-1 against sparsity, spread over seeds"
-        yield accuracy_over_sparsity, groups, "accuracy_vs_sparsity.png", (7.5, 5), caption
-    yield pareto, groups, "pareto.png", (7.5, 5), "Accuracy against state bytes; the line is the Pareto front"
-    yield _memory_accuracy, few, "memory_vs_accuracy.png", (7.5, 4.5), f"Memory against final top-1 ({where})"
-    if any(run.timeline for members in few.values() for run in members):
-        yield _timeline, few, "memory_timeline.png", (7.5, 6.5), f"Memory over training ({where})"
-    yield _ledger, few, "ledger.png", (8.5, 4.5), f"Who owns the memory at the end of training ({where})"
-    caption = "A step's peak at final sparsity: predicted and measured, rank 0"
-    yield _peak_ledger, few, "ledger_peak.png", (8.5, 6.5), caption
-    if any(run.method != "none" for run in every):
-        yield sparsity_over_steps, groups, "sparsity.png", (7.5, 4.5), "Sparsity over steps"
+    pictures: dict[str, _Picture] = {
+        "accuracy.png": (
+            accuracy_over_epochs,
+            groups,
+            (max(7.5, 3.2 * levels), 4.8),
+            "Validation top-1 over epochs, mean and spread over seeds",
+        ),
+        "accuracy_vs_sparsity.png": (
+            accuracy_over_sparsity,
+            groups,
+            (7.5, 5),
+            "Final top-1 against sparsity, spread over seeds",
+        ),
+        "pareto.png": (pareto, groups, (7.5, 5), "Accuracy against state bytes; the line is the Pareto front"),
+        "memory_vs_accuracy.png": (_memory_accuracy, few, (7.5, 4.5), f"Memory against final top-1 ({where})"),
+        "memory_timeline.png": (_timeline, few, (7.5, 6.5), f"Memory over training ({where})"),
+        "ledger.png": (_ledger, few, (8.5, 4.5), f"Who owns the memory at the end of training ({where})"),
+        "ledger_peak.png": (
+            _peak_ledger,
+            few,
+            (8.5, 6.5),
+            "A step's peak at final sparsity: predicted and measured, rank 0",
+        ),
+        "sparsity.png": (sparsity_over_steps, groups, (7.5, 4.5), "Sparsity over steps"),
+    }
+    nothing_to_see = {
+        "accuracy_vs_sparsity.png": levels == 1,
+        "memory_timeline.png": not any(run.timeline for members in few.values() for run in members),
+        "sparsity.png": all(run.method == "none" for run in every),
+    }
+    return {name: picture for name, picture in pictures.items() if not nothing_to_see.get(name)}
 
 
 def _few(groups: Groups) -> Groups:

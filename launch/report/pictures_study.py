@@ -45,14 +45,6 @@ class _Line:
         return "_" if self.grey else self.name
 
 
-def _by_name(groups: Groups) -> dict[str, dict[float, Sequence[CellRun]]]:
-    """Method without its sparsity -> sparsity -> runs."""
-    found: dict[str, dict[float, Sequence[CellRun]]] = {}
-    for label, members in groups.items():
-        found.setdefault(series(label, members), {})[members[0].sparsity] = members
-    return found
-
-
 def series(label: str, members: Sequence[CellRun]) -> str:
     """A group's label without the sparsity: what a line over sparsities is named."""
     return members[0].name + label.removeprefix(members[0].label)
@@ -62,9 +54,15 @@ def look(groups: Groups) -> dict[str, tuple[str, str]]:
     """(colour, line style) of each method name: ours, their baselines and the best on average of its sparsities in
     colour, pruned before dense.
     """
-    names = _by_name(groups)
-    means = {name: fmean(top1(members)[0] for members in levels.values()) for name, levels in names.items()}
-    ranked = sorted(names, key=lambda name: (max(names[name]) > 0, means[name]), reverse=True)
+    names: dict[str, list[Sequence[CellRun]]] = {}
+    for label, members in groups.items():
+        names.setdefault(series(label, members), []).append(members)
+
+    def rank(name: str) -> tuple[bool, float]:
+        levels = names[name]
+        return any(members[0].sparsity for members in levels), fmean(top1(members)[0] for members in levels)
+
+    ranked = sorted(names, key=rank, reverse=True)
     first = [name for name in (*ours(), *DENSE) if name in names]
     shown = [*first, *(name for name in ranked if name not in first)]
     shown = shown if len(names) <= len(COLOURS) else shown[:_IN_COLOUR]
@@ -96,11 +94,6 @@ def legend(figure: "Figure", all_axes: Sequence["Axes"], lines: Iterable[_Line] 
     figure.legend(list(unique.values()), list(unique), loc="outside lower center", ncols=columns, fontsize=8)
 
 
-def _curve(run: CellRun) -> list[tuple[int, float]]:
-    """(epoch from 1, top-1) of the evaluated epochs."""
-    return [(int(row["epoch"]) + 1, float(row["eval_top1"])) for row in run.epochs if row["eval_top1"]]
-
-
 def accuracy_over_epochs(figure: "Figure", groups: Groups) -> None:
     """A panel a sparsity; lines are means, bands standard deviations over seeds."""
     from matplotlib.ticker import MaxNLocator
@@ -110,9 +103,9 @@ def accuracy_over_epochs(figure: "Figure", groups: Groups) -> None:
     lowest = 100.0  # of those in colour: one that collapses shall not flatten the rest
     for line in lines:
         axes = panels[levels.index(line.members[0].sparsity)]
-        tables = [_curve(run) for run in line.members]
-        epochs = [epoch for epoch, _ in tables[0]]
-        columns = [mean_and_spread([rows[i][1] for rows in tables]) for i in range(len(epochs))]
+        tables = [[row for row in run.epochs if row["eval_top1"]] for run in line.members]
+        epochs = [int(row["epoch"]) + 1 for row in tables[0]]
+        columns = [mean_and_spread([float(rows[i]["eval_top1"]) for rows in tables]) for i in range(len(epochs))]
         means = [mean for mean, _ in columns]
         axes.plot(epochs, means, color=line.colour, linestyle=line.style, marker="o", markersize=3, label=line.label)
         if line.grey:
@@ -173,11 +166,8 @@ def pareto(figure: "Figure", groups: Groups) -> None:
             linestyle="none",
             label=line.label,
         )
-    front, best = [], -1.0
-    for size, mean in sorted(points, key=lambda point: (point[0], -point[1])):
-        if mean > best:
-            front.append((size, mean))
-            best = mean
+    points.sort(key=lambda point: (point[0], -point[1]))
+    front = [point for i, point in enumerate(points) if all(point[1] > smaller[1] for smaller in points[:i])]
     axes.plot(*zip(*front, strict=True), color="#333333", linewidth=1, drawstyle="steps-post", zorder=0)
     for level, mark in marks.items():
         axes.plot([], [], mark, color="#333333", label=f"{100 * level:g} % sparsity" if level else "dense")

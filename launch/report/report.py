@@ -34,7 +34,9 @@ def write_report(runs: Sequence[CellRun], out: Path, source: Path, *, brief: boo
         return
     out.mkdir(parents=True, exist_ok=True)
     pictures = draw_all(groups, out)
-    text = "\n".join([*_markdown(runs, groups, pictures, out), *_kept(out), made_by]) + "\n"
+    unpack_again = as_code(f"python -m launch.report {out / RUNS_FILE} --unpack FOLDER")
+    kept = f"Every run's settings, metrics and memory are in {RUNS_FILE}; {unpack_again} makes folders of it again."
+    text = "\n".join([*_markdown(runs, groups, pictures, out), kept, "", made_by]) + "\n"
     write_atomically(out / "report.md", text)
     write_json(out / "summary.json", summary(runs, groups), indent=1)
     write_runs(runs, out / RUNS_FILE)
@@ -78,8 +80,11 @@ def _circumstances(runs: Sequence[CellRun], shared: dict[str, Any]) -> str:
     versions = dict.fromkeys(
         ", ".join(f"{key} {value}" for key, value in run.metrics["versions"].items()) for run in runs
     )
-    one_seed = "One seed: differences of a point or so are noise, and no rank is claimed."
-    seeds = "Accuracy is mean ± standard deviation over the seeds." if len(shared["seeds"]) > 1 else one_seed
+    seeds = (
+        "Accuracy is mean ± standard deviation over the seeds."
+        if len(shared["seeds"]) > 1
+        else "One seed: differences of a point or so are noise, and no rank is claimed."
+    )
     return (
         f"Data: {_said(shared['dataset_note'] or shared['dataset'])}. Evaluated on its split "
         f"{_said([run.arguments['val_split'] for run in runs])}. Hardware: {_said(shared['world_size'])} "
@@ -102,18 +107,20 @@ def _said(value: Any) -> str:
 
 
 def _speed_section(groups: Groups) -> list[str]:
-    rows = [
-        [
-            name,
-            f"{fmean(run.metrics['images_per_sec'] for run in members):.0f}",
-            f"{median(run.train_s for run in members):.0f}",
-        ]
-        for name, members in groups.items()
-    ]
     return [
         "## Speed",
         "",
-        *table(["method", "images/s", "training s"], rows),
+        *table(
+            ["method", "images/s", "training s"],
+            [
+                [
+                    name,
+                    f"{fmean(run.metrics['images_per_sec'] for run in members):.0f}",
+                    f"{median(run.train_s for run in members):.0f}",
+                ]
+                for name, members in groups.items()
+            ],
+        ),
         "",
         "Mean and median over the runs as they came, others beside them or not: a rough guide. Steps are timed against "
         "each other in results/bench.",
@@ -122,29 +129,26 @@ def _speed_section(groups: Groups) -> list[str]:
 
 
 def _settings_section(groups: Groups) -> list[str]:
-    rows = [
-        [
-            name,
-            f"{run.lr:g}",
-            f"{run.arguments['weight_decay']:g}",
-            as_text(run.metrics["global_batch_size"]),
-            as_text(run.metrics["epochs"]),
-            as_text(run.schedule_note),
-            as_text(run.folder.name),
-        ]
-        for name, (run, *_) in groups.items()
-    ]
     return [
         "## Settings",
         "",
-        *table(["method", "lr", "weight decay", "global batch", "epochs", "schedule", "run"], rows),
+        *table(
+            ["method", "lr", "weight decay", "global batch", "epochs", "schedule", "run"],
+            [
+                [
+                    name,
+                    f"{run.lr:g}",
+                    f"{run.arguments['weight_decay']:g}",
+                    as_text(run.metrics["global_batch_size"]),
+                    as_text(run.metrics["epochs"]),
+                    as_text(run.schedule_note),
+                    as_text(run.folder.name),
+                ]
+                for name, (run, *_) in groups.items()
+            ],
+        ),
         "",
     ]
-
-
-def _kept(out: Path) -> list[str]:
-    unpack_again = f"{as_code(f'python -m launch.report {out / RUNS_FILE} --unpack FOLDER')} makes folders of it again."
-    return [f"Every run's settings, metrics and memory are in {RUNS_FILE}; {unpack_again}", ""]
 
 
 def printed_table(groups: Groups) -> str:
