@@ -44,11 +44,9 @@ def measure_reading(index: ShardIndex, size: Size, rounds: int) -> dict[str, flo
 def _cpu_s() -> float:
     """CPU seconds of this process, of its living children, and of those that have ended."""
     ended = resource.getrusage(resource.RUSAGE_CHILDREN)
-    total = time.process_time() + ended.ru_utime + ended.ru_stime
-    for child in multiprocessing.active_children():
-        fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
-        total += (int(fields[11]) + int(fields[12])) / 100  # clock ticks; 100 a second on Linux
-    return total
+    stats = (Path(f"/proc/{child.pid}/stat").read_text() for child in multiprocessing.active_children())
+    ticks = (sum(map(int, stat.rpartition(")")[2].split()[11:13])) for stat in stats)
+    return time.process_time() + ended.ru_utime + ended.ru_stime + sum(ticks) / 100  # 100 a second on Linux
 
 
 class _Ready(Dataset[Tensor]):
@@ -146,8 +144,8 @@ def measure_loaders(folder: Path, index: ShardIndex, size: Size, rounds: int) ->
         "timm (normalises)": lambda epoch: (images for images, _ in theirs),
     }
     times = _after_the_first(ways, rounds, "loaders")
-    bare = "import torch, os; print(open(f'/proc/{os.getpid()}/status').read())"
-    status = subprocess.run([sys.executable, "-c", bare], capture_output=True, text=True, check=True).stdout
+    bare = [sys.executable, "-c", "import torch; print(open('/proc/self/status').read())"]
+    status = subprocess.run(bare, capture_output=True, text=True, check=True).stdout
     return {
         "loader_ms": {name: statistics.median(values) for name, values in times.items()},
         "loader_ratio_to_timm": 1 / median_ratio(times, "ours", "timm (normalises)"),
@@ -157,8 +155,7 @@ def measure_loaders(folder: Path, index: ShardIndex, size: Size, rounds: int) ->
 
 
 def _rss_mib(status: str) -> float:
-    line = next(line for line in status.splitlines() if line.startswith("VmRSS"))
-    return int(line.split()[1]) / 1024
+    return int(status.partition("VmRSS:")[2].split()[0]) / 1024
 
 
 def measure_resume(folder: Path, index: ShardIndex, size: Size) -> dict[str, float]:

@@ -18,10 +18,6 @@ from toolkit.command import one_line_errors, say, spelled
 from toolkit.files import write_atomically
 
 
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
-
-
 def main(argv: list[str] | None = None) -> int:
     """Parse the flags and run; returns 1 where a cell failed, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(prog="python -m launch.matrix", description=__doc__)
@@ -45,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
             print("\n".join(shlex.join(matrix.command(cell, runs)) for cell in cells))  # noqa: T201
             return 0
         for number in (signal.SIGTERM, signal.SIGHUP):  # a closed terminal too: the cells shall save
-            signal.signal(number, _interrupt)
+            signal.signal(number, signal.default_int_handler)
         for cell in cells:
             check_same_settings(runs / cell.name, cell.config)
         if not options.failed and options.only == "*":  # these are parts of an earlier call

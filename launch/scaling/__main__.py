@@ -10,8 +10,7 @@ import sys
 from pathlib import Path
 
 from launch.scaling.measure import measure_scaling
-from launch.scaling.model import model_to_markdown
-from launch.scaling.report import draw, to_markdown
+from launch.scaling.report import draw, model_to_markdown, to_markdown
 from toolkit.command import spelled
 from toolkit.files import write_atomically, write_json
 
