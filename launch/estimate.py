@@ -22,10 +22,6 @@ from toolkit.progress import duration, tracked
 _WARM_UP, _TIMED = 2, 5
 
 
-def _kind(cell: Cell) -> str:
-    return cell.name.rpartition("_seed")[0]
-
-
 def _probe(cell: Cell) -> dict[str, Any]:
     """Seconds of a step (median) and of evaluating an image, step and image counts, predicted bytes at the peak."""
     import torch
@@ -69,7 +65,7 @@ def estimate(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     """One entry a kind of cell: its runs, and what one of them takes."""
     kinds: dict[str, list[Cell]] = {}
     for cell in cells:
-        kinds.setdefault(_kind(cell), []).append(cell)
+        kinds.setdefault(cell.name.rpartition("_seed")[0], []).append(cell)
     return [
         {"kind": name, "runs": len(kinds[name]), **_probe(kinds[name][0])}
         for name in tracked(list(kinds), "kinds", "estimate")
