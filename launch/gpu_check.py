@@ -28,7 +28,7 @@ from launch.markdown import write_result
 from toolkit.builder.predict import Prediction
 from toolkit.command import say, spelled
 from toolkit.config import Config
-from toolkit.markdown import mib, table
+from toolkit.markdown import mib, page, table
 from toolkit.memory.allocator import read_device, reset_peaks
 from toolkit.optim.registry import specs
 
@@ -189,7 +189,7 @@ def to_markdown(result: dict[str, Any]) -> str:
         title = "## Training on images drawn on the device (SYNTHETIC: they rank nothing but this task)"
         header = ["model", "optimizer", "seed", "steps", "top-1", "sparsity", "images/s"]
         lines += ["", title, "", *table(header, rows, text=(0, 1))]
-    return "\n".join(lines) + "\n"
+    return page(*lines)
 
 
 def _memory_cells(row: dict[str, Any]) -> list[object]:

@@ -28,7 +28,7 @@ from shards.writer import Sample, encoded, write_info, write_split
 from toolkit.builder.metadata import cpu_name
 from toolkit.data import decode
 from toolkit.data.index import load_split
-from toolkit.markdown import table
+from toolkit.markdown import page, table
 from toolkit.progress import tracked
 
 LIMITS = {  # name in the result -> (at most or at least, limit)
@@ -55,8 +55,7 @@ def _drawn_jpegs(count: int) -> list[bytes]:
     ]
 
     def distance(quality: int) -> float:
-        sizes = [len(encoded(image, "JPEG", quality=quality)) for image in drawn[:8]]
-        return abs(statistics.mean(sizes) - 107_000)
+        return abs(statistics.mean([len(encoded(image, "JPEG", quality=quality)) for image in drawn[:8]]) - 107_000)
 
     quality = min(range(60, 98), key=distance)
     return [encoded(image, "JPEG", quality=quality) for image in drawn]
@@ -69,8 +68,7 @@ def _write_shards(folder: Path, images: Sequence[bytes], repeats: int) -> None:
         for turn in range(repeats)
         for number, data in enumerate(images)
     ]
-    split = write_split(folder, "train", "bench", samples, 6)
-    write_info(folder, "bench", 100, {"train": split}, synthetic=True)
+    write_info(folder, "bench", 100, {"train": write_split(folder, "train", "bench", samples, 6)}, synthetic=True)
 
 
 def _measure_decoding(images: Sequence[bytes], rounds: int) -> dict[str, Any]:
@@ -191,7 +189,7 @@ def to_markdown(result: dict[str, Any], command: str) -> str:
         key: ", ".join(f"{name} {value:.2f}" for name, value in result[key].items())
         for key in ("transform_ms", "loader_ms")
     }
-    lines = [
+    return page(
         "# From the shard to the batch",
         "",
         f"{result['device']}, torch {result['torch']}, decoder {result['decoder']}; 500 × 375 JPEGs of "
@@ -207,5 +205,4 @@ def to_markdown(result: dict[str, Any], command: str) -> str:
         "after a resume is timed at 90 % of 1,281,167 samples, less the "
         f"{result['first_batch_of_a_small_set_s']:.2f} s that workers and the first batch of a small set take. "
         "worker_mib: resident memory of a worker less that of `python -c 'import torch'`.",
-    ]
-    return "\n".join(lines) + "\n"
+    )

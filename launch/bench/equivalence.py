@@ -12,7 +12,7 @@ import torch
 
 from launch.bench.optim import native_isas, only
 from launch.bench.timing import DEVICE, device_name, parameter_shapes
-from toolkit.markdown import table
+from toolkit.markdown import page, table
 from toolkit.optim import AdamWPrune, SGDPrune
 from toolkit.progress import tracked
 from toolkit.prune.mask import flat_view
@@ -151,7 +151,7 @@ def to_markdown(result: dict[str, Any], command: str) -> str:
         for row in paths
     ]
     header = ["optimizer", "implementation", "masks", "distance of weights", "pruned differently"]
-    lines = [
+    return page(
         f"# Every implementation against the reference: {result['model']}'s shapes, {result['steps']} steps",
         "",
         f"{result['device']}, torch {result['torch']}; {result['prunable_weights']:,} prunable weights, to "
@@ -163,5 +163,4 @@ def to_markdown(result: dict[str, Any], command: str) -> str:
         f"relative (bar: ≤ {result['score_limit']:.0e}).",
         "",
         *table([*header, "distance of scores"], rows, text=(0, 1, 2)),
-    ]
-    return "\n".join(lines) + "\n"
+    )

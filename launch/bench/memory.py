@@ -19,7 +19,7 @@ import toolkit.optim  # noqa: F401  its names in timm's factory
 from toolkit.builder.recompute import checkpoint_activations
 from toolkit.command import say
 from toolkit.engine.engines.fused import FusedBackward
-from toolkit.markdown import mib, table
+from toolkit.markdown import mib, page, table
 from toolkit.memory.activations import StorageTracker
 from toolkit.memory.ledger import Owners, count_bytes, find_owners
 from toolkit.memory.probe import StepProbe
@@ -159,4 +159,4 @@ def to_markdown(result: dict[str, Any], command: str) -> str:
         rows = [[one["saving"], ", ".join(one["rows"]), *_cells(one, where)] for one in result["savings"]]
         rows.append(["cache released after the last mask update", "allocator cache", *[""] * 4])
         lines += ["", f"## {title}, MiB", "", *table(header, rows, text=(0, 1))]
-    return "\n".join([*lines, "", "The last line needs a GPU's allocator and stays empty here."]) + "\n"
+    return page(*lines, "", "The last line needs a GPU's allocator and stays empty here.")

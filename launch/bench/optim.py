@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from launch.bench.timing import DEVICE, device_name, in_turn, median_ratio, parameter_shapes, seconds, transient_bytes
 from toolkit.command import say
 from toolkit.kernels import compiled, native
-from toolkit.markdown import MIB, mib, table
+from toolkit.markdown import MIB, mib, page, table
 from toolkit.optim import AdamWPrune, SGDPrune
 from toolkit.prune.select import CHUNK, choose_lowest
 
@@ -29,6 +29,17 @@ SGD_BARS = {"cpu": {0.7: 1.0, 0.9: 0.8}, "cuda": {}}
 MASK_UPDATE_LIMIT = 30  # ordinary steps
 SELECTION_TRANSIENT_LIMIT_BYTES = 8 * MIB
 _NO_GPU = "**These are CPU figures. No GPU was at hand: the GPU column stays empty until one is.**"
+_HEADER = (
+    "optimizer",
+    "step ms",
+    "ratio to peer",
+    "bar",
+    "peer",
+    "state",
+    "state of norms, biases",
+    "transient MiB",
+    "GPU ratio",
+)
 _Maker = tuple[str, Callable[..., Any], str, float | None, str | None]  # name, constructor, peer, limit, instructions
 
 
@@ -239,9 +250,8 @@ def to_markdown(result: dict[str, Any], command: str) -> str:
                 ratio if result["kind"] == "cuda" else "",
             ]
         )
-    header = ["optimizer", "step ms", "ratio to peer", "bar", "peer", "state", "state of norms, biases"]
     mask = result["mask_update"]
-    lines = [
+    return page(
         f"# Optimizer step, {result['model']}: {result['prunable_weights']:,} prunable weights",
         "",
         f"{result['device']}, {result['threads']} threads, torch {result['torch']}; medians of {result['rounds']} "
@@ -251,7 +261,7 @@ def to_markdown(result: dict[str, Any], command: str) -> str:
         "State is in bytes a prunable weight: of the prunable weights themselves, and of norms and biases. Transient: "
         "the highest memory an ordinary step takes beyond what it leaves.",
         "",
-        *table([*header, "transient MiB", "GPU ratio"], rows, text=(0, 4)),
+        *table(_HEADER, rows, text=(0, 4)),
         "",
         f"- A step that changes the masks takes {1e3 * mask['mask_update_step_s']:.0f} ms, "
         f"{mask['in_ordinary_steps']:.1f} ordinary steps (bar: ≤ {mask['in_ordinary_steps_limit']}); it takes "
@@ -260,5 +270,4 @@ def to_markdown(result: dict[str, Any], command: str) -> str:
         f"- The selection alone takes {1e3 * mask['selection_s']:.0f} ms (bar: that of `torch.kthvalue` on all scores "
         f"side by side, {1e3 * mask['kthvalue_s']:.0f} ms) and {mib(mask['selection_transient_bytes'], 1)} MiB "
         f"(bar: ≤ {mib(mask['selection_transient_limit_bytes'], 0)} MiB).",
-    ]
-    return "\n".join(lines) + "\n"
+    )

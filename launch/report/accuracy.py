@@ -160,16 +160,23 @@ def ranking_section(groups: Groups) -> list[str]:
             ]
             for name, members in sorted(level.items(), key=lambda item: -top1(item[1])[0])
         ]
-        header = [
-            "method",
-            "top-1 % (final epoch)",
-            "best epoch",
-            "seeds",
-            "rank",
-            f"{base or 'adamwprune'} − this",
-            "state bytes a weight, end",
+        lines += [
+            f"### {_level_name(sparsity)}",
+            "",
+            *table(
+                [
+                    "method",
+                    "top-1 % (final epoch)",
+                    "best epoch",
+                    "seeds",
+                    "rank",
+                    f"{base or 'adamwprune'} − this",
+                    "state bytes a weight, end",
+                ],
+                rows,
+            ),
+            "",
         ]
-        lines += [f"### {_level_name(sparsity)}", "", *table(header, rows), ""]
     return [*lines, _RANK_NOTE, ""]
 
 

@@ -117,13 +117,15 @@ def _ledger_table(groups: Groups) -> list[str]:
 
 def _peak_table(groups: Groups) -> list[str]:
     keys = ("total_bytes", "predicted_total_bytes", "allocated_peak_bytes", "unexplained_bytes")
-    rows = [
-        [name, as_text(phase.replace("_", " ")), *(mib(ledger[key]) for key in keys)]
-        for name, (run, *_) in groups.items()
-        for phase, ledger in run.memory["phases"].items()
-        if len(groups) <= _MANY or phase in ("dense", "final")
-    ]
-    return table(["method", "phase", "measured", "predicted", "allocator's peak", "unexplained"], rows)
+    return table(
+        ["method", "phase", "measured", "predicted", "allocator's peak", "unexplained"],
+        [
+            [name, as_text(phase.replace("_", " ")), *(mib(ledger[key]) for key in keys)]
+            for name, (run, *_) in groups.items()
+            for phase, ledger in run.memory["phases"].items()
+            if len(groups) <= _MANY or phase in ("dense", "final")
+        ],
+    )
 
 
 def _study_table(groups: Groups) -> list[str]:

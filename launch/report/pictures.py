@@ -57,8 +57,11 @@ def draw_all(groups: Groups, out: Path) -> list[tuple[str, str]]:
 def _pictures(groups: Groups) -> dict[str, _Picture]:
     """What there is to be seen in these runs, by file name."""
     every = [run for members in groups.values() for run in members]
-    on_gpu = every[0].metrics["device_type"] != "cpu"
-    where = "tensor-byte ledger, one rank" if on_gpu else "NO GPU: tensor-byte ledger of one CPU rank"
+    where = (
+        "tensor-byte ledger, one rank"
+        if (every[0].metrics["device_type"] != "cpu")
+        else "NO GPU: tensor-byte ledger of one CPU rank"
+    )
     levels, few = len(by_level(groups)), _few(groups)
     pictures: dict[str, _Picture] = {
         "accuracy.png": (

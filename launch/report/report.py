@@ -12,7 +12,7 @@ from launch.report.html import as_code, as_text, to_html
 from launch.report.memory import memory_section
 from launch.report.runs import CellRun, Groups, group_by_method
 from toolkit.files import write_atomically, write_json
-from toolkit.markdown import mib, table
+from toolkit.markdown import mib, page, table
 
 _ON_CPU = """\
 > **Run on CPU. No figure below is GPU memory.** The memory columns are the tensor-byte ledger: the bytes of every
@@ -30,13 +30,13 @@ def write_report(runs: Sequence[CellRun], out: Path, source: Path, *, brief: boo
 
     groups, made_by = group_by_method(runs), _made_by(runs, source, out, brief)
     if out.suffix == ".md":
-        write_atomically(out, "\n".join([*_markdown(runs, groups, [], out), made_by]) + "\n")
+        write_atomically(out, page(*_markdown(runs, groups, [], out), made_by))
         return
     out.mkdir(parents=True, exist_ok=True)
     pictures = draw_all(groups, out)
     unpack_again = as_code(f"python -m launch.report {out / RUNS_FILE} --unpack FOLDER")
     kept = f"Every run's settings, metrics and memory are in {RUNS_FILE}; {unpack_again} makes folders of it again."
-    text = "\n".join([*_markdown(runs, groups, pictures, out), kept, "", made_by]) + "\n"
+    text = page(*_markdown(runs, groups, pictures, out), kept, "", made_by)
     write_atomically(out / "report.md", text)
     write_json(out / "summary.json", summary(runs, groups), indent=1)
     write_runs(runs, out / RUNS_FILE)
@@ -56,11 +56,10 @@ def _alternative_texts(groups: Groups, pictures: Sequence[tuple[str, str]]) -> d
 
 def _markdown(runs: Sequence[CellRun], groups: Groups, pictures: Sequence[tuple[str, str]], out: Path) -> list[str]:
     shared, groups = environment(runs), {as_text(name): members for name, members in groups.items()}
-    on_cpu = any(run.metrics["device_type"] == "cpu" for run in runs)
     return [
         f"# {as_text(out.name.removesuffix('.md'))}: {_said(shared['model'])} on {_said(shared['dataset'])}",
         "",
-        *([_ON_CPU] if on_cpu else []),
+        *([_ON_CPU] if any(run.metrics["device_type"] == "cpu" for run in runs) else []),
         *(["", _SYNTHETIC] if shared["dataset_synthetic"] else []),
         "",
         _circumstances(runs, shared),

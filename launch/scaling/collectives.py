@@ -85,12 +85,11 @@ def formulas(engine: str, facts: Traffic, ranks: int) -> dict[str, int]:
     """
     scores = _COUNT_BYTES * facts.prunable
     selection = _HISTOGRAMS_BYTES + 2 * scores  # three histograms; tie counts and highest scores are gathered
-    buffers = facts.float_buffer_bytes + facts.int_buffer_bytes
     all_rows, kept = _rows_padded(facts.shapes, ranks), _rows_padded(facts.kept, ranks)
     slices = sum(_FLOAT_BYTES * math.ceil(size / (2 * ranks)) * 2 for size in facts.groups)
     share = sum(_FLOAT_BYTES * math.ceil(math.prod(shape) / ranks) for shape in facts.shapes)
     rows = {  # in the order of WHAT
-        "ddp": (facts.weights_bytes, 0, buffers, 8, 16),
+        "ddp": (facts.weights_bytes, 0, (facts.float_buffer_bytes + facts.int_buffer_bytes), 8, 16),
         "fsdp2": (all_rows, (2 * all_rows - kept) // ranks, 0, 8, selection + 3 * scores),
         "zero1": (facts.weights_bytes, slices, 0, 8 + 8, selection + scores + 16),
         "zero2": (facts.weights_bytes, slices, 0, 8 + 8, selection + scores + 16),

@@ -98,8 +98,14 @@ def _probe(
             raise ValueError(f"{kept} was measured with other flags; remove {runs} or give another --runs")
         return before["found"]
     shutil.rmtree(runs / "probes" / name, ignore_errors=True)  # of a probe that was stopped
-    place = ["--output", str(runs / "probes"), "--experiment", name]
-    program = ["-m", "launch.scaling.rank", what, str(result), *flags, *place]
+    program = [
+        "-m",
+        "launch.scaling.rank",
+        what,
+        str(result),
+        *flags,
+        *["--output", str(runs / "probes"), "--experiment", name],
+    ]
     _launch(file, ranks, program, runs / f"{name}.log", **variables)
     found = read_json(result)
     write_json(kept, {"flags": flags, "found": found})
@@ -144,8 +150,9 @@ def measure_scaling(file: Path, ranks: list[int], flags: list[str], runs: Path, 
             rows.append(_train(file, count, flags, size, runs, kind))
             bar.advance(1, f"{kind} at {count}")
     for count in ranks:
-        own = [*flags, "--global-batch-size", str(batch // most * count)]
-        loops.append(_probe(file, count, "loop", own, runs, _KEEP_MEMORY))
+        loops.append(
+            _probe(file, count, "loop", [*flags, "--global-batch-size", str(batch // most * count)], runs, _KEEP_MEMORY)
+        )
         bar.advance(1, f"loop at {count}")
     counts = _count(count_model, flags, runs, bar)
     bar.close()

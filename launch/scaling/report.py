@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.scaling.collectives import WHAT, Traffic, formulas, log_line_bytes, wire_bytes
-from toolkit.markdown import mib, table
+from toolkit.markdown import mib, page, table
 
 _NO_GPU = """\
 **No figure below is a GPU's.** The ranks share this machine's cores, so more of them bring no speed; what is \
@@ -38,7 +38,7 @@ def to_markdown(result: Mapping[str, Any], command: str) -> str:
         f"**Loss curves** of the same global batch differ by at most {100 * distance:.2g} % over {points} logged "
         "steps (BatchNorm, where a model has it, takes its statistics from a rank's own images)."
     )
-    lines = [
+    return page(
         "# Scaling",
         "",
         *([] if rows[0]["on_gpu"] else [_NO_GPU, ""]),
@@ -61,9 +61,7 @@ def to_markdown(result: Mapping[str, Any], command: str) -> str:
         "pays for getting it back is luck); overhead and share are medians over the rounds. "
         "Communication share: what the bare loop saves when its ranks do not talk (`no_sync`); what overlaps with "
         "computing is not in it.",
-        "",
-    ]
-    return "\n".join(lines)
+    )
 
 
 def _runs_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -71,37 +69,41 @@ def _runs_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     base = rows[0]["ranks"]
     header = ["scaling", "ranks", "threads a rank", "batch a rank", "global batch", "images/s"]
     header += [f"efficiency against {base}", "waits for data (%)"]
-    cells = [
+    return table(
+        [*header, "memory a rank at a step's peak (MiB, ledger, lowest–highest rank)"],
         [
-            row["kind"],
-            row["ranks"],
-            row["threads_per_rank"],
-            row["batch_size_per_rank"],
-            row["global_batch_size"],
-            f"{row['images_per_sec']:.1f}",
-            f"{row['images_per_sec'] / one[row['kind']] / (row['ranks'] / base):.2f}",
-            f"{row['data_wait_percent']:.1f}",
-            "–".join(mib(row["ledger_peak_bytes"][end], 1) for end in ("min", "max")),
-        ]
-        for row in rows
-    ]
-    return table([*header, "memory a rank at a step's peak (MiB, ledger, lowest–highest rank)"], cells)
+            [
+                row["kind"],
+                row["ranks"],
+                row["threads_per_rank"],
+                row["batch_size_per_rank"],
+                row["global_batch_size"],
+                f"{row['images_per_sec']:.1f}",
+                f"{row['images_per_sec'] / one[row['kind']] / (row['ranks'] / base):.2f}",
+                f"{row['data_wait_percent']:.1f}",
+                "–".join(mib(row["ledger_peak_bytes"][end], 1) for end in ("min", "max")),
+            ]
+            for row in rows
+        ],
+    )
 
 
 def _loops_table(loops: Sequence[Mapping[str, Any]]) -> list[str]:
-    header = ["ranks", "steps an epoch", "ours (s an epoch)", "bare (s)", "overhead", "by round", "communication share"]
-    cells = [
+    return table(
+        ["ranks", "steps an epoch", "ours (s an epoch)", "bare (s)", "overhead", "by round", "communication share"],
         [
-            loop["ranks"],
-            loop["steps"],
-            *(f"{statistics.median(loop['epoch_s'][name]):.3f}" for name in ("ours", "bare")),
-            f"{100 * loop['overhead']:+.1f} %",
-            ", ".join(f"{100 * x:+.1f}" for x in loop["overhead_rounds"]),
-            "–" if loop["communication_share"] is None else f"{100 * loop['communication_share']:.1f} %",
-        ]
-        for loop in loops
-    ]
-    return table(header, cells, text=())
+            [
+                loop["ranks"],
+                loop["steps"],
+                *(f"{statistics.median(loop['epoch_s'][name]):.3f}" for name in ("ours", "bare")),
+                f"{100 * loop['overhead']:+.1f} %",
+                ", ".join(f"{100 * x:+.1f}" for x in loop["overhead_rounds"]),
+                "–" if loop["communication_share"] is None else f"{100 * loop['communication_share']:.1f} %",
+            ]
+            for loop in loops
+        ],
+        text=(),
+    )
 
 
 def draw(result: Mapping[str, Any], path: Path) -> None:
@@ -126,8 +128,13 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     strong = [row for row in rows if row["kind"] == "strong"]
     looks = zip(("-", "--", ":", "-."), (3.5, 1.5, 1.5, 1.5), ("#56B4E9", "#000000", "#D55E00", "#009E73"), strict=True)
     for row, (style, width, colour) in zip(strong, looks, strict=False):
-        label = f"{row['ranks']} rank{'s' if row['ranks'] > 1 else ''}"
-        right.plot(*zip(*row["loss"], strict=True), style, linewidth=width, color=colour, label=label)
+        right.plot(
+            *zip(*row["loss"], strict=True),
+            style,
+            linewidth=width,
+            color=colour,
+            label=f"{row['ranks']} rank{'s' if row['ranks'] > 1 else ''}",
+        )
     highest = max(loss for row in strong for _, loss in row["loss"])
     right.set(xlabel="optimizer step", ylabel="training loss", ylim=(0, 1.1 * highest))
     right.legend(title=f"global batch {strong[0]['global_batch_size']}", frameon=False)
@@ -183,7 +190,7 @@ def model_to_markdown(result: Mapping[str, Any], command: str) -> str:
         columns += [f"formula, {ranks} ranks", "counted", "collectives"]
     far = ["engine", "ranks", "gradients and weights sent (MiB a step)", "buffers (bytes a step)"]
     far += ["mask update (payload, bytes)", "mask update: gathered (bytes)", "log line (payload, bytes)"]
-    lines = [
+    return page(
         "# What goes between the ranks",
         "",
         f"{counts['model']}: P = {facts.weights_bytes // 4:,} parameters in {len(facts.shapes)} tensors, S = "
@@ -217,6 +224,4 @@ def model_to_markdown(result: Mapping[str, Any], command: str) -> str:
         "What grows without bound with N: the gathered tie counts of a mask update (16 S bytes a rank) and the log "
         "line (40 bytes a rank). FSDP2 pads: a bias of 64 becomes 1,024 rows at "
         "1,024 ranks, so a model of small tensors sends more there than DDP would.",
-        "",
-    ]
-    return "\n".join(lines)
+    )
