@@ -86,7 +86,6 @@ def native_isas() -> tuple[str, ...]:
 
 
 def _makers() -> list[_Maker]:
-    """All rows."""
     adam = partial(AdamWPrune, end_step=1, frequency=1)
     sgd = partial(SGDPrune, lr=0.1, end_step=1, frequency=1)
     adam_bars, sgd_bars = ADAM_BARS[DEVICE], SGD_BARS[DEVICE]

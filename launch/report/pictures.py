@@ -2,7 +2,10 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from matplotlib import rcParams
+from matplotlib.figure import Figure
 
 from launch.report.pictures_study import (
     COLOURS,
@@ -19,9 +22,6 @@ from launch.report.pictures_study import (
 from launch.report.runs import CellRun, Groups, by_level
 from toolkit.markdown import MIB
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 _MANY = 8  # methods; beyond, the memory pictures show ours and the best of the others at one sparsity
 _STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
@@ -32,26 +32,19 @@ _STYLE: dict[Any, Any] = {
     "text.parse_math": False,  # names are others' text
 }
 # What draws it, of which runs, size in inches, caption.
-_Picture = tuple[Callable[["Figure", Groups], None], Groups, tuple[float, float], str]
+_Picture = tuple[Callable[[Figure, Groups], None], Groups, tuple[float, float], str]
 
 
 def draw_all(groups: Groups, out: Path) -> list[tuple[str, str]]:
     """Draw every picture into `out`; returns (file name, caption) in the report's order."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update(_STYLE)
-    made = []
-    for name, (draw, data, size, caption) in _pictures(groups).items():
-        figure = plt.figure(figsize=size, layout="constrained")
+    rcParams.update(_STYLE)
+    pictures = _pictures(groups)
+    for name, (draw, data, size, caption) in pictures.items():
+        figure = Figure(figsize=size, layout="constrained")
         draw(figure, data)
         figure.suptitle(caption, fontsize=11)
         figure.savefig(out / name, dpi=130, metadata={"Software": None})
-        plt.close(figure)
-        made.append((name, caption))
-    return made
+    return [(name, caption) for name, (*_, caption) in pictures.items()]
 
 
 def _pictures(groups: Groups) -> dict[str, _Picture]:
@@ -116,7 +109,7 @@ def _each(groups: Groups) -> Iterator[tuple[str, CellRun, str, str]]:
             yield label, run, COLOURS[i % 8], STYLES[i // 2 % 4]
 
 
-def _timeline(figure: "Figure", groups: Groups) -> None:
+def _timeline(figure: Figure, groups: Groups) -> None:
     """All ranks, one line each; dotted where a phase begins, a cross where the allocator had to retry."""
     upper, lower = figure.subplots(2, 1, sharex=True)
     begins: dict[str, int] = {}
@@ -150,7 +143,7 @@ def _timeline(figure: "Figure", groups: Groups) -> None:
     legend(figure, [upper])
 
 
-def _memory_accuracy(figure: "Figure", groups: Groups) -> None:
+def _memory_accuracy(figure: Figure, groups: Groups) -> None:
     axes = figure.subplots()
     for label, run, colour, _ in _each(groups):
         end, peak = run.memory["ledger"]["total_bytes"] / MIB, run.memory["ledger_peak"]["total_bytes"] / MIB
@@ -164,7 +157,7 @@ def _memory_accuracy(figure: "Figure", groups: Groups) -> None:
     legend(figure, [axes])
 
 
-def _ledger(figure: "Figure", groups: Groups) -> None:
+def _ledger(figure: Figure, groups: Groups) -> None:
     bars = {
         label: {row["name"]: row["measured_bytes"] for row in members[0].memory["ledger"]["rows"]}
         for label, members in reversed(list(groups.items()))  # the last in the list is drawn on top
@@ -172,7 +165,7 @@ def _ledger(figure: "Figure", groups: Groups) -> None:
     _stack(figure, bars)
 
 
-def _peak_ledger(figure: "Figure", groups: Groups) -> None:
+def _peak_ledger(figure: Figure, groups: Groups) -> None:
     """Two bars a method: what was predicted and what the probed step held."""
     bars: dict[str, dict[str, int]] = {}
     for label, members in reversed(list(groups.items())):
@@ -187,7 +180,7 @@ def _peak_ledger(figure: "Figure", groups: Groups) -> None:
         _stack(figure, bars)
 
 
-def _stack(figure: "Figure", bars: dict[str, dict[str, int]]) -> None:
+def _stack(figure: Figure, bars: dict[str, dict[str, int]]) -> None:
     """Horizontal bars stacked of ledger rows, from the bottom up; rows too thin to see are left to the tables."""
     axes = figure.subplots()
     totals = [sum(rows.values()) / MIB for rows in bars.values()]

@@ -8,14 +8,13 @@ import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import TYPE_CHECKING
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from launch.report.runs import CellRun, Groups, by_level, ours, top1
 from launch.report.significance import mean_and_spread
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 # Okabe & Ito's palette: eight colours that stay apart in the common forms of colour blindness.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999", "#F0E442")
@@ -28,8 +27,6 @@ _LETTERS_AN_INCH, _LETTERS_OF_A_MARK = 16, 7  # of a legend in 8 points
 
 @dataclass(frozen=True)
 class _Line:
-    """One group as it is drawn."""
-
     name: str
     members: Sequence[CellRun]
     colour: str
@@ -79,7 +76,7 @@ def _lines(groups: Groups) -> list[_Line]:
     return sorted((_Line(name, members, *looks[name]) for name, members in named), key=lambda line: not line.grey)
 
 
-def legend(figure: "Figure", all_axes: Sequence["Axes"], lines: Iterable[_Line] = ()) -> None:
+def legend(figure: Figure, all_axes: Sequence[Axes], lines: Iterable[_Line] = ()) -> None:
     """One entry a label, below the picture, where it hides nothing; the grey ones of `lines` are one entry."""
     if any(line.grey for line in lines):
         all_axes[0].plot([], [], color=_GREY, marker="o", markersize=4, linestyle="none", label="others")
@@ -94,10 +91,8 @@ def legend(figure: "Figure", all_axes: Sequence["Axes"], lines: Iterable[_Line] 
     figure.legend(list(unique.values()), list(unique), loc="outside lower center", ncols=columns, fontsize=8)
 
 
-def accuracy_over_epochs(figure: "Figure", groups: Groups) -> None:
+def accuracy_over_epochs(figure: Figure, groups: Groups) -> None:
     """A panel a sparsity; lines are means, bands standard deviations over seeds."""
-    from matplotlib.ticker import MaxNLocator
-
     levels, lines = list(by_level(groups)), _lines(groups)
     panels = figure.subplots(1, len(levels), sharey=True, squeeze=False)[0]
     lowest = 100.0  # of those in colour: one that collapses shall not flatten the rest
@@ -121,7 +116,7 @@ def accuracy_over_epochs(figure: "Figure", groups: Groups) -> None:
     legend(figure, list(panels), lines)
 
 
-def accuracy_over_sparsity(figure: "Figure", groups: Groups) -> None:
+def accuracy_over_sparsity(figure: Figure, groups: Groups) -> None:
     """Final accuracy of each method at its sparsities, with the spread over seeds as bars."""
     axes = figure.subplots()
     lines = _lines(groups)
@@ -145,7 +140,7 @@ def accuracy_over_sparsity(figure: "Figure", groups: Groups) -> None:
     legend(figure, [axes], lines)
 
 
-def pareto(figure: "Figure", groups: Groups) -> None:
+def pareto(figure: Figure, groups: Groups) -> None:
     """Accuracy against what optimizer and pruning keep, a mark a method and sparsity; the line is the front."""
     axes = figure.subplots()
     lines = _lines(groups)
@@ -187,7 +182,7 @@ def _range_in_colour(lines: Iterable[_Line]) -> tuple[float, float]:
     return min(mean - (spread or 0.0) for mean, spread in shown) - 0.5, max(m + (s or 0.0) for m, s in shown) + 0.5
 
 
-def sparsity_over_steps(figure: "Figure", groups: Groups) -> None:
+def sparsity_over_steps(figure: Figure, groups: Groups) -> None:
     """Zeros counted in the model at each epoch's end, of every pruned run; runs of one schedule lie on each other."""
     axes = figure.subplots()
     for line in _lines(groups):

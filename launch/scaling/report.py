@@ -108,12 +108,10 @@ def _loops_table(loops: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def draw(result: Mapping[str, Any], path: Path) -> None:
     """Images per second over ranks, and the loss curves of one global batch."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
     rows = result["rows"]
     for kind, style, colour in (("strong", "o-", "#0072B2"), ("weak", "s--", "#D55E00")):
         mine = [row for row in rows if row["kind"] == kind]
@@ -144,7 +142,6 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     where = rows[0]["device"] if rows[0]["on_gpu"] else f"NO GPU: {rows[0]['device']}, which the ranks share"
     figure.suptitle(f"{result['model']} on 1 and more ranks ({where})", fontsize=10)
     figure.savefig(path, dpi=130, metadata={"Software": None})
-    plt.close(figure)
 
 
 def _traffic(counts: Mapping[str, Any], engine: str) -> Traffic:
