@@ -5,7 +5,6 @@ its memory is predicted. Nothing is written but a temporary folder. Steps are ti
 with --jobs each cell has its share of them, which on CPU comes out much the same in all.
 """
 
-import argparse
 import json
 import statistics
 import sys
@@ -14,8 +13,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from launch.matrix.cells import Cell, add_selection, selected
-from toolkit.command import one_line_errors
+from launch.matrix.cells import SELECTION, Cell, selected
+from toolkit.command import command_parser, one_line_errors
 from toolkit.markdown import mib
 from toolkit.progress import duration, tracked
 
@@ -74,9 +73,14 @@ def estimate(cells: Sequence[Cell]) -> list[dict[str, Any]]:
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the flags, probe, print a table."""
-    parser = argparse.ArgumentParser(prog="python -m launch.estimate", description=__doc__)
-    add_selection(parser)
-    parser.add_argument("--json", action="store_true", help="one JSON object on one line on stdout")
+    parser = command_parser(
+        "launch.estimate",
+        __doc__,
+        {
+            **SELECTION,
+            "--json": {"action": "store_true", "help": "one JSON object on one line on stdout"},
+        },
+    )
     options = parser.parse_args(argv)
     with one_line_errors(parser):
         found = estimate(selected(options)[1])

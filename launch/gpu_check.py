@@ -5,7 +5,6 @@ pruning beside the prediction, and a short training comparison on images made on
 each part, so it may be stopped at any time. Without a GPU it says so and exits 2.
 """
 
-import argparse
 import gc
 import importlib.util
 import itertools
@@ -26,7 +25,7 @@ from torch.nn.functional import cross_entropy, interpolate
 from launch.bench.optim import to_markdown as optim_to_markdown
 from launch.markdown import write_result
 from toolkit.builder.predict import Prediction
-from toolkit.command import say, spelled
+from toolkit.command import command_parser, say, spelled
 from toolkit.config import Config
 from toolkit.markdown import mib, page, table
 from toolkit.memory.allocator import read_device, reset_peaks
@@ -234,9 +233,14 @@ def _parts(result: dict[str, Any], left_s: Callable[[], float], device: torch.de
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the flags and check."""
-    parser = argparse.ArgumentParser(prog="python -m launch.gpu_check", description=__doc__)
-    parser.add_argument("--minutes", type=float, default=9.0, help="time to use, about (default %(default)s)")
-    parser.add_argument("--out", type=Path, required=True, help="folder for gpu_check.json and gpu_check.md")
+    parser = command_parser(
+        "launch.gpu_check",
+        __doc__,
+        {
+            "--minutes": {"type": float, "default": 9.0, "help": "time to use, about (default %(default)s)"},
+            "--out": {"type": Path, "required": True, "help": "folder for gpu_check.json and gpu_check.md"},
+        },
+    )
     options = parser.parse_args(argv)
     if not torch.cuda.is_available():
         parser.exit(2, "launch.gpu_check: error: torch sees no GPU here; nothing was measured\n")

@@ -4,30 +4,35 @@ Cell by cell the folder is runs/<name>/<model>_<opt>_<pruning>[_<sparsity %>]_se
 again, an unfinished one goes on from its checkpoint, a failed one is recorded with its log and the matrix goes on.
 """
 
-import argparse
 import shlex
 import signal
 import sys
 from pathlib import Path
 
-from launch.matrix.cells import add_selection, selected
+from launch.matrix.cells import SELECTION, selected
 from launch.matrix.run import failed_cells, run_matrix
 from launch.report.archive import COMMAND_FILE
 from toolkit.builder.resume import check_same_settings
-from toolkit.command import one_line_errors, say, spelled
+from toolkit.command import command_parser, one_line_errors, say, spelled
 from toolkit.files import write_atomically
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the flags and run; returns 1 where a cell failed, 130 after Ctrl-C."""
-    parser = argparse.ArgumentParser(prog="python -m launch.matrix", description=__doc__)
-    add_selection(parser)
-    parser.add_argument("--out", type=Path, help="folder of the cells' run folders (default runs/<name>)")
-    parser.add_argument(
-        "--jobs", type=int, help="cells at a time instead of the file's; they share the cores, and GPUs if there are"
+    parser = command_parser(
+        "launch.matrix",
+        __doc__,
+        {
+            **SELECTION,
+            "--out": {"type": Path, "help": "folder of the cells' run folders (default runs/<name>)"},
+            "--jobs": {
+                "type": int,
+                "help": "cells at a time instead of the file's; they share the cores, and GPUs if there are",
+            },
+            "--failed": {"action": "store_true", "help": "only cells that failed before"},
+            "--dry-run": {"action": "store_true", "help": "print each cell's command and stop"},
+        },
     )
-    parser.add_argument("--failed", action="store_true", help="only cells that failed before")
-    parser.add_argument("--dry-run", action="store_true", help="print each cell's command and stop")
     options = parser.parse_args(argv)
     with one_line_errors(parser):
         matrix, cells = selected(options)

@@ -74,13 +74,14 @@ def load_matrix(path: Path, seeds: Sequence[int] | None = None, overrides: Seque
     return make_matrix(content, str(path), seeds, overrides)
 
 
-def add_selection(parser: argparse.ArgumentParser) -> None:
-    """The flags that name a matrix and a part of it."""
-    parser.add_argument("file", type=Path, help="matrix: a YAML of launch/matrices, a defconfig, or .config")
-    parser.add_argument("--only", default="*", metavar="GLOB", help="cells whose name matches")
-    parser.add_argument("--seeds", type=int, nargs="+", help="instead of the file's")
-    parser.add_argument("--model", help="instead of the recipe's")
-    parser.add_argument("--epochs", type=int, help="instead of the recipe's")
+# The flags that name a matrix and a part of it.
+SELECTION: dict[str, dict[str, Any]] = {
+    "file": {"type": Path, "help": "matrix: a YAML of launch/matrices, a defconfig, or .config"},
+    "--only": {"default": "*", "metavar": "GLOB", "help": "cells whose name matches"},
+    "--seeds": {"type": int, "nargs": "+", "help": "instead of the file's"},
+    "--model": {"help": "instead of the recipe's"},
+    "--epochs": {"type": int, "help": "instead of the recipe's"},
+}
 
 
 def selected(options: argparse.Namespace) -> tuple[Matrix, list[Cell]]:

@@ -4,7 +4,6 @@ loop: an epoch of our loop, of a bare hand-written one, and of that one without 
 collectives: count what goes between the ranks. facts: what the formulas need of the model.
 """
 
-import argparse
 import json
 import os
 import statistics
@@ -21,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from launch.scaling.collectives import count_of_run, traffic_of
 from toolkit.builder import build
 from toolkit.cli import parse
+from toolkit.command import command_parser
 from toolkit.dist import leave_group
 from toolkit.engine.history import History
 from toolkit.engine.loop import train_epoch
@@ -91,10 +91,15 @@ def measure_loops(run: Run, rounds: int) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     """Build the run of the train flags, measure, and write the result on rank 0."""
-    parser = argparse.ArgumentParser(prog="python -m launch.scaling.rank", description=__doc__)
-    parser.add_argument("what", choices=("loop", "collectives", "facts"))
-    parser.add_argument("result", type=Path)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser = command_parser(
+        "launch.scaling.rank",
+        __doc__,
+        {
+            "what": {"choices": ("loop", "collectives", "facts")},
+            "result": {"type": Path},
+            "--rounds": {"type": int, "default": 9},
+        },
+    )
     options, flags = parser.parse_known_args(argv)
     if options.what == "loop":
         flags += ["--epochs", str(options.rounds + 1)]
