@@ -23,10 +23,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, interpolate
 
 from launch.bench.optim import to_markdown as optim_to_markdown
-from launch.markdown import write_result
 from toolkit.builder.predict import Prediction
 from toolkit.command import command_parser, say, spelled
 from toolkit.config import Config
+from toolkit.files import write_result
 from toolkit.markdown import mib, page, table
 from toolkit.memory.allocator import read_device, reset_peaks
 from toolkit.optim.registry import specs

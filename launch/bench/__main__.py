@@ -5,8 +5,8 @@ import json
 import sys
 from pathlib import Path
 
-from launch.markdown import write_result
 from toolkit.command import command_parser, spelled
+from toolkit.files import write_result
 
 # What is measured, by a function bench_<what> of launch.bench.<what>, and the flags it is given.
 _NEEDS = {

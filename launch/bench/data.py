@@ -21,7 +21,7 @@ from PIL import Image
 from timm.data import create_transform
 from torch.nn.functional import interpolate
 
-from launch.bench.loading import measure_loaders, measure_reading, measure_resume, measure_transfer
+from launch.bench.loading import SIZE, measure_loaders, measure_reading, measure_resume, measure_transfer
 from launch.bench.timing import in_turn, median_ratio
 from shards.drawing import draw
 from shards.writer import Sample, encoded, write_info, write_split
@@ -43,7 +43,6 @@ LIMITS = {  # name in the result -> (at most or at least, limit)
     "first_batch_after_resume_s": ("<=", 2.0),
     "psnr_db": (">=", 55.0),
 }
-SIZE = (224, 224)
 _PIECE = 20  # images of one turn
 
 
@@ -140,10 +139,10 @@ def bench_data(rounds: int, num_images: int = 200) -> dict[str, Any]:
         index = load_split(folder, "train")
         result = (
             _measure_decoding(images, 4 * rounds)
-            | measure_reading(index, SIZE, few)
-            | measure_transfer(SIZE, few)
-            | measure_loaders(folder, index, SIZE, max(3, rounds // 3))
-            | measure_resume(folder, index, SIZE)
+            | measure_reading(index, few)
+            | measure_transfer(few)
+            | measure_loaders(folder, index, max(3, rounds // 3))
+            | measure_resume(folder, index)
         )
     torch.set_num_threads(threads)
     return {

@@ -6,8 +6,8 @@ from pathlib import Path
 from launch.chaos.faults import run_faults
 from launch.chaos.kills import run_kills, run_undisturbed
 from launch.chaos.report import all_well, to_markdown
-from launch.markdown import write_result
 from toolkit.command import command_parser, spelled
+from toolkit.files import write_result
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -139,23 +139,24 @@ def measure_scaling(file: Path, ranks: list[int], flags: list[str], runs: Path, 
     if settings.mixed_precision != "no" or settings.mixes or settings.grad_accum_steps > 1 or settings.clip_grad:
         raise ValueError("the bare loop has no --amp, mixup, accumulation or clipping to compare with; leave them out")
     flags = _without_batch(flags)
-    bar = Progress(2 * len(ranks) - 1 + len(ranks) + 2 * len(ENGINE_FILES), "runs", "scaling")
     rows: list[dict[str, Any]] = []
     loops = []
-    for count in ranks:
-        for kind, size in (("strong", batch), ("weak", batch // most * count)):
-            if kind == "weak" and count == most:  # the same run
-                rows.append({**rows[-1], "kind": "weak"})
-                continue
-            rows.append(_train(file, count, flags, size, runs, kind))
-            bar.advance(1, f"{kind} at {count}")
-    for count in ranks:
-        loops.append(
-            _probe(file, count, "loop", [*flags, "--global-batch-size", str(batch // most * count)], runs, _KEEP_MEMORY)
-        )
-        bar.advance(1, f"loop at {count}")
-    counts = _count(count_model, flags, runs, bar)
-    bar.close()
+    with Progress(3 * len(ranks) - 1 + 2 * len(ENGINE_FILES), "runs", "scaling") as bar:
+        for count in ranks:
+            for kind, size in (("strong", batch), ("weak", batch // most * count)):
+                if kind == "weak" and count == most:  # the same run
+                    rows.append({**rows[-1], "kind": "weak"})
+                    continue
+                rows.append(_train(file, count, flags, size, runs, kind))
+                bar.advance(1, f"{kind} at {count}")
+        for count in ranks:
+            loops.append(
+                _probe(
+                    file, count, "loop", [*flags, "--global-batch-size", str(batch // most * count)], runs, _KEEP_MEMORY
+                )
+            )
+            bar.advance(1, f"loop at {count}")
+        counts = _count(count_model, flags, runs, bar)
     return {"schema": "scaling/1", "model": settings.model, "rows": rows, "loops": loops, "collectives": counts}
 
 
