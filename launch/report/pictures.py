@@ -52,7 +52,7 @@ def _pictures(groups: Groups) -> dict[str, _Picture]:
     every = [run for members in groups.values() for run in members]
     where = (
         "tensor-byte ledger, one rank"
-        if (every[0].metrics["device_type"] != "cpu")
+        if every[0].metrics["device_type"] != "cpu"
         else "NO GPU: tensor-byte ledger of one CPU rank"
     )
     levels, few = len(by_level(groups)), _few(groups)

@@ -98,14 +98,8 @@ def _probe(
             raise ValueError(f"{kept} was measured with other flags; remove {runs} or give another --runs")
         return before["found"]
     shutil.rmtree(runs / "probes" / name, ignore_errors=True)  # of a probe that was stopped
-    program = [
-        "-m",
-        "launch.scaling.rank",
-        what,
-        str(result),
-        *flags,
-        *["--output", str(runs / "probes"), "--experiment", name],
-    ]
+    place = ["--output", str(runs / "probes"), "--experiment", name]
+    program = ["-m", "launch.scaling.rank", what, str(result), *flags, *place]
     _launch(file, ranks, program, runs / f"{name}.log", **variables)
     found = read_json(result)
     write_json(kept, {"flags": flags, "found": found})
