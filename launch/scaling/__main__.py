@@ -10,7 +10,7 @@ from pathlib import Path
 
 from launch.scaling.measure import measure_scaling
 from launch.scaling.report import draw, model_to_markdown, to_markdown
-from toolkit.command import command_parser, spelled
+from toolkit.command import command_parser, one_line_errors, spelled
 from toolkit.files import write_atomically, write_json
 
 
@@ -31,9 +31,9 @@ def main(argv: list[str] | None = None) -> int:
     own = arguments[: arguments.index("--")] if "--" in arguments else arguments
     options = parser.parse_args(own)
     flags = arguments[len(own) + 1 :]
-    result = measure_scaling(
-        options.config_file.resolve(), sorted(options.ranks), flags, options.runs.resolve(), options.count_model
-    )
+    file, runs = options.config_file.resolve(), options.runs.resolve()
+    with one_line_errors(parser):
+        result = measure_scaling(file, sorted(options.ranks), flags, runs, options.count_model)
     command = spelled("launch.scaling", argv)
     write_json(options.out / "scaling.json", result)
     write_atomically(options.out / "report.md", to_markdown(result, command))

@@ -89,7 +89,7 @@ def formulas(engine: str, facts: Traffic, ranks: int) -> dict[str, int]:
     slices = sum(_FLOAT_BYTES * math.ceil(size / (2 * ranks)) * 2 for size in facts.groups)
     share = sum(_FLOAT_BYTES * math.ceil(math.prod(shape) / ranks) for shape in facts.shapes)
     rows = {  # in the order of WHAT
-        "ddp": (facts.weights_bytes, 0, (facts.float_buffer_bytes + facts.int_buffer_bytes), 8, 16),
+        "ddp": (facts.weights_bytes, 0, facts.float_buffer_bytes + facts.int_buffer_bytes, 8, 16),
         "fsdp2": (all_rows, (2 * all_rows - kept) // ranks, 0, 8, selection + 3 * scores),
         "zero1": (facts.weights_bytes, slices, 0, 8 + 8, selection + scores + 16),
         "zero2": (facts.weights_bytes, slices, 0, 8 + 8, selection + scores + 16),
