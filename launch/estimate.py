@@ -5,7 +5,6 @@ its memory is predicted. Nothing is written but a temporary folder. Steps are ti
 with --jobs each cell has its share of them, which on CPU comes out much the same in all.
 """
 
-import argparse
 import json
 import statistics
 import sys
@@ -14,16 +13,12 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from launch.matrix.cells import Cell, add_selection, selected
-from toolkit.command import one_line_errors
+from launch.matrix.cells import SELECTION, Cell, selected
+from toolkit.command import command_parser, one_line_errors
 from toolkit.markdown import mib
 from toolkit.progress import duration, tracked
 
 _WARM_UP, _TIMED = 2, 5
-
-
-def _kind(cell: Cell) -> str:
-    return cell.name.rpartition("_seed")[0]
 
 
 def _probe(cell: Cell) -> dict[str, Any]:
@@ -68,7 +63,7 @@ def estimate(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     """One entry a kind of cell: its runs, and what one of them takes."""
     kinds: dict[str, list[Cell]] = {}
     for cell in cells:
-        kinds.setdefault(_kind(cell), []).append(cell)
+        kinds.setdefault(cell.name.rpartition("_seed")[0], []).append(cell)
     return [
         {"kind": name, "runs": len(kinds[name]), **_probe(kinds[name][0])}
         for name in tracked(list(kinds), "kinds", "estimate")
@@ -77,9 +72,14 @@ def estimate(cells: Sequence[Cell]) -> list[dict[str, Any]]:
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the flags, probe, print a table."""
-    parser = argparse.ArgumentParser(prog="python -m launch.estimate", description=__doc__)
-    add_selection(parser)
-    parser.add_argument("--json", action="store_true", help="one JSON object on one line on stdout")
+    parser = command_parser(
+        "launch.estimate",
+        __doc__,
+        {
+            **SELECTION,
+            "--json": {"action": "store_true", "help": "one JSON object on one line on stdout"},
+        },
+    )
     options = parser.parse_args(argv)
     with one_line_errors(parser):
         found = estimate(selected(options)[1])

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from toolkit.command import one_line_errors
+from toolkit.command import command_parser, one_line_errors
 from toolkit.engine.checkpoint import best_checkpoint, complete_checkpoints, load_checkpoint, newest_checkpoint
 from toolkit.files import replacing
 from toolkit.markdown import mib
@@ -113,13 +113,18 @@ def export(run: Path, out: Path, *, packed: bool, which: str, ema: bool | None) 
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the flags and export."""
-    parser = argparse.ArgumentParser(prog="python -m launch.export", description=__doc__)
-    parser.add_argument("run", type=Path, help="run folder, or one of its checkpoints")
-    parser.add_argument("--out", type=Path, required=True, help="file to write, for example model.safetensors")
-    parser.add_argument("--packed", action="store_true", help="bit masks and survivors instead of zeros")
-    parser.add_argument("--which", choices=("last", "best"), default="last", help="default %(default)s")
-    parser.add_argument("--model-ema", action=argparse.BooleanOptionalAction, help="the average; the default if kept")
-    parser.add_argument("--json", action="store_true", help="one JSON object on one line on stdout")
+    parser = command_parser(
+        "launch.export",
+        __doc__,
+        {
+            "run": {"type": Path, "help": "run folder, or one of its checkpoints"},
+            "--out": {"type": Path, "required": True, "help": "file to write, for example model.safetensors"},
+            "--packed": {"action": "store_true", "help": "bit masks and survivors instead of zeros"},
+            "--which": {"choices": ("last", "best"), "default": "last", "help": "default %(default)s"},
+            "--model-ema": {"action": argparse.BooleanOptionalAction, "help": "the average; the default if kept"},
+            "--json": {"action": "store_true", "help": "one JSON object on one line on stdout"},
+        },
+    )
     options = parser.parse_args(argv)
     with one_line_errors(parser):
         done = export(options.run, options.out, packed=options.packed, which=options.which, ema=options.model_ema)

@@ -5,9 +5,9 @@ pruning beside the prediction, and a short training comparison on images made on
 each part, so it may be stopped at any time. Without a GPU it says so and exits 2.
 """
 
-import argparse
 import gc
 import importlib.util
+import itertools
 import json
 import subprocess
 import sys
@@ -19,39 +19,50 @@ from typing import Any
 import timm
 import torch
 from timm.optim import create_optimizer_v2
+from torch import Tensor
 from torch.nn.functional import cross_entropy, interpolate
 
 from launch.bench.optim import to_markdown as optim_to_markdown
-from launch.markdown import write_result
 from toolkit.builder.predict import Prediction
-from toolkit.command import say, spelled
+from toolkit.command import command_parser, say, spelled
 from toolkit.config import Config
-from toolkit.markdown import mib, table
+from toolkit.files import write_result
+from toolkit.markdown import mib, page, table
 from toolkit.memory.allocator import read_device, reset_peaks
-from toolkit.optim.registry import find_spec, specs
+from toolkit.optim.registry import specs
 
 # Dense, pruned by state, then with the pruning that the study gave them. Not twice the same: momentum is SGD's ledger,
 # adamw-state is adamwprune.
 MEMORY_ROWS = tuple(spec.name for spec in specs() if spec.base != "momentum" and spec.name != "adamw-state")
 TRAINED = ("sgd", "adamw", "adamw-magnitude", "sgd-magnitude", "adamwprune", "sgdprune")
+_SPARSITY = 0.7
 _OPTIONAL = ("pytest", "hypothesis", "webdataset", "sklearn", "matplotlib", "torchao", "deepspeed")
 
 
+def _prunes(name: str) -> bool:
+    return any(spec.name == name and spec.method != "none" for spec in specs())
+
+
 def _optimizer(model: torch.nn.Module, name: str, begin_step: int, end_step: int, lr: float = 1e-3) -> Any:
-    spec = find_spec(name)
-    assert spec is not None, name
-    pruning: dict[str, Any] = {}
-    if spec.method != "none":
-        pruning = {"sparsity": 0.7, "begin_step": begin_step, "end_step": end_step, "frequency": 1}
-    return create_optimizer_v2(model, name, lr=lr, weight_decay=1e-4, **pruning)
+    pruning: dict[str, Any] = {"sparsity": _SPARSITY, "begin_step": begin_step, "end_step": end_step, "frequency": 1}
+    return create_optimizer_v2(model, name, lr=lr, weight_decay=1e-4, **(pruning if _prunes(name) else {}))
+
+
+def _step(model: torch.nn.Module, optimizer: Any, images: Tensor, labels: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Train on a batch, in autocast to `dtype` if there is one; the loss."""
+    with torch.autocast(images.device.type, dtype=dtype, enabled=dtype is not None):
+        loss = cross_entropy(model(images), labels)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss
 
 
 def measure_memory(
     model_name: str, opt: str, batch_size: int, amp: str | None, size: int, device: torch.device
 ) -> dict[str, Any]:
     """Allocator's peak of a step, dense and at 70 %, beside the prediction; None without an allocator (on CPU)."""
-    spec = find_spec(opt)
-    sparsity = None if spec is None or spec.method == "none" else 0.7
+    sparsity = _SPARSITY if _prunes(opt) else None
     prediction = Prediction(Config(model=model_name, opt=opt, sparsity=sparsity, amp=amp, img_size=size))
     row: dict[str, Any] = {
         "model": model_name,
@@ -66,27 +77,21 @@ def measure_memory(
     model = timm.create_model(model_name, num_classes=1000).to(device).train()
     dtype = {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
     dense_steps, end = 4, 7
+    measured = {dense_steps: "dense", end + 3: "final"}
     optimizer = _optimizer(model, opt, dense_steps, end)
     try:
         for step in range(1, end + 4):
-            if step in (dense_steps, end + 3):
+            if step in measured:
                 reset_peaks(device)
             images = torch.randn(batch_size, 3, size, size, device=device)
-            labels = torch.zeros(batch_size, dtype=torch.int64, device=device)
-            with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-                loss = cross_entropy(model(images), labels)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            _step(model, optimizer, images, torch.zeros(batch_size, dtype=torch.int64, device=device), dtype)
             reading = read_device(device)
             if step == end and reading["reserved_bytes"] is not None:  # the last mask update is done
                 torch.cuda.empty_cache()
                 row["cache_released_bytes"] = reading["reserved_bytes"] - torch.cuda.memory_reserved(device)
-            if step == dense_steps:
-                row["measured_bytes"]["dense"] = reading["allocated_peak_bytes"]
-            if step == end + 3:
-                row["measured_bytes"]["final"] = reading["allocated_peak_bytes"]
-                row["reserved_peak_bytes"] = reading["reserved_peak_bytes"]
+            if step in measured:
+                row["measured_bytes"][measured[step]] = reading["allocated_peak_bytes"]
+        row["reserved_peak_bytes"] = reading["reserved_peak_bytes"]
     except torch.OutOfMemoryError as error:
         row["error"] = str(error).splitlines()[0]
     row["predicted_ledger"] = prediction.ledgers(batch_size)
@@ -101,11 +106,9 @@ def _images(count: int, size: int, classes: int, seed: int, device: torch.device
     patterns = interpolate(coarse, size=(size, size), mode="bicubic")
     labels = torch.randint(0, classes, (count,), device=device, generator=generator)
     shift = torch.randint(0, size, (count, 2), device=device, generator=generator)
-    rows = (torch.arange(size, device=device)[None] + shift[:, :1]) % size
-    columns = (torch.arange(size, device=device)[None] + shift[:, 1:]) % size
-    images = patterns[labels]
-    images = images.gather(2, rows[:, None, :, None].expand_as(images))
-    images = images.gather(3, columns[:, None, None, :].expand_as(images))
+    rows, columns = ((torch.arange(size, device=device) + first) % size for first in shift[:, :, None].unbind(1))
+    channels = torch.arange(3, device=device)[:, None, None]
+    images = patterns[labels[:, None, None, None], channels, rows[:, None, :, None], columns[:, None, None, :]]
     return images + 2.0 * torch.randn(images.shape, device=device, generator=generator), labels
 
 
@@ -132,11 +135,7 @@ def compare_training(
     begin = time.perf_counter()
     for _ in range(steps):
         batch = torch.randint(0, len(train_labels), (batch_size,), generator=order).to(device)
-        with torch.autocast(device.type, dtype=torch.bfloat16):
-            loss = cross_entropy(model(train_images[batch]), train_labels[batch])
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        loss = _step(model, optimizer, train_images[batch], train_labels[batch], torch.bfloat16)
         schedule.step()
     final_loss = float(loss)
     rate = steps * batch_size / (time.perf_counter() - begin)
@@ -189,7 +188,7 @@ def to_markdown(result: dict[str, Any]) -> str:
         title = "## Training on images drawn on the device (SYNTHETIC: they rank nothing but this task)"
         header = ["model", "optimizer", "seed", "steps", "top-1", "sparsity", "images/s"]
         lines += ["", title, "", *table(header, rows, text=(0, 1))]
-    return "\n".join(lines) + "\n"
+    return page(*lines)
 
 
 def _memory_cells(row: dict[str, Any]) -> list[object]:
@@ -218,28 +217,30 @@ def _parts(result: dict[str, Any], left_s: Callable[[], float], device: torch.de
     else:
         result["optim_error"] = done.stderr[-2000:]
     yield "bench optim"
-    for amp in (None, "bf16"):
-        for batch_size in (128, 256):
-            for opt in MEMORY_ROWS:
-                if left_s() < 0.35 * result["minutes"] * 60:
-                    break
-                result["memory"].append(measure_memory("resnet50", opt, batch_size, amp, 224, device))
-                gc.collect()
-                torch.cuda.empty_cache()
-                yield f"memory of {opt}, batch {batch_size}, {amp or 'float32'}"
-    for seed in (0, 1, 2):
-        for opt in TRAINED:
-            if left_s() < 20:
-                return
-            result["training"].append(compare_training("resnet50", opt, seed, 300, 256, 64, device))
-            yield f"training with {opt}, seed {seed}"
+    for amp, batch_size, opt in itertools.product((None, "bf16"), (128, 256), MEMORY_ROWS):
+        if left_s() < 0.35 * result["minutes"] * 60:
+            break
+        result["memory"].append(measure_memory("resnet50", opt, batch_size, amp, 224, device))
+        gc.collect()
+        torch.cuda.empty_cache()
+        yield f"memory of {opt}, batch {batch_size}, {amp or 'float32'}"
+    for seed, opt in itertools.product((0, 1, 2), TRAINED):
+        if left_s() < 20:
+            return
+        result["training"].append(compare_training("resnet50", opt, seed, 300, 256, 64, device))
+        yield f"training with {opt}, seed {seed}"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the flags and check."""
-    parser = argparse.ArgumentParser(prog="python -m launch.gpu_check", description=__doc__)
-    parser.add_argument("--minutes", type=float, default=9.0, help="time to use, about (default %(default)s)")
-    parser.add_argument("--out", type=Path, required=True, help="folder for gpu_check.json and gpu_check.md")
+    parser = command_parser(
+        "launch.gpu_check",
+        __doc__,
+        {
+            "--minutes": {"type": float, "default": 9.0, "help": "time to use, about (default %(default)s)"},
+            "--out": {"type": Path, "required": True, "help": "folder for gpu_check.json and gpu_check.md"},
+        },
+    )
     options = parser.parse_args(argv)
     if not torch.cuda.is_available():
         parser.exit(2, "launch.gpu_check: error: torch sees no GPU here; nothing was measured\n")

@@ -3,14 +3,13 @@
 Run it after a study or a bench was measured again; a test holds the README to what it writes.
 """
 
-import argparse
 import statistics
 import sys
 from collections.abc import Mapping
 from typing import Any
 
 from launch.start import ROOT
-from toolkit.command import one_line_errors
+from toolkit.command import command_parser, one_line_errors
 from toolkit.files import read_json, write_atomically
 from toolkit.markdown import table
 
@@ -89,7 +88,7 @@ def _notes(study: Mapping[str, Any], bench: Mapping[str, Any]) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     """Write the table."""
-    parser = argparse.ArgumentParser(prog="python -m launch.readme", description=__doc__)
+    parser = command_parser("launch.readme", __doc__, {})
     parser.parse_args(argv)
     path = ROOT / "README.md"
     with one_line_errors(parser):

@@ -10,8 +10,14 @@ ROOT = Path(__file__).parents[1]
 
 def accelerate_launch(config_file: str | Path, *program: str, ranks: int | None = None) -> list[str]:
     """A program under `accelerate launch`; `ranks` overrides the number in the launch file."""
-    number = [] if ranks is None else ["--num_processes", str(ranks)]
-    return ["accelerate", "launch", "--config_file", str(config_file), *number, *program]
+    return [
+        "accelerate",
+        "launch",
+        "--config_file",
+        str(config_file),
+        *([] if ranks is None else ["--num_processes", str(ranks)]),
+        *program,
+    ]
 
 
 def installed(command: Sequence[str]) -> list[str]:

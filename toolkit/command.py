@@ -1,12 +1,21 @@
-"""What every command does alike: errors in one line, words on stderr, and how it was called."""
+"""What every command does alike: flags, errors in one line, words on stderr, and how it was called."""
 
 import argparse
 import contextlib
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from toolkit.log import printable
+
+
+def command_parser(module: str, about: str | None, flags: Mapping[str, Mapping[str, Any]]) -> argparse.ArgumentParser:
+    """The parser of `python -m <module>`; `flags` has what argparse's `add_argument` takes, by its name."""
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=about)
+    for name, settings in flags.items():
+        parser.add_argument(name, **settings)
+    return parser
 
 
 @contextlib.contextmanager

@@ -160,6 +160,12 @@ def write_json(path: Path, content: Any, indent: int | None = None) -> None:
     write_atomically(path, json.dumps(content, indent=indent) + "\n")
 
 
+def write_result(folder: Path, name: str, result: dict[str, Any], text: str) -> None:
+    """Write a measured result as `<name>.json` for programs and `<name>.md` for people; the folder is made."""
+    write_json(folder / f"{name}.json", result, indent=1)
+    write_atomically(folder / f"{name}.md", text)
+
+
 def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
     """A table as CSV, its header first."""
     text = io.StringIO(newline="")

@@ -14,3 +14,8 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]], text: Collect
     """Lines of a Markdown table: the columns numbered in `text` stand left, the others are figures and stand right."""
     align = ["---" if column in text else "---:" for column in range(len(header))]
     return [f"| {' | '.join(map(str, row))} |" for row in (header, align, *rows)]
+
+
+def page(*lines: str) -> str:
+    """The lines as a file's text."""
+    return "\n".join(lines) + "\n"

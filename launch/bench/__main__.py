@@ -1,13 +1,12 @@
 """`python -m launch.bench`: what the toolkit's claims of speed and exactness rest on, measured here."""
 
-import argparse
 import importlib
 import json
 import sys
 from pathlib import Path
 
-from launch.markdown import write_result
-from toolkit.command import spelled
+from toolkit.command import command_parser, spelled
+from toolkit.files import write_result
 
 # What is measured, by a function bench_<what> of launch.bench.<what>, and the flags it is given.
 _NEEDS = {
@@ -20,14 +19,19 @@ _NEEDS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the flags and measure."""
-    parser = argparse.ArgumentParser(prog="python -m launch.bench", description=__doc__)
-    parser.add_argument("what", choices=tuple(_NEEDS), help="what to measure")
-    parser.add_argument("--model", default="resnet50", help="timm model whose shapes are used (default %(default)s)")
-    parser.add_argument("--rounds", type=int, default=15, help="of optim and data, default %(default)s")
-    parser.add_argument("--steps", type=int, default=200, help="of equivalence, default %(default)s")
-    parser.add_argument("--batch-size", type=int, default=8, help="of memory, default %(default)s")
-    parser.add_argument("--json", action="store_true", help="one JSON object on one line on stdout")
-    parser.add_argument("--out", type=Path, help="folder for the .json and .md files, for example results/bench")
+    parser = command_parser(
+        "launch.bench",
+        __doc__,
+        {
+            "what": {"choices": tuple(_NEEDS), "help": "what to measure"},
+            "--model": {"default": "resnet50", "help": "timm model whose shapes are used (default %(default)s)"},
+            "--rounds": {"type": int, "default": 15, "help": "of optim and data, default %(default)s"},
+            "--steps": {"type": int, "default": 200, "help": "of equivalence, default %(default)s"},
+            "--batch-size": {"type": int, "default": 8, "help": "of memory, default %(default)s"},
+            "--json": {"action": "store_true", "help": "one JSON object on one line on stdout"},
+            "--out": {"type": Path, "help": "folder for the .json and .md files, for example results/bench"},
+        },
+    )
     options = parser.parse_args(argv)
     bench = importlib.import_module(f"launch.bench.{options.what}")
     result = getattr(bench, f"bench_{options.what}")(*(getattr(options, name) for name in _NEEDS[options.what]))

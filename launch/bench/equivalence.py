@@ -5,15 +5,14 @@ the masks taken from the reference path, where only rounding may differ; once wi
 may be kept by one and pruned by the other only if its score lies at the threshold, which is counted.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from launch.bench.optim import only
+from launch.bench.optim import native_isas, only
 from launch.bench.timing import DEVICE, device_name, parameter_shapes
-from toolkit.kernels import compiled, native
-from toolkit.markdown import table
+from toolkit.markdown import page, table
 from toolkit.optim import AdamWPrune, SGDPrune
 from toolkit.progress import tracked
 from toolkit.prune.mask import flat_view
@@ -23,23 +22,13 @@ WEIGHT_LIMIT = 1e-5  # of each tensor's norm
 SCORE_LIMIT = 1e-6  # distance of a differing weight's score to the threshold, relative
 
 
-def _paths() -> Iterator[tuple[str, str, str | None]]:
-    """(name, implementation, instruction set) of what runs here at full size."""
-    if DEVICE == "cuda":
-        yield "triton", "triton", None
-    elif compiled.available():
-        for isa in native.ISAS[: native.ISAS.index(native.best_isa()) + 1]:
-            yield f"native {isa}", "native", isa
-
-
 class _Path:
     """One implementation in training on the recorded gradients, with masks of its own or the reference's."""
 
     def __init__(
-        self, kind: Any, shapes: Sequence[torch.Size], steps: int, path: tuple[str, str, str | None], own_masks: bool
+        self, kind: Any, shapes: Sequence[torch.Size], steps: int, implementation: str, isa: str | None, own_masks: bool
     ) -> None:
-        self.name, implementation, self.isa = path
-        self.own_masks = own_masks
+        self.name, self.isa, self.own_masks = f"{implementation} {isa or ''}".rstrip(), isa, own_masks
         self.differing = 0  # weights pruned here and not in the reference, or the other way round
         self.furthest = 0.0  # score of such a weight from the threshold when it became one
         self._pruned_here: dict[int, torch.Tensor] = {}  # which weights the reference keeps and this path does not
@@ -114,8 +103,11 @@ class _Path:
 
 
 def _compare(kind: Any, shapes: Sequence[torch.Size], steps: int) -> list[dict[str, Any]]:
-    reference = _Path(kind, shapes, steps, ("reference", "reference", None), own_masks=True)
-    paths = [_Path(kind, shapes, steps, path, own) for path in _paths() for own in (False, True)]
+    reference = _Path(kind, shapes, steps, "reference", None, own_masks=True)
+    # What runs here at full size.
+    full: list[tuple[str, str | None]] = [("triton", None)] if DEVICE == "cuda" else []
+    full += [("native", isa) for isa in native_isas()]
+    paths = [_Path(kind, shapes, steps, *which, own) for which in full for own in (False, True)]
     for step in tracked(range(1, steps + 1), "steps", kind.__name__):
         generator = torch.Generator().manual_seed(1_000 + step)
         gradients = [(torch.randn(shape, generator=generator) * 0.01).to(DEVICE) for shape in shapes]
@@ -159,7 +151,7 @@ def to_markdown(result: dict[str, Any], command: str) -> str:
         for row in paths
     ]
     header = ["optimizer", "implementation", "masks", "distance of weights", "pruned differently"]
-    lines = [
+    return page(
         f"# Every implementation against the reference: {result['model']}'s shapes, {result['steps']} steps",
         "",
         f"{result['device']}, torch {result['torch']}; {result['prunable_weights']:,} prunable weights, to "
@@ -171,5 +163,4 @@ def to_markdown(result: dict[str, Any], command: str) -> str:
         f"relative (bar: ≤ {result['score_limit']:.0e}).",
         "",
         *table([*header, "distance of scores"], rows, text=(0, 1, 2)),
-    ]
-    return "\n".join(lines) + "\n"
+    )

@@ -23,14 +23,14 @@ from toolkit.data.decode import TrainTransform
 from toolkit.data.index import ShardIndex
 from toolkit.data.loader import TrainLoader, _Reader
 
-Size = tuple[int, int]
+SIZE = (224, 224)
 _WORKERS = 2
 _BATCH = 50
 
 
-def measure_reading(index: ShardIndex, size: Size, rounds: int) -> dict[str, float]:
+def measure_reading(index: ShardIndex, rounds: int) -> dict[str, float]:
     """CPU ms to read one image's bytes at a random place."""
-    reader = _Reader(index, lambda image, rng: image, size, 0, None)  # type: ignore[arg-type,return-value]
+    reader = _Reader(index, lambda image, rng: image, SIZE, 0, None)  # type: ignore[arg-type,return-value]
     order = np.random.default_rng(0).integers(0, len(index), 200).tolist()
     figures = []
     for _ in range(rounds):
@@ -44,24 +44,22 @@ def measure_reading(index: ShardIndex, size: Size, rounds: int) -> dict[str, flo
 def _cpu_s() -> float:
     """CPU seconds of this process, of its living children, and of those that have ended."""
     ended = resource.getrusage(resource.RUSAGE_CHILDREN)
-    total = time.process_time() + ended.ru_utime + ended.ru_stime
-    for child in multiprocessing.active_children():
-        fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
-        total += (int(fields[11]) + int(fields[12])) / 100  # clock ticks; 100 a second on Linux
-    return total
+    stats = (Path(f"/proc/{child.pid}/stat").read_text() for child in multiprocessing.active_children())
+    ticks = (sum(map(int, stat.rpartition(")")[2].split()[11:13])) for stat in stats)
+    return time.process_time() + ended.ru_utime + ended.ru_stime + sum(ticks) / 100  # 100 a second on Linux
 
 
 class _Ready(Dataset[Tensor]):
     """The same ready batch of 64 images, again and again."""
 
-    def __init__(self, size: Size, dtype: torch.dtype, steps: int) -> None:
-        self._size, self._dtype, self._steps = size, dtype, steps
+    def __init__(self, dtype: torch.dtype, steps: int) -> None:
+        self._dtype, self._steps = dtype, steps
 
     def __len__(self) -> int:
         return self._steps
 
     def __getitem__(self, number: int) -> Tensor:
-        return torch.zeros(64, *self._size, 3, dtype=self._dtype).permute(0, 3, 1, 2)
+        return torch.zeros(64, *SIZE, 3, dtype=self._dtype).permute(0, 3, 1, 2)
 
 
 def _cpu_ms(batches: Callable[[int], Iterator[Tensor]], epoch: int) -> float:
@@ -79,11 +77,11 @@ def _after_the_first(ways: dict[str, Callable[[int], Iterator[Tensor]]], rounds:
     return {name: taken[1:] for name, taken in times.items()}
 
 
-def measure_transfer(size: Size, rounds: int) -> dict[str, float]:
+def measure_transfer(rounds: int) -> dict[str, float]:
     """CPU ms an image for a batch to come from a worker: uint8, as ours do, and float32."""
 
     def batches_of(dtype: torch.dtype) -> Callable[[int], Iterator[Tensor]]:
-        loader = DataLoader(_Ready(size, dtype, 24), batch_size=None, num_workers=_WORKERS, persistent_workers=True)
+        loader = DataLoader(_Ready(dtype, 24), batch_size=None, num_workers=_WORKERS, persistent_workers=True)
         return lambda epoch: iter(loader)
 
     ways = {"uint8": batches_of(torch.uint8), "float32": batches_of(torch.float32)}
@@ -95,11 +93,11 @@ def measure_transfer(size: Size, rounds: int) -> dict[str, float]:
     }
 
 
-def _our_loader(index: ShardIndex, transform: TrainTransform, size: Size) -> TrainLoader:
+def _our_loader(index: ShardIndex, transform: TrainTransform) -> TrainLoader:
     return TrainLoader(
         index,
         transform,
-        size,
+        SIZE,
         seed=0,
         batch_size=_BATCH,
         accumulation=1,
@@ -109,11 +107,11 @@ def _our_loader(index: ShardIndex, transform: TrainTransform, size: Size) -> Tra
     )
 
 
-def _timms_loader(folder: Path, size: Size) -> Any:
+def _timms_loader(folder: Path) -> Any:
     data = create_dataset("wds/", root=str(folder), split="train", is_training=True, batch_size=_BATCH)
     return create_loader(
         data,
-        (3, *size),
+        (3, *SIZE),
         _BATCH,
         is_training=True,
         use_prefetcher=True,
@@ -126,10 +124,10 @@ def _timms_loader(folder: Path, size: Size) -> Any:
     )
 
 
-def measure_loaders(folder: Path, index: ShardIndex, size: Size, rounds: int) -> dict[str, Any]:
+def measure_loaders(folder: Path, index: ShardIndex, rounds: int) -> dict[str, Any]:
     """Whole loaders of two workers on the same shards: ours and timm's, as shipped and with normalised floats."""
-    ours = _our_loader(index, TrainTransform(size, interpolation="bilinear"), size)
-    theirs = _timms_loader(folder, size)
+    ours = _our_loader(index, TrainTransform(SIZE, interpolation="bilinear"))
+    theirs = _timms_loader(folder)
     statistics_of_imagenet = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
     normalise = to_inputs(statistics_of_imagenet, torch.nn.Linear(1, 1), channels_last=False)
     worker_mib = 0.0
@@ -146,8 +144,8 @@ def measure_loaders(folder: Path, index: ShardIndex, size: Size, rounds: int) ->
         "timm (normalises)": lambda epoch: (images for images, _ in theirs),
     }
     times = _after_the_first(ways, rounds, "loaders")
-    bare = "import torch, os; print(open(f'/proc/{os.getpid()}/status').read())"
-    status = subprocess.run([sys.executable, "-c", bare], capture_output=True, text=True, check=True).stdout
+    bare = [sys.executable, "-c", "import torch; print(open('/proc/self/status').read())"]
+    status = subprocess.run(bare, capture_output=True, text=True, check=True).stdout
     return {
         "loader_ms": {name: statistics.median(values) for name, values in times.items()},
         "loader_ratio_to_timm": 1 / median_ratio(times, "ours", "timm (normalises)"),
@@ -157,11 +155,10 @@ def measure_loaders(folder: Path, index: ShardIndex, size: Size, rounds: int) ->
 
 
 def _rss_mib(status: str) -> float:
-    line = next(line for line in status.splitlines() if line.startswith("VmRSS"))
-    return int(line.split()[1]) / 1024
+    return int(status.partition("VmRSS:")[2].split()[0]) / 1024
 
 
-def measure_resume(folder: Path, index: ShardIndex, size: Size) -> dict[str, float]:
+def measure_resume(folder: Path, index: ShardIndex) -> dict[str, float]:
     """Seconds to the first batch at 90 % of an epoch of ImageNet's length, beyond those of a small set."""
     count, shards = 1_281_167, 1_024
     rows = np.arange(count) % int((index.shard == 0).sum())  # every shard is the same file
@@ -177,7 +174,7 @@ def measure_resume(folder: Path, index: ShardIndex, size: Size) -> dict[str, flo
     )
 
     def first_batch_s(used: ShardIndex, share: float) -> float:
-        loader = _our_loader(used, TrainTransform(size), size)
+        loader = _our_loader(used, TrainTransform(SIZE))
         begin = time.perf_counter()
         next(loader.epoch(3, int(loader.steps * share)))
         return time.perf_counter() - begin

@@ -3,6 +3,8 @@
 Bytes of tensors are the same on any device, so this runs on CPU; what only a GPU's allocator has stays empty there.
 """
 
+import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +19,7 @@ import toolkit.optim  # noqa: F401  its names in timm's factory
 from toolkit.builder.recompute import checkpoint_activations
 from toolkit.command import say
 from toolkit.engine.engines.fused import FusedBackward
-from toolkit.markdown import mib, table
+from toolkit.markdown import mib, page, table
 from toolkit.memory.activations import StorageTracker
 from toolkit.memory.ledger import Owners, count_bytes, find_owners
 from toolkit.memory.probe import StepProbe
@@ -52,15 +54,18 @@ _SAVINGS: dict[str, tuple[_Case, _Case, tuple[str, ...]]] = {
 }
 
 
+@functools.cache
 def _probed(model_name: str, case: _Case, batch_size: int, size: int) -> dict[str, dict[str, int]]:
     """Rows at the peak of a step, and between steps."""
+    say(f"probing {case}")
     torch.manual_seed(0)
     model = timm.create_model(model_name).train()
     if case.checkpointing:
         checkpoint_activations(model, model_name)
-    pruning = {"sparsity": case.sparsity, "begin_step": 0, "end_step": 2, "frequency": 1} if case.sparsity else {}
-    more = {"state_dtype": case.state_dtype} if case.state_dtype else {}
-    optimizer = create_optimizer_v2(model, case.opt, lr=1e-3, weight_decay=1e-2, **pruning, **more)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"state_dtype": case.state_dtype} if case.state_dtype else {}
+    if case.sparsity:
+        options |= {"sparsity": case.sparsity, "begin_step": 0, "end_step": 2, "frequency": 1}
+    optimizer = create_optimizer_v2(model, case.opt, lr=1e-3, weight_decay=1e-2, **options)
     fused = FusedBackward(optimizer) if case.fused else None
     forward: nn.Module = model
     if case.ddp:
@@ -82,12 +87,11 @@ def _probed(model_name: str, case: _Case, batch_size: int, size: int) -> dict[st
         return find_owners(model, optimizer.state, in_buckets=case.ddp == "view")
 
     tracker = _train_until_buckets_stand(step, owners)
-    probe = StepProbe(owners)
-    with probe:
+    with StepProbe(owners) as probe:
         step(_STEPS, probe)
     between = count_bytes(owners())
     if case.ddp == "copy":  # what the second step made that is still there and nobody owns
-        owned = {id(tracker.of(tensor)) for tensors in owners().values() for tensor in tensors}
+        owned = {id(tracker.of(tensor)) for tensor in itertools.chain(*owners().values())}
         left = [one for one in tracker.lifetimes if one.died is None and id(one) not in owned]
         between["ddp_buckets"] = sum(one.size_bytes for one in left)
         probe.rows["ddp_buckets"] = between["ddp_buckets"]  # made before the probed step, out of its sight
@@ -101,9 +105,8 @@ def _train_until_buckets_stand(step: Callable[[int], None], owners: Callable[[],
     """The steps before the probed one; what the tracker saw of the second, in which DDP makes its buckets anew."""
     tracker = StorageTracker()
     step(1)
-    for tensors in owners().values():
-        for tensor in tensors:
-            tracker.stands(tensor)
+    for tensor in itertools.chain(*owners().values()):
+        tracker.stands(tensor)
     with tracker:
         step(2)
     for number in range(3, _STEPS):
@@ -115,14 +118,15 @@ def bench_memory(model_name: str, batch_size: int, size: int = 224) -> dict[str,
     """Probe every case once. Byte counts do not vary, so there are no rounds."""
     if not dist.is_initialized():  # one rank has the buckets that many have
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    measured: dict[_Case, dict[str, dict[str, int]]] = {}
-    savings = []
-    for name, (before, after, rows) in _SAVINGS.items():
-        for case in (before, after):
-            if case not in measured:
-                say(f"probing {case}")
-                measured[case] = _probed(model_name, case, batch_size, size)
-        savings.append({"saving": name, "rows": list(rows), "before": measured[before], "after": measured[after]})
+    savings = [
+        {
+            "saving": name,
+            "rows": list(rows),
+            "before": _probed(model_name, before, batch_size, size),
+            "after": _probed(model_name, after, batch_size, size),
+        }
+        for name, (before, after, rows) in _SAVINGS.items()
+    ]
     dist.destroy_process_group()
     return {
         "schema": "bench-memory/1",
@@ -155,4 +159,4 @@ def to_markdown(result: dict[str, Any], command: str) -> str:
         rows = [[one["saving"], ", ".join(one["rows"]), *_cells(one, where)] for one in result["savings"]]
         rows.append(["cache released after the last mask update", "allocator cache", *[""] * 4])
         lines += ["", f"## {title}, MiB", "", *table(header, rows, text=(0, 1))]
-    return "\n".join([*lines, "", "The last line needs a GPU's allocator and stays empty here."]) + "\n"
+    return page(*lines, "", "The last line needs a GPU's allocator and stays empty here.")

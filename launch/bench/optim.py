@@ -10,7 +10,6 @@ import importlib.util
 import statistics
 import unittest.mock
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from launch.bench.timing import DEVICE, device_name, in_turn, median_ratio, parameter_shapes, seconds, transient_bytes
 from toolkit.command import say
 from toolkit.kernels import compiled, native
-from toolkit.markdown import MIB, mib, table
+from toolkit.markdown import MIB, mib, page, table
 from toolkit.optim import AdamWPrune, SGDPrune
 from toolkit.prune.select import CHUNK, choose_lowest
 
@@ -29,20 +28,19 @@ ADAM_BARS = {"cpu": {0.1: 1.15, 0.3: 1.15, 0.5: 1.0, 0.7: 0.9, 0.9: 0.65}, "cuda
 SGD_BARS = {"cpu": {0.7: 1.0, 0.9: 0.8}, "cuda": {}}
 MASK_UPDATE_LIMIT = 30  # ordinary steps
 SELECTION_TRANSIENT_LIMIT_BYTES = 8 * MIB
+_NO_GPU = "**These are CPU figures. No GPU was at hand: the GPU column stays empty until one is.**"
+_HEADER = (
+    "optimizer",
+    "step ms",
+    "ratio to peer",
+    "bar",
+    "peer",
+    "state",
+    "state of norms, biases",
+    "transient MiB",
+    "GPU ratio",
+)
 _Maker = tuple[str, Callable[..., Any], str, float | None, str | None]  # name, constructor, peer, limit, instructions
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One row: how to step it, its state in bytes, the row it is compared with, and the bar on that ratio."""
-
-    name: str
-    step: Callable[[], Any]
-    prunable_bytes: int  # state of the prunable weights
-    other_bytes: int  # state of norms and biases
-    transient_bytes: int  # highest memory a step takes beyond what it leaves
-    peer: str = ""
-    limit: float | None = None
 
 
 def _gradients(shapes: Sequence[torch.Size]) -> list[Tensor]:
@@ -74,36 +72,44 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 def _bytes(optimizer: Any, parameters: Sequence[nn.Parameter]) -> int:
     """Bytes of all state of these parameters; a storage shared by several counts once."""
-    found = {}
-    for parameter in parameters:
-        for value in optimizer.state.get(parameter, {}).values():
-            for tensor in _tensors(value):
-                whole = tensor.untyped_storage()  # of a counter, which is one of many in its storage, its own bytes
-                found[tensor.data_ptr()] = tensor.nbytes if tensor.ndim == 0 else whole.nbytes()
-    return sum(found.values())
+    states = (optimizer.state.get(parameter, {}) for parameter in parameters)
+    tensors = [tensor for state in states for value in state.values() for tensor in _tensors(value)]
+    # A counter is one of many in its storage: its own bytes.
+    sizes = {t.data_ptr(): t.nbytes if t.ndim == 0 else t.untyped_storage().nbytes() for t in tensors}
+    return sum(sizes.values())
 
 
-def _makers() -> Iterator[_Maker]:
-    """All rows."""
-    yield ADAM, partial(torch.optim.AdamW, fused=True), "", None, None
-    yield "torch AdamW foreach", partial(torch.optim.AdamW, foreach=True), ADAM, None, None
-    yield "torch AdamW loop", partial(torch.optim.AdamW, foreach=False), ADAM, None, None
-    yield SGD, partial(torch.optim.SGD, lr=0.1, momentum=0.9, fused=True), "", None, None
-    pruned: dict[str, Any] = {"end_step": 1, "frequency": 1}
-    for sparsity in (0.1, 0.3, 0.5, 0.7, 0.9):
-        make = partial(AdamWPrune, sparsity=sparsity, **pruned)
-        yield f"adamwprune {sparsity:.0%}", make, ADAM, ADAM_BARS[DEVICE].get(sparsity), None
-    for sparsity in (0.5, 0.7, 0.9):
-        make_sgd = partial(SGDPrune, lr=0.1, sparsity=sparsity, **pruned)
-        yield f"sgdprune {sparsity:.0%}", make_sgd, SGD, SGD_BARS[DEVICE].get(sparsity), None
-    if DEVICE == "cpu" and compiled.available():
-        for isa in native.ISAS[: native.ISAS.index(native.best_isa())]:
-            for sparsity in (0.7, 0.9):
-                make = partial(AdamWPrune, sparsity=sparsity, **pruned)
-                yield f"adamwprune {sparsity:.0%}, {isa} code", make, ADAM, None, isa
-    reference = partial(AdamWPrune, sparsity=0.7, **pruned, implementation="reference")
-    yield "adamwprune 70%, reference", reference, ADAM, None, None
-    yield from _others()
+def native_isas() -> tuple[str, ...]:
+    """The instruction sets that native code has here, the best last."""
+    runs = DEVICE == "cpu" and compiled.available()
+    return native.ISAS[: native.ISAS.index(native.best_isa()) + 1] if runs else ()
+
+
+def _makers() -> list[_Maker]:
+    adam = partial(AdamWPrune, end_step=1, frequency=1)
+    sgd = partial(SGDPrune, lr=0.1, end_step=1, frequency=1)
+    adam_bars, sgd_bars = ADAM_BARS[DEVICE], SGD_BARS[DEVICE]
+    return [
+        (ADAM, partial(torch.optim.AdamW, fused=True), "", None, None),
+        ("torch AdamW foreach", partial(torch.optim.AdamW, foreach=True), ADAM, None, None),
+        ("torch AdamW loop", partial(torch.optim.AdamW, foreach=False), ADAM, None, None),
+        (SGD, partial(torch.optim.SGD, lr=0.1, momentum=0.9, fused=True), "", None, None),
+        *(
+            (f"adamwprune {sparsity:.0%}", partial(adam, sparsity=sparsity), ADAM, adam_bars.get(sparsity), None)
+            for sparsity in (0.1, 0.3, 0.5, 0.7, 0.9)
+        ),
+        *(
+            (f"sgdprune {sparsity:.0%}", partial(sgd, sparsity=sparsity), SGD, sgd_bars.get(sparsity), None)
+            for sparsity in (0.5, 0.7, 0.9)
+        ),
+        *(
+            (f"adamwprune {sparsity:.0%}, {isa} code", partial(adam, sparsity=sparsity), ADAM, None, isa)
+            for isa in native_isas()[:-1]
+            for sparsity in (0.7, 0.9)
+        ),
+        ("adamwprune 70%, reference", partial(adam, sparsity=0.7, implementation="reference"), ADAM, None, None),
+        *_others(),
+    ]
 
 
 def _others() -> Iterator[_Maker]:
@@ -119,11 +125,14 @@ def _others() -> Iterator[_Maker]:
         yield "DeepSpeed CPU Adam", partial(DeepSpeedCPUAdam, adamw_mode=True), ADAM, None, None
 
 
-def candidates(shapes: Sequence[torch.Size]) -> list[Candidate]:
-    """The rows, each with parameters of these shapes; one that fails is left out and it is said."""
+def candidates(shapes: Sequence[torch.Size], count: int) -> list[tuple[Callable[[], Any], dict[str, Any]]]:
+    """(how to step it, its row without the times) of each maker, with parameters of these shapes.
+
+    `count` is the number of prunable weights. One that fails is left out and it is said.
+    """
     torch.manual_seed(0)
     gradients = _gradients(shapes)
-    rows = []
+    found = []
     for name, make, peer, limit, isa in _makers():
         say(f"preparing {name}")
         parameters = _parameters(gradients)
@@ -136,18 +145,19 @@ def candidates(shapes: Sequence[torch.Size]) -> list[Candidate]:
                 raise
             say(f"{name} is left out: {type(error).__name__}: {str(error).splitlines()[0]}")
             continue
-        rows.append(
-            Candidate(
-                name,
-                only(isa)(optimizer.step) if isa else optimizer.step,
-                _bytes(optimizer, [p for p in parameters if p.ndim > 1]),
-                _bytes(optimizer, [p for p in parameters if p.ndim <= 1]),
-                transient_bytes(optimizer.step),
-                peer,
-                limit,
-            )
-        )
-    return rows
+        row = {
+            "name": name,
+            "step_ms": None,
+            "peer": peer or None,
+            "ratio_to_peer": None,
+            "limit": limit,
+            "met": None,
+            "state_bytes_per_prunable_weight": _bytes(optimizer, [p for p in parameters if p.ndim > 1]) / count,
+            "other_state_bytes_per_prunable_weight": _bytes(optimizer, [p for p in parameters if p.ndim <= 1]) / count,
+            "transient_bytes": transient_bytes(optimizer.step),  # beyond what the step leaves
+        }
+        found.append((only(isa)(optimizer.step) if isa else optimizer.step, row))
+    return found
 
 
 def time_mask_update(shapes: Sequence[torch.Size], rounds: int) -> dict[str, float]:
@@ -157,11 +167,9 @@ def time_mask_update(shapes: Sequence[torch.Size], rounds: int) -> dict[str, flo
     """
     parameters = _parameters(_gradients(shapes))
     make = partial(AdamWPrune, parameters, sparsity=0.7, end_step=1000, frequency=2)
-    optimizer = make()
-    steps = in_turn(
-        dict.fromkeys(("ordinary", "update"), lambda number: seconds(optimizer.step)), rounds, "mask updates"
-    )
-    steps = {name: taken[1:] for name, taken in steps.items()}
+    step = partial(_step_s, make().step)
+    taken = in_turn({"ordinary": step, "update": step}, rounds, "mask updates")
+    steps = {name: figures[1:] for name, figures in taken.items()}
     watched = make()  # its 4th step packs anew what the 2nd has packed
     step_transient = transient_bytes(watched.step, prepare=lambda: [watched.step() for _ in range(3)])
 
@@ -175,7 +183,7 @@ def time_mask_update(shapes: Sequence[torch.Size], rounds: int) -> dict[str, flo
         for _ in choose_lowest(sources, names, sizes, k, device=together.device):
             pass
 
-    ways = {"select": lambda number: seconds(select), "kthvalue": lambda number: seconds(lambda: together.kthvalue(k))}
+    ways = {"select": partial(_step_s, select), "kthvalue": partial(_step_s, partial(together.kthvalue, k))}
     choosing = in_turn(ways, 3, "selection")
     return {
         "ordinary_step_s": statistics.median(steps["ordinary"]),
@@ -195,11 +203,16 @@ def bench_optim(model: str, rounds: int) -> dict[str, Any]:
     """Everything `launch.bench optim` measures, as one JSON object."""
     shapes = parameter_shapes(model)
     count = sum(shape.numel() for shape in shapes if len(shape) > 1)
-    rows = candidates(shapes)
-    steps = {row.name: partial(_step_s, row) for row in rows}
-    times = in_turn(steps, rounds, "steps")
-    results = [_row(row, times, count) for row in rows]
-    del rows, steps
+    found = candidates(shapes, count)
+    steps = {row["name"]: partial(_step_s, step) for step, row in found}
+    times, rows = in_turn(steps, rounds, "steps"), [row for _, row in found]
+    del found, steps  # their weights and states, before the mask update is measured
+    for row in rows:
+        row["step_ms"] = 1e3 * statistics.median(times[row["name"]])
+        if row["peer"]:
+            row["ratio_to_peer"] = median_ratio(times, row["name"], row["peer"])
+        if row["limit"] is not None:
+            row["met"] = row["ratio_to_peer"] <= row["limit"]
     return {
         "schema": "bench-optim/2",
         "model": model,
@@ -209,54 +222,45 @@ def bench_optim(model: str, rounds: int) -> dict[str, Any]:
         "kind": DEVICE,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "rows": results,
+        "rows": rows,
         "mask_update": time_mask_update(shapes, rounds),
     }
 
 
-def _step_s(row: Candidate, number: int) -> float:
-    return seconds(row.step)
-
-
-def _row(row: Candidate, times: dict[str, list[float]], count: int) -> dict[str, Any]:
-    ratio = median_ratio(times, row.name, row.peer) if row.peer else None
-    return {
-        "name": row.name,
-        "step_ms": 1e3 * statistics.median(times[row.name]),
-        "peer": row.peer or None,
-        "ratio_to_peer": ratio,
-        "limit": row.limit,
-        "met": None if row.limit is None or ratio is None else ratio <= row.limit,
-        "state_bytes_per_prunable_weight": row.prunable_bytes / count,
-        "other_state_bytes_per_prunable_weight": row.other_bytes / count,
-        "transient_bytes": row.transient_bytes,
-    }
+def _step_s(step: Callable[[], Any], number: int) -> float:
+    return seconds(step)
 
 
 def to_markdown(result: dict[str, Any], command: str) -> str:
     """The table for results/bench/."""
-    no_gpu = "**These are CPU figures. No GPU was at hand: the GPU column stays empty until one is.**"
     rows = []
     for row in result["rows"]:
         ratio = "" if row["ratio_to_peer"] is None else f"{row['ratio_to_peer']:.2f}"
         bar = "" if row["limit"] is None else f"≤ {row['limit']:.2f} {'met' if row['met'] else '**missed**'}"
-        state = [f"{row[f'{whose}state_bytes_per_prunable_weight']:.3f}" for whose in ("", "other_")]
-        on_gpu = ratio if result["kind"] == "cuda" else ""
-        step = f"{row['step_ms']:.1f}"
-        rows.append([row["name"], step, ratio, bar, row["peer"] or "", *state, mib(row["transient_bytes"], 1), on_gpu])
-    header = ["optimizer", "step ms", "ratio to peer", "bar", "peer", "state", "state of norms, biases"]
+        rows.append(
+            [
+                row["name"],
+                f"{row['step_ms']:.1f}",
+                ratio,
+                bar,
+                row["peer"] or "",
+                *(f"{row[f'{whose}state_bytes_per_prunable_weight']:.3f}" for whose in ("", "other_")),
+                mib(row["transient_bytes"], 1),
+                ratio if result["kind"] == "cuda" else "",
+            ]
+        )
     mask = result["mask_update"]
-    lines = [
+    return page(
         f"# Optimizer step, {result['model']}: {result['prunable_weights']:,} prunable weights",
         "",
         f"{result['device']}, {result['threads']} threads, torch {result['torch']}; medians of {result['rounds']} "
         f"interleaved rounds in one process. Made by `{command}`.",
         "",
-        *([no_gpu, ""] if result["kind"] == "cpu" else []),
+        *([_NO_GPU, ""] if result["kind"] == "cpu" else []),
         "State is in bytes a prunable weight: of the prunable weights themselves, and of norms and biases. Transient: "
         "the highest memory an ordinary step takes beyond what it leaves.",
         "",
-        *table([*header, "transient MiB", "GPU ratio"], rows, text=(0, 4)),
+        *table(_HEADER, rows, text=(0, 4)),
         "",
         f"- A step that changes the masks takes {1e3 * mask['mask_update_step_s']:.0f} ms, "
         f"{mask['in_ordinary_steps']:.1f} ordinary steps (bar: ≤ {mask['in_ordinary_steps_limit']}); it takes "
@@ -265,5 +269,4 @@ def to_markdown(result: dict[str, Any], command: str) -> str:
         f"- The selection alone takes {1e3 * mask['selection_s']:.0f} ms (bar: that of `torch.kthvalue` on all scores "
         f"side by side, {1e3 * mask['kthvalue_s']:.0f} ms) and {mib(mask['selection_transient_bytes'], 1)} MiB "
         f"(bar: ≤ {mib(mask['selection_transient_limit_bytes'], 0)} MiB).",
-    ]
-    return "\n".join(lines) + "\n"
+    )

@@ -1,6 +1,7 @@
 """What the benches measure with: figures of one machine, taken in turn and compared within a round."""
 
 import gc
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -74,12 +75,6 @@ def transient_bytes(function: Callable[[], Any], prepare: Callable[[], Any] = la
         with torch.profiler.record_function("measured"):
             function()
     events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
-    now = before = peak = 0
-    begun = False
-    for event in events:
-        if event.name() == "measured":
-            begun, before, peak = True, now, now
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            peak = max(peak, now) if begun else 0
-    return peak - before
+    begin = [event.name() for event in events].index("measured")
+    changes = [event.nbytes() for event in events[begin:] if event.name() == "[memory]"]
+    return max(itertools.accumulate(changes, initial=0))

@@ -1,24 +1,28 @@
 """`python -m launch.chaos`: disturb real runs of two CPU ranks in every way we know; is anything lost?"""
 
-import argparse
 import sys
 from pathlib import Path
 
 from launch.chaos.faults import run_faults
 from launch.chaos.kills import run_kills, run_undisturbed
 from launch.chaos.report import all_well, to_markdown
-from launch.markdown import write_result
-from toolkit.command import spelled
+from toolkit.command import command_parser, spelled
+from toolkit.files import write_result
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the flags and disturb; returns 1 where something was lost."""
-    parser = argparse.ArgumentParser(prog="python -m launch.chaos", description=__doc__)
-    parser.add_argument("--data-dir", type=Path, default=Path("shards/data/digits"), help="default %(default)s")
-    parser.add_argument("--trials", type=int, default=20, help="kills, default %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments, default %(default)s")
-    parser.add_argument("--runs", type=Path, default=Path("runs/chaos"), help="default %(default)s")
-    parser.add_argument("--out", type=Path, help="folder for chaos.json and chaos.md, for example results")
+    parser = command_parser(
+        "launch.chaos",
+        __doc__,
+        {
+            "--data-dir": {"type": Path, "default": Path("shards/data/digits"), "help": "default %(default)s"},
+            "--trials": {"type": int, "default": 20, "help": "kills, default %(default)s"},
+            "--seed": {"type": int, "default": 0, "help": "of the moments, default %(default)s"},
+            "--runs": {"type": Path, "default": Path("runs/chaos"), "help": "default %(default)s"},
+            "--out": {"type": Path, "help": "folder for chaos.json and chaos.md, for example results"},
+        },
+    )
     options = parser.parse_args(argv)
     data, runs = options.data_dir.resolve(), options.runs.resolve()
     if runs.exists() and any(runs.iterdir()):

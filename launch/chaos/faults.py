@@ -18,11 +18,12 @@ from typing import Any
 from launch.chaos.trial import WAIT_S, State, Trial
 from toolkit.data.index import load_split
 from toolkit.engine.checkpoint import complete_checkpoints, damage_of
+from toolkit.files import read_json
 from toolkit.progress import Progress
 
 _PR_CAPBSET_DROP, _CAP_DAC_OVERRIDE = 24, 1
 
-Outcome = tuple[str, bool]
+Outcome = tuple[str, bool | None]
 
 
 class _NotTriedError(Exception):
@@ -40,21 +41,20 @@ def _corrupt_samples(trial: Trial) -> Outcome:
         path.write_bytes(bytes(content))
     trial.data = damaged
     status = trial.run(trial.command("--max-bad-images", "0.02"))
-    metrics = json.loads((trial.folder / "metrics.json").read_text()) if status == 0 else {}
+    metrics = read_json(trial.folder / "metrics.json") if status == 0 else {"completed": False}
     counted, epochs = metrics.get("bad_images", 0), metrics.get("epochs", 4)
-    fine = status == 0 and metrics["completed"] and 0 < counted <= len(chosen) * epochs
     return (
         f"{len(chosen)} of {len(index)} images damaged, --max-bad-images 0.02: trained to the end, counted {counted} "
         f"in {epochs} epochs, exit status {status}"
-    ), fine
+    ), metrics["completed"] and 0 < counted <= len(chosen) * epochs
 
 
 def _not_finite(trial: Trial) -> Outcome:
     status = trial.run(trial.command("--opt", "sgd", "--pruning", "none", "--lr", "1e30", "--checkpoint-interval", "1"))
     kept = complete_checkpoints(trial.folder / "checkpoints")
     sound = bool(kept) and all(damage_of(path) is None for path in kept)
-    fine = status != 0 and sound and trial.said("no rank made the update")
-    return f"stopped before the update, exit status {status}, {len(kept)} sound checkpoint(s) kept", fine
+    happened = f"stopped before the update, exit status {status}, {len(kept)} sound checkpoint(s) kept"
+    return happened, status != 0 and sound and trial.said("no rank made the update")
 
 
 def _two_runs(trial: Trial) -> Outcome:
@@ -125,25 +125,23 @@ def _disk_full(trial: Trial) -> Outcome:
     newest = complete_checkpoints(trial.out / "whole" / "checkpoints")
     one_kib = sum(file.stat().st_size for file in newest[-1].rglob("*") if file.is_file()) // 1024
     listing = 'ls -d "$0"/*/checkpoints/*; cat "$0"/*/metrics.json'
-    size = f"size={int(1.7 * one_kib) + 200}k"
-    status = _in_mount(trial, size, "--checkpoint-hist", "1", after=listing)
+    status = _in_mount(trial, f"size={int(1.7 * one_kib) + 200}k", "--checkpoint-hist", "1", after=listing)
     fine = status == 0 and trial.said("could not be written") and trial.said('"completed": true')
     return f"room for 1.7 checkpoints: said so and trained to the end, exit status {status}", fine
 
 
 def _read_only(trial: Trial) -> Outcome:
     status = _in_mount(trial, "ro")
-    fine = status != 0 and trial.said("Read-only file system")
-    return f"one line, exit status {status}", fine and _lines_of_error(trial) == 1
+    fine = status != 0 and trial.said("Read-only file system") and _lines_of_error(trial) == 1
+    return f"one line, exit status {status}", fine
 
 
 def _no_permission(trial: Trial) -> Outcome:
     locked = trial.out / "locked"
     locked.mkdir(exist_ok=True)
     locked.chmod(0o555)
-    drop = partial(
-        ctypes.CDLL(None).prctl, _PR_CAPBSET_DROP, _CAP_DAC_OVERRIDE
-    )  # root would not be stopped by the bits
+    # Root would not be stopped by the bits.
+    drop = partial(ctypes.CDLL(None).prctl, _PR_CAPBSET_DROP, _CAP_DAC_OVERRIDE)
     status = trial.run(trial.command(output=locked), preexec_fn=drop)
     fine = status != 0 and trial.said("Permission denied") and not list(locked.iterdir())
     return f"one line, exit status {status}, nothing written", fine and _lines_of_error(trial) == 1
@@ -173,7 +171,6 @@ def run_faults(data: Path, out: Path, wanted: State, only: tuple[str, ...] = tup
     with Progress(len(only), "faults", "faults") as bar:
         for number, fault in enumerate(only):
             begin = time.monotonic()
-            fine: bool | None
             try:
                 happened, fine = FAULTS[fault](Trial(data, out, f"fault-{number}", wanted))
             except _NotTriedError as reason:

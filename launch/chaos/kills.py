@@ -63,7 +63,6 @@ def run_kills(data: Path, out: Path, trials: int, seed: int, wanted: State) -> l
     with Progress(trials, "trials", "kills") as bar:
         for number in range(trials):
             trial = Trial(data, out, f"killed-{number}", wanted)
-            result = _kill_once(trial, number, PARTS[number % len(PARTS)], draw)
-            found.append({**result, "equal": trial.equal()})
+            found.append({**_kill_once(trial, number, PARTS[number % len(PARTS)], draw), "equal": trial.equal()})
             bar.advance(1, json.dumps(found[-1]))
     return found

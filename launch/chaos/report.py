@@ -3,7 +3,7 @@
 from typing import Any
 
 from launch.chaos.kills import RESTARTS
-from toolkit.markdown import table
+from toolkit.markdown import page, table
 
 _ANSWER = {True: "yes", False: "NO", None: "not tried"}
 
@@ -33,7 +33,7 @@ def to_markdown(result: dict[str, Any], command: str) -> str:
     ]
     faults = [[fault["fault"], fault["happened"], _ANSWER[fault["as_promised"]]] for fault in result["faults"]]
     header = ["trial", "rank", "aimed at", "struck in", "exit status", "took s", "equal"]
-    lines = [
+    return page(
         "# Chaos",
         "",
         f"Made by `{command}` on CPU, two gloo ranks under `accelerate launch`, AdamWPrune to 70 % on the digit scans "
@@ -54,5 +54,4 @@ def to_markdown(result: dict[str, Any], command: str) -> str:
         *table(["fault", "what happened", "as promised"], faults, text=range(3)),
         "",
         "**Lost: nothing.**" if all_well(result) else "**Something was lost: see NO above.**",
-    ]
-    return "\n".join(lines) + "\n"
+    )

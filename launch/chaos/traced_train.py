@@ -4,28 +4,14 @@ Trains the same way and also writes the part it is in (step, mask update, evalua
 `$VICTIM_PARTS.<rank>`, from which `launch.chaos.kills` reads when to strike.
 """
 
-import functools
+import contextlib
 import os
 import runpy
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from launch.start import ROOT
-
-
-def _announce(owner: Any, name: str, part: str, write: Callable[[str], str]) -> None:
-    original = getattr(owner, name)
-
-    @functools.wraps(original)
-    def announced(*arguments: Any, **more: Any) -> Any:
-        before = write(part)
-        try:
-            return original(*arguments, **more)
-        finally:
-            write(before)
-
-    setattr(owner, name, announced)
 
 
 def main() -> None:
@@ -35,22 +21,30 @@ def main() -> None:
 
     parts = Path(os.environ["VICTIM_PARTS"])
     file = os.open(parts.with_name(f"{parts.name}.{os.environ['RANK']}"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-    now = "loading"
+    stack = ["loading"]
 
-    def write(part: str) -> str:
-        nonlocal now
-        before, now = now, part
+    def write() -> None:
         os.ftruncate(file, 0)
-        os.pwrite(file, part.encode(), 0)
-        return before
+        os.pwrite(file, stack[-1].encode(), 0)
 
-    for owner, name, part in (
+    @contextlib.contextmanager
+    def inside(part: str) -> Iterator[None]:
+        stack.append(part)
+        write()
+        try:
+            yield
+        finally:
+            stack.pop()
+            write()
+
+    watched: tuple[tuple[Any, str, str], ...] = (
         (loop, "train_step", "step"),
         (Pruning, "update", "mask update"),
         (loop, "evaluate", "evaluation"),
         (loop, "save_snapshot", "checkpoint"),
-    ):
-        _announce(owner, name, part, write)
+    )
+    for owner, name, part in watched:
+        setattr(owner, name, inside(part)(getattr(owner, name)))
     runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
 
 

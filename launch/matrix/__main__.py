@@ -4,34 +4,35 @@ Cell by cell the folder is runs/<name>/<model>_<opt>_<pruning>[_<sparsity %>]_se
 again, an unfinished one goes on from its checkpoint, a failed one is recorded with its log and the matrix goes on.
 """
 
-import argparse
 import shlex
 import signal
 import sys
 from pathlib import Path
 
-from launch.matrix.cells import add_selection, selected
+from launch.matrix.cells import SELECTION, selected
 from launch.matrix.run import failed_cells, run_matrix
 from launch.report.archive import COMMAND_FILE
 from toolkit.builder.resume import check_same_settings
-from toolkit.command import one_line_errors, say, spelled
+from toolkit.command import command_parser, one_line_errors, say, spelled
 from toolkit.files import write_atomically
-
-
-def _interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the flags and run; returns 1 where a cell failed, 130 after Ctrl-C."""
-    parser = argparse.ArgumentParser(prog="python -m launch.matrix", description=__doc__)
-    add_selection(parser)
-    parser.add_argument("--out", type=Path, help="folder of the cells' run folders (default runs/<name>)")
-    parser.add_argument(
-        "--jobs", type=int, help="cells at a time instead of the file's; they share the cores, and GPUs if there are"
+    parser = command_parser(
+        "launch.matrix",
+        __doc__,
+        {
+            **SELECTION,
+            "--out": {"type": Path, "help": "folder of the cells' run folders (default runs/<name>)"},
+            "--jobs": {
+                "type": int,
+                "help": "cells at a time instead of the file's; they share the cores, and GPUs if there are",
+            },
+            "--failed": {"action": "store_true", "help": "only cells that failed before"},
+            "--dry-run": {"action": "store_true", "help": "print each cell's command and stop"},
+        },
     )
-    parser.add_argument("--failed", action="store_true", help="only cells that failed before")
-    parser.add_argument("--dry-run", action="store_true", help="print each cell's command and stop")
     options = parser.parse_args(argv)
     with one_line_errors(parser):
         matrix, cells = selected(options)
@@ -45,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
             print("\n".join(shlex.join(matrix.command(cell, runs)) for cell in cells))  # noqa: T201
             return 0
         for number in (signal.SIGTERM, signal.SIGHUP):  # a closed terminal too: the cells shall save
-            signal.signal(number, _interrupt)
+            signal.signal(number, signal.default_int_handler)
         for cell in cells:
             check_same_settings(runs / cell.name, cell.config)
         if not options.failed and options.only == "*":  # these are parts of an earlier call

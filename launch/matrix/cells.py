@@ -74,13 +74,14 @@ def load_matrix(path: Path, seeds: Sequence[int] | None = None, overrides: Seque
     return make_matrix(content, str(path), seeds, overrides)
 
 
-def add_selection(parser: argparse.ArgumentParser) -> None:
-    """The flags that name a matrix and a part of it."""
-    parser.add_argument("file", type=Path, help="matrix: a YAML of launch/matrices, a defconfig, or .config")
-    parser.add_argument("--only", default="*", metavar="GLOB", help="cells whose name matches")
-    parser.add_argument("--seeds", type=int, nargs="+", help="instead of the file's")
-    parser.add_argument("--model", help="instead of the recipe's")
-    parser.add_argument("--epochs", type=int, help="instead of the recipe's")
+# The flags that name a matrix and a part of it.
+SELECTION: dict[str, dict[str, Any]] = {
+    "file": {"type": Path, "help": "matrix: a YAML of launch/matrices, a defconfig, or .config"},
+    "--only": {"default": "*", "metavar": "GLOB", "help": "cells whose name matches"},
+    "--seeds": {"type": int, "nargs": "+", "help": "instead of the file's"},
+    "--model": {"help": "instead of the recipe's"},
+    "--epochs": {"type": int, "help": "instead of the recipe's"},
+}
 
 
 def selected(options: argparse.Namespace) -> tuple[Matrix, list[Cell]]:
@@ -108,15 +109,16 @@ def make_matrix(
     strangers = sorted(set(per_opt) - {settings.get("opt") for settings, _ in cells})
     if strangers:
         raise ValueError(f"matrix {source}: per_opt names {', '.join(strangers)}, which no cell trains with")
-    found: list[Cell] = []
-    for seed in dict.fromkeys(seed for _, own in cells for seed in own):
-        for settings, own in cells:
-            if seed not in own:
-                continue
-            merged = {**content.get("settings", {}), **per_opt.get(settings.get("opt"), {}), **settings}
-            arguments = ["-c", content["recipe"], *_arguments(merged), *overrides, "--seed", str(seed)]
-            config = parse(arguments, prog=f"{source} cell {settings}")
-            found.append(Cell(_name(config, settings), tuple(arguments), config))
+
+    def cell(settings: dict[str, Any], seed: int) -> Cell:
+        merged = {**content.get("settings", {}), **per_opt.get(settings.get("opt"), {}), **settings}
+        flags = [part for key, value in merged.items() for part in _flag(key.replace("_", "-"), value)]
+        arguments = ("-c", content["recipe"], *flags, *overrides, "--seed", str(seed))
+        config = parse(arguments, prog=f"{source} cell {settings}")
+        return Cell(_name(config, settings), arguments, config)
+
+    every_seed = dict.fromkeys(seed for _, own in cells for seed in own)
+    found = [cell(settings, seed) for seed in every_seed for settings, own in cells if seed in own]
     check_name(content["name"], f"matrix {source}: name")
     names = [check_name(cell.name, f"matrix {source}: cell") for cell in found]
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -138,16 +140,12 @@ def _expand(entry: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield {**rest, **dict(zip(product, values, strict=True))}
 
 
-def _arguments(settings: dict[str, Any]) -> list[str]:
-    arguments = []
-    for key, value in settings.items():
-        name = key.replace("_", "-")
-        if isinstance(value, bool):
-            arguments.append(f"--{name}" if value else f"--no-{name}")
-            continue
-        values = [f"{part}={entry}" for part, entry in value.items()] if isinstance(value, dict) else value
-        arguments += [f"--{name}", *map(str, values if isinstance(values, list) else [values])]
-    return arguments
+def _flag(name: str, value: Any) -> list[str]:
+    """A setting as arguments of train.py."""
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no-{name}"]
+    values = [f"{part}={entry}" for part, entry in value.items()] if isinstance(value, dict) else value
+    return [f"--{name}", *map(str, values if isinstance(values, list) else [values])]
 
 
 def _name(config: Config, settings: dict[str, Any]) -> str:
@@ -155,8 +153,14 @@ def _name(config: Config, settings: dict[str, Any]) -> str:
 
     What the recipe, settings, per_opt or the command line set is not in it: it goes for every cell of the optimizer.
     """
-    more = (f"_{key.replace('_', '-')}={_text(settings[key])}" for key in sorted(settings.keys() - _NAMED))
-    return f"{_short_name(config)}{''.join(more)}_seed{config.seed}".replace("/", "-")
+    from toolkit.optim.registry import find_spec
+
+    spec = find_spec(config.opt)
+    method = config.pruning or ("state" if spec and spec.is_ours else "none")
+    score = f"-{config.prune_score}" if config.prune_score else ""
+    share = f"_{100 * config.sparsity:g}" if config.sparsity else ""
+    more = "".join(f"_{key.replace('_', '-')}={_text(settings[key])}" for key in sorted(settings.keys() - _NAMED))
+    return f"{config.model}_{config.opt}_{method}{score}{share}{more}_seed{config.seed}".replace("/", "-")
 
 
 def _text(value: Any) -> str:
@@ -164,13 +168,3 @@ def _text(value: Any) -> str:
     if isinstance(value, dict):
         return ",".join(f"{key}={_text(entry)}" for key, entry in value.items())
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _short_name(config: Config) -> str:
-    from toolkit.optim.registry import find_spec
-
-    spec = find_spec(config.opt)
-    method = config.pruning or ("state" if spec and spec.is_ours else "none")
-    score = f"-{config.prune_score}" if config.prune_score else ""
-    share = f"_{100 * config.sparsity:g}" if config.sparsity else ""
-    return f"{config.model}_{config.opt}_{method}{score}{share}"

@@ -1,12 +1,11 @@
 """`make menuconfig` and the defconfigs: a test matrix chosen in a menu (launch/Kconfig), kept in `.config`."""
 
-import argparse
 import os
 import sys
 from pathlib import Path
 
 from launch.matrix.menu import DEFCONFIGS, defconfig_names, load, open_menu
-from toolkit.command import one_line_errors, say
+from toolkit.command import command_parser, one_line_errors, say
 
 
 def _menuconfig(config: Path) -> int:
@@ -33,10 +32,15 @@ def _take_defconfig(name: str, config: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the flags and do one of menuconfig, defconfig, list-defconfigs, savedefconfig, name."""
-    parser = argparse.ArgumentParser(prog="python -m launch.matrix.kconfig", description=__doc__)
-    parser.add_argument("what", choices=("menuconfig", "defconfig", "list-defconfigs", "savedefconfig", "name"))
-    parser.add_argument("defconfig", nargs="?", help="name of a file in launch/defconfigs")
-    parser.add_argument("--config", type=Path, default=Path(".config"), help="default %(default)s")
+    parser = command_parser(
+        "launch.matrix.kconfig",
+        __doc__,
+        {
+            "what": {"choices": ("menuconfig", "defconfig", "list-defconfigs", "savedefconfig", "name")},
+            "defconfig": {"nargs": "?", "help": "name of a file in launch/defconfigs"},
+            "--config": {"type": Path, "default": Path(".config"), "help": "default %(default)s"},
+        },
+    )
     options = parser.parse_args(argv)
     with one_line_errors(parser):
         if options.what == "menuconfig":

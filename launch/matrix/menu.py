@@ -1,5 +1,6 @@
 """The menu's choices (launch/Kconfig, `.config`, defconfigs) as what a matrix file holds."""
 
+import itertools
 import shlex
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,11 @@ from launch.start import ROOT
 
 DEFCONFIGS = ROOT / "launch" / "defconfigs"
 _SPARSITIES = (50, 70, 90, 95, 99)
-_OPTIMIZERS = ("momentum", "adam", "adamw", "adamwadv", "adamwspam", "adamwprune", "sgdprune")  # order of the runs
+# In the order of the runs.
+_OPTIMIZERS = {
+    "SGD": "momentum",
+    **{opt.upper(): opt for opt in ("adam", "adamw", "adamwadv", "adamwspam", "adamwprune", "sgdprune")},
+}
 
 
 def is_kconfig(path: Path) -> bool:
@@ -47,24 +52,24 @@ def to_matrix(symbols: dict[str, str]) -> dict[str, Any]:
     """What a matrix file of these choices holds. Raises ValueError where they make no run."""
     on = {name for name, value in symbols.items() if value == "y"}
     sparsities = [share / 100 for share in _SPARSITIES if f"SPARSITY_ENABLE_{share}" in on]
-    cells: list[dict[str, Any]] = []
-    per_opt: dict[str, Any] = {}
-    for opt in _OPTIMIZERS:
-        if f"OPTIMIZER_ENABLE_{'SGD' if opt == 'momentum' else opt.upper()}" not in on:
-            continue
-        opt = "sgd" if opt == "momentum" and "SGD_NESTEROV" in on else opt
-        mine, settings = _cells_of(opt, on, sparsities), _rates_of(opt, symbols)
-        cells += mine
-        if mine and settings:
-            per_opt[opt] = settings
-    if not cells:
+    names = _OPTIMIZERS | ({"SGD": "sgd"} if "SGD_NESTEROV" in on else {})
+    chosen = [opt for symbol, opt in names.items() if f"OPTIMIZER_ENABLE_{symbol}" in on]
+    cells = {opt: _cells_of(opt, on, sparsities) for opt in chosen}
+    rates = {opt: _rates_of(opt, symbols) for opt in chosen}
+    if not any(cells.values()):
         raise ValueError("these choices make no run: enable an optimizer with a pruning method, and a sparsity")
     try:
         seeds = [int(seed) for seed in symbols["SEEDS"].split()]
     except ValueError:
         raise ValueError(f"CONFIG_SEEDS={symbols['SEEDS']!r} are not whole numbers with spaces between") from None
-    content: dict[str, Any] = {"name": symbols["MATRIX_NAME"], "recipe": symbols["RECIPE"], "seeds": seeds}
-    content |= {"cells": cells, "per_opt": per_opt, "jobs": int(symbols["JOBS"])}
+    content: dict[str, Any] = {
+        "name": symbols["MATRIX_NAME"],
+        "recipe": symbols["RECIPE"],
+        "seeds": seeds,
+        "cells": list(itertools.chain(*cells.values())),
+        "per_opt": {opt: settings for opt, settings in rates.items() if settings and cells[opt]},
+        "jobs": int(symbols["JOBS"]),
+    }
     if symbols["ACCELERATE_CONFIG"] != "none":
         content["accelerate_config"] = symbols["ACCELERATE_CONFIG"]
         content |= {"ranks": int(symbols["RANKS"])} if int(symbols["RANKS"]) else {}
@@ -94,11 +99,12 @@ def _cells_of(opt: str, on: set[str], sparsities: list[float]) -> list[dict[str,
     ours = {spec.name: spec.base for spec in specs() if spec.is_ours}
     if opt in ours:
         return [{"opt": opt, "sparsity": share} for share in sparsities if "PRUNING_ENABLE_STATE" in on]
-    methods: list[dict[str, Any]] = [
-        {"pruning": name} for name in ("magnitude", "movement") if f"PRUNING_ENABLE_{name.upper()}" in on
-    ]
-    if "PRUNING_ENABLE_DISPLACEMENT" in on:
-        methods.append({"pruning": "movement", "prune_score": "displacement"})
+    offered = {
+        "MAGNITUDE": {"pruning": "magnitude"},
+        "MOVEMENT": {"pruning": "movement"},
+        "DISPLACEMENT": {"pruning": "movement", "prune_score": "displacement"},
+    }
+    methods = [settings for name, settings in offered.items() if f"PRUNING_ENABLE_{name}" in on]
     # adamw's pruning by state is adamwprune itself.
     if "PRUNING_STATE_ALL" in on and opt not in ours.values() and find_spec(f"{opt}-state"):
         methods.append({"pruning": "state"})
@@ -108,11 +114,13 @@ def _cells_of(opt: str, on: set[str], sparsities: list[float]) -> list[dict[str,
 
 def arguments(symbols: dict[str, str]) -> list[str]:
     """train.py's flags for every run that the menu's other choices amount to."""
-    flags = []
-    for name, flag in {"MODEL": "--model", "DATA_DIR": "--data-dir"}.items():
-        flags += [flag, symbols[name]] if symbols[name] else []
-    for name, flag in {"NUM_EPOCHS": "--epochs", "BATCH_SIZE": "--global-batch-size"}.items():
-        flags += [flag, symbols[name]] if int(symbols[name]) else []
-    for name, amp in {"AMP_BF16": "bf16", "AMP_FP16": "fp16"}.items():
-        flags += ["--amp", amp] if symbols[name] == "y" else []
+    given = (
+        ("--model", symbols["MODEL"]),
+        ("--data-dir", symbols["DATA_DIR"]),
+        ("--epochs", symbols["NUM_EPOCHS"]),
+        ("--global-batch-size", symbols["BATCH_SIZE"]),
+        ("--amp", "bf16" if symbols["AMP_BF16"] == "y" else ""),
+        ("--amp", "fp16" if symbols["AMP_FP16"] == "y" else ""),
+    )
+    flags = [part for flag, value in given if value.strip("0") for part in (flag, value)]  # 0: not chosen
     return flags + shlex.split(symbols["EXTRA_ARGS"])

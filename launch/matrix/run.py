@@ -1,7 +1,5 @@
 """Runs the cells of a matrix, several at a time if asked; what fails is recorded and the rest goes on."""
 
-import csv
-import json
 import os
 import shlex
 import signal
@@ -12,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from launch.matrix.cells import Cell, Matrix
+from launch.report.archive import read_rows
 from launch.start import installed
 from toolkit.command import say
 from toolkit.engine.history import is_complete
-from toolkit.files import write_json
+from toolkit.files import read_json, write_json
 from toolkit.process import die_with_parent
 from toolkit.progress import Progress
 
@@ -26,8 +25,7 @@ _STOP_S = 60.0
 def _progress_of(folder: Path) -> tuple[int, str]:
     """(finished epochs, last accuracy) of a run, from its summary.csv."""
     try:
-        with open(folder / "summary.csv", newline="") as file:
-            rows = list(csv.DictReader(file))
+        rows = read_rows(folder / "summary.csv")
     except OSError:
         return 0, ""
     return len(rows), f"top-1 {float(rows[-1]['eval_top1']):.2f} %" if rows and rows[-1]["eval_top1"] else ""
@@ -113,7 +111,7 @@ def _stop(jobs: Sequence[_Job]) -> None:
 def failed_cells(runs: Path) -> dict[str, Any]:
     """What failed.json says: name -> exit status and log; a cell that was finished by hand since is left out."""
     try:
-        known = json.loads((runs / "failed.json").read_text())
+        known = read_json(runs / "failed.json")
     except FileNotFoundError:
         return {}
     return {name: entry for name, entry in known.items() if not is_complete(runs / name)}

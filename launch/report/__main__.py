@@ -4,26 +4,28 @@ RUNS is a folder of run folders or the runs.jsonl.gz of a report, which has them
 nothing is typed in. Final-epoch accuracy is the headline, the best epoch stands beside it.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 from launch.report.archive import read_runs, unpack
 from launch.report.report import printed_table, write_report
 from launch.report.runs import group_by_method
-from toolkit.command import one_line_errors, say
+from toolkit.command import command_parser, one_line_errors, say
 from toolkit.log import printable
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the flags and write the report, or the run folders."""
-    parser = argparse.ArgumentParser(prog="python -m launch.report", description=__doc__)
-    parser.add_argument("runs", type=Path, help="folder of run folders, for example runs/demo, or a runs.jsonl.gz")
-    parser.add_argument("--out", type=Path, help="folder of the report, or a file FILE.md for its tables alone")
-    parser.add_argument(
-        "--brief", action="store_true", help="only report.md, its pictures, summary.json, runs.jsonl.gz"
+    parser = command_parser(
+        "launch.report",
+        __doc__,
+        {
+            "runs": {"type": Path, "help": "folder of run folders, for example runs/demo, or a runs.jsonl.gz"},
+            "--out": {"type": Path, "help": "folder of the report, or a file FILE.md for its tables alone"},
+            "--brief": {"action": "store_true", "help": "only report.md, its pictures, summary.json, runs.jsonl.gz"},
+            "--unpack": {"type": Path, "metavar": "FOLDER", "help": "write the runs as run folders below FOLDER"},
+        },
     )
-    parser.add_argument("--unpack", type=Path, metavar="FOLDER", help="write the runs as run folders below FOLDER")
     options = parser.parse_args(argv)
     if not (options.out or options.unpack):
         parser.error("give --out for a report, or --unpack for run folders")

@@ -34,13 +34,18 @@ def _level_name(sparsity: float) -> str:
     return f"{100 * sparsity:g} % sparsity" if sparsity else "Dense"
 
 
+def _paired(mine: Sequence[CellRun], other: Sequence[CellRun]) -> Difference | None:
+    """The difference over the seeds that both have; None where there is none."""
+    results, others = by_seed(mine), by_seed(other)
+    return compare(results, others) if results.keys() & others.keys() else None
+
+
 def _inside(best: Sequence[CellRun], other: Sequence[CellRun]) -> bool:
     """Whether a method is so near the best, over the seeds both have, that nothing tells them apart."""
-    if not by_seed(best).keys() & by_seed(other).keys():
-        return False
-    difference = compare(by_seed(best), by_seed(other))
+    difference = _paired(best, other)
     return (
-        difference.seeds > 1
+        difference is not None
+        and difference.seeds > 1
         and not difference.beyond_spread
         and not difference.beyond_noise
         and difference.mean <= _LARGEST_LOSS
@@ -58,33 +63,50 @@ def verdict_section(groups: Groups) -> list[str]:
     if max(len(members) for members in groups.values()) < 2:
         return []
     levels = by_level(groups)
-    advice = [_advice(sparsity, level) for sparsity, level in levels.items()]
-    header = [
-        "at",
-        "use",
-        "top-1 %",
-        "bytes a weight",
-        "below the highest mean",
-        "the highest mean",
-        "its top-1 %",
-        "its bytes a weight",
-    ]
-    lines = ["## In a minute", "", *table(header, advice), "", _ADVICE_NOTE, ""]
     mine = [row for level in levels.values() for own in ours() for row in _ours(level, own)]
-    if mine:
-        header = [
-            "ours",
-            "top-1 %",
-            "bytes a weight",
-            "best other row of its family",
-            "its top-1 %",
-            "its bytes a weight",
-            "difference",
-            "which is",
-            "other rows: behind / inside / ahead",
-        ]
-        lines += [*table(header, mine), "", _OURS_NOTE, ""]
-    return lines
+    return [
+        "## In a minute",
+        "",
+        *table(
+            [
+                "at",
+                "use",
+                "top-1 %",
+                "bytes a weight",
+                "below the highest mean",
+                "the highest mean",
+                "its top-1 %",
+                "its bytes a weight",
+            ],
+            [_advice(sparsity, level) for sparsity, level in levels.items()],
+        ),
+        "",
+        _ADVICE_NOTE,
+        "",
+        *(
+            [
+                *table(
+                    [
+                        "ours",
+                        "top-1 %",
+                        "bytes a weight",
+                        "best other row of its family",
+                        "its top-1 %",
+                        "its bytes a weight",
+                        "difference",
+                        "which is",
+                        "other rows: behind / inside / ahead",
+                    ],
+                    mine,
+                ),
+                "",
+                _OURS_NOTE,
+                "",
+            ]
+            if mine
+            else []
+        ),
+    ]
 
 
 def _advice(sparsity: float, level: Groups) -> list[str]:
@@ -92,7 +114,7 @@ def _advice(sparsity: float, level: Groups) -> list[str]:
     best = max(level, key=lambda name: top1(level[name])[0])
     close = [name for name in level if name == best or _inside(level[best], level[name])]
     use = min(close, key=lambda name: (round(level[name][0].bytes_per_weight, 3), -top1(level[name])[0]))
-    below = "–" if use == best else str(compare(by_seed(level[best]), by_seed(level[use])))
+    below = "–" if use == best else str(_paired(level[best], level[use]))
     return [f"**{_level_name(sparsity)}**", f"**{use}**", *_figures(level[use]), below, best, *_figures(level[best])]
 
 
@@ -106,56 +128,55 @@ def _ours(level: Groups, own: str) -> list[list[str]]:
     if not mine:
         return []
     name = max(mine, key=lambda one: top1(level[one])[0])
-    results = by_seed(level[name])
-    others = [other for other in level if not level[other][0].is_ours]
-    rivals = [other for other in others if by_seed(level[other]).keys() & results.keys()]
-    of_family = [other for other in rivals if level[other][0].family == level[name][0].family]
+    others = {other: _paired(level[name], members) for other, members in level.items() if not members[0].is_ours}
+    found = {other: difference for other, difference in others.items() if difference}
+    of_family = [other for other in found if level[other][0].family == level[name][0].family]
     if not of_family:
         return []
     rival = max(of_family, key=lambda one: top1(level[one])[0])
-    difference = compare(results, by_seed(level[rival]))
-    found = [compare(results, by_seed(level[other])) for other in rivals]
-    behind = sum(one.beyond_spread and one.mean > 0 for one in found)
-    ahead = sum(one.beyond_spread and one.mean < 0 for one in found)
+    beside = [str(found[rival]), _judged(found[rival])]
+    behind = sum(one.beyond_spread and one.mean > 0 for one in found.values())
+    ahead = sum(one.beyond_spread and one.mean < 0 for one in found.values())
     tally = f"{behind} / {len(found) - behind - ahead} / {ahead}"
-    return [[name, *_figures(level[name]), rival, *_figures(level[rival]), str(difference), _judged(difference), tally]]
+    return [[name, *_figures(level[name]), rival, *_figures(level[rival]), *beside, tally]]
 
 
 def ranking_section(groups: Groups) -> list[str]:
     """One table a sparsity, best mean first, each row paired against adamwprune's."""
     lines = ["## Ranking", ""]
     for sparsity, level in by_level(groups).items():
-        ranks = rank_ranges({name: by_seed(members) for name, members in level.items()}) if len(level) > 1 else {}
+        ranks = rank_ranges({name: by_seed(members) for name, members in level.items()})
         own = [name for name in level if level[name][0].optimizer == "adamwprune"]
-        base = max(own, key=lambda name: top1(level[name])[0], default=None)
-        rows = []
-        for name, members in sorted(level.items(), key=lambda item: -top1(item[1])[0]):
-            first = members[0]
-            low, high = ranks.get(name, (1, 1))
-            difference = "–"
-            if base is not None and name != base and by_seed(level[base]).keys() & by_seed(members).keys():
-                difference = str(compare(by_seed(level[base]), by_seed(members)))
-            rows.append(
-                [
-                    name,
-                    accuracy(members),
-                    accuracy(members, "best"),
-                    len(members),
-                    f"{low}" if low == high else f"{low}–{high}",
-                    difference,
-                    f"{first.bytes_per_weight:.2f}",
-                ]
-            )
-        header = [
-            "method",
-            "top-1 % (final epoch)",
-            "best epoch",
-            "seeds",
-            "rank",
-            f"{base or 'adamwprune'} − this",
-            "state bytes a weight, end",
+        base = max(own, key=lambda name: top1(level[name])[0], default="")
+        rows = [
+            [
+                name,
+                accuracy(members),
+                accuracy(members, "best"),
+                len(members),
+                "–".join(map(str, dict.fromkeys(ranks[name]))),  # the lowest and the highest, or the one there is
+                "–" if base in ("", name) else str(_paired(level[base], members) or "–"),
+                f"{members[0].bytes_per_weight:.2f}",
+            ]
+            for name, members in sorted(level.items(), key=lambda item: -top1(item[1])[0])
         ]
-        lines += [f"### {_level_name(sparsity)}", "", *table(header, rows), ""]
+        lines += [
+            f"### {_level_name(sparsity)}",
+            "",
+            *table(
+                [
+                    "method",
+                    "top-1 % (final epoch)",
+                    "best epoch",
+                    "seeds",
+                    "rank",
+                    f"{base or 'adamwprune'} − this",
+                    "state bytes a weight, end",
+                ],
+                rows,
+            ),
+            "",
+        ]
     return [*lines, _RANK_NOTE, ""]
 
 
@@ -164,19 +185,16 @@ def versus_section(groups: Groups) -> list[str]:
     pruned = {name: members for name, members in groups.items() if members[0].method != "none"}
     if not pruned:
         return []
-    rows = []
-    for name, members in pruned.items():
-        first = members[0]
-        zeros = {f"{run.metrics['final_sparsity']:.6f}" for run in members}
-        rows.append(
-            [
-                name,
-                f"{first.pruning_bytes / first.row('weights'):.3f}",
-                f"{first.memory['ledger']['optimizer_bytes'] / first.row('weights'):.3f}",
-                f"{100 * first.sparsity:g} %",
-                ", ".join(sorted(f"{100 * float(zero):.4f} %" for zero in zeros)),
-            ]
-        )
+    rows = [
+        [
+            name,
+            f"{first.pruning_bytes / first.row('weights'):.3f}",
+            f"{first.memory['ledger']['optimizer_bytes'] / first.row('weights'):.3f}",
+            f"{100 * first.sparsity:g} %",
+            ", ".join(sorted({f"{100 * round(run.metrics['final_sparsity'], 6):.4f} %" for run in (first, *rest)})),
+        ]
+        for name, (first, *rest) in pruned.items()
+    ]
     return [
         "## State against movement: what pruning keeps",
         "",

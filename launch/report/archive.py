@@ -32,30 +32,31 @@ def read_runs(source: Path) -> tuple[list[CellRun], list[str]]:
     if source.is_file():
         return _read_file(source), []
     folders = sorted(path.parent for path in source.glob("*/args.yaml"))
-    done = [path for path in folders if is_complete(path)]
+    done = sorted(filter(is_complete, folders), key=lambda path: (path / "args.yaml").stat().st_mtime)
     if not done:
         raise ValueError(f"{source} holds no complete run; start one with python -m launch.matrix")
-    done.sort(key=lambda path: (path / "args.yaml").stat().st_mtime)
     command = source / COMMAND_FILE
     made_by = command.read_text().strip() if command.exists() else ""
     return [_read_folder(path, made_by) for path in done], [path.name for path in folders if path not in done]
 
 
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file."""
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def _read_folder(folder: Path, made_by: str) -> CellRun:
-    def place(name: str) -> Path:
-        return inside(folder, name, f"{folder}:")  # a link out would bring any file into the report's copy
-
-    def rows(name: str) -> list[dict[str, str]]:
-        with open(place(name), newline="") as file:
-            return list(csv.DictReader(file))
-
+    names = ("metrics.json", "memory.json", "args.yaml", "summary.csv", "memory_timeline.csv")
+    # A link out would bring any file into the report's copy.
+    metrics, memory, args, epochs, timeline = (inside(folder, name, f"{folder}:") for name in names)
     return CellRun(
         folder,
-        read_json(place("metrics.json")),
-        read_json(place("memory.json")),
-        _read_settings(place("args.yaml")),
-        rows("summary.csv"),
-        rows("memory_timeline.csv"),
+        read_json(metrics),
+        read_json(memory),
+        _read_settings(args),
+        read_rows(epochs),
+        read_rows(timeline),
         made_by,
     )
 
@@ -118,8 +119,7 @@ def write_runs(runs: Sequence[CellRun], path: Path) -> None:
         }
         for run in runs
     ]
-    text = "".join(_compact(line) for line in lines)
-    write_atomically(path, gzip.compress(text.encode(), mtime=0))
+    write_atomically(path, gzip.compress("".join(map(_compact, lines)).encode(), mtime=0))
 
 
 def unpack(runs: Sequence[CellRun], folder: Path) -> None:

@@ -68,14 +68,13 @@ def to_html(text: str, folder: Path, alternatives: Mapping[str, str]) -> str:
     body = converter.convert(text)
     body = re.sub("<(?:a|img) [^>]*>", lambda match: _without_strange_links(match[0], alternatives), body)
     title = re.search("<h1[^>]*>(.*?)</h1>", body)
-    body = re.sub(r"<table>", '<div class="table" tabindex="0" role="region" aria-label="table"><table>', body)
+    body = body.replace("<table>", '<div class="table" tabindex="0" role="region" aria-label="table"><table>')
     body = re.sub(r"<th(?=[ >])", '<th scope="col"', body.replace("</table>", "</table></div>"))
     body = re.sub(
         r'<p><img alt="[^"]*" src="([^"]+)" ?/></p>\s*<p><em>(.*?)</em></p>',
         lambda match: _figure(match[1], match[2], folder, alternatives),
         body,
     )
-    contents = getattr(converter, "toc", "")
     head, separator, rest = body.partition("<h2")
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -83,7 +82,8 @@ def to_html(text: str, folder: Path, alternatives: Mapping[str, str]) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{re.sub('<[^>]*>', '', title[1]) if title else 'Report'}</title>\n"
         f"<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n{head}"
-        f'<nav aria-label="contents">{contents}</nav>\n{separator}{rest}\n</main>\n</body>\n</html>\n'
+        f'<nav aria-label="contents">{getattr(converter, "toc", "")}</nav>\n'
+        f"{separator}{rest}\n</main>\n</body>\n</html>\n"
     )
 
 

@@ -1,10 +1,9 @@
 """The memory tables of a report: what training keeps, what a step's peak is made of, and the study's own column."""
 
-import json
-
 from launch.report.html import as_text
 from launch.report.runs import CellRun, Groups, top1
 from launch.start import ROOT
+from toolkit.files import read_json
 from toolkit.markdown import MIB, mib, table
 
 _LEDGER_NOTE = """\
@@ -117,19 +116,21 @@ def _ledger_table(groups: Groups) -> list[str]:
 
 
 def _peak_table(groups: Groups) -> list[str]:
-    rows = []
-    for name, (run, *_) in groups.items():
-        for phase, ledger in run.memory["phases"].items():
-            if len(groups) > _MANY and phase not in ("dense", "final"):
-                continue
-            keys = ("total_bytes", "predicted_total_bytes", "allocated_peak_bytes", "unexplained_bytes")
-            rows.append([name, as_text(phase.replace("_", " ")), *(mib(ledger[key]) for key in keys)])
-    return table(["method", "phase", "measured", "predicted", "allocator's peak", "unexplained"], rows)
+    keys = ("total_bytes", "predicted_total_bytes", "allocated_peak_bytes", "unexplained_bytes")
+    return table(
+        ["method", "phase", "measured", "predicted", "allocator's peak", "unexplained"],
+        [
+            [name, as_text(phase.replace("_", " ")), *(mib(ledger[key]) for key in keys)]
+            for name, (run, *_) in groups.items()
+            for phase, ledger in run.memory["phases"].items()
+            if len(groups) <= _MANY or phase in ("dense", "final")
+        ],
+    )
 
 
 def _study_table(groups: Groups) -> list[str]:
     """Ours at the study's sparsity (else all) beside the row that it reports of the same optimizer."""
-    reported = {row["optimizer"]: row for row in json.loads(_REFERENCE.read_text())["rows"]}
+    reported = {row["optimizer"]: row for row in read_json(_REFERENCE)["rows"]}
     comparable = {
         name: members
         for name, members in groups.items()
@@ -137,30 +138,30 @@ def _study_table(groups: Groups) -> list[str]:
     }
     rows = []
     for name, members in (comparable or groups).items():
-        run, mine = members[0], study_column(members[0])
+        run = members[0]
         same = run.sparsity == _REPORTED_SPARSITY and (run.method == "displacement" or run.optimizer == "adamwprune")
         theirs = reported.get({"momentum": "sgd"}.get(run.optimizer, run.optimizer), {}) if same else {}
-        accuracy, _ = top1(members)
+        accuracy = top1(members)[0]
         cells = [
-            mine["study_mean_mib"],
-            mine["study_peak_mib"],
-            mine["study_top1_per_1000_mib"],
+            *study_column(run).values(),
             accuracy / (run.memory["ledger_peak"]["total_bytes"] / MIB),
             accuracy,
+            *map(theirs.get, ("top1", "memory_mean", "memory_peak", "vs_adamwprune", "acc_per_gb")),
         ]
-        keys = ("top1", "memory_mean", "memory_peak", "vs_adamwprune", "acc_per_gb")
-        rows.append([name, *("–" if c is None else f"{c:,.2f}" for c in [*cells, *map(theirs.get, keys)])])
-    header = [
-        "method",
-        "mean MiB",
-        "peak MiB",
-        "top-1 per 1,000 MiB",
-        "top-1 per MiB of tensors",
-        "top-1",
-        "as reported: top-1",
-        "mean MiB",
-        "peak MiB",
-        "above adamwprune",
-        "acc/GB",
-    ]
-    return table(header, rows)
+        rows.append([name, *("–" if cell is None else f"{cell:,.2f}" for cell in cells)])
+    return table(
+        [
+            "method",
+            "mean MiB",
+            "peak MiB",
+            "top-1 per 1,000 MiB",
+            "top-1 per MiB of tensors",
+            "top-1",
+            "as reported: top-1",
+            "mean MiB",
+            "peak MiB",
+            "above adamwprune",
+            "acc/GB",
+        ],
+        rows,
+    )

@@ -2,7 +2,10 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from matplotlib import rcParams
+from matplotlib.figure import Figure
 
 from launch.report.pictures_study import (
     COLOURS,
@@ -19,9 +22,6 @@ from launch.report.pictures_study import (
 from launch.report.runs import CellRun, Groups, by_level
 from toolkit.markdown import MIB
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 _MANY = 8  # methods; beyond, the memory pictures show ours and the best of the others at one sparsity
 _STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
@@ -31,49 +31,62 @@ _STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
     "text.parse_math": False,  # names are others' text
 }
-# What draws it, of which runs, file name, size in inches, caption.
-_Picture = tuple[Callable[["Figure", Groups], None], Groups, str, tuple[float, float], str]
+# What draws it, of which runs, size in inches, caption.
+_Picture = tuple[Callable[[Figure, Groups], None], Groups, tuple[float, float], str]
 
 
 def draw_all(groups: Groups, out: Path) -> list[tuple[str, str]]:
     """Draw every picture into `out`; returns (file name, caption) in the report's order."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update(_STYLE)
-    made = []
-    for draw, data, name, size, caption in _pictures(groups):
-        figure = plt.figure(figsize=size, layout="constrained")
+    rcParams.update(_STYLE)
+    pictures = _pictures(groups)
+    for name, (draw, data, size, caption) in pictures.items():
+        figure = Figure(figsize=size, layout="constrained")
         draw(figure, data)
         figure.suptitle(caption, fontsize=11)
         figure.savefig(out / name, dpi=130, metadata={"Software": None})
-        plt.close(figure)
-        made.append((name, caption))
-    return made
+    return [(name, caption) for name, (*_, caption) in pictures.items()]
 
 
-def _pictures(groups: Groups) -> Iterator[_Picture]:
-    """What there is to be seen in these runs."""
+def _pictures(groups: Groups) -> dict[str, _Picture]:
+    """What there is to be seen in these runs, by file name."""
     every = [run for members in groups.values() for run in members]
-    on_gpu = every[0].metrics["device_type"] != "cpu"
-    where = "tensor-byte ledger, one rank" if on_gpu else "NO GPU: tensor-byte ledger of one CPU rank"
+    where = (
+        "tensor-byte ledger, one rank"
+        if every[0].metrics["device_type"] != "cpu"
+        else "NO GPU: tensor-byte ledger of one CPU rank"
+    )
     levels, few = len(by_level(groups)), _few(groups)
-    size, caption = (max(7.5, 3.2 * levels), 4.8), "Validation top-1 over epochs, mean and spread over seeds"
-    yield accuracy_over_epochs, groups, "accuracy.png", size, caption
-    if levels > 1:
-        caption = "Final top-1 against sparsity, spread over seeds"
-        yield accuracy_over_sparsity, groups, "accuracy_vs_sparsity.png", (7.5, 5), caption
-    yield pareto, groups, "pareto.png", (7.5, 5), "Accuracy against state bytes; the line is the Pareto front"
-    yield _memory_accuracy, few, "memory_vs_accuracy.png", (7.5, 4.5), f"Memory against final top-1 ({where})"
-    if any(run.timeline for members in few.values() for run in members):
-        yield _timeline, few, "memory_timeline.png", (7.5, 6.5), f"Memory over training ({where})"
-    yield _ledger, few, "ledger.png", (8.5, 4.5), f"Who owns the memory at the end of training ({where})"
-    caption = "A step's peak at final sparsity: predicted and measured, rank 0"
-    yield _peak_ledger, few, "ledger_peak.png", (8.5, 6.5), caption
-    if any(run.method != "none" for run in every):
-        yield sparsity_over_steps, groups, "sparsity.png", (7.5, 4.5), "Sparsity over steps"
+    pictures: dict[str, _Picture] = {
+        "accuracy.png": (
+            accuracy_over_epochs,
+            groups,
+            (max(7.5, 3.2 * levels), 4.8),
+            "Validation top-1 over epochs, mean and spread over seeds",
+        ),
+        "accuracy_vs_sparsity.png": (
+            accuracy_over_sparsity,
+            groups,
+            (7.5, 5),
+            "Final top-1 against sparsity, spread over seeds",
+        ),
+        "pareto.png": (pareto, groups, (7.5, 5), "Accuracy against state bytes; the line is the Pareto front"),
+        "memory_vs_accuracy.png": (_memory_accuracy, few, (7.5, 4.5), f"Memory against final top-1 ({where})"),
+        "memory_timeline.png": (_timeline, few, (7.5, 6.5), f"Memory over training ({where})"),
+        "ledger.png": (_ledger, few, (8.5, 4.5), f"Who owns the memory at the end of training ({where})"),
+        "ledger_peak.png": (
+            _peak_ledger,
+            few,
+            (8.5, 6.5),
+            "A step's peak at final sparsity: predicted and measured, rank 0",
+        ),
+        "sparsity.png": (sparsity_over_steps, groups, (7.5, 4.5), "Sparsity over steps"),
+    }
+    nothing_to_see = {
+        "accuracy_vs_sparsity.png": levels == 1,
+        "memory_timeline.png": not any(run.timeline for members in few.values() for run in members),
+        "sparsity.png": all(run.method == "none" for run in every),
+    }
+    return {name: picture for name, picture in pictures.items() if not nothing_to_see.get(name)}
 
 
 def _few(groups: Groups) -> Groups:
@@ -96,7 +109,7 @@ def _each(groups: Groups) -> Iterator[tuple[str, CellRun, str, str]]:
             yield label, run, COLOURS[i % 8], STYLES[i // 2 % 4]
 
 
-def _timeline(figure: "Figure", groups: Groups) -> None:
+def _timeline(figure: Figure, groups: Groups) -> None:
     """All ranks, one line each; dotted where a phase begins, a cross where the allocator had to retry."""
     upper, lower = figure.subplots(2, 1, sharex=True)
     begins: dict[str, int] = {}
@@ -130,7 +143,7 @@ def _timeline(figure: "Figure", groups: Groups) -> None:
     legend(figure, [upper])
 
 
-def _memory_accuracy(figure: "Figure", groups: Groups) -> None:
+def _memory_accuracy(figure: Figure, groups: Groups) -> None:
     axes = figure.subplots()
     for label, run, colour, _ in _each(groups):
         end, peak = run.memory["ledger"]["total_bytes"] / MIB, run.memory["ledger_peak"]["total_bytes"] / MIB
@@ -144,7 +157,7 @@ def _memory_accuracy(figure: "Figure", groups: Groups) -> None:
     legend(figure, [axes])
 
 
-def _ledger(figure: "Figure", groups: Groups) -> None:
+def _ledger(figure: Figure, groups: Groups) -> None:
     bars = {
         label: {row["name"]: row["measured_bytes"] for row in members[0].memory["ledger"]["rows"]}
         for label, members in reversed(list(groups.items()))  # the last in the list is drawn on top
@@ -152,7 +165,7 @@ def _ledger(figure: "Figure", groups: Groups) -> None:
     _stack(figure, bars)
 
 
-def _peak_ledger(figure: "Figure", groups: Groups) -> None:
+def _peak_ledger(figure: Figure, groups: Groups) -> None:
     """Two bars a method: what was predicted and what the probed step held."""
     bars: dict[str, dict[str, int]] = {}
     for label, members in reversed(list(groups.items())):
@@ -167,7 +180,7 @@ def _peak_ledger(figure: "Figure", groups: Groups) -> None:
         _stack(figure, bars)
 
 
-def _stack(figure: "Figure", bars: dict[str, dict[str, int]]) -> None:
+def _stack(figure: Figure, bars: dict[str, dict[str, int]]) -> None:
     """Horizontal bars stacked of ledger rows, from the bottom up; rows too thin to see are left to the tables."""
     axes = figure.subplots()
     totals = [sum(rows.values()) / MIB for rows in bars.values()]

@@ -8,14 +8,13 @@ import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import TYPE_CHECKING
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from launch.report.runs import CellRun, Groups, by_level, ours, top1
 from launch.report.significance import mean_and_spread
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 # Okabe & Ito's palette: eight colours that stay apart in the common forms of colour blindness.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999", "#F0E442")
@@ -28,8 +27,6 @@ _LETTERS_AN_INCH, _LETTERS_OF_A_MARK = 16, 7  # of a legend in 8 points
 
 @dataclass(frozen=True)
 class _Line:
-    """One group as it is drawn."""
-
     name: str
     members: Sequence[CellRun]
     colour: str
@@ -45,14 +42,6 @@ class _Line:
         return "_" if self.grey else self.name
 
 
-def _by_name(groups: Groups) -> dict[str, dict[float, Sequence[CellRun]]]:
-    """Method without its sparsity -> sparsity -> runs."""
-    found: dict[str, dict[float, Sequence[CellRun]]] = {}
-    for label, members in groups.items():
-        found.setdefault(series(label, members), {})[members[0].sparsity] = members
-    return found
-
-
 def series(label: str, members: Sequence[CellRun]) -> str:
     """A group's label without the sparsity: what a line over sparsities is named."""
     return members[0].name + label.removeprefix(members[0].label)
@@ -62,9 +51,15 @@ def look(groups: Groups) -> dict[str, tuple[str, str]]:
     """(colour, line style) of each method name: ours, their baselines and the best on average of its sparsities in
     colour, pruned before dense.
     """
-    names = _by_name(groups)
-    means = {name: fmean(top1(members)[0] for members in levels.values()) for name, levels in names.items()}
-    ranked = sorted(names, key=lambda name: (max(names[name]) > 0, means[name]), reverse=True)
+    names: dict[str, list[Sequence[CellRun]]] = {}
+    for label, members in groups.items():
+        names.setdefault(series(label, members), []).append(members)
+
+    def rank(name: str) -> tuple[bool, float]:
+        levels = names[name]
+        return any(members[0].sparsity for members in levels), fmean(top1(members)[0] for members in levels)
+
+    ranked = sorted(names, key=rank, reverse=True)
     first = [name for name in (*ours(), *DENSE) if name in names]
     shown = [*first, *(name for name in ranked if name not in first)]
     shown = shown if len(names) <= len(COLOURS) else shown[:_IN_COLOUR]
@@ -81,7 +76,7 @@ def _lines(groups: Groups) -> list[_Line]:
     return sorted((_Line(name, members, *looks[name]) for name, members in named), key=lambda line: not line.grey)
 
 
-def legend(figure: "Figure", all_axes: Sequence["Axes"], lines: Iterable[_Line] = ()) -> None:
+def legend(figure: Figure, all_axes: Sequence[Axes], lines: Iterable[_Line] = ()) -> None:
     """One entry a label, below the picture, where it hides nothing; the grey ones of `lines` are one entry."""
     if any(line.grey for line in lines):
         all_axes[0].plot([], [], color=_GREY, marker="o", markersize=4, linestyle="none", label="others")
@@ -96,23 +91,16 @@ def legend(figure: "Figure", all_axes: Sequence["Axes"], lines: Iterable[_Line] 
     figure.legend(list(unique.values()), list(unique), loc="outside lower center", ncols=columns, fontsize=8)
 
 
-def _curve(run: CellRun) -> list[tuple[int, float]]:
-    """(epoch from 1, top-1) of the evaluated epochs."""
-    return [(int(row["epoch"]) + 1, float(row["eval_top1"])) for row in run.epochs if row["eval_top1"]]
-
-
-def accuracy_over_epochs(figure: "Figure", groups: Groups) -> None:
+def accuracy_over_epochs(figure: Figure, groups: Groups) -> None:
     """A panel a sparsity; lines are means, bands standard deviations over seeds."""
-    from matplotlib.ticker import MaxNLocator
-
     levels, lines = list(by_level(groups)), _lines(groups)
     panels = figure.subplots(1, len(levels), sharey=True, squeeze=False)[0]
     lowest = 100.0  # of those in colour: one that collapses shall not flatten the rest
     for line in lines:
         axes = panels[levels.index(line.members[0].sparsity)]
-        tables = [_curve(run) for run in line.members]
-        epochs = [epoch for epoch, _ in tables[0]]
-        columns = [mean_and_spread([rows[i][1] for rows in tables]) for i in range(len(epochs))]
+        tables = [[row for row in run.epochs if row["eval_top1"]] for run in line.members]
+        epochs = [int(row["epoch"]) + 1 for row in tables[0]]
+        columns = [mean_and_spread([float(rows[i]["eval_top1"]) for rows in tables]) for i in range(len(epochs))]
         means = [mean for mean, _ in columns]
         axes.plot(epochs, means, color=line.colour, linestyle=line.style, marker="o", markersize=3, label=line.label)
         if line.grey:
@@ -128,7 +116,7 @@ def accuracy_over_epochs(figure: "Figure", groups: Groups) -> None:
     legend(figure, list(panels), lines)
 
 
-def accuracy_over_sparsity(figure: "Figure", groups: Groups) -> None:
+def accuracy_over_sparsity(figure: Figure, groups: Groups) -> None:
     """Final accuracy of each method at its sparsities, with the spread over seeds as bars."""
     axes = figure.subplots()
     lines = _lines(groups)
@@ -152,7 +140,7 @@ def accuracy_over_sparsity(figure: "Figure", groups: Groups) -> None:
     legend(figure, [axes], lines)
 
 
-def pareto(figure: "Figure", groups: Groups) -> None:
+def pareto(figure: Figure, groups: Groups) -> None:
     """Accuracy against what optimizer and pruning keep, a mark a method and sparsity; the line is the front."""
     axes = figure.subplots()
     lines = _lines(groups)
@@ -173,11 +161,8 @@ def pareto(figure: "Figure", groups: Groups) -> None:
             linestyle="none",
             label=line.label,
         )
-    front, best = [], -1.0
-    for size, mean in sorted(points, key=lambda point: (point[0], -point[1])):
-        if mean > best:
-            front.append((size, mean))
-            best = mean
+    points.sort(key=lambda point: (point[0], -point[1]))
+    front = [point for i, point in enumerate(points) if all(point[1] > smaller[1] for smaller in points[:i])]
     axes.plot(*zip(*front, strict=True), color="#333333", linewidth=1, drawstyle="steps-post", zorder=0)
     for level, mark in marks.items():
         axes.plot([], [], mark, color="#333333", label=f"{100 * level:g} % sparsity" if level else "dense")
@@ -197,7 +182,7 @@ def _range_in_colour(lines: Iterable[_Line]) -> tuple[float, float]:
     return min(mean - (spread or 0.0) for mean, spread in shown) - 0.5, max(m + (s or 0.0) for m, s in shown) + 0.5
 
 
-def sparsity_over_steps(figure: "Figure", groups: Groups) -> None:
+def sparsity_over_steps(figure: Figure, groups: Groups) -> None:
     """Zeros counted in the model at each epoch's end, of every pruned run; runs of one schedule lie on each other."""
     axes = figure.subplots()
     for line in _lines(groups):

@@ -1,24 +1,50 @@
-"""The report of a study: its text, and all files around it."""
+"""The report of a study: its text, and its tables as files (all_results.json in the original study's schema)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
 from launch.report.accuracy import accuracy, ranking_section, verdict_section, versus_section
 from launch.report.archive import RUNS_FILE, unpack, write_runs
-from launch.report.files import environment, original_result, summary, summary_csv
 from launch.report.html import as_code, as_text, to_html
-from launch.report.memory import memory_section
-from launch.report.runs import CellRun, Groups, group_by_method
-from toolkit.files import write_atomically, write_json
-from toolkit.markdown import mib, table
+from launch.report.memory import memory_section, study_column
+from launch.report.runs import CellRun, Groups, group_by_method, top1
+from toolkit.files import csv_text, write_atomically, write_json
+from toolkit.markdown import MIB, mib, page, table
 
 _ON_CPU = """\
 > **Run on CPU. No figure below is GPU memory.** The memory columns are the tensor-byte ledger: the bytes of every
 > weight, gradient, optimizer state, mask and score tensor, counted by storage. They are the same on a GPU, but a GPU
 > also holds activations, workspaces and the allocator's cache, which are not here."""
 _SYNTHETIC = "> **SYNTHETIC images**: accuracy says nothing about photographs."
+_SHARED = (
+    "model",
+    "dataset",
+    "dataset_note",
+    "dataset_synthetic",
+    "device",
+    "device_type",
+    "world_size",
+    "threads_per_rank",
+    "global_batch_size",
+    "epochs",
+    "mixed_precision",
+    "versions",
+)
+_OF_A_RUN = (
+    "model",
+    "opt",
+    "pruning",
+    "seed",
+    "final_top1",
+    "best_top1",
+    "best_epoch",
+    "target_sparsity",
+    "final_sparsity",
+    "images_per_sec",
+    "completed",
+)
 
 
 def write_report(runs: Sequence[CellRun], out: Path, source: Path, *, brief: bool = False) -> None:
@@ -30,11 +56,13 @@ def write_report(runs: Sequence[CellRun], out: Path, source: Path, *, brief: boo
 
     groups, made_by = group_by_method(runs), _made_by(runs, source, out, brief)
     if out.suffix == ".md":
-        write_atomically(out, "\n".join([*_markdown(runs, groups, [], out), made_by]) + "\n")
+        write_atomically(out, page(*_markdown(runs, groups, [], out), made_by))
         return
     out.mkdir(parents=True, exist_ok=True)
     pictures = draw_all(groups, out)
-    text = "\n".join([*_markdown(runs, groups, pictures, out), *_kept(out), made_by]) + "\n"
+    unpack_again = as_code(f"python -m launch.report {out / RUNS_FILE} --unpack FOLDER")
+    kept = f"Every run's settings, metrics and memory are in {RUNS_FILE}; {unpack_again} makes folders of it again."
+    text = page(*_markdown(runs, groups, pictures, out), kept, "", made_by)
     write_atomically(out / "report.md", text)
     write_json(out / "summary.json", summary(runs, groups), indent=1)
     write_runs(runs, out / RUNS_FILE)
@@ -54,11 +82,10 @@ def _alternative_texts(groups: Groups, pictures: Sequence[tuple[str, str]]) -> d
 
 def _markdown(runs: Sequence[CellRun], groups: Groups, pictures: Sequence[tuple[str, str]], out: Path) -> list[str]:
     shared, groups = environment(runs), {as_text(name): members for name, members in groups.items()}
-    on_cpu = any(run.metrics["device_type"] == "cpu" for run in runs)
     return [
         f"# {as_text(out.name.removesuffix('.md'))}: {_said(shared['model'])} on {_said(shared['dataset'])}",
         "",
-        *([_ON_CPU] if on_cpu else []),
+        *([_ON_CPU] if any(run.metrics["device_type"] == "cpu" for run in runs) else []),
         *(["", _SYNTHETIC] if shared["dataset_synthetic"] else []),
         "",
         _circumstances(runs, shared),
@@ -78,8 +105,11 @@ def _circumstances(runs: Sequence[CellRun], shared: dict[str, Any]) -> str:
     versions = dict.fromkeys(
         ", ".join(f"{key} {value}" for key, value in run.metrics["versions"].items()) for run in runs
     )
-    one_seed = "One seed: differences of a point or so are noise, and no rank is claimed."
-    seeds = "Accuracy is mean ± standard deviation over the seeds." if len(shared["seeds"]) > 1 else one_seed
+    seeds = (
+        "Accuracy is mean ± standard deviation over the seeds."
+        if len(shared["seeds"]) > 1
+        else "One seed: differences of a point or so are noise, and no rank is claimed."
+    )
     return (
         f"Data: {_said(shared['dataset_note'] or shared['dataset'])}. Evaluated on its split "
         f"{_said([run.arguments['val_split'] for run in runs])}. Hardware: {_said(shared['world_size'])} "
@@ -102,18 +132,20 @@ def _said(value: Any) -> str:
 
 
 def _speed_section(groups: Groups) -> list[str]:
-    rows = [
-        [
-            name,
-            f"{fmean(run.metrics['images_per_sec'] for run in members):.0f}",
-            f"{median(run.train_s for run in members):.0f}",
-        ]
-        for name, members in groups.items()
-    ]
     return [
         "## Speed",
         "",
-        *table(["method", "images/s", "training s"], rows),
+        *table(
+            ["method", "images/s", "training s"],
+            [
+                [
+                    name,
+                    f"{fmean(run.metrics['images_per_sec'] for run in members):.0f}",
+                    f"{median(run.train_s for run in members):.0f}",
+                ]
+                for name, members in groups.items()
+            ],
+        ),
         "",
         "Mean and median over the runs as they came, others beside them or not: a rough guide. Steps are timed against "
         "each other in results/bench.",
@@ -122,29 +154,26 @@ def _speed_section(groups: Groups) -> list[str]:
 
 
 def _settings_section(groups: Groups) -> list[str]:
-    rows = [
-        [
-            name,
-            f"{run.lr:g}",
-            f"{run.arguments['weight_decay']:g}",
-            as_text(run.metrics["global_batch_size"]),
-            as_text(run.metrics["epochs"]),
-            as_text(run.schedule_note),
-            as_text(run.folder.name),
-        ]
-        for name, (run, *_) in groups.items()
-    ]
     return [
         "## Settings",
         "",
-        *table(["method", "lr", "weight decay", "global batch", "epochs", "schedule", "run"], rows),
+        *table(
+            ["method", "lr", "weight decay", "global batch", "epochs", "schedule", "run"],
+            [
+                [
+                    name,
+                    f"{run.lr:g}",
+                    f"{run.arguments['weight_decay']:g}",
+                    as_text(run.metrics["global_batch_size"]),
+                    as_text(run.metrics["epochs"]),
+                    as_text(run.schedule_note),
+                    as_text(run.folder.name),
+                ]
+                for name, (run, *_) in groups.items()
+            ],
+        ),
         "",
     ]
-
-
-def _kept(out: Path) -> list[str]:
-    unpack_again = f"{as_code(f'python -m launch.report {out / RUNS_FILE} --unpack FOLDER')} makes folders of it again."
-    return [f"Every run's settings, metrics and memory are in {RUNS_FILE}; {unpack_again}", ""]
 
 
 def printed_table(groups: Groups) -> str:
@@ -157,3 +186,108 @@ def printed_table(groups: Groups) -> str:
         size = mib(members[0].memory["ledger"]["optimizer_bytes"])
         lines.append(f"{name:<{width}}  {accuracy(members):>14}  {sparsity:>9}  {size:>28}")
     return "\n".join(lines)
+
+
+def environment(runs: Sequence[CellRun]) -> dict[str, Any]:
+    """What all runs share, and every value where they do not."""
+    found = {key: [run.metrics[key] for run in runs] for key in _SHARED}
+    shared = {key: values[0] if values.count(values[0]) == len(values) else values for key, values in found.items()}
+    return shared | {"seeds": sorted({run.metrics["seed"] for run in runs})}
+
+
+def summary(runs: Sequence[CellRun], groups: Groups) -> dict[str, Any]:
+    """What summary.json holds: every run, and of every method the mean and spread (None for one seed)."""
+    return {
+        "schema": "study-summary/1",
+        "environment": environment(runs),
+        "cells": [_of_a_run(run) for run in runs],
+        "methods": [
+            {
+                "method": name,
+                "seeds": [run.metrics["seed"] for run in members],
+                "final_top1_mean": top1(members)[0],
+                "final_top1_stdev": top1(members)[1],
+            }
+            for name, members in groups.items()
+        ],
+    }
+
+
+def _of_a_run(run: CellRun) -> dict[str, Any]:
+    return {
+        "name": run.folder.name,
+        **{key: run.metrics[key] for key in _OF_A_RUN},
+        "lr": run.lr,
+        "weight_decay": run.arguments["weight_decay"],
+        "train_s": run.train_s,
+        "optimizer_end_bytes": run.memory["ledger"]["optimizer_bytes"],
+        "optimizer_peak_bytes": run.memory["ledger_peak"]["optimizer_bytes"],
+        "ledger_end_bytes": run.memory["ledger"]["total_bytes"],
+        "ledger_peak_bytes": run.memory["ledger_peak"]["total_bytes"],
+        "optimizer_bytes_per_weight": run.bytes_per_weight,
+        "ledger_rows_end_bytes": {row["name"]: row["measured_bytes"] for row in run.memory["ledger"]["rows"]},
+        "peak_of_a_step_bytes": {name: phase["total_bytes"] for name, phase in run.memory["phases"].items()},
+        "allocated_peak_bytes": run.memory["reduced"]["peaks.life.allocated_peak_bytes"]["max"],
+        **study_column(run),
+    }
+
+
+def summary_csv(groups: Groups) -> str:
+    """One row a method: accuracy over seeds, bytes of the first seed (they do not vary), speed."""
+    rows = [_of_a_method(name, members) for name, members in groups.items()]
+    return csv_text(list(rows[0]), rows)
+
+
+def _of_a_method(name: str, members: Sequence[CellRun]) -> Mapping[str, Any]:
+    first = members[0]
+    return {
+        "method": name,
+        "optimizer": first.optimizer,
+        "pruning": first.method,
+        "target_sparsity": first.sparsity,
+        "final_sparsity": first.metrics["final_sparsity"],
+        "seeds": " ".join(str(run.metrics["seed"]) for run in members),
+        "top1_mean": top1(members)[0],
+        "top1_stdev": top1(members)[1],
+        "best_top1_mean": top1(members, "best")[0],
+        "optimizer_end_bytes": first.memory["ledger"]["optimizer_bytes"],
+        "state_bytes_per_weight": first.bytes_per_weight,
+        "ledger_end_bytes": first.memory["ledger"]["total_bytes"],
+        "ledger_peak_bytes": first.memory["ledger_peak"]["total_bytes"],
+        "images_per_sec": fmean(run.metrics["images_per_sec"] for run in members),
+        "train_s": fmean(run.train_s for run in members),
+        "lr": first.lr,
+        "weight_decay": first.arguments["weight_decay"],
+    }
+
+
+def original_result(run: CellRun) -> dict[str, Any]:
+    """A run as the original study's test matrix wrote it, so that its plotting scripts work; accuracies in percent.
+
+    `final_accuracy` is ours: the original left it out, and its plots then showed 0. Memory in MiB of the whole device,
+    None without a GPU.
+    """
+    metrics, record = run.metrics, run.memory["ranks"][0]
+    peak = record["device_used_peak_bytes"]
+    return {
+        "test_id": run.folder.name,
+        "model": metrics["model"],
+        "optimizer": run.optimizer,
+        "pruning": run.method,
+        "target_sparsity": run.sparsity,
+        "elapsed_time": run.train_s,
+        "success": metrics["completed"],
+        "train_loss": metrics["train_loss"],
+        "test_loss": metrics["eval_loss"],
+        "test_accuracy": metrics["eval_top1"],
+        "sparsity": metrics["sparsity"],
+        "epoch_times": metrics["epoch_s"],
+        "total_time": run.train_s,
+        "best_accuracy": metrics["best_top1"],
+        "final_accuracy": metrics["final_top1"],
+        "final_sparsity": metrics["final_sparsity"],
+        "epochs_completed": len(metrics["train_loss"]),
+        "gpu_memory_mean": record["device_used_study_mib"],
+        "gpu_memory_max": None if peak is None else peak / MIB,
+        "seed": metrics["seed"],
+    }

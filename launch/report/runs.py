@@ -125,20 +125,19 @@ def group_by_method(runs: Sequence[CellRun]) -> dict[str, list[CellRun]]:
 
     A setting that most of them share is not in a name. Raises ValueError where two runs differ in nothing.
     """
-    groups: dict[tuple[str, str], list[CellRun]] = {}
+    groups: dict[tuple[str, str], dict[int, CellRun]] = {}  # of each the runs by seed
     for run in runs:
-        groups.setdefault((run.label, json.dumps(run.settings, sort_keys=True)), []).append(run)
+        seeds = groups.setdefault((run.label, json.dumps(run.settings, sort_keys=True)), {})
+        other = seeds.setdefault(run.metrics["seed"], run)
+        if other is not run:
+            raise ValueError(
+                f"{other.folder} and {run.folder} are the same run (settings and seed); move one elsewhere"
+            )
     named = {}
-    for (label, _), members in groups.items():
-        seeds: dict[int, CellRun] = {}
-        for run in members:
-            other = seeds.setdefault(run.metrics["seed"], run)
-            if other is not run:
-                raise ValueError(
-                    f"{other.folder} and {run.folder} are the same run (settings and seed); move one elsewhere"
-                )
-        rivals = [other[0].settings for (name, _), other in groups.items() if name == label]
+    for (label, _), seeds in groups.items():
+        members = list(seeds.values())
         mine = members[0].settings
+        rivals = [next(iter(other.values())).settings for (name, _), other in groups.items() if name == label]
         unusual = [key for key in sorted(mine) if not _is_usual(mine[key], [rival.get(key) for rival in rivals])]
         shown = [f"{key}={'none' if mine[key] in ('', None) else mine[key]}" for key in unusual]
         named[" ".join([label, *shown])] = members
@@ -158,10 +157,8 @@ def _is_usual(value: Any, values: Sequence[Any]) -> bool:
 
 def by_level(groups: Groups) -> dict[float, dict[str, Sequence[CellRun]]]:
     """Sparsity -> groups, dense first."""
-    levels: dict[float, dict[str, Sequence[CellRun]]] = {}
-    for name, members in groups.items():
-        levels.setdefault(members[0].sparsity, {})[name] = members
-    return dict(sorted(levels.items()))
+    levels = sorted({members[0].sparsity for members in groups.values()})
+    return {level: {name: runs for name, runs in groups.items() if runs[0].sparsity == level} for level in levels}
 
 
 def by_seed(members: Sequence[CellRun]) -> dict[int, float]:

@@ -5,32 +5,35 @@ real run under `accelerate launch`; the loop's overhead is measured against a ba
 goes between the ranks is counted and set beside its formulas.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 from launch.scaling.measure import measure_scaling
-from launch.scaling.model import model_to_markdown
-from launch.scaling.report import draw, to_markdown
-from toolkit.command import spelled
+from launch.scaling.report import draw, model_to_markdown, to_markdown
+from toolkit.command import command_parser, one_line_errors, spelled
 from toolkit.files import write_atomically, write_json
 
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the flags, measure, write the report."""
-    parser = argparse.ArgumentParser(prog="python -m launch.scaling", description=__doc__)
-    parser.add_argument("--config_file", type=Path, required=True, help="of accelerate_configs/")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="default %(default)s")
-    parser.add_argument("--runs", type=Path, default=Path("runs/scaling"), help="default %(default)s")
-    parser.add_argument("--out", type=Path, default=Path("results/scaling"), help="default %(default)s")
-    parser.add_argument("--count-model", default="resnet50", help="whose collectives are counted, default %(default)s")
+    parser = command_parser(
+        "launch.scaling",
+        __doc__,
+        {
+            "--config_file": {"type": Path, "required": True, "help": "of accelerate_configs/"},
+            "--ranks": {"type": int, "nargs": "+", "default": [1, 2], "help": "default %(default)s"},
+            "--runs": {"type": Path, "default": Path("runs/scaling"), "help": "default %(default)s"},
+            "--out": {"type": Path, "default": Path("results/scaling"), "help": "default %(default)s"},
+            "--count-model": {"default": "resnet50", "help": "whose collectives are counted, default %(default)s"},
+        },
+    )
     arguments = sys.argv[1:] if argv is None else argv
     own = arguments[: arguments.index("--")] if "--" in arguments else arguments
     options = parser.parse_args(own)
     flags = arguments[len(own) + 1 :]
-    result = measure_scaling(
-        options.config_file.resolve(), sorted(options.ranks), flags, options.runs.resolve(), options.count_model
-    )
+    file, runs = options.config_file.resolve(), options.runs.resolve()
+    with one_line_errors(parser):
+        result = measure_scaling(file, sorted(options.ranks), flags, runs, options.count_model)
     command = spelled("launch.scaling", argv)
     write_json(options.out / "scaling.json", result)
     write_atomically(options.out / "report.md", to_markdown(result, command))

@@ -4,9 +4,10 @@ A payload is the bytes of the tensor one rank hands in. The formulas hold for fl
 files in accelerate_configs/; tests/distributed/test_collectives.py holds them against counted ones, byte for byte.
 """
 
+import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,20 +85,17 @@ def formulas(engine: str, facts: Traffic, ranks: int) -> dict[str, int]:
     """
     scores = _COUNT_BYTES * facts.prunable
     selection = _HISTOGRAMS_BYTES + 2 * scores  # three histograms; tie counts and highest scores are gathered
-    if engine == "ddp":
-        found = {"gradients": facts.weights_bytes, "weights": 0, "control": 8, "mask update": 16}
-        return found | {"buffers": facts.float_buffer_bytes + facts.int_buffer_bytes}
-    if engine == "fsdp2":
-        all_rows, kept = _rows_padded(facts.shapes, ranks), _rows_padded(facts.kept, ranks)
-        found = {"gradients": all_rows, "weights": (2 * all_rows - kept) // ranks, "control": 8}
-        return found | {"mask update": selection + 3 * scores, "buffers": 0}
-    if engine in ("zero1", "zero2"):
-        slices = sum(_FLOAT_BYTES * math.ceil(size / (2 * ranks)) * 2 for size in facts.groups)
-        found = {"gradients": facts.weights_bytes, "weights": slices, "control": 8 + 8}
-    else:
-        share = sum(_FLOAT_BYTES * math.ceil(math.prod(shape) / ranks) for shape in facts.shapes)
-        found = {"gradients": share * ranks, "weights": share, "control": 8 + 16}
-    return found | {"mask update": selection + scores + 16, "buffers": 0}
+    all_rows, kept = _rows_padded(facts.shapes, ranks), _rows_padded(facts.kept, ranks)
+    slices = sum(_FLOAT_BYTES * math.ceil(size / (2 * ranks)) * 2 for size in facts.groups)
+    share = sum(_FLOAT_BYTES * math.ceil(math.prod(shape) / ranks) for shape in facts.shapes)
+    rows = {  # in the order of WHAT
+        "ddp": (facts.weights_bytes, 0, facts.float_buffer_bytes + facts.int_buffer_bytes, 8, 16),
+        "fsdp2": (all_rows, (2 * all_rows - kept) // ranks, 0, 8, selection + 3 * scores),
+        "zero1": (facts.weights_bytes, slices, 0, 8 + 8, selection + scores + 16),
+        "zero2": (facts.weights_bytes, slices, 0, 8 + 8, selection + scores + 16),
+        "zero3": (share * ranks, share, 0, 8 + 16, selection + scores + 16),
+    }
+    return dict(zip(WHAT, rows[engine], strict=True))
 
 
 def log_line_bytes(ranks: int) -> int:
@@ -118,17 +116,14 @@ def count_collectives(work: Callable[[], Any]) -> list[tuple[str, int]]:
     """(operation, payload bytes) of every collective that `work` makes on this rank, in order."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
         work()
-    found = []
     results: Any = profile.profiler
-    for event in results.kineto_results.events():
-        if event.name().startswith(_BACKENDS):
-            sizes = [
-                math.prod(shape) * _ITEMSIZE[dtype]
-                for shape, dtype in zip(event.shapes(), event.dtypes(), strict=True)
-                if dtype in _ITEMSIZE
-            ]
-            found.append((event.name().split(":")[1], sum(sizes)))
-    return found
+    calls = [event for event in results.kineto_results.events() if event.name().startswith(_BACKENDS)]
+    return [(call.name().split(":")[1], _payload(zip(call.shapes(), call.dtypes(), strict=True))) for call in calls]
+
+
+def _payload(tensors: Iterable[tuple[Sequence[int], str]]) -> int:
+    """Bytes of the tensors of these shapes and types; what is no tensor has another type."""
+    return sum(math.prod(shape) * _ITEMSIZE[dtype] for shape, dtype in tensors if dtype in _ITEMSIZE)
 
 
 def count_of_run(run: Run) -> dict[str, dict[str, int]]:
@@ -137,28 +132,25 @@ def count_of_run(run: Run) -> dict[str, dict[str, int]]:
     The first two steps pass uncounted: DDP puts its buckets together anew after the first.
     """
     due = next(update for update in range(4, run.plan.total_steps) if run.schedule.is_update_step(update))
-    batches = _endless(run)
+    batches = itertools.chain.from_iterable(run.train_loader.epoch(0) for _ in itertools.repeat(None))
 
     def step(update: int) -> None:
         train_step(run, batches, update, 0, stop=False, want_grad_norm=False)
         if update == due:
             check_masks(run)
 
-    ordinary: list[tuple[str, int]] = []
-    for update in range(1, due):
-        if update == 3:
-            ordinary = count_collectives(lambda: step(3))
-        else:
-            step(update)
+    step(1)
+    step(2)
+    ordinary = count_collectives(lambda: step(3))
+    for update in range(4, due):
+        step(update)
     both = count_collectives(lambda: step(due))
     rest = list((Counter(both) - Counter(ordinary)).elements())
-    found = {what: {"bytes": 0, "collectives": 0} for what in WHAT}
+    sizes: dict[str, list[int]] = {what: [] for what in WHAT}
     for operation, size in ordinary:
-        row = found[_what(operation, size)]
-        row["bytes"] += size
-        row["collectives"] += 1
-    found["mask update"] = {"bytes": sum(size for _, size in rest), "collectives": len(rest)}
-    return found
+        sizes[_what(operation, size)].append(size)
+    sizes["mask update"] = [size for _, size in rest]
+    return {what: {"bytes": sum(mine), "collectives": len(mine)} for what, mine in sizes.items()}
 
 
 def _what(operation: str, size: int) -> str:
@@ -167,8 +159,3 @@ def _what(operation: str, size: int) -> str:
     if operation == "all_reduce":
         return "gradients" if size > _CONTROL_BYTES else "control"
     return "weights"
-
-
-def _endless(run: Run) -> Iterator[Any]:
-    while True:
-        yield from run.train_loader.epoch(0)

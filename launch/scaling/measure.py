@@ -1,7 +1,6 @@
 """The runs and probes of `launch.scaling`; what is there already is taken as it is."""
 
 import argparse
-import json
 import math
 import shutil
 import statistics
@@ -13,7 +12,7 @@ from launch.start import ROOT, accelerate_launch, environment, installed
 from toolkit.builder.resume import check_same_settings
 from toolkit.cli import parse
 from toolkit.engine.history import is_complete
-from toolkit.files import write_json
+from toolkit.files import read_json, write_json
 from toolkit.progress import Progress
 
 ENGINE_FILES = {
@@ -56,14 +55,11 @@ def _scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
 
 def _row(kind: str, ranks: int, folder: Path) -> dict[str, Any]:
     """A finished run's figures; the first epoch is left out of the rates."""
-    metrics = json.loads((folder / "metrics.json").read_text())
-    memory = json.loads((folder / "memory.json").read_text())
+    metrics, reduced = read_json(folder / "metrics.json"), read_json(folder / "memory.json")["reduced"]
     first = metrics["steps_per_epoch"] if metrics["epochs"] > 1 else 0
-    peaks = {
-        name: row for name, row in memory["reduced"].items() if name.startswith("phases.") and name.endswith(".total")
-    }
-    fullest = max(peaks.values(), key=lambda row: row["max"])
-    allocated = memory["reduced"]["peaks.life.allocated_peak_bytes"]
+    peaks = [row for name, row in reduced.items() if name.startswith("phases.") and name.endswith(".total")]
+    fullest = max(peaks, key=lambda row: row["max"])
+    allocated = reduced["peaks.life.allocated_peak_bytes"]
     return {
         "kind": kind,
         "ranks": ranks,
@@ -97,7 +93,7 @@ def _probe(
     name = f"{what}-{file.stem}-{ranks}"
     kept, result = runs / f"{name}.json", runs / f"{name}.result"
     if kept.exists():
-        before = json.loads(kept.read_text())
+        before = read_json(kept)
         if before["flags"] != flags:
             raise ValueError(f"{kept} was measured with other flags; remove {runs} or give another --runs")
         return before["found"]
@@ -105,7 +101,7 @@ def _probe(
     place = ["--output", str(runs / "probes"), "--experiment", name]
     program = ["-m", "launch.scaling.rank", what, str(result), *flags, *place]
     _launch(file, ranks, program, runs / f"{name}.log", **variables)
-    found = json.loads(result.read_text())
+    found = read_json(result)
     write_json(kept, {"flags": flags, "found": found})
     return found
 
@@ -137,22 +133,24 @@ def measure_scaling(file: Path, ranks: list[int], flags: list[str], runs: Path, 
     if settings.mixed_precision != "no" or settings.mixes or settings.grad_accum_steps > 1 or settings.clip_grad:
         raise ValueError("the bare loop has no --amp, mixup, accumulation or clipping to compare with; leave them out")
     flags = _without_batch(flags)
-    bar = Progress(2 * len(ranks) - 1 + len(ranks) + 2 * len(ENGINE_FILES), "runs", "scaling")
     rows: list[dict[str, Any]] = []
     loops = []
-    for count in ranks:
-        for kind, size in (("strong", batch), ("weak", batch // most * count)):
-            if kind == "weak" and count == most:  # the same run
-                rows.append({**rows[-1], "kind": "weak"})
-                continue
-            rows.append(_train(file, count, flags, size, runs, kind))
-            bar.advance(1, f"{kind} at {count}")
-    for count in ranks:
-        own = [*flags, "--global-batch-size", str(batch // most * count)]
-        loops.append(_probe(file, count, "loop", own, runs, _KEEP_MEMORY))
-        bar.advance(1, f"loop at {count}")
-    counts = _count(count_model, flags, runs, bar)
-    bar.close()
+    with Progress(3 * len(ranks) - 1 + 2 * len(ENGINE_FILES), "runs", "scaling") as bar:
+        for count in ranks:
+            for kind, size in (("strong", batch), ("weak", batch // most * count)):
+                if kind == "weak" and count == most:  # the same run
+                    rows.append({**rows[-1], "kind": "weak"})
+                    continue
+                rows.append(_train(file, count, flags, size, runs, kind))
+                bar.advance(1, f"{kind} at {count}")
+        for count in ranks:
+            loops.append(
+                _probe(
+                    file, count, "loop", [*flags, "--global-batch-size", str(batch // most * count)], runs, _KEEP_MEMORY
+                )
+            )
+            bar.advance(1, f"loop at {count}")
+        counts = _count(count_model, flags, runs, bar)
     return {"schema": "scaling/1", "model": settings.model, "rows": rows, "loops": loops, "collectives": counts}
 
 

@@ -4,13 +4,13 @@ loop: an epoch of our loop, of a bare hand-written one, and of that one without 
 collectives: count what goes between the ranks. facts: what the formulas need of the model.
 """
 
-import argparse
 import json
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from launch.scaling.collectives import count_of_run, traffic_of
 from toolkit.builder import build
 from toolkit.cli import parse
+from toolkit.command import command_parser
 from toolkit.dist import leave_group
 from toolkit.engine.history import History
 from toolkit.engine.loop import train_epoch
@@ -29,41 +30,36 @@ from toolkit.engine.signals import StopRequest
 from toolkit.log import start_logging
 
 
-class BareLoop:
+def bare_epoch(run: Run, epoch: int) -> None:
     """What one would write by hand with torch alone: model in DDP, optimizer, loss and batches, and nothing else.
 
     The very objects that our loop trains: with copies of them, where in memory they came to lie made up to 4 %.
     """
+    model, optimizer, to_inputs, loss = run.engine.model, run.engine.inner_optimizer, run.to_inputs, run.train_loss
+    model.train()
+    for batch in run.train_loader.epoch(epoch):
+        images, targets = to_inputs(batch)
+        optimizer.zero_grad()
+        loss(model(images), targets).backward()
+        optimizer.step()
 
-    def __init__(self, run: Run) -> None:
-        self._model, self._optimizer = run.engine.model, run.engine.inner_optimizer
-        self._loader, self._to_inputs, self._loss = run.train_loader, run.to_inputs, run.train_loss
 
-    def epoch(self, epoch: int) -> None:
-        """Train one epoch."""
-        self._model.train()
-        for batch in self._loader.epoch(epoch):
-            images, targets = self._to_inputs(batch)
-            self._optimizer.zero_grad()
-            self._loss(self._model(images), targets).backward()
-            self._optimizer.step()
-
-    def epoch_alone(self, epoch: int) -> None:
-        """Train one epoch in which no rank hears of the others."""
-        assert isinstance(self._model, DistributedDataParallel)
-        with self._model.no_sync():
-            self.epoch(epoch)
+def bare_epoch_alone(run: Run, epoch: int) -> None:
+    """The same with no rank hearing of the others."""
+    assert isinstance(run.engine.model, DistributedDataParallel)
+    with run.engine.model.no_sync():
+        bare_epoch(run, epoch)
 
 
 def measure_loops(run: Run, rounds: int) -> dict[str, Any]:
     """Seconds of an epoch of each loop, interleaved; the first round is not counted. Call on all ranks."""
-    bare = BareLoop(run)
-    passes: dict[str, Callable[[int], None]] = {
-        "ours": _our_epoch(run),
-        "bare": bare.epoch,
+    metrics = Metrics(run)
+    passes: dict[str, Callable[[int], Any]] = {
+        "ours": lambda number: train_epoch(run, History(epoch=number), StopRequest(), metrics),
+        "bare": partial(bare_epoch, run),
     }
     if run.world.num_ranks > 1:
-        passes["alone"] = bare.epoch_alone
+        passes["alone"] = partial(bare_epoch_alone, run)
     seconds: dict[str, list[float]] = {name: [] for name in passes}
     order = list(passes)
     for number in range(rounds + 1):
@@ -93,21 +89,17 @@ def measure_loops(run: Run, rounds: int) -> dict[str, Any]:
     }
 
 
-def _our_epoch(run: Run) -> Callable[[int], None]:
-    metrics = Metrics(run)
-
-    def epoch(number: int) -> None:
-        train_epoch(run, History(epoch=number), StopRequest(), metrics)
-
-    return epoch
-
-
 def main(argv: list[str] | None = None) -> int:
     """Build the run of the train flags, measure, and write the result on rank 0."""
-    parser = argparse.ArgumentParser(prog="python -m launch.scaling.rank", description=__doc__)
-    parser.add_argument("what", choices=("loop", "collectives", "facts"))
-    parser.add_argument("result", type=Path)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser = command_parser(
+        "launch.scaling.rank",
+        __doc__,
+        {
+            "what": {"choices": ("loop", "collectives", "facts")},
+            "result": {"type": Path},
+            "--rounds": {"type": int, "default": 9},
+        },
+    )
     options, flags = parser.parse_known_args(argv)
     if options.what == "loop":
         flags += ["--epochs", str(options.rounds + 1)]

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from flags import train_flags
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
 RANKS = {"one_gpu": 1, "multi_node": 1}
+PRUNED = ("--epochs", "2", "--opt", "adamwprune", "--sparsity", "0.7", "--experiment", "r")
 ENGINE = {"fsdp2": "fsdp2", "deepspeed_zero1": "zero1", "deepspeed_zero2": "zero2", "deepspeed_zero3": "zero3"}
 
 
@@ -28,35 +30,7 @@ def launch(file, data, out, *more, ranks=None):
         str(count),
         *hosts,
         "train.py",
-        "--data-dir",
-        str(data),
-        "--model",
-        "test_resnet",
-        "--img-size",
-        "32",
-        "--global-batch-size",
-        "16",
-        "--epochs",
-        "2",
-        "--lr",
-        "3e-3",
-        "--warmup-epochs",
-        "0",
-        "--color-jitter",
-        "0",
-        "-j",
-        "0",
-        "--opt",
-        "adamwprune",
-        "--sparsity",
-        "0.7",
-        "--prune-frequency",
-        "2",
-        "--output",
-        str(out),
-        "--experiment",
-        "r",
-        *more,
+        *train_flags(data, out, *PRUNED, *more),
     ]
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, env=environment)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from flags import train_flags
 
 ROOT = Path(__file__).parents[2]
 SRUN = """#!/bin/bash
@@ -66,34 +67,8 @@ def slurm(tmp_path):
 
 @pytest.fixture
 def flags(few_digits, tmp_path):
-    return [
-        "--data-dir",
-        str(few_digits),
-        "--model",
-        "test_resnet",
-        "--img-size",
-        "32",
-        "--global-batch-size",
-        "16",
-        "--lr",
-        "3e-3",
-        "--warmup-epochs",
-        "0",
-        "--color-jitter",
-        "0",
-        "-j",
-        "0",
-        "--opt",
-        "adamwprune",
-        "--sparsity",
-        "0.7",
-        "--prune-frequency",
-        "2",
-        "--output",
-        str(tmp_path / "runs"),
-        "--experiment",
-        "r",
-    ]
+    pruned = ("--opt", "adamwprune", "--sparsity", "0.7", "--experiment", "r")
+    return train_flags(few_digits, tmp_path / "runs", *pruned)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this is the CPU run")

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from flags import train_flags
 
 ROOT = Path(__file__).parents[2]
+PRUNED = ("--epochs", "2", "--opt", "adamwprune", "--sparsity", "0.7", "--experiment", "r")
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 
 
@@ -64,34 +66,7 @@ def test_two_hosts_train_together(hosts, few_digits, tmp_path):
             "--main_process_port",
             "29511",
             str(ROOT / "train.py"),
-            "--data-dir",
-            str(few_digits),
-            "--model",
-            "test_resnet",
-            "--img-size",
-            "32",
-            "--global-batch-size",
-            "16",
-            "--epochs",
-            "2",
-            "--lr",
-            "3e-3",
-            "--warmup-epochs",
-            "0",
-            "--color-jitter",
-            "0",
-            "-j",
-            "0",
-            "--opt",
-            "adamwprune",
-            "--sparsity",
-            "0.7",
-            "--prune-frequency",
-            "2",
-            "--output",
-            str(tmp_path),
-            "--experiment",
-            "r",
+            *train_flags(few_digits, tmp_path, *PRUNED),
         ]
         environment = {**os.environ, "GLOO_SOCKET_IFNAME": "wire", "OMP_NUM_THREADS": "1"}
         processes.append(

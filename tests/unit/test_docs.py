@@ -87,6 +87,11 @@ def known_flags():
             for node in ast.walk(ast.parse(path.read_text())):
                 if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument":
                     found |= {arg.value for arg in node.args if isinstance(arg, ast.Constant)}
+                if isinstance(node, ast.Dict):  # of command_parser: a flag and what it is made with
+                    made = [
+                        key for key, value in zip(node.keys, node.values, strict=True) if isinstance(value, ast.Dict)
+                    ]
+                    found |= {key.value for key in made if isinstance(key, ast.Constant)}
     return found
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from launch.report.__main__ import main
 from launch.report.archive import RUNS_FILE, read_runs, unpack, write_runs
-from launch.report.files import summary, summary_csv
+from launch.report.report import summary, summary_csv
 from launch.report.runs import group_by_method
 
 RESULTS = Path(__file__).parents[3] / "results"

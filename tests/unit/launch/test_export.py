@@ -6,6 +6,7 @@ import math
 import pytest
 import timm
 import torch
+from flags import train_flags
 from ranks import reset_accelerate
 
 import train
@@ -19,36 +20,7 @@ from toolkit.engine.loop import train as train_loop
 
 @pytest.fixture
 def flags(few_digits, tmp_path):
-    return [
-        "--data-dir",
-        str(few_digits),
-        "--model",
-        "test_resnet",
-        "--img-size",
-        "32",
-        "-b",
-        "16",
-        "--epochs",
-        "2",
-        "--lr",
-        "3e-3",
-        "--warmup-epochs",
-        "0",
-        "--color-jitter",
-        "0",
-        "-j",
-        "0",
-        "--log-interval",
-        "5",
-        "--prune-frequency",
-        "2",
-        "--output",
-        str(tmp_path),
-        "--opt",
-        "adamwprune",
-        "--sparsity",
-        "0.7",
-    ]
+    return train_flags(few_digits, tmp_path, "--epochs", "2", "--opt", "adamwprune", "--sparsity", "0.7")
 
 
 def test_timm_loads_it_and_it_scores_the_same(flags, tmp_path, capsys):
