@@ -13,6 +13,7 @@ from flags import train_flags
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
+KINDS = ("cpu", "multi_node", "fsdp2", "deepspeed_zero3")  # the others are long
 RANKS = {"one_gpu": 1, "multi_node": 1}
 PRUNED = ("--epochs", "2", "--opt", "adamwprune", "--sparsity", "0.7", "--experiment", "r")
 ENGINE = {"fsdp2": "fsdp2", "deepspeed_zero1": "zero1", "deepspeed_zero2": "zero2", "deepspeed_zero3": "zero3"}
@@ -54,7 +55,9 @@ def test_all_are_there():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="these are the CPU runs")
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+@pytest.mark.parametrize(
+    "file", [pytest.param(file, id=file.stem, marks=() if file.stem in KINDS else pytest.mark.long) for file in FILES]
+)
 def test_each_starts_on_this_machine(file, few_digits, tmp_path):
     done = launch(file, few_digits, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -70,8 +73,8 @@ def test_each_starts_on_this_machine(file, few_digits, tmp_path):
     ("key", "value", "flags"),
     [
         ("mixed_precision", "bf16", []),
-        ("gradient_clipping", 0.5, ["--clip-grad", "1"]),
-        ("gradient_accumulation_steps", 4, ["--grad-accum-steps", "2"]),
+        pytest.param("gradient_clipping", 0.5, ["--clip-grad", "1"], marks=pytest.mark.long),
+        pytest.param("gradient_accumulation_steps", 4, ["--grad-accum-steps", "2"], marks=pytest.mark.long),
     ],
 )
 def test_a_file_that_says_otherwise_than_the_flags_is_refused(few_digits, tmp_path, key, value, flags):
