@@ -5,7 +5,7 @@ Run it after a study or a bench was measured again; a test holds the README to w
 
 import statistics
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from launch.start import ROOT
@@ -53,36 +53,37 @@ def _row(study: Mapping[str, Any], bench: Mapping[str, Any], opt: str, sparsity:
         f"{100 * sparsity:g} %" if sparsity else "–",
         f"{end * cells[0]['optimizer_peak_bytes'] / cells[0]['optimizer_end_bytes']:.2f}",
         f"{end:.2f}",
-        _ratio(_step(bench, step)) if step else "–",
+        _ratios(_steps(bench, step)) if step else "–",
         f"{statistics.mean(top1):.1f} ± {statistics.stdev(top1):.1f}",
         ", ".join(where),
     ]
 
 
-def _step(bench: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    found = [row for row in bench["rows"] if row["name"] == name]
-    if not found:
+def _steps(bench: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
+    """The row of each machine."""
+    found = [row for machine in bench["machines"] for row in machine["rows"] if row["name"] == name]
+    if len(found) < len(bench["machines"]):
         raise ValueError(f"results/bench/optim.json has no row {name!r}; run launch.bench optim again")
-    return found[0]
+    return found
 
 
-def _ratio(step: Mapping[str, Any]) -> str:
-    """Beside its own family's fused optimizer, which is named where it is SGD."""
-    peer = step["peer"] or step["name"]
-    return f"{step['ratio_to_peer'] or 1:.2f}" + (" of fused SGD" if "SGD" in peer else "")
+def _ratios(steps: Sequence[Mapping[str, Any]]) -> str:
+    """Beside its own family's fused optimizer, which is named where it is SGD; a figure a machine."""
+    peer = steps[0]["peer"] or steps[0]["name"]
+    figures = [f"{step['ratio_to_peer']:.2f}" for step in steps if step["peer"]] or ["1.00"]
+    return " / ".join(figures) + (" of fused SGD" if "SGD" in peer else "")
 
 
 def _notes(study: Mapping[str, Any], bench: Mapping[str, Any]) -> list[str]:
-    run = study["environment"]
-    end = _step(bench, "adamwprune 70%")["state_bytes_per_prunable_weight"]
+    run, machines, model = study["environment"], bench["machines"], bench["machines"][-1]["model"]
+    end = _steps(bench, "adamwprune 70%")[-1]["state_bytes_per_prunable_weight"]
     trained = f"{run['device']} ({run['device_type'].upper()})"
-    stepped = f"{bench['device'].removeprefix('CPU: ')} ({bench['kind'].upper()})"
+    stepped = " / ".join(f"{one['device'].removeprefix('CPU: ')} ({one['kind'].upper()})" for one in machines)
     return [
-        f"State: bytes a weight that optimizer and pruning keep; on {bench['model']} `adamwprune` ends at {end:.2f} "
-        "for 70 %.",
+        f"State: bytes a weight that optimizer and pruning keep; on {model} `adamwprune` ends at {end:.2f} for 70 %.",
         f"State and top-1: {run['model']}, {run['epochs']} epochs, {trained}; by "
         "`python -m launch.matrix launch/matrices/digits.yaml`.",
-        f"Step: {bench['model']}, median of {bench['rounds']} rounds, {stepped}; by `python -m launch.bench optim`.",
+        f"Step: {model}, medians, {stepped}; by `python -m launch.bench optim --out results/bench`.",
     ]
 
 

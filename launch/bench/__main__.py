@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from toolkit.command import command_parser, spelled
-from toolkit.files import write_result
+from toolkit.files import read_json, write_result
 
 # What is measured, by a function bench_<what> of launch.bench.<what>, and the flags it is given.
 _NEEDS = {
@@ -35,6 +35,9 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     bench = importlib.import_module(f"launch.bench.{options.what}")
     result = getattr(bench, f"bench_{options.what}")(*(getattr(options, name) for name in _NEEDS[options.what]))
+    if options.what == "optim":
+        kept = options.out and options.out / "optim.json"
+        result = bench.with_other_machines(result, read_json(kept) if kept and kept.is_file() else {})
     text = bench.to_markdown(result, spelled("launch.bench", argv))
     if options.out:
         name = f"{options.what}-{options.model}" if options.what == "equivalence" else options.what

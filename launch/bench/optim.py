@@ -3,13 +3,16 @@
 A timm model's parameters with random weights and gradients; each candidate has weights and state of its own. One round
 steps every candidate once; the figures are medians over the rounds and medians of the ratios to fused AdamW (or fused
 SGD) of the same round. Limits are this project's own bars; a row without one is shown for orientation.
+
+A step can be no faster than memory: beside its time stands the share of the rate at which this machine doubles as many
+numbers in place, of the bytes that the step must read and write at least.
 """
 
 import contextlib
 import importlib.util
 import statistics
 import unittest.mock
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -28,12 +31,16 @@ ADAM_BARS = {"cpu": {0.1: 1.15, 0.3: 1.15, 0.5: 1.0, 0.7: 0.9, 0.9: 0.65}, "cuda
 SGD_BARS = {"cpu": {0.7: 1.0, 0.9: 0.8}, "cuda": {}}
 MASK_UPDATE_LIMIT = 30  # ordinary steps
 SELECTION_TRANSIENT_LIMIT_BYTES = 8 * MIB
+BANDWIDTH_LIMIT = 0.85  # of the rate in place, at these sparsities
+_BANDWIDTH_NAMES = tuple(f"{name} {sparsity}%" for name in ("adamwprune", "sgdprune") for sparsity in (0, 70, 90))
+_IN_PLACE = "in place"
 _NO_GPU = "**These are CPU figures. No GPU was at hand: the GPU column stays empty until one is.**"
 _HEADER = (
     "optimizer",
     "step ms",
     "ratio to peer",
     "bar",
+    "of in-place rate",
     "peer",
     "state",
     "state of norms, biases",
@@ -96,11 +103,11 @@ def _makers() -> list[_Maker]:
         (SGD, partial(torch.optim.SGD, lr=0.1, momentum=0.9, fused=True), "", None, None),
         *(
             (f"adamwprune {sparsity:.0%}", partial(adam, sparsity=sparsity), ADAM, adam_bars.get(sparsity), None)
-            for sparsity in (0.1, 0.3, 0.5, 0.7, 0.9)
+            for sparsity in (0.0, 0.1, 0.3, 0.5, 0.7, 0.9)
         ),
         *(
             (f"sgdprune {sparsity:.0%}", partial(sgd, sparsity=sparsity), SGD, sgd_bars.get(sparsity), None)
-            for sparsity in (0.5, 0.7, 0.9)
+            for sparsity in (0.0, 0.5, 0.7, 0.9)
         ),
         *(
             (f"adamwprune {sparsity:.0%}, {isa} code", partial(adam, sparsity=sparsity), ADAM, None, isa)
@@ -152,6 +159,7 @@ def candidates(shapes: Sequence[torch.Size], count: int) -> list[tuple[Callable[
             "ratio_to_peer": None,
             "limit": limit,
             "met": None,
+            "share_of_in_place_rate": None,
             "state_bytes_per_prunable_weight": _bytes(optimizer, [p for p in parameters if p.ndim > 1]) / count,
             "other_state_bytes_per_prunable_weight": _bytes(optimizer, [p for p in parameters if p.ndim <= 1]) / count,
             "transient_bytes": transient_bytes(optimizer.step),  # beyond what the step leaves
@@ -200,21 +208,24 @@ def time_mask_update(shapes: Sequence[torch.Size], rounds: int) -> dict[str, flo
 
 
 def bench_optim(model: str, rounds: int) -> dict[str, Any]:
-    """Everything `launch.bench optim` measures, as one JSON object."""
+    """Everything `launch.bench optim` measures on this machine, as one JSON object."""
     shapes = parameter_shapes(model)
     count = sum(shape.numel() for shape in shapes if len(shape) > 1)
     found = candidates(shapes, count)
     steps = {row["name"]: partial(_step_s, step) for step, row in found}
+    doubled = torch.ones(count, device=DEVICE)
+    steps[_IN_PLACE] = partial(_step_s, partial(doubled.mul_, 2.0))
     times, rows = in_turn(steps, rounds, "steps"), [row for _, row in found]
-    del found, steps  # their weights and states, before the mask update is measured
+    del found, steps, doubled  # weights and states, before the mask update is measured
     for row in rows:
         row["step_ms"] = 1e3 * statistics.median(times[row["name"]])
+        slower = median_ratio(times, row["name"], _IN_PLACE)
+        row["share_of_in_place_rate"] = _step_bytes(row) / (8 * slower)
         if row["peer"]:
             row["ratio_to_peer"] = median_ratio(times, row["name"], row["peer"])
         if row["limit"] is not None:
             row["met"] = row["ratio_to_peer"] <= row["limit"]
     return {
-        "schema": "bench-optim/2",
         "model": model,
         "prunable_weights": count,
         "rounds": rounds,
@@ -222,6 +233,8 @@ def bench_optim(model: str, rounds: int) -> dict[str, Any]:
         "kind": DEVICE,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "in_place_bytes_per_s": 8 * count / statistics.median(times[_IN_PLACE]),
+        "native_code": next(iter(native_isas()[-1:]), None),
         "rows": rows,
         "mask_update": time_mask_update(shapes, rounds),
     }
@@ -231,36 +244,94 @@ def _step_s(step: Callable[[], Any], number: int) -> float:
     return seconds(step)
 
 
+def _step_bytes(row: Mapping[str, Any]) -> float:
+    """Bytes a weight that a step must move: weight and moments read and written, gradient and mask read."""
+    mask = 0.125 if row["name"].startswith(("adamwprune", "sgdprune")) else 0.0
+    return 12.0 + 2 * row["state_bytes_per_prunable_weight"] - mask
+
+
+def with_other_machines(result: dict[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+    """What results/bench/optim.json holds: a result a machine; this machine's takes the place of an older one."""
+    others = [other for other in known.get("machines", ()) if other["device"] != result["device"]]
+    return {"schema": "bench-optim/3", "machines": [*others, result]}
+
+
 def to_markdown(result: dict[str, Any], command: str) -> str:
-    """The table for results/bench/."""
+    """The page for results/bench/: our bars on all machines side by side, then a section a machine."""
+    machines = result["machines"]
+    first = machines[0]
+    lines = [
+        f"# Optimizer step, {first['model']}: {first['prunable_weights']:,} prunable weights",
+        "",
+        f"Medians of interleaved rounds in one process. Made by `{command}`, on each machine.",
+        "",
+        *([] if any(machine["kind"] == "cuda" for machine in machines) else [_NO_GPU, ""]),
+        "State is in bytes a prunable weight: of the prunable weights themselves, and of norms and biases. Transient: "
+        "the highest memory an ordinary step takes beyond what it leaves.",
+        "",
+        "Of in-place rate: the bytes that the step must move, over the rate at which the machine doubles as many "
+        f"numbers in place. The bar is {BANDWIDTH_LIMIT:.0%} at 0, 70 and 90 %.",
+        "",
+        "## Ratio to the peer, and share of the in-place rate",
+        "",
+        *_side_by_side(machines),
+    ]
+    for machine in machines:
+        lines += ["", *_section(machine)]
+    return page(*lines)
+
+
+def _side_by_side(machines: Sequence[Mapping[str, Any]]) -> list[str]:
+    by_name = [{row["name"]: row for row in machine["rows"]} for machine in machines]
+    names = [row["name"] for row in machines[-1]["rows"] if row["limit"] or row["name"] in _BANDWIDTH_NAMES]
     rows = []
-    for row in result["rows"]:
+    for name in names:
+        limit = by_name[-1][name]["limit"]
+        cells = [_ratio_and_share(rows_of.get(name)) for rows_of in by_name]
+        rows.append([name, f"≤ {limit:.2f}" if limit else "", *cells])
+    return table(["optimizer", "bar", *(machine["device"] for machine in machines)], rows, text=(0,))
+
+
+def _ratio_and_share(row: Mapping[str, Any] | None) -> str:
+    if row is None or row["ratio_to_peer"] is None:
+        return ""
+    share = row.get("share_of_in_place_rate")
+    missed = " **missed**" if row["met"] is False or _below(row) else ""
+    return f"{row['ratio_to_peer']:.2f}{'' if share is None else f', {share:.0%}'}{missed}"
+
+
+def _below(row: Mapping[str, Any]) -> bool:
+    share = row.get("share_of_in_place_rate")
+    return row["name"] in _BANDWIDTH_NAMES and share is not None and share < BANDWIDTH_LIMIT
+
+
+def _section(machine: Mapping[str, Any]) -> list[str]:
+    rows = []
+    for row in machine["rows"]:
         ratio = "" if row["ratio_to_peer"] is None else f"{row['ratio_to_peer']:.2f}"
-        bar = "" if row["limit"] is None else f"≤ {row['limit']:.2f} {'met' if row['met'] else '**missed**'}"
+        share = row.get("share_of_in_place_rate")
         rows.append(
             [
                 row["name"],
                 f"{row['step_ms']:.1f}",
                 ratio,
-                bar,
+                "" if row["limit"] is None else f"≤ {row['limit']:.2f} {'met' if row['met'] else '**missed**'}",
+                "" if share is None else f"{share:.0%}" + (" **missed**" if _below(row) else ""),
                 row["peer"] or "",
                 *(f"{row[f'{whose}state_bytes_per_prunable_weight']:.3f}" for whose in ("", "other_")),
                 mib(row["transient_bytes"], 1),
-                ratio if result["kind"] == "cuda" else "",
+                ratio if machine["kind"] == "cuda" else "",
             ]
         )
-    mask = result["mask_update"]
-    return page(
-        f"# Optimizer step, {result['model']}: {result['prunable_weights']:,} prunable weights",
+    mask = machine["mask_update"]
+    rate = f", {machine['in_place_bytes_per_s'] / 1e9:.1f} GB/s in place" if "in_place_bytes_per_s" in machine else ""
+    code = f", {machine['native_code']} code" if machine.get("native_code") else ""
+    return [
+        f"## {machine['device']}",
         "",
-        f"{result['device']}, {result['threads']} threads, torch {result['torch']}; medians of {result['rounds']} "
-        f"interleaved rounds in one process. Made by `{command}`.",
+        f"{machine['threads']} threads, torch {machine['torch']}, {machine['rounds']} rounds{code}{rate}.",
         "",
-        *([_NO_GPU, ""] if result["kind"] == "cpu" else []),
-        "State is in bytes a prunable weight: of the prunable weights themselves, and of norms and biases. Transient: "
-        "the highest memory an ordinary step takes beyond what it leaves.",
-        "",
-        *table(_HEADER, rows, text=(0, 4)),
+        *table(_HEADER, rows, text=(0, 5)),
         "",
         f"- A step that changes the masks takes {1e3 * mask['mask_update_step_s']:.0f} ms, "
         f"{mask['in_ordinary_steps']:.1f} ordinary steps (bar: ≤ {mask['in_ordinary_steps_limit']}); it takes "
@@ -269,4 +340,4 @@ def to_markdown(result: dict[str, Any], command: str) -> str:
         f"- The selection alone takes {1e3 * mask['selection_s']:.0f} ms (bar: that of `torch.kthvalue` on all scores "
         f"side by side, {1e3 * mask['kthvalue_s']:.0f} ms) and {mib(mask['selection_transient_bytes'], 1)} MiB "
         f"(bar: ≤ {mib(mask['selection_transient_limit_bytes'], 0)} MiB).",
-    )
+    ]

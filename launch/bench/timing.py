@@ -17,7 +17,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 def device_name() -> str:
     """The device that is measured, for a report."""
-    return torch.cuda.get_device_name() if DEVICE == "cuda" else f"CPU: {cpu_name()}"
+    return torch.cuda.get_device_name() if DEVICE == "cuda" else f"CPU: {cpu_name(with_family=True)}"
 
 
 def parameter_shapes(model: str) -> list[torch.Size]:

@@ -49,14 +49,15 @@ def run_facts(
     }
 
 
-def cpu_name() -> str:
-    """The processor and its number of cores, for reports."""
+def cpu_name(with_family: bool = False) -> str:
+    """The processor and its number of cores, for reports; with its family and model where speed is reported."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
+    known = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    family = f" family {known['cpu family']} model {known['model']}" if with_family and "cpu family" in known else ""
+    return f"{known.get('model name', platform.machine())}{family}, {os.cpu_count()} cores"
 
 
 def write_args(folder: Path, config: Config) -> None:

@@ -1,11 +1,16 @@
+import copy
 import json
+import re
 
 import torch
 
 from launch.bench.__main__ import main
 from launch.bench.data import LIMITS, bench_data
 from launch.bench.data import to_markdown as data_markdown
+from launch.bench.optim import to_markdown, with_other_machines
 from launch.bench.timing import transient_bytes
+from launch.start import ROOT
+from toolkit.files import read_json
 
 
 def test_bench_prints_one_json_object(capsys, tmp_path, monkeypatch):
@@ -13,15 +18,33 @@ def test_bench_prints_one_json_object(capsys, tmp_path, monkeypatch):
     assert main(["optim", "--model", "test_resnet", "--rounds", "2", "--json", "--out", str(tmp_path)]) == 0
     (line,) = capsys.readouterr().out.splitlines()
     result = json.loads(line)
-    rows = {row["name"]: row for row in result["rows"]}
+    (machine,) = result["machines"]
+    rows = {row["name"]: row for row in machine["rows"]}
     assert rows["torch AdamW fused"]["state_bytes_per_prunable_weight"] >= 8
     assert 2.4 < rows["adamwprune 70%"]["state_bytes_per_prunable_weight"] < 2.55
     assert 1.2 < rows["sgdprune 70%"]["state_bytes_per_prunable_weight"] < 1.35
     assert rows["adamwprune 70%"]["other_state_bytes_per_prunable_weight"] > 0
     assert rows["adamwprune 70%"]["ratio_to_peer"] > 0
     assert rows["adamwprune 70%"]["met"] in (True, False)
-    assert result["mask_update"]["selection_transient_bytes"] > 0
-    assert "No GPU was at hand" in (tmp_path / "optim.md").read_text()
+    assert rows["adamwprune 70%"]["share_of_in_place_rate"] > 0
+    assert machine["mask_update"]["selection_transient_bytes"] > 0
+    text = (tmp_path / "optim.md").read_text()
+    assert "No GPU was at hand" in text
+    assert text.count(machine["device"]) == 2
+
+
+def test_machines_stand_side_by_side():
+    kept = read_json(ROOT / "results" / "bench" / "optim.json")
+    mine = copy.deepcopy(kept["machines"][0]) | {"device": "CPU: mine", "in_place_bytes_per_s": 3e10}
+    for row in mine["rows"]:
+        row |= {"share_of_in_place_rate": 0.8 if row["name"] == "sgdprune 70%" else 0.9}
+    both = with_other_machines(mine, kept)
+    text = to_markdown(both, "x")
+    assert [machine["device"] for machine in both["machines"][:-1]] == [old["device"] for old in kept["machines"]]
+    assert re.search(r"\| sgdprune 70% \| ≤ 1.00 \|.* \d\.\d\d, 80% \*\*missed\*\* \|\n", text)
+    assert re.search(r"\| adamwprune 90% \| ≤ 0.65 \|.* \d\.\d\d, 90% \|\n", text)
+    assert "30.0 GB/s in place" in text
+    assert with_other_machines(mine, both) == both
 
 
 def test_transient_bytes_counts_what_is_gone_again():
@@ -57,11 +80,12 @@ def test_data_bench_measures_every_bar():
 
 
 def test_every_saving_shows_in_its_row():
-    from launch.bench.memory import bench_memory, to_markdown
+    from launch.bench.memory import bench_memory
+    from launch.bench.memory import to_markdown as memory_markdown
 
     result = bench_memory("test_resnet", 2, 64)
     for entry in result["savings"]:
         where = "peak" if entry["rows"] == ["activations"] else "between"
         before, after = (sum(entry[key][where].get(row, 0) for row in entry["rows"]) for key in ("before", "after"))
         assert after < before, entry["saving"]
-    assert "| `--fused-backward` | gradients |" in to_markdown(result, "make")
+    assert "| `--fused-backward` | gradients |" in memory_markdown(result, "make")
