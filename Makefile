@@ -9,6 +9,8 @@ STUDY = $(shell $(BIN)/python -m launch.matrix.kconfig name)
 CHOSEN = .config $(if $(EPOCHS),--epochs $(EPOCHS)) $(if $(ONLY),--only '$(ONLY)')
 MATRIX = $(BIN)/python -m launch.matrix $(CHOSEN)
 BOUNDS = runs/bounds
+# Two files at a time, a thread each. In their order: ranks are forked before autograd has threads.
+PYTEST = -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help setup demo demo-report menuconfig list-defconfigs savedefconfig test-matrix test-matrix-dry-run continue estimate \
   test-rerun summary test test-long test-bounds chaos lint clean
@@ -72,10 +74,10 @@ summary: .config setup  ## runs/<name>/ -> results/<name>/report.html, report.md
 	$(BIN)/python -m launch.report runs/$(or $(STUDY),$(error .config cannot be read)) --out results/$(STUDY)
 
 test: setup .venv/.installed-dev  ## all tests (GPU tests are skipped where there is none)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)
 
 test-long: setup .venv/.installed-dev  ## all of make test, and the full products of engines, methods and ranks
-	$(BIN)/python -m pytest -m "long or not long"
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m "long or not long"
 
 test-bounds:  ## make test with the lowest and the newest versions that requirements.txt allows (an hour, 12 GB)
 	mkdir -p $(BOUNDS)
@@ -84,7 +86,7 @@ test-bounds:  ## make test with the lowest and the newest versions that requirem
 	failed=; for end in lowest newest; do \
 	  $(PYTHON) -m venv $(BOUNDS)/$$end || exit 1; \
 	  $(BOUNDS)/$$end/bin/pip install -q --upgrade -c $(BOUNDS)/$$end.txt -r requirements-dev.txt || exit 1; \
-	  $(BOUNDS)/$$end/bin/python -m pytest || failed="$$failed $$end"; \
+	  OMP_NUM_THREADS=1 $(BOUNDS)/$$end/bin/python $(PYTEST) || failed="$$failed $$end"; \
 	done; test -z "$$failed" || { echo "make: tests fail with the versions:$$failed"; exit 1; }
 
 chaos: setup  ## kill ranks of real runs 20 times, try nine other faults -> results/chaos.md (20 minutes)
