@@ -83,7 +83,10 @@ class MaskedStore:
             candidates = pack_range(weight, bits, start, stop)
             begin, end = end, end + candidates.numel()
             state = {key: v[begin:end] if packed else pack_range(v, bits, start, stop) for key, v in kept.items()}
-            yield self._score(candidates, state).masked_fill_(candidates == 0, -torch.inf)
+            scores = self._score(candidates, state)
+            if int(torch.count_nonzero(candidates)) < len(candidates):  # a look is a fifth of the filling's cost
+                scores.masked_fill_(candidates == 0, -torch.inf)
+            yield scores
 
     def apply(self, member: Member, drop: Tensor, grow: Tensor | None) -> None:
         """Change the mask, and what is kept for the weights it takes away or brings back.
