@@ -335,7 +335,8 @@ def _section(machine: Mapping[str, Any]) -> list[str]:
     return [
         f"## {machine['device']}",
         "",
-        f"{machine['date']}: {machine['threads']} threads, torch {machine['torch']}, {machine['rounds']} rounds{code}{rates}.",
+        f"{machine['date']}: {machine['threads']} threads, torch {machine['torch']}, {machine['rounds']} rounds"
+        f"{code}{rates}.",
         "",
         *table(_HEADER, rows, text=(0, 5)),
         "",
