@@ -300,15 +300,16 @@ def predict(
 def to_text(result: dict[str, Any]) -> str:
     """The prediction as a table in MiB."""
     dense, final = result["ledger"]["dense"], result["ledger"]["final"]
+    rows = {row: (dense.get(row, 0), final.get(row, 0)) for row in [*dense, *final]}
+    rows["peak allocated"] = tuple(result["peak_allocated_bytes"][phase] for phase in ("dense", "final"))
+    width = max(map(len, rows))
     lines = [
         f"{result['model']}, batch {result['batch_size']} a rank, {'x'.join(map(str, result['input_size']))}, "
         f"{result['amp'] or 'float32'}, {result['opt']}, sparsity {result['sparsity']:g}: peak allocated, MiB",
         "",
-        f"{'':18}{'dense phase':>14}{'final sparsity':>16}",
+        f"{'':{width}}{'dense phase':>14}{'final sparsity':>16}",
     ]
-    rows = {row: (dense.get(row, 0), final.get(row, 0)) for row in [*dense, *final]}
-    rows["peak allocated"] = tuple(result["peak_allocated_bytes"][phase] for phase in ("dense", "final"))
-    lines += [f"{row:18}{first / MIB:14,.1f}{last / MIB:16,.1f}" for row, (first, last) in rows.items()]
+    lines += [f"{row:{width}}{first / MIB:14,.1f}{last / MIB:16,.1f}" for row, (first, last) in rows.items()]
     lines += [
         "",
         f"A GPU should have about {result['needed_bytes'] / MIB:,.0f} MiB: the higher peak × {RESERVED_OVER_ALLOCATED} "
