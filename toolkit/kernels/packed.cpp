@@ -63,7 +63,8 @@ INLINE void sgd_rule(const Sgd& s, int n, float* __restrict w, float* __restrict
 
 INLINE uint64_t bits_of(const uint8_t* mask, int64_t count) {
   uint64_t bits = 0;
-  std::memcpy(&bits, mask, static_cast<size_t>((count + 7) / 8));
+  if (count == 64) std::memcpy(&bits, mask, 8);  // of a size known when compiling: no call
+  else std::memcpy(&bits, mask, static_cast<size_t>((count + 7) / 8));
   return bits;
 }
 
@@ -94,7 +95,8 @@ INLINE void scatter_bits(float* w, const uint8_t* mask, int64_t n, const float* 
   for (int64_t base = 0; base < n; base += 64) {
     const int64_t count = n - base < 64 ? n - base : 64;
     uint64_t bits = bits_of(mask + base / 8, count);
-    std::memset(w + base, 0, static_cast<size_t>(count) * sizeof(float));
+    if (count == 64) std::memset(w + base, 0, 64 * sizeof(float));
+    else std::memset(w + base, 0, static_cast<size_t>(count) * sizeof(float));
     for (; bits; bits &= bits - 1) w[base + __builtin_ctzll(bits)] = ws[k++];
   }
 }
