@@ -21,9 +21,9 @@ from toolkit.log import get_logger
 from toolkit.optim.buckets import Bucket, BucketCache
 from toolkit.prune.distributed import local_gradient, to_local
 from toolkit.prune.groups import prunable_parameters
-from toolkit.prune.mask import flat_view, pack_bits
+from toolkit.prune.mask import flat_view, pack_bits, unpack_bits
 from toolkit.prune.options import OPTION_NAMES, STATE_DTYPES, PruningOptions
-from toolkit.prune.packing import block_offsets, pack, survivors_before, unpack
+from toolkit.prune.packing import block_offsets, pack, survivors_before
 from toolkit.prune.pruning import Pruning, dense_states, saved_states
 from toolkit.prune.schedule import Schedule
 from toolkit.prune.scores import STATE_SCORES
@@ -253,7 +253,7 @@ class PackedOptimizer(Optimizer):
             self.update(new, grad.to(dtype), moments, group, bucket.step)
             # 3. Put back what is not updated in place; pruned places become 0 again.
             if mask is not None:
-                flat_view(parameter).copy_(unpack(new, mask, parameter.numel()))
+                flat_view(parameter).zero_()[unpack_bits(mask, parameter.numel())] = new.to(parameter.dtype)
             elif new is not parameter:
                 parameter.copy_(new)
             for number, (key, value) in enumerate(moments.items()):
