@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+from at_batch import at_batch
 from flags import vit_flags
 from ranks import exit_codes
 
@@ -23,16 +24,8 @@ def flags(few_digits, tmp_path):
 
 def _killed(rank, flags):
     run = build(parse([*flags, "--experiment", "r"]))
-    original, seen = run.augment, 0
-
-    def dying(*batch):
-        nonlocal seen
-        seen += 1
-        if seen == 10 and rank == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(*batch)
-
-    run.augment = dying
+    if rank == 1:
+        at_batch(run, 10, lambda: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(LostRankError, match=r"rank 1 \(last heard of at step 8\)"):
         train_loop(run)
 
@@ -51,16 +44,8 @@ def test_killing_a_rank_leaves_a_report_of_the_rest(flags, tmp_path):
 
 def _hanging(rank, flags):
     run = build(parse([*flags, "--experiment", "r", "--dist-timeout", "4"]))
-    original, seen = run.augment, 0
-
-    def stuck(*batch):
-        nonlocal seen
-        seen += 1
-        if seen == 10 and rank == 2:
-            time.sleep(60)
-        return original(*batch)
-
-    run.augment = stuck
+    if rank == 2:
+        at_batch(run, 10, lambda: time.sleep(60))
     with pytest.raises(LostRankError, match=r"rank 2 \(last heard of at step 8\)"):
         train_loop(run)
 
@@ -72,17 +57,12 @@ def test_a_rank_that_hangs_is_named_when_the_time_is_up(flags):
 
 
 def _failing(rank, flags):
+    def fail():
+        raise ValueError("this very image")
+
     run = build(parse([*flags, "--experiment", "r", "--dist-timeout", "20"]))
-    original, seen = run.augment, 0
-
-    def failing(*batch):
-        nonlocal seen
-        seen += 1
-        if seen == 10 and rank == 1:
-            raise ValueError("this very image")
-        return original(*batch)
-
-    run.augment = failing
+    if rank == 1:
+        at_batch(run, 10, fail)
     with pytest.raises(ValueError if rank == 1 else RuntimeError, match="this very image" if rank == 1 else ""):
         train_loop(run)
     if rank == 1:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from at_batch import at_batch
 from flags import vit_flags
 from ranks import run_ranks
 
@@ -114,16 +115,8 @@ def test_frozen_weights_are_neither_pruned_nor_counted(flags, tmp_path, ranks):
 
 def _stop_at(step, rank_that_is_told):
     def poison(run):
-        original, seen = run.augment, 0
-
-        def counting(*batch):
-            nonlocal seen
-            seen += 1
-            if seen == step - 1 and run.world.rank == rank_that_is_told:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return original(*batch)
-
-        run.augment = counting
+        if run.world.rank == rank_that_is_told:
+            at_batch(run, step - 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
 
     return poison
 

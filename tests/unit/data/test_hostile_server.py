@@ -1,12 +1,10 @@
 """A data set behind a URL whose owner means harm: nothing outside the cache is touched, no command is his."""
 
 import os
-import shutil
 import time
 
 import pytest
 from hostile import change_info, changed_index, rename_shards, snapshot
-from http_server import Server
 
 from toolkit.data import remote
 from toolkit.data.index import index_path, load_split
@@ -15,15 +13,6 @@ from toolkit.data.shard_cache import ShardCache, load_remote_split
 from toolkit.files import UnsafeNameError
 
 FIRST, SECOND, THIRD = (f"few-train-000{number}.tar" for number in range(3))
-
-
-@pytest.fixture
-def server(few_digits, tmp_path, monkeypatch):
-    monkeypatch.setattr(remote, "FIRST_PAUSE_S", 0.01)
-    monkeypatch.setattr(remote, "STALL_S", 0.4)
-    made = Server(shutil.copytree(few_digits, tmp_path / "server"))
-    yield made
-    made.http.shutdown()
 
 
 @pytest.fixture

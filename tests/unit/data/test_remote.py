@@ -8,10 +8,8 @@ from functools import partial
 
 import pytest
 import torch
-from http_server import Server
 
 from shards.writer import Sample, write_info, write_split
-from toolkit.data import remote
 from toolkit.data.decode import EvalTransform, TrainTransform
 from toolkit.data.index import index_path, load_split
 from toolkit.data.loader import EvalLoader, TrainLoader
@@ -20,15 +18,6 @@ from toolkit.data.shard_cache import ShardCache, load_remote_split
 
 SIZE = (16, 16)
 LIMIT = 2**30
-
-
-@pytest.fixture
-def server(few_digits, tmp_path, monkeypatch):
-    monkeypatch.setattr(remote, "FIRST_PAUSE_S", 0.01)
-    monkeypatch.setattr(remote, "STALL_S", 0.4)
-    made = Server(shutil.copytree(few_digits, tmp_path / "server"))
-    yield made
-    made.http.shutdown()
 
 
 def open_train(server, folder, limit=LIMIT):

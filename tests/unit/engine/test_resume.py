@@ -7,6 +7,7 @@ import signal
 
 import pytest
 import torch
+from at_batch import at_batch
 from ranks import reset_accelerate
 from test_train import PRUNED, assert_same, final_state, make
 
@@ -88,16 +89,7 @@ def test_resume_equals_not_stopping_bit_for_bit(flags, tmp_path, variant, cut):
 
 def stop_after(run, steps):
     """Ctrl-C while step `steps` - 1 is under way: the ranks agree on it in the next step, finish that one and save."""
-    original, seen = run.augment, 0
-
-    def counting(*batch):
-        nonlocal seen
-        seen += 1
-        if seen == (steps - 2) * run.plan.accumulation + 1:
-            os.kill(os.getpid(), signal.SIGINT)
-        return original(*batch)
-
-    run.augment = counting
+    at_batch(run, (steps - 2) * run.plan.accumulation + 1, lambda: os.kill(os.getpid(), signal.SIGINT))
 
 
 def test_resuming_a_finished_run_changes_nothing(flags, tmp_path):
