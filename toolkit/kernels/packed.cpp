@@ -1,201 +1,18 @@
-// Packed updates on CPU: one step for the survivors of a pruned tensor.
-//
-// A block of 1,024 weights is worked on in three passes: the survivors' weights and gradients are gathered side by side
-// (their moments already lie so), updated as plain vectors, and put back. Arithmetic then costs what the survivors cost,
-// whatever the density; a gather costs a few cycles per 16 weights. Above 85 % density blocks are mostly full and the
-// gather is still the cheaper half of the work, so one code serves all densities. Putting back writes whole lines, zeros
-// at the pruned places: weights written from outside (a loaded model, an average) are pruned again by the next step.
-//
-// Plain C interface, no torch headers: builds in about 2 s. OpenMP shares torch's thread pool (same libgomp).
+// Packed updates on CPU with float32 moments: one step for the survivors of pruned tensors. See packed.h.
 
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
+#include "packed.h"
 
 namespace {
 
-constexpr int64_t BLOCK = 1024;
-// Weights to fetch ahead while gathering. A block is one 4 KiB page of weights, where the processor's own prefetch ends:
-// with it the update at 90 % sparsity went from 0.64 to 0.53 of fused AdamW's time (512, 1024 and 2048 are alike).
-constexpr int64_t AHEAD = 2048;
-enum Isa { PORTABLE = 0, AVX2 = 1, AVX512 = 2 };
-
-struct Adam {
-  float decay, one_minus_beta1, beta2, one_minus_beta2, inv_bias2_sqrt, eps, step_size, coupled;
-};
-
-struct Sgd {
-  float decay, momentum, one_minus_dampening, lr, coupled;
-  int nesterov, first;
-};
-
-#define INLINE inline __attribute__((always_inline))
-
-INLINE void adam_rule(const Adam& a, int n, float* __restrict w, float* __restrict g, float* __restrict m,
-                      float* __restrict v, float* __restrict vmax) {
-  for (int i = 0; i < n; ++i) {
-    float weight = w[i] * a.decay;
-    float grad = g[i] + a.coupled * w[i];
-    float first = m[i] + (grad - m[i]) * a.one_minus_beta1;
-    float second = v[i] * a.beta2 + grad * grad * a.one_minus_beta2;
-    m[i] = first;
-    v[i] = second;
-    if (vmax) {
-      second = vmax[i] > second ? vmax[i] : second;
-      vmax[i] = second;
-    }
-    w[i] = weight - a.step_size * (first / (sqrtf(second) * a.inv_bias2_sqrt + a.eps));
-  }
-}
-
-INLINE void sgd_rule(const Sgd& s, int n, float* __restrict w, float* __restrict g, float* __restrict m) {
-  for (int i = 0; i < n; ++i) {
-    float grad = g[i] + s.coupled * w[i];
-    float buffer = s.first ? grad : m[i] * s.momentum + grad * s.one_minus_dampening;
-    m[i] = buffer;
-    float step = s.nesterov ? grad + s.momentum * buffer : buffer;
-    w[i] = w[i] * s.decay - s.lr * step;
-  }
-}
-
-INLINE uint64_t bits_of(const uint8_t* mask, int64_t count) {
-  uint64_t bits = 0;
-  if (count == 64) std::memcpy(&bits, mask, 8);  // of a size known when compiling: no call
-  else std::memcpy(&bits, mask, static_cast<size_t>((count + 7) / 8));
-  return bits;
-}
-
-INLINE void fetch_ahead(const float* w, const float* g) {
-  __builtin_prefetch(w + AHEAD);
-  __builtin_prefetch(g + AHEAD);
-}
-
-// Portable: walk over the set bits.
-INLINE int gather_bits(const float* w, const float* g, const uint8_t* mask, int64_t n, float* ws, float* gs) {
-  int k = 0;
-  for (int64_t base = 0; base < n; base += 64) {
-    int64_t count = n - base < 64 ? n - base : 64;
-    uint64_t bits = bits_of(mask + base / 8, count);
-    for (int line = 0; line < 64; line += 16) fetch_ahead(w + base + line, g + base + line);
-    while (bits) {
-      int64_t i = base + __builtin_ctzll(bits);
-      ws[k] = w[i];
-      gs[k++] = g[i];
-      bits &= bits - 1;
-    }
-  }
-  return k;
-}
-
-INLINE void scatter_bits(float* w, const uint8_t* mask, int64_t n, const float* ws) {
-  int k = 0;
-  for (int64_t base = 0; base < n; base += 64) {
-    const int64_t count = n - base < 64 ? n - base : 64;
-    uint64_t bits = bits_of(mask + base / 8, count);
-    if (count == 64) std::memset(w + base, 0, 64 * sizeof(float));
-    else std::memset(w + base, 0, static_cast<size_t>(count) * sizeof(float));
-    for (; bits; bits &= bits - 1) w[base + __builtin_ctzll(bits)] = ws[k++];
-  }
-}
+// A table row is one tensor: weights, then addresses of weight, grad, mask, offsets and up to three moments.
+constexpr int64_t ROW = 8;
 
 #if defined(__x86_64__)
-#define TARGET_AVX512 __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,fma,popcnt,bmi,bmi2,prefer-vector-width=512")))
-#define TARGET_AVX2 __attribute__((target("avx2,fma,popcnt,bmi,bmi2")))
-
-// In registers: compress and expand to and from memory are microcoded on some processors.
-TARGET_AVX512 inline int gather_avx512(const float* w, const float* g, const uint8_t* mask, int64_t n, float* ws,
-                                       float* gs) {
-  int k = 0;
-  int64_t i = 0;
-  for (; i + 16 <= n; i += 16) {
-    uint16_t bits;
-    std::memcpy(&bits, mask + i / 8, 2);
-    fetch_ahead(w + i, g + i);
-    _mm512_storeu_ps(ws + k, _mm512_maskz_compress_ps(bits, _mm512_loadu_ps(w + i)));
-    _mm512_storeu_ps(gs + k, _mm512_maskz_compress_ps(bits, _mm512_loadu_ps(g + i)));
-    k += __builtin_popcount(bits);
-  }
-  if (i < n) {
-    uint16_t bits = static_cast<uint16_t>(bits_of(mask + i / 8, n - i));
-    __mmask16 inside = static_cast<__mmask16>((1u << (n - i)) - 1);
-    _mm512_storeu_ps(ws + k, _mm512_maskz_compress_ps(bits, _mm512_maskz_loadu_ps(inside, w + i)));
-    _mm512_storeu_ps(gs + k, _mm512_maskz_compress_ps(bits, _mm512_maskz_loadu_ps(inside, g + i)));
-    k += __builtin_popcount(bits);
-  }
-  return k;
-}
-
-TARGET_AVX512 inline void scatter_avx512(float* w, const uint8_t* mask, int64_t n, const float* ws) {
-  int k = 0;
-  int64_t i = 0;
-  for (; i + 16 <= n; i += 16) {
-    uint16_t bits;
-    std::memcpy(&bits, mask + i / 8, 2);
-    _mm512_storeu_ps(w + i, _mm512_maskz_expand_ps(bits, _mm512_loadu_ps(ws + k)));
-    k += __builtin_popcount(bits);
-  }
-  if (i < n) {
-    const uint16_t bits = static_cast<uint16_t>(bits_of(mask + i / 8, n - i));
-    const __mmask16 inside = static_cast<__mmask16>((1u << (n - i)) - 1);
-    _mm512_mask_storeu_ps(w + i, inside, _mm512_maskz_expand_ps(bits, _mm512_loadu_ps(ws + k)));
-  }
-}
-
-// Of a byte: the lanes of its set bits, first to the front; for each lane the set bits before it; the bits as lanes.
-struct Lanes {
-  alignas(32) int32_t index[256][8], before[256][8], alive[256][8];
-  Lanes() {
-    for (int byte = 0; byte < 256; ++byte) {
-      int k = 0;
-      for (int lane = 0; lane < 8; ++lane) {
-        const int bit = byte >> lane & 1;
-        before[byte][lane] = k;
-        alive[byte][lane] = -bit;
-        if (bit) index[byte][k++] = lane;
-      }
-      while (k < 8) index[byte][k++] = 0;
-    }
-  }
-};
-const Lanes LANES;
-
-TARGET_AVX2 inline int gather_avx2(const float* w, const float* g, const uint8_t* mask, int64_t n, float* ws, float* gs) {
-  int k = 0;
-  int64_t i = 0;
-  for (; i + 8 <= n; i += 8) {
-    uint8_t bits = mask[i / 8];
-    fetch_ahead(w + i, g + i);
-    __m256i lanes = _mm256_load_si256(reinterpret_cast<const __m256i*>(LANES.index[bits]));
-    _mm256_storeu_ps(ws + k, _mm256_permutevar8x32_ps(_mm256_loadu_ps(w + i), lanes));
-    _mm256_storeu_ps(gs + k, _mm256_permutevar8x32_ps(_mm256_loadu_ps(g + i), lanes));
-    k += __builtin_popcount(bits);
-  }
-  return k + gather_bits(w + i, g + i, mask + i / 8, n - i, ws + k, gs + k);
-}
-
-TARGET_AVX2 inline void scatter_avx2(float* w, const uint8_t* mask, int64_t n, const float* ws) {
-  int k = 0;
-  int64_t i = 0;
-  for (; i + 8 <= n; i += 8) {
-    const uint8_t bits = mask[i / 8];
-    const __m256i before = _mm256_load_si256(reinterpret_cast<const __m256i*>(LANES.before[bits]));
-    const __m256i alive = _mm256_load_si256(reinterpret_cast<const __m256i*>(LANES.alive[bits]));
-    const __m256 spread = _mm256_permutevar8x32_ps(_mm256_loadu_ps(ws + k), before);
-    _mm256_storeu_ps(w + i, _mm256_and_ps(spread, _mm256_castsi256_ps(alive)));
-    k += __builtin_popcount(bits);
-  }
-  scatter_bits(w + i, mask + i / 8, n - i, ws + k);
-}
-
 TARGET_AVX512 void adam_block_avx512(const Adam& a, float* w, const float* g, const uint8_t* mask, int64_t n, float* m,
                                      float* v, float* vmax) {
   alignas(64) float ws[BLOCK + 16], gs[BLOCK + 16];
   int k = gather_avx512(w, g, mask, n, ws, gs);
-  if (vmax) adam_rule(a, k, ws, gs, m, v, vmax);
-  else adam_rule(a, k, ws, gs, m, v, nullptr);
+  adam_on(a, k, ws, gs, m, v, vmax);
   scatter_avx512(w, mask, n, ws);
 }
 
@@ -203,8 +20,7 @@ TARGET_AVX2 void adam_block_avx2(const Adam& a, float* w, const float* g, const 
                                  float* v, float* vmax) {
   alignas(64) float ws[BLOCK + 16], gs[BLOCK + 16];
   int k = gather_avx2(w, g, mask, n, ws, gs);
-  if (vmax) adam_rule(a, k, ws, gs, m, v, vmax);
-  else adam_rule(a, k, ws, gs, m, v, nullptr);
+  adam_on(a, k, ws, gs, m, v, vmax);
   scatter_avx2(w, mask, n, ws);
 }
 
@@ -227,8 +43,7 @@ void adam_block(const Adam& a, float* w, const float* g, const uint8_t* mask, in
                 float* vmax) {
   float ws[BLOCK], gs[BLOCK];
   int k = gather_bits(w, g, mask, n, ws, gs);
-  if (vmax) adam_rule(a, k, ws, gs, m, v, vmax);
-  else adam_rule(a, k, ws, gs, m, v, nullptr);
+  adam_on(a, k, ws, gs, m, v, vmax);
   scatter_bits(w, mask, n, ws);
 }
 
@@ -237,40 +52,6 @@ void sgd_block(const Sgd& s, float* w, const float* g, const uint8_t* mask, int6
   int k = gather_bits(w, g, mask, n, ws, gs);
   sgd_rule(s, k, ws, gs, m);
   scatter_bits(w, mask, n, ws);
-}
-
-// Below this many blocks a second thread costs more than it saves.
-constexpr int64_t SERIAL_BELOW = 64;
-
-// A table row is one tensor: weights, then addresses of weight, grad, mask, offsets and up to three moments.
-constexpr int64_t ROW = 8;
-
-// Runs `update(row, start, count)` on every block of every tensor, each thread on one contiguous share of the blocks.
-template <class Update>
-void for_all_blocks(int threads, int64_t tensors, const int64_t* table, const Update& update) {
-  int64_t total = 0;
-  for (int64_t t = 0; t < tensors; ++t) total += (table[t * ROW] + BLOCK - 1) / BLOCK;
-  if (total < SERIAL_BELOW) threads = 1;
-#pragma omp parallel for schedule(static, 1) num_threads(threads) if (threads > 1)
-  for (int part = 0; part < threads; ++part) {
-    int64_t at = 0;
-    const int64_t first = total * part / threads, last = total * (part + 1) / threads;
-    for (int64_t t = 0; t < tensors && at < last; ++t) {
-      const int64_t* row = table + t * ROW;
-      const int64_t blocks = (row[0] + BLOCK - 1) / BLOCK;
-      const int64_t from = first > at ? first - at : 0, to = last - at < blocks ? last - at : blocks;
-      for (int64_t b = from; b < to; ++b) {
-        const int64_t start = b * BLOCK;
-        update(row, start, row[0] - start < BLOCK ? row[0] - start : BLOCK);
-      }
-      at += blocks;
-    }
-  }
-}
-
-template <class T>
-INLINE T* address(const int64_t* row, int column) {
-  return reinterpret_cast<T*>(row[column]);
 }
 
 }  // namespace
@@ -292,7 +73,7 @@ int packed_best_isa() {
 void packed_adam(int isa, int threads, int64_t tensors, const int64_t* table, const float* hyper) {
   Adam a;
   std::memcpy(&a, hyper, sizeof(a));
-  for_all_blocks(threads, tensors, table, [&](const int64_t* row, int64_t start, int64_t count) {
+  for_all_blocks<ROW>(threads, tensors, table, [&](const int64_t* row, int64_t start, int64_t count) {
     float* w = address<float>(row, 1) + start;
     const float* g = address<float>(row, 2) + start;
     const uint8_t* mask = address<uint8_t>(row, 3) + start / 8;
@@ -314,7 +95,7 @@ void packed_sgd(int isa, int threads, int64_t tensors, const int64_t* table, con
   std::memcpy(&s, hyper, 5 * sizeof(float));
   s.nesterov = nesterov;
   s.first = first;
-  for_all_blocks(threads, tensors, table, [&](const int64_t* row, int64_t start, int64_t count) {
+  for_all_blocks<ROW>(threads, tensors, table, [&](const int64_t* row, int64_t start, int64_t count) {
     float* w = address<float>(row, 1) + start;
     const float* g = address<float>(row, 2) + start;
     const uint8_t* mask = address<uint8_t>(row, 3) + start / 8;
