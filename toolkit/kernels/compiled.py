@@ -18,12 +18,15 @@ from pathlib import Path
 from toolkit.files import cache_folder
 from toolkit.log import get_logger
 
-_SOURCES = tuple(Path(__file__).with_name(name) for name in ("packed.cpp", "bits.cpp"))
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("packed.cpp", "narrow.cpp", "bits.cpp"))
+_HEADER = Path(__file__).with_name("packed.h")
 _FLAGS = ("-O3", "-fno-math-errno", "-fopenmp")
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _ARGUMENTS = {
     "packed_adam": [_INT, _INT, _LONG, _POINTER, _POINTER],
     "packed_sgd": [_INT, _INT, _LONG, _POINTER, _POINTER, _INT, _INT],
+    "narrow_adam": [_INT, _INT, _LONG, _POINTER, _POINTER, _INT],
+    "narrow_sgd": [_INT, _INT, _LONG, _POINTER, _POINTER, _INT, _INT, _INT],
     "bits_pack_bits": [_LONG, _POINTER, _POINTER],
     "bits_offsets": [_LONG, _POINTER, _LONG, _POINTER],
     "bits_compress": [_LONG, _POINTER, _POINTER, _POINTER],
@@ -60,7 +63,7 @@ def _build(target: Path) -> None:
 def library() -> ctypes.CDLL | None:
     """The compiled code, or None where it cannot be had (said once)."""
     facts = " ".join((*_FLAGS, platform.machine())).encode()  # a home folder may serve several kinds of machine
-    key = hashlib.sha256(b"".join(source.read_bytes() for source in _SOURCES) + facts).hexdigest()[:16]
+    key = hashlib.sha256(b"".join(source.read_bytes() for source in (_HEADER, *_SOURCES)) + facts).hexdigest()[:16]
     target = cache_folder() / f"packed-{key}.so"
     try:
         if not target.exists():

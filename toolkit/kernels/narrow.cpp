@@ -83,7 +83,7 @@ struct Bfloat16 {  // rounded by chance
   static INLINE int narrow(const float* x, uint32_t seed, int k, int32_t* codes) {
     for (int i = 0; i < k; ++i) {
       const uint32_t bits = bits_of_float(x[i]);
-      const uint32_t noise = hash(seed + static_cast<uint32_t>(i)) >> 16;
+      const uint32_t noise = hash(seed + static_cast<uint32_t>(i)) & 0xFFFFu;
       codes[i] = static_cast<int32_t>((bits + ((bits & 0x7F800000u) == 0x7F800000u ? 0u : noise)) >> 16);
     }
     return 0;
@@ -106,13 +106,13 @@ struct Moment {
   using Code = typename Format::Code;
   Code* codes;
   uint8_t* exponent;  // null where the format has none
-  uint32_t seed;      // the chance of the i-th depends on the group's place in the whole parameter, and on i
+  uint32_t seed;      // of the chances: the i-th value's depends on this and i
 
   Moment(const int64_t* row, int number, const Group& s)
       : codes(row[MOMENT + number] ? reinterpret_cast<Code*>(row[MOMENT + number]) + s.at : nullptr),
         exponent(row[EXPONENTS + number] ? reinterpret_cast<uint8_t*>(row[EXPONENTS + number]) + s.number : nullptr),
         seed(static_cast<uint32_t>(row[SEED] + number) * 0x9E3779B9u +
-             static_cast<uint32_t>(row[FIRST] + s.number * GROUP)) {}
+             static_cast<uint32_t>(exponent ? row[FIRST] + s.number * GROUP : s.at)) {}
 
   // Through a copy: vectors reach beyond the group's end, where other groups' codes lie.
   INLINE void widen(const Group& s, float* x) const {

@@ -8,15 +8,34 @@ import array
 import ctypes
 import functools
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from toolkit.kernels.compiled import library
 
-# weight and grad: float32, n elements in the same memory order without gaps; mask and offsets as
-# toolkit.prune.packing makes them; moments: float32 [survivors] each.
-PackedTensor = tuple[Tensor, Tensor, Tensor, Tensor, Sequence[Tensor]]
+
+class PackedTensor(NamedTuple):
+    """What a kernel is told of one tensor.
+
+    weight, grad: float32, n elements in the same memory order without gaps
+    mask, offsets: as toolkit.prune.packing makes them; None for a dense tensor, which only narrow moments may be
+    moments: float32, bfloat16 or, as 8-bit codes, uint8 [survivors] each; all of one dtype
+    exponents: uint8 [ceil(n / 256)] for each moment of 8 bits (toolkit.kernels.narrow)
+    seed: of the chances by which narrow moments are rounded
+    first: place of the first weight in the whole parameter, where this is a shard of it
+    """
+
+    weight: Tensor
+    grad: Tensor
+    mask: Tensor | None
+    offsets: Tensor | None
+    moments: Sequence[Tensor]
+    exponents: Sequence[Tensor] = ()
+    seed: int = 0
+    first: int = 0
+
 
 ISAS = ("portable", "avx2", "avx512")  # position = the number packed.cpp knows it by
 
@@ -45,7 +64,7 @@ def check_memory(tensors: Sequence[PackedTensor], moment_dtypes: tuple[torch.dty
 
     A model that is cast or moved between two steps keeps its parameters' identity; what has been packed stays.
     """
-    for weight, grad, _, _, moments in tensors:
+    for weight, grad, _, _, moments, *_ in tensors:
         kept = moments[0]
         same_size, same_place = weight.numel() == grad.numel(), weight.device == grad.device == kept.device
         if not (
@@ -64,15 +83,30 @@ def best_isa() -> str:
     return ISAS[native_code().packed_best_isa()]
 
 
-def address_row(weight: Tensor, grad: Tensor, mask: Tensor, offsets: Tensor, moments: Sequence[Tensor]) -> list[int]:
+def address_row(tensor: PackedTensor) -> list[int]:
     """A tensor's row of eight numbers, as packed.cpp and the Triton kernels read it."""
-    addresses = [tensor.data_ptr() for tensor in (weight, grad, mask, offsets, *moments)]
-    return [weight.numel(), *addresses, *[0] * (3 - len(moments))]
+    columns = (tensor.weight, tensor.grad, tensor.mask, tensor.offsets)
+    return [tensor.weight.numel(), *(0 if one is None else one.data_ptr() for one in columns), *_three(tensor.moments)]
 
 
-def _table(tensors: Sequence[PackedTensor]) -> "array.array[int]":
-    check_memory(tensors, (torch.float32,))
-    return array.array("q", [number for tensor in tensors for number in address_row(*tensor)])
+def _three(tensors: Sequence[Tensor]) -> list[int]:
+    return [tensor.data_ptr() for tensor in tensors] + [0] * (3 - len(tensors))
+
+
+def _launch(name: str, tensors: Sequence[PackedTensor], hyper: Sequence[float], isa: str | None, *more: int) -> None:
+    """Run `packed_` or `narrow_` code of this name, whichever the moments' dtype asks for, on all tensors."""
+    dtype = tensors[0].moments[0].dtype
+    check_memory(tensors, (dtype,) if dtype in (torch.float32, torch.bfloat16, torch.uint8) else ())
+    width = dtype.itemsize
+    rows = array.array("q")
+    for tensor in tensors:
+        rows.extend(address_row(tensor))
+        if width < 4:
+            rows.extend((*_three(tensor.exponents), tensor.seed, tensor.first))
+    call = getattr(native_code(), f"{'packed' if width == 4 else 'narrow'}_{name}")
+    numbers = (ctypes.c_float * len(hyper))(*hyper)
+    which = ISAS.index(isa or best_isa())
+    call(which, torch.get_num_threads(), len(tensors), rows.buffer_info()[0], numbers, *more, *[width] * (width < 4))
 
 
 def packed_adam(
@@ -92,8 +126,7 @@ def packed_adam(
     Moments are exp_avg, exp_avg_sq and, for AMSGrad, max_exp_avg_sq. `isa` picks the code (tests, benchmarks); None is
     the processor's best.
     """
-    table = _table(tensors)
-    hyper = (ctypes.c_float * 8)(
+    hyper = (
         1 - lr * weight_decay if decoupled else 1.0,
         1 - beta1,
         beta2,
@@ -103,9 +136,7 @@ def packed_adam(
         lr / (1 - beta1**step),
         0.0 if decoupled else weight_decay,
     )
-    native_code().packed_adam(
-        ISAS.index(isa or best_isa()), torch.get_num_threads(), len(tensors), table.buffer_info()[0], hyper
-    )
+    _launch("adam", tensors, hyper, isa)
 
 
 def packed_sgd(
@@ -121,19 +152,9 @@ def packed_sgd(
     isa: str | None = None,
 ) -> None:
     """`sgd_update` for the survivors of pruned tensors; the only moment is momentum_buffer. See `packed_adam`."""
-    table = _table(tensors)
-    hyper = (ctypes.c_float * 5)(
-        1 - lr * weight_decay if decoupled else 1.0, momentum, 1 - dampening, lr, 0.0 if decoupled else weight_decay
-    )
-    native_code().packed_sgd(
-        ISAS.index(isa or best_isa()),
-        torch.get_num_threads(),
-        len(tensors),
-        table.buffer_info()[0],
-        hyper,
-        int(nesterov),
-        int(step == 1),
-    )
+    decay = 1 - lr * weight_decay if decoupled else 1.0
+    hyper = (decay, momentum, 1 - dampening, lr, 0.0 if decoupled else weight_decay)
+    _launch("sgd", tensors, hyper, isa, int(nesterov), int(step == 1))
 
 
 KERNELS: dict[str, Callable[..., None]] = {"adam": packed_adam, "sgd": packed_sgd}

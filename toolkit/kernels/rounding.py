@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 
 
-def _hash(values: Tensor) -> Tensor:
-    """int64 [n] of 32-bit numbers -> int64 [n] of 32-bit numbers that look random (lowbias32, by Chris Wellons)."""
+def hash_of(values: Tensor) -> Tensor:
+    """int64 [n], of which the low 32 bits count -> int64 [n] of 32 bits that look random (lowbias32, Chris Wellons)."""
     low = 0xFFFFFFFF
+    values = values & low
     values = values ^ (values >> 16)
     values = (values * 0x7FEB352D) & low
     values = values ^ (values >> 15)
@@ -21,7 +22,7 @@ def round_to_bfloat16(values: Tensor, seed: int) -> Tensor:
     bfloat16 keeps 8 bits, a second moment moves by a thousandth.
     """
     count = torch.arange(values.numel(), device=values.device, dtype=torch.int64)
-    noise = _hash((count + (seed & 0xFFFFFFFF) * 0x9E3779B9) & 0xFFFFFFFF) & 0xFFFF
+    noise = hash_of(count + (seed & 0xFFFFFFFF) * 0x9E3779B9) & 0xFFFF
     bits = values.float().reshape(-1).view(torch.int32).to(torch.int64) & 0xFFFFFFFF
     rounded = torch.where(values.reshape(-1).isfinite(), bits + noise, bits) & 0xFFFF0000
     signed = torch.where(rounded >= 2**31, rounded - 2**32, rounded).to(torch.int32)
