@@ -260,4 +260,23 @@ void narrow_sgd(int isa, int threads, int64_t tensors, const int64_t* table, con
   if (bytes == 1) sgd_all<Int8>(isa, threads, tensors, table, r);
   else sgd_all<Bfloat16>(isa, threads, tensors, table, r);
 }
+
+// The 8-bit codes of `n` weights, which begin where a group does, as floats; without a mask all are kept.
+void narrow_widen(int64_t n, const uint8_t* mask, const uint8_t* codes, const uint8_t* exponents, int is_signed,
+                  float* out) {
+  alignas(64) int32_t wide[GROUP];
+  for (int64_t begin = 0; begin < n; begin += GROUP) {
+    const int count = static_cast<int>(n - begin < GROUP ? n - begin : GROUP);
+    int k = mask ? 0 : count;
+    for (int base = 0; mask && base < count; base += 64) {
+      const int left = count - base;
+      const uint64_t bits = bits_of(mask + (begin + base) / 8, left < 64 ? left : 64);
+      k += __builtin_popcountll(left < 64 ? bits & ((uint64_t{1} << left) - 1) : bits);
+    }
+    for (int i = 0; i < k; ++i) wide[i] = codes[i];
+    if (is_signed) Int8<true>::widen(wide, *exponents, k, out);
+    else Int8<false>::widen(wide, *exponents, k, out);
+    codes += k, out += k, ++exponents;
+  }
+}
 }
