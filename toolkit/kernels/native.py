@@ -16,7 +16,9 @@ from toolkit.kernels.compiled import library
 
 # weight and grad: float32, n elements in the same memory order without gaps; mask and offsets as
 # toolkit.prune.packing makes them; moments: float32 [survivors] each.
-PackedTensor = tuple[Tensor, Tensor, Tensor, Tensor, Sequence[Tensor]]
+# The Triton kernels also take bfloat16 weights with gradients alike, bfloat16 moments, and dense tensors, whose moments
+# are [n] and whose mask and offsets are None.
+PackedTensor = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Sequence[Tensor]]
 
 ISAS = ("portable", "avx2", "avx512")  # position = the number packed.cpp knows it by
 
@@ -40,17 +42,19 @@ def native_code() -> ctypes.CDLL:
     return found
 
 
-def check_memory(tensors: Sequence[PackedTensor], moment_dtypes: tuple[torch.dtype, ...]) -> None:
+def check_memory(tensors: Sequence[PackedTensor], dtypes: tuple[torch.dtype, ...]) -> None:
     """Raise ValueError unless all tensors are what a kernel takes their addresses for.
 
-    A model that is cast or moved between two steps keeps its parameters' identity; what has been packed stays.
+    All weights are of one of `dtypes`, all moments of one, and all on one device. A model that is cast or moved between
+    two steps keeps its parameters' identity; what has been packed stays.
     """
+    like, state = tensors[0][0], tensors[0][4][0]
     for weight, grad, _, _, moments in tensors:
         kept = moments[0]
         same_size, same_place = weight.numel() == grad.numel(), weight.device == grad.device == kept.device
-        if not (
-            same_size and same_place and weight.dtype is grad.dtype is torch.float32 and kept.dtype in moment_dtypes
-        ):
+        same_place = same_place and weight.device == like.device
+        same_dtype = weight.dtype is grad.dtype is like.dtype and kept.dtype is state.dtype
+        if not (same_size and same_place and same_dtype and weight.dtype in dtypes and kept.dtype in dtypes):
             raise ValueError(
                 f"a pruned parameter is {weight.dtype} on {weight.device}, its gradient {grad.dtype} on {grad.device}, "
                 f"its moments {kept.dtype} on {kept.device}; cast or move the model before training, or load "
@@ -64,9 +68,11 @@ def best_isa() -> str:
     return ISAS[native_code().packed_best_isa()]
 
 
-def address_row(weight: Tensor, grad: Tensor, mask: Tensor, offsets: Tensor, moments: Sequence[Tensor]) -> list[int]:
+def address_row(
+    weight: Tensor, grad: Tensor, mask: Tensor | None, offsets: Tensor | None, moments: Sequence[Tensor]
+) -> list[int]:
     """A tensor's row of eight numbers, as packed.cpp and the Triton kernels read it."""
-    addresses = [tensor.data_ptr() for tensor in (weight, grad, mask, offsets, *moments)]
+    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in (weight, grad, mask, offsets, *moments)]
     return [weight.numel(), *addresses, *[0] * (3 - len(moments))]
 
 
