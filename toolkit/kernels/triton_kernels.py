@@ -54,8 +54,18 @@ def _ratio(values, above_0):
 
 
 @triton.jit
+def _addresses(pointer, at):
+    """Of a block's elements. The hint only ranks the axes, so that lanes get the last and warps the middle one.
+
+    Without it the version decides, and 3.6 moves every block through shared memory. It cannot widen an access: nothing
+    is known of the alignment of an address that was read from memory.
+    """
+    return tl.max_contiguous(pointer + at, [1, 2, 4])
+
+
+@triton.jit
 def _load(pointer, at, mask):
-    return tl.load(pointer + at, mask=mask).to(tl.float32)
+    return tl.load(_addresses(pointer, at), mask=mask).to(tl.float32)
 
 
 @triton.jit
@@ -64,14 +74,14 @@ def _store_bfloat16(pointer, at, values, mask, noise):
     bits = values.to(tl.uint32, bitcast=True)
     finite = (bits & 0x7F800000) != 0x7F800000
     upper = (bits + tl.where(finite, noise, 0)) >> 16
-    tl.store(pointer + at, upper.to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=mask)
+    tl.store(_addresses(pointer, at), upper.to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=mask)
 
 
 @triton.jit
 def _store(pointer, at, values, mask, TYPE: tl.constexpr):
     """Store rounded to the nearest, ties to even, as torch's copy does."""
     if TYPE == tl.float32:
-        tl.store(pointer + at, values, mask=mask)
+        tl.store(_addresses(pointer, at), values, mask=mask)
     else:  # with bits, because Triton's interpreter cuts off
         odd = (values.to(tl.uint32, bitcast=True) >> 16) & 1
         _store_bfloat16(pointer, at, values, mask, odd + 0x7FFF)
@@ -115,7 +125,7 @@ def _survivors(mask, position, left, ROWS: tl.constexpr, WARPS: tl.constexpr):
         tail |= tl.load(mask + here, mask=here < size, other=0).to(tl.uint32) << (8 * byte)
     words = mask.to(tl.pointer_type(tl.uint32))
     at = position // 32
-    word = tl.load(words + at, mask=at < whole, other=tail)
+    word = tl.load(_addresses(words, at), mask=at < whole, other=tail)
     # 2. Survivors of earlier warps, of the warp's earlier words, and of the word's earlier bits.
     warp, every = tl.arange(0, WARPS)[:, None], tl.arange(0, 32)[None, :]
     earlier = tl.load(words + every + warp * 0, mask=(every < warp * ROWS) & (every < whole), other=0)

@@ -25,6 +25,7 @@ def test_every_kernel_compiles_for_both_without_a_spill(rows):
     for row in rows.values():
         assert row["spilled_bytes"] == 0, row
         assert 0 < row["registers"] <= 128, row  # 4 blocks of 128 threads on an SM
+        assert row["barriers"] <= 1, row  # more: blocks go through shared memory, because Triton chose another layout
 
 
 def test_a_thread_has_few_instructions(rows):
