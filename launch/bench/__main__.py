@@ -14,6 +14,7 @@ _NEEDS = {
     "equivalence": ("model", "steps"),
     "data": ("rounds",),
     "memory": ("model", "batch_size"),
+    "kernels": (),
 }
 
 

@@ -1,6 +1,7 @@
 """Which code runs an update: the processor's or GPU's own where there is one, the reference otherwise."""
 
 import importlib.util
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
@@ -10,22 +11,21 @@ from toolkit.kernels.compiled import available
 IMPLEMENTATIONS = ("auto", "reference", "native", "triton")
 
 _NEEDS = {
-    "native": "float32 parameters and moments on CPU and a C++ compiler",
-    "triton": "float32 parameters on a GPU (or TRITON_INTERPRET=1) and the triton package",
+    "native": "float32 parameters on CPU and a C++ compiler",
+    "triton": "float32 or bfloat16 parameters on a GPU (or TRITON_INTERPRET=1) and the triton package",
 }
 
 
-def choose_implementation(asked: str, parameter: Tensor, moment_dtype: torch.dtype) -> str:
-    """`reference`, `native` or `triton` for one parameter whose moments are of `moment_dtype`.
+def choose_implementation(asked: str, parameter: Tensor, moment_dtype: torch.dtype, offered: Collection[str]) -> str:
+    """`reference`, or what is `offered` beside it, for one parameter whose moments are of `moment_dtype`.
 
     Raises ValueError where an implementation is asked for by name and cannot run.
     """
     if asked == "reference":
         return "reference"
-    on_cpu = parameter.device.type == "cpu"
-    if asked != "triton" and on_cpu and parameter.dtype is moment_dtype is torch.float32 and available():
+    if "native" in offered and asked != "triton" and _native_fits(parameter, moment_dtype):
         return "native"
-    if asked != "native" and _triton_fits(asked, parameter, moment_dtype):
+    if "triton" in offered and asked != "native" and _triton_fits(asked, parameter, moment_dtype):
         return "triton"
     if asked != "auto":
         raise ValueError(
@@ -35,8 +35,13 @@ def choose_implementation(asked: str, parameter: Tensor, moment_dtype: torch.dty
     return "reference"
 
 
+def _native_fits(parameter: Tensor, moment_dtype: torch.dtype) -> bool:
+    fits = parameter.dtype is torch.float32 and moment_dtype in (torch.float32, torch.bfloat16, torch.uint8)
+    return parameter.device.type == "cpu" and fits and available()
+
+
 def _triton_fits(asked: str, parameter: Tensor, moment_dtype: torch.dtype) -> bool:
-    fits = parameter.dtype is torch.float32 and moment_dtype in (torch.float32, torch.bfloat16)
+    fits = {parameter.dtype, moment_dtype} <= {torch.float32, torch.bfloat16}
     if not fits or importlib.util.find_spec("triton") is None:
         return False
     if parameter.device.type == "cuda":

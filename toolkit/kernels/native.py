@@ -19,8 +19,8 @@ from toolkit.kernels.compiled import library
 class PackedTensor(NamedTuple):
     """What a kernel is told of one tensor.
 
-    weight, grad: float32, n elements in the same memory order without gaps
-    mask, offsets: as toolkit.prune.packing makes them; None for a dense tensor, which only narrow moments may be
+    weight, grad: float32, n elements in the same memory order without gaps; on a GPU bfloat16 too
+    mask, offsets: as toolkit.prune.packing makes them; None for a dense tensor (on CPU of 8- or 16-bit moments only)
     moments: float32, bfloat16 or, as 8-bit codes, uint8 [survivors] each; all of one dtype
     exponents: uint8 [ceil(n / 256)] for each moment of 8 bits (toolkit.kernels.narrow)
     seed: of the chances by which narrow moments are rounded
@@ -59,21 +59,28 @@ def native_code() -> ctypes.CDLL:
     return found
 
 
-def check_memory(tensors: Sequence[PackedTensor], moment_dtypes: tuple[torch.dtype, ...]) -> None:
+def check_memory(
+    tensors: Sequence[PackedTensor], dtypes: tuple[torch.dtype, ...], moment_dtypes: tuple[torch.dtype, ...]
+) -> None:
     """Raise ValueError unless all tensors are what a kernel takes their addresses for.
 
-    A model that is cast or moved between two steps keeps its parameters' identity; what has been packed stays.
+    All weights are of one of `dtypes`, all moments of one of `moment_dtypes`, and all on one device. A model that is
+    cast, moved or resized between two steps keeps its parameters' identity; what has been packed stays.
     """
-    for weight, grad, _, _, moments, *_ in tensors:
-        kept = moments[0]
-        same_size, same_place = weight.numel() == grad.numel(), weight.device == grad.device == kept.device
-        if not (
-            same_size and same_place and weight.dtype is grad.dtype is torch.float32 and kept.dtype in moment_dtypes
-        ):
+    like, state = tensors[0][0], tensors[0][4][0]
+    for weight, grad, mask, offsets, moments, *_ in tensors:
+        kept, n = moments[0], weight.numel()
+        same_place = weight.device == grad.device == kept.device == like.device
+        same_dtype = weight.dtype is grad.dtype is like.dtype and kept.dtype is state.dtype
+        if mask is None or offsets is None:
+            same_size = grad.numel() == kept.numel() == n
+        else:
+            same_size = grad.numel() == n and mask.numel() == -(-n // 8) and offsets.numel() == -(-n // 1024)
+        if not (same_size and same_place and same_dtype and like.dtype in dtypes and state.dtype in moment_dtypes):
             raise ValueError(
-                f"a pruned parameter is {weight.dtype} on {weight.device}, its gradient {grad.dtype} on {grad.device}, "
-                f"its moments {kept.dtype} on {kept.device}; cast or move the model before training, or load "
-                "the optimizer's state after it"
+                f"a parameter is {weight.dtype} {tuple(weight.shape)} on {weight.device}, its gradient {grad.dtype} on "
+                f"{grad.device}, its moments {kept.dtype} on {kept.device}, made for another; cast, move or resize the "
+                "model before training, or load the optimizer's state after it"
             )
 
 
@@ -95,9 +102,8 @@ def _three(tensors: Sequence[Tensor]) -> list[int]:
 
 def _launch(name: str, tensors: Sequence[PackedTensor], hyper: Sequence[float], isa: str | None, *more: int) -> None:
     """Run `packed_` or `narrow_` code of this name, whichever the moments' dtype asks for, on all tensors."""
-    dtype = tensors[0].moments[0].dtype
-    check_memory(tensors, (dtype,) if dtype in (torch.float32, torch.bfloat16, torch.uint8) else ())
-    width = dtype.itemsize
+    check_memory(tensors, (torch.float32,), (torch.float32, torch.bfloat16, torch.uint8))
+    width = tensors[0].moments[0].element_size()
     rows = array.array("q")
     for tensor in tensors:
         rows.extend(address_row(tensor))

@@ -1,29 +1,32 @@
-"""The packed updates on a GPU: one Triton kernel for all tensors of a call, on CUDA and ROCm.
+"""The updates of moments on a GPU, packed or dense: one Triton kernel for all tensors of a call, on CUDA and ROCm.
 
-A program works on one block of 1,024 weights. It finds its tensor by a binary search in a table of addresses, and its
-survivors by the running count of the block's mask bits, so that nothing is read but weight, gradient, bits and the
-survivors' moments. Step and learning rate may lie on the device: nothing is copied to the host, and a captured graph
-counts on by itself.
+Step and learning rate may lie on the device, so nothing is copied to the host, and a captured graph counts on by
+itself. What runs there is toolkit.kernels.triton_kernels.
 """
 
-# Kernels take what Triton gives them: pointers, blocks and compile-time constants have no Python types.
-# ruff: noqa: ANN001, ANN202, SIM300
-# mypy: disable-error-code="no-untyped-def,no-untyped-call,misc"
-
 import array
+import contextlib
 import math
 import os
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from toolkit.kernels import triton_kernels
 from toolkit.kernels.native import PackedTensor, address_row, check_memory
 
-_BLOCK = tl.constexpr(1024)  # as toolkit.prune.packing; a table entry of the offsets covers one
-_ROW = tl.constexpr(10)  # numel, weight, grad, mask, offsets, three moments, first block, place
+_BLOCK = triton_kernels.BLOCK.value
+_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
+
+# What only a GPU can decide, as compile-time constants; a bench may change them.
+VARIANT: dict[str, int | bool] = {
+    "EAGER": True,  # ask for weights and gradients before it is known which survive: one wait for memory less
+    "num_warps": 4,  # per 1,024 weights; 8 need fewer registers a thread
+}
 
 
 def interpreted() -> bool:
@@ -32,186 +35,136 @@ def interpreted() -> bool:
 
 
 class AddressTable:
-    """The table a kernel finds its tensors by, on the device; copied again only when an address has changed."""
+    """What a kernel finds its tensors by, on their device: `rows`, a row of numbers a tensor, and `programs`.
+
+    The rows are copied only when an address has changed, by a copy that does not wait. A captured step gets rows of its
+    own: every replay copies them again, so both ends of that copy live as long as this table.
+    """
 
     def __init__(self) -> None:
-        self.rows = array.array("q")
-        self.blocks = 0
-        self.on_device = torch.zeros(0, dtype=torch.int64)
+        self.rows = torch.zeros(0, dtype=torch.int64)
+        self.programs = torch.zeros(0, 2, dtype=torch.int32)  # [blocks of all tensors, 2]: tensor, block within it
+        self._sizes: list[int] = []
+        self._known = array.array("q")  # what `_own` holds
+        self._own = self.rows
+        self._spare: tuple[Tensor, Tensor] | None = None  # for a capture, in which pinned memory may not be had
+        self._captured: list[tuple[Tensor, Tensor]] = []
 
-    def update(self, tensors: Sequence[PackedTensor], places: Sequence[int]) -> "AddressTable":
-        """Bring the table to these tensors; `places` seed the stochastic rounding of bfloat16 moments."""
-        check_memory(tensors, (torch.float32, torch.bfloat16))
-        rows = array.array("q")
-        blocks = 0
-        for tensor, place in zip(tensors, places, strict=True):
-            rows.extend((*address_row(*tensor), blocks, place))
-            blocks += tensor[3].numel()  # an offset each
-        if rows != self.rows:
-            device = tensors[0][0].device
-            table = torch.frombuffer(rows, dtype=torch.int64)
-            # From pinned memory the copy does not wait; torch keeps the memory until it is done.
-            self.on_device = table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
-            self.rows, self.blocks = rows, blocks
+    def update(self, tensors: Sequence[PackedTensor], param_indices: Sequence[int]) -> "AddressTable":
+        """Bring the table to these tensors; `param_indices` seed the stochastic rounding of bfloat16 moments.
+
+        Raises ValueError where tensors are not what they were, RuntimeError where the first step is a captured one.
+        """
+        check_memory(tensors, tuple(_DTYPES), tuple(_DTYPES))
+        device, sizes = tensors[0][0].device, [tensor[0].numel() for tensor in tensors]
+        numbers = array.array("q")
+        for tensor, index in zip(tensors, param_indices, strict=True):
+            numbers.extend((*address_row(tensor), index))
+        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if capturing and sizes != self._sizes:
+            raise RuntimeError("no step has run since the last mask update; call step() once, then capture one")
+        if sizes != self._sizes:
+            self._sizes, self._known, self._spare = sizes, array.array("q"), None
+            self.programs = _on_device(_programs(sizes), device)
+        if capturing:
+            self.rows = self._rows_of_a_graph(numbers, device)
+            return self
+        if numbers != self._known:
+            rows = torch.frombuffer(numbers, dtype=torch.int64)
+            if self._own.numel() == rows.numel():  # in place: whatever stream reads it comes after or before
+                self._own.copy_(_pinned(rows, device), non_blocking=True)
+            else:
+                self._own = _on_device(rows, device)
+            self._known = numbers
+        if device.type == "cuda" and self._spare is None:
+            self._spare = _pinned(torch.zeros_like(self._own, device="cpu"), device), torch.empty_like(self._own)
+        self.rows = self._own
         return self
 
-
-@triton.jit
-def _find_tensor(table, tensors, program, SEARCH: tl.constexpr):
-    """Address of the row of the tensor that block number `program` belongs to."""
-    low = tl.zeros((), dtype=tl.int32)
-    high = low + tensors
-    for _ in tl.static_range(SEARCH):
-        middle = (low + high) // 2
-        here = tl.load(table + middle * _ROW + 8) <= program
-        low = tl.where(here, middle, low)
-        high = tl.where(here, high, middle)
-    return table + low * _ROW
+    def _rows_of_a_graph(self, numbers: "array.array[int]", device: torch.device) -> Tensor:
+        pinned, rows = self._spare or (torch.empty(len(numbers), dtype=torch.int64, pin_memory=True), None)
+        rows = torch.empty_like(pinned, device=device) if rows is None else rows
+        self._spare = None
+        pinned.copy_(torch.frombuffer(numbers, dtype=torch.int64))
+        rows.copy_(pinned, non_blocking=True)
+        self._captured.append((pinned, rows))
+        return rows
 
 
-@triton.jit
-def _one_minus_power(log_beta, step):
-    """1 - beta^step in float32 without losing digits where it is small: Taylor's series of expm1 below 0.1."""
-    x = log_beta * step
-    series = -x * (1 + x * (1.0 / 2) * (1 + x * (1.0 / 3) * (1 + x * (1.0 / 4) * (1 + x * (1.0 / 5)))))
-    return tl.where(x > -0.1, series, 1 - tl.exp(x))
+def _pinned(values: Tensor, device: torch.device) -> Tensor:
+    """On CPU, where a copy to `device` need not wait for it; torch keeps the memory until the copy is done."""
+    return values.pin_memory() if device.type == "cuda" else values
 
 
-@triton.jit
-def _hash(values):
-    """As toolkit.kernels.rounding: uint32 -> uint32 (lowbias32)."""
-    values = values ^ (values >> 16)
-    values = values * 0x7FEB352D
-    values = values ^ (values >> 15)
-    values = values * 0x846CA68B
-    return values ^ (values >> 16)
+def _on_device(values: Tensor, device: torch.device) -> Tensor:
+    return _pinned(values, device).to(device, non_blocking=True)
 
 
-@triton.jit
-def _store_moment(pointer, at, values, alive, step, place, NUMBER: tl.constexpr, STATE: tl.constexpr):
-    """Store survivors' moments; bfloat16 ones with the reference's stochastic rounding, to the same bits."""
-    if STATE == tl.float32:
-        tl.store(pointer + at, values, mask=alive)
-    else:
-        seed = (step.to(tl.uint32) * 65537 + place.to(tl.uint32)) * 3 + NUMBER
-        noise = _hash(at.to(tl.uint32) + seed * 0x9E3779B9) & 0xFFFF
-        bits = values.to(tl.uint32, bitcast=True)
-        finite = (bits & 0x7F800000) != 0x7F800000
-        rounded = (bits + tl.where(finite, noise, 0)) & 0xFFFF0000
-        tl.store(pointer + at, rounded.to(tl.float32, bitcast=True).to(tl.bfloat16), mask=alive)
+def _programs(sizes: Sequence[int]) -> Tensor:
+    """int32 [blocks of all tensors, 2]: the tensor each program works on, and the block within it."""
+    blocks = torch.tensor([triton.cdiv(size, _BLOCK) for size in sizes], device="cpu")
+    tensors = torch.arange(len(sizes), device="cpu").repeat_interleave(blocks)
+    within = torch.arange(len(tensors), device="cpu") - (blocks.cumsum(0) - blocks)[tensors]
+    return torch.stack((tensors, within), 1).to(torch.int32)
 
 
-@triton.jit
-def _block(table, tensors, SEARCH: tl.constexpr):
-    """(row, positions of the block's weights, which of them there are, which survive, where their moments lie)."""
-    program = tl.program_id(0)
-    row = _find_tensor(table, tensors, program, SEARCH)
-    block = program - tl.load(row + 8).to(tl.int32)
-    lane = tl.arange(0, _BLOCK)
-    position = block.to(tl.int64) * _BLOCK + lane
-    inside = position < tl.load(row)
-    mask = tl.load(row + 3).to(tl.pointer_type(tl.uint8))
-    byte = tl.load(mask + position // 8, mask=inside, other=0).to(tl.int32)
-    alive = ((byte >> (lane % 8)) & 1) == 1
-    offsets = tl.load(row + 4).to(tl.pointer_type(tl.int32))
-    count = alive.to(tl.int32)
-    at = tl.load(offsets + block) + tl.cumsum(count, 0) - count
-    return row, position, inside, alive, at
-
-
-@triton.jit
-def _read(
-    row, position, alive, counter, lr_on_device, lr, weight_decay, DECOUPLED: tl.constexpr, LR_ON_DEVICE: tl.constexpr
-):
-    """(step, learning rate, address of the weights, survivors' gradients, their weights after decoupled decay)."""
-    rate = tl.load(lr_on_device).to(tl.float32) if LR_ON_DEVICE else lr
-    weights = tl.load(row + 1).to(tl.pointer_type(tl.float32))
-    weight = tl.load(weights + position, mask=alive, other=0.0)
-    grad = tl.load(tl.load(row + 2).to(tl.pointer_type(tl.float32)) + position, mask=alive, other=0.0)
-    if DECOUPLED:
-        weight = weight * (1 - rate * weight_decay)
-    else:
-        grad = grad + weight_decay * weight
-    return tl.load(counter), rate, weights, grad, weight
-
-
-@triton.jit
-def _adam_kernel(
-    table,
-    tensors,
-    counter,
-    lr_on_device,
-    lr,
-    log_beta1,
-    log_beta2,
-    one_minus_beta1,
-    beta2,
-    one_minus_beta2,
-    eps,
-    weight_decay,
-    SEARCH: tl.constexpr,
-    STATE: tl.constexpr,
-    DECOUPLED: tl.constexpr,
-    AMSGRAD: tl.constexpr,
-    LR_ON_DEVICE: tl.constexpr,
-):
-    row, position, inside, alive, at = _block(table, tensors, SEARCH)
-    step, rate, weights, grad, decayed = _read(
-        row, position, alive, counter, lr_on_device, lr, weight_decay, DECOUPLED, LR_ON_DEVICE
-    )
-    exp_avg = tl.load(row + 5).to(tl.pointer_type(STATE))
-    exp_avg_sq = tl.load(row + 6).to(tl.pointer_type(STATE))
-    place = tl.load(row + 9)
-    first = tl.load(exp_avg + at, mask=alive, other=0.0).to(tl.float32)
-    second = tl.load(exp_avg_sq + at, mask=alive, other=0.0).to(tl.float32)
-    first = first + (grad - first) * one_minus_beta1
-    second = second * beta2 + grad * grad * one_minus_beta2
-    _store_moment(exp_avg, at, first, alive, step, place, 0, STATE)
-    _store_moment(exp_avg_sq, at, second, alive, step, place, 1, STATE)
-    if AMSGRAD:
-        highest = tl.load(row + 7).to(tl.pointer_type(STATE))
-        second = tl.maximum(tl.load(highest + at, mask=alive, other=0.0).to(tl.float32), second)
-        _store_moment(highest, at, second, alive, step, place, 2, STATE)
-    denominator = tl.sqrt(second) / tl.sqrt(_one_minus_power(log_beta2, step)) + eps
-    moved = decayed - rate / _one_minus_power(log_beta1, step) * (first / denominator)
-    tl.store(weights + position, tl.where(alive, moved, 0.0), mask=inside)  # pruned places are 0 again
-
-
-@triton.jit
-def _sgd_kernel(
-    table,
-    tensors,
-    counter,
-    lr_on_device,
-    lr,
-    momentum,
-    one_minus_dampening,
-    weight_decay,
-    SEARCH: tl.constexpr,
-    STATE: tl.constexpr,
-    DECOUPLED: tl.constexpr,
-    NESTEROV: tl.constexpr,
-    LR_ON_DEVICE: tl.constexpr,
-):
-    row, position, inside, alive, at = _block(table, tensors, SEARCH)
-    step, rate, weights, grad, decayed = _read(
-        row, position, alive, counter, lr_on_device, lr, weight_decay, DECOUPLED, LR_ON_DEVICE
-    )
-    buffers = tl.load(row + 5).to(tl.pointer_type(STATE))
-    buffer = tl.load(buffers + at, mask=alive, other=0.0).to(tl.float32)
-    buffer = tl.where(step == 1, grad, buffer * momentum + grad * one_minus_dampening)
-    _store_moment(buffers, at, buffer, alive, step, tl.load(row + 9), 0, STATE)
-    moved = decayed - rate * (grad + momentum * buffer if NESTEROV else buffer)
-    tl.store(weights + position, tl.where(alive, moved, 0.0), mask=inside)  # pruned places are 0 again
-
-
-def _constants(tensors: Sequence[PackedTensor], lr: float | Tensor, decoupled: bool) -> dict[str, object]:
+def flags(
+    weight_dtype: torch.dtype,
+    state_dtype: torch.dtype,
+    *,
+    dense: bool = False,
+    stochastic: bool = True,
+    decoupled: bool = True,
+    lr_on_device: bool = False,
+) -> dict[str, Any]:
+    """Compile-time constants that all kernels share, and the number of warps; a kernel's own come beside them."""
+    warps = int(VARIANT["num_warps"])
     return {
-        "SEARCH": max(1, math.ceil(math.log2(len(tensors) + 1))),
-        "STATE": tl.bfloat16 if tensors[0][4][0].dtype is torch.bfloat16 else tl.float32,
+        "ROWS": _BLOCK // 32 // warps,
+        "WARPS": warps,
+        "WEIGHT": _DTYPES[weight_dtype],
+        "STATE": _DTYPES[state_dtype],
+        "DENSE": dense,
+        "STOCHASTIC": stochastic,
         "DECOUPLED": decoupled,
-        "LR_ON_DEVICE": isinstance(lr, Tensor),
+        "LR_ON_DEVICE": lr_on_device,
+        **VARIANT,
     }
+
+
+def _launch(
+    kernel: Any,
+    tensors: Sequence[PackedTensor],
+    table: AddressTable,
+    counter: Tensor,
+    lr: float | Tensor,
+    *numbers: float,
+    stochastic: bool,
+    decoupled: bool,
+    **own: bool,
+) -> None:
+    weight, _, mask, _, moments = tensors[0]
+    device, on_device = weight.device, isinstance(lr, Tensor)
+    constants = flags(
+        weight.dtype,
+        moments[0].dtype,
+        dense=mask is None,
+        stochastic=stochastic,
+        decoupled=decoupled,
+        lr_on_device=on_device,
+    )
+    # Triton launches on the current device, and addresses in a table do not tell it theirs.
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[(len(table.programs),)](
+            table.rows,
+            table.programs,
+            counter,
+            lr if on_device else counter,
+            0.0 if on_device else lr,
+            *numbers,
+            **constants,
+            **own,
+        )
 
 
 def packed_adam(
@@ -225,19 +178,23 @@ def packed_adam(
     eps: float,
     weight_decay: float,
     decoupled: bool,
+    stochastic: bool = True,
+    spike_threshold: float | None = None,
+    scale: float = 1.0,
 ) -> None:
-    """`adam_update` for the survivors of pruned tensors on a GPU, in place, in one launch.
+    """`adam_update` for the survivors of pruned tensors on a GPU, or for dense tensors (mask and offsets None).
 
-    `table` was brought to these tensors; `counter` holds the step on the device, as float32; `lr` is a number, or a
-    tensor on the device. Moments may be bfloat16.
+    In place, in one launch. `table` was brought to these tensors; `counter` holds the step on the device, as float32;
+    `lr` is a number, or a tensor on the device. Weights and moments are float32 or bfloat16, computed with in float32;
+    bfloat16 moments are rounded by chance where `stochastic`. A `spike_threshold` makes it SPAM's step, whose
+    gradients are clipped (inf: not now) and whose decay comes last; `scale` is the warm-up's.
     """
-    on_device = isinstance(lr, Tensor)
-    _adam_kernel[(table.blocks,)](
-        table.on_device,
-        len(tensors),
+    _launch(
+        triton_kernels.adam_kernel,
+        tensors,
+        table,
         counter,
-        lr if on_device else counter,
-        0.0 if on_device else lr,
+        lr,
         math.log(beta1) if beta1 else -math.inf,
         math.log(beta2) if beta2 else -math.inf,
         1 - beta1,
@@ -245,8 +202,12 @@ def packed_adam(
         1 - beta2,
         eps,
         weight_decay,
+        spike_threshold or 0.0,
+        scale,
+        stochastic=stochastic,
+        decoupled=decoupled,
         AMSGRAD=len(tensors[0][4]) == 3,
-        **_constants(tensors, lr, decoupled),
+        SPAM=spike_threshold is not None,
     )
 
 
@@ -261,20 +222,21 @@ def packed_sgd(
     weight_decay: float,
     nesterov: bool,
     decoupled: bool,
+    stochastic: bool = True,
 ) -> None:
-    """`sgd_update` for the survivors of pruned tensors; at step 1 the buffer starts with the gradient."""
-    on_device = isinstance(lr, Tensor)
-    _sgd_kernel[(table.blocks,)](
-        table.on_device,
-        len(tensors),
+    """`sgd_update` for the survivors of pruned tensors, or for dense ones; at step 1 the buffer is the gradient."""
+    _launch(
+        triton_kernels.sgd_kernel,
+        tensors,
+        table,
         counter,
-        lr if on_device else counter,
-        0.0 if on_device else lr,
+        lr,
         momentum,
         1 - dampening,
         weight_decay,
+        stochastic=stochastic,
+        decoupled=decoupled,
         NESTEROV=nesterov,
-        **_constants(tensors, lr, decoupled),
     )
 
 

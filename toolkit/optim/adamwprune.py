@@ -97,10 +97,10 @@ class AdamWPrune(PackedOptimizer):
             moments.get("max_exp_avg_sq"),
             step=step,
             lr=group["lr"],
-            **self.rule(group),
+            **self.rule(group, step),
         )
 
-    def rule(self, group: dict[str, Any]) -> dict[str, Any]:
+    def rule(self, group: dict[str, Any], step: int) -> dict[str, Any]:
         """AdamW's hyper-parameters."""
         return {
             "beta1": group["betas"][0],

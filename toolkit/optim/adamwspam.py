@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from toolkit.log import get_logger
+from toolkit.optim.buckets import Bucket
 from toolkit.optim.packed import PackedOptimizer, check_ranges
 from toolkit.prune.options import PruningKeywords
 from toolkit.prune.pruning import Pruning
@@ -61,13 +62,16 @@ class AdamWSPAM(PackedOptimizer):
         reset_interval: steps between resets of the moments, the paper's Delta T; 0 = no reset.
         warmup_steps: steps after a reset in which the update is scaled up again, the paper's N.
         sparsity, begin_step, end_step, frequency, score, scope, regrow, state_dtype: as in AdamWPrune.
-        implementation: auto or reference.
+        implementation: auto, reference, or triton (GPU). A captured step would keep its clipping and warm-up at every
+            replay: do not capture it.
 
     Raises ValueError on a value out of range, TypeError that lists the options for an unknown one.
     """
 
     MOMENTS = ("exp_avg", "exp_avg_sq")
     SCORES = ("variance", "magnitude", "obd", "saliency", "snr")
+    FAST = ("triton",)
+    KERNEL = "adam"
     PRUNING = _PatientPruning
 
     def __init__(
@@ -133,22 +137,46 @@ class AdamWSPAM(PackedOptimizer):
         since = self._steps_since_reset(step)
         return since is not None and since <= self.defaults["warmup_steps"]
 
+    def rule(self, group: dict[str, Any], step: int) -> dict[str, Any]:
+        """The step's hyper-parameters: of Adam, and where clipping and warm-up stand."""
+        since = self._steps_since_reset(step)
+        clipped = group["spike_threshold"] and min(step, step if since is None else since) >= GRACE_STEPS
+        return {
+            "beta1": group["betas"][0],
+            "beta2": group["betas"][1],
+            "eps": group["eps"],
+            "weight_decay": group["weight_decay"],
+            "decoupled": True,
+            "spike_threshold": group["spike_threshold"] if clipped else math.inf,
+            "scale": 1.0 if since is None else spam_warmup_scale(since, group["warmup_steps"]),
+        }
+
+    def fused(self, parameter: Tensor, moment_dtype: torch.dtype) -> bool:
+        """Torch has no SPAM."""
+        return False
+
+    def update_by_kernel(self, bucket: Bucket, group: dict[str, Any]) -> None:
+        """SPAM's step on a GPU; a reset, once in many steps, comes before it."""
+        if self._reset_at(bucket.step):
+            for state in bucket.states:
+                state["exp_avg"].zero_()
+                state["exp_avg_sq"].zero_()
+        super().update_by_kernel(bucket, group)
+
     def update(
         self, weight: Tensor, grad: Tensor, moments: dict[str, Tensor], group: dict[str, Any], step: int
     ) -> None:
         """SPAM's step on equally shaped tensors, in place."""
         exp_avg, exp_avg_sq = moments["exp_avg"], moments["exp_avg_sq"]
-        (beta1, beta2), lr = group["betas"], float(group["lr"])
+        (beta1, beta2), lr, rule = group["betas"], float(group["lr"]), self.rule(group, step)
         if self._reset_at(step):
             exp_avg.zero_()
             exp_avg_sq.zero_()
-        since = self._steps_since_reset(step)
-        if group["spike_threshold"] and min(step, step if since is None else since) >= GRACE_STEPS:
-            grad = spam_clip(grad, exp_avg_sq, group["spike_threshold"])
+        if rule["spike_threshold"] < math.inf:
+            grad = spam_clip(grad, exp_avg_sq, rule["spike_threshold"])
         exp_avg.lerp_(grad, 1 - beta1)
         exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        scale = 1.0 if since is None else spam_warmup_scale(since, group["warmup_steps"])
-        step_size = scale * lr * (1 - beta2**step) ** 0.5 / (1 - beta1**step)
+        step_size = rule["scale"] * lr * (1 - beta2**step) ** 0.5 / (1 - beta1**step)
         weight.addcdiv_(exp_avg, exp_avg_sq.sqrt().add_(group["eps"]), value=-step_size)
         if group["weight_decay"]:
             weight.mul_(1 - lr * group["weight_decay"])

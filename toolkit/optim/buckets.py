@@ -16,11 +16,15 @@ States = dict[Tensor, dict[str, Tensor]]
 
 @dataclass
 class Bucket:
-    """Parameters of one group that one call updates: by the same code, at the same step, all dense or all packed."""
+    """Parameters of one group that one call updates: by the same code, at the same step, all dense or all packed.
+
+    They lie on one device and have one dtype, as all of a launch must.
+    """
 
     how: str  # reference, native or triton
     packed: bool
     step: int = 0  # of the update at hand, from 1
+    fused: bool = False  # whether `update_dense` takes them
     sharded: bool = False  # whether any is a DTensor
     owners: list[Tensor] = field(default_factory=list)  # the optimizer's parameters, which have the gradients
     parameters: list[Tensor] = field(default_factory=list)  # this rank's part of each

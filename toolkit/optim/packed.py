@@ -6,6 +6,7 @@ packed moments [survivors], a bit mask and a block-offset table, and nothing els
 """
 
 import dataclasses
+import operator
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
@@ -43,8 +44,8 @@ def check_ranges(betas: tuple[float, ...] = (), **at_least_0: float) -> None:
 def rate_for(bucket: Bucket, group: dict[str, Any]) -> Any:
     """The learning rate as a number, or as the tensor it is where reading it would wait for the GPU."""
     lr = group["lr"]
-    on_gpu = isinstance(lr, Tensor) and lr.device.type == bucket.parameters[0].device.type == "cuda"
-    return lr if on_gpu else float(lr)
+    at_hand = isinstance(lr, Tensor) and lr.is_cuda and lr.device == bucket.parameters[0].device
+    return lr if at_hand else float(lr)
 
 
 class PackedOptimizer(Optimizer):
@@ -95,18 +96,25 @@ class PackedOptimizer(Optimizer):
         raise NotImplementedError
 
     def update_dense(self, bucket: Bucket, group: dict[str, Any]) -> None:
-        """One step of dense float32 parameters by fast code; only called for implementations in FAST."""
+        """One step of dense parameters by torch's fused code; only called where `fused` says so."""
         raise NotImplementedError
 
-    def rule(self, group: dict[str, Any]) -> dict[str, Any]:
+    def rule(self, group: dict[str, Any], step: int) -> dict[str, Any]:
         """Hyper-parameters of the kernels of KERNEL but for the learning rate; only called where there are any."""
         raise NotImplementedError
 
-    def update_packed(self, bucket: Bucket, group: dict[str, Any]) -> None:
-        """One step of pruned float32 parameters by fast code, all tensors in one call."""
-        keys, rule = self.moment_keys(group), self.rule(group)
+    def fused(self, parameter: Tensor, moment_dtype: torch.dtype) -> bool:
+        """Whether torch has a fused update of such a parameter while dense: none rounds moments by chance."""
+        by_chance = moment_dtype is torch.bfloat16 and self.defaults["state_dtype"] is not None
+        return moment_dtype is parameter.dtype and not by_chance
+
+    def update_by_kernel(self, bucket: Bucket, group: dict[str, Any]) -> None:
+        """One step by the kernels of KERNEL, all tensors in one call: pruned ones, and dense ones on a GPU."""
+        keys, rule = self.moment_keys(group), self.rule(group, bucket.step)
+        # A Pruner keeps a mask of its own beside dense moments.
+        where = operator.itemgetter("mask", "offsets") if bucket.packed else lambda _: (None, None)
         rows = [
-            (parameter, grad, state["mask"], state["offsets"], [state[key] for key in keys])
+            (parameter, grad, *where(state), [state[key] for key in keys])
             for parameter, grad, state in zip(
                 bucket.parameters, self.gradients(bucket, group), bucket.states, strict=True
             )
@@ -117,7 +125,8 @@ class PackedOptimizer(Optimizer):
             bucket.addresses = bucket.addresses or triton_packed.AddressTable()
             table = bucket.addresses.update(rows, bucket.param_indices)
             kernel = triton_packed.KERNELS[self.KERNEL]
-            kernel(rows, table, bucket.step_tensor, lr=rate_for(bucket, group), **rule)
+            by_chance = self.defaults["state_dtype"] is not None
+            kernel(rows, table, bucket.step_tensor, lr=rate_for(bucket, group), stochastic=by_chance, **rule)
         else:
             native.KERNELS[self.KERNEL](rows, step=bucket.step, lr=float(group["lr"]), **rule)
 
@@ -140,10 +149,10 @@ class PackedOptimizer(Optimizer):
                     bucket.parameters = [to_local(owner) for owner in bucket.owners]
                 if bucket.how == "reference":
                     self._update_reference(bucket, group)
-                elif bucket.packed:
-                    self.update_packed(bucket, group)
-                else:
+                elif bucket.fused:
                     self.update_dense(bucket, group)
+                else:
+                    self.update_by_kernel(bucket, group)
         if self.schedule.enabled:
             step = self._packing.count_step()
             if self._packing.is_due(step) and self._packing.update(step):
@@ -153,15 +162,17 @@ class PackedOptimizer(Optimizer):
     def _sort(self, group: dict[str, Any], ready: list[Tensor]) -> Iterable[Bucket]:
         """Sort the parameters of a group that have a gradient by the code that updates them."""
         prunable = {id(parameter) for _, parameter in prunable_parameters(self.param_groups)}
-        buckets: dict[tuple[str, bool, int], Bucket] = {}
+        asked = self.defaults["implementation"] if self.FAST else "reference"
+        buckets: dict[tuple[Any, ...], Bucket] = {}
         for parameter in ready:
             state = self._state_of(parameter, group, id(parameter) in prunable)
             packed, step, dtype = "offsets" in state, int(state["step"]), self._moment_dtype(parameter)
-            how = choose_implementation(self.defaults["implementation"] if self.FAST else "reference", parameter, dtype)
-            # torch's fused update takes no bfloat16 moments of float32 weights.
-            if how != "reference" and not ((packed or dtype is torch.float32) and self._is_dense(parameter)):
+            how = choose_implementation(asked, parameter, dtype, self.FAST)
+            if how != "reference" and not self._is_dense(parameter):
                 how = "reference"
-            bucket = buckets.setdefault((how, packed, step), Bucket(how, packed, step))
+            fused = how != "reference" and not packed and self.fused(parameter, dtype)
+            key = (how, packed, step, fused, parameter.device, parameter.dtype)
+            bucket = buckets.setdefault(key, Bucket(how, packed, step, fused))
             bucket.sharded |= hasattr(parameter, "to_local")
             bucket.owners.append(parameter)
             bucket.parameters.append(to_local(parameter))

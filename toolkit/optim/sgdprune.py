@@ -68,7 +68,7 @@ class SGDPrune(PackedOptimizer):
             pruning,
         )
 
-    def rule(self, group: dict[str, Any]) -> dict[str, Any]:
+    def rule(self, group: dict[str, Any], step: int) -> dict[str, Any]:
         """SGD's hyper-parameters."""
         return {
             "momentum": group["momentum"],
@@ -82,7 +82,7 @@ class SGDPrune(PackedOptimizer):
         self, weight: Tensor, grad: Tensor, moments: dict[str, Tensor], group: dict[str, Any], step: int
     ) -> None:
         """SGD on equally shaped tensors."""
-        sgd_update(weight, grad, moments["momentum_buffer"], lr=group["lr"], first=step == 1, **self.rule(group))
+        sgd_update(weight, grad, moments["momentum_buffer"], lr=group["lr"], first=step == 1, **self.rule(group, step))
 
     def update_dense(self, bucket: Bucket, group: dict[str, Any]) -> None:
         """torch's fused SGD over all dense parameters at once."""
