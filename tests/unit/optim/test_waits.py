@@ -11,6 +11,7 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 
 import toolkit.optim  # noqa: F401
+from toolkit.prune.distributed import local_gradient
 from toolkit.prune.options import PruningOptions
 from toolkit.prune.scores import STATE_SCORES
 from toolkit.prune.stores import Member, PackedStore
@@ -107,3 +108,14 @@ def test_hook_pruning_zeroes_all_tensors_in_a_few_launches():
     few, many = launches(4), launches(24)
     masking = ("masked_fill_", "cat", "__rshift__", "bitwise_not")
     assert {name: few[name] for name in masking} == {name: many[name] for name in masking}
+
+
+def test_strides_of_axes_of_size_1_make_no_copy():
+    """Of a depthwise weight under channels_last autograd may leave other strides than the weight's."""
+    weight = nn.Parameter(torch.rand(8, 1, 3, 3))
+    weight.grad = torch.rand(8, 3, 3, 1).as_strided((8, 1, 3, 3), (9, 1, 3, 1))
+    assert weight.grad.stride() != weight.stride()
+    assert local_gradient(weight, weight) is weight.grad
+    other = nn.Parameter(torch.rand(8, 4, 3, 3))
+    other.grad = torch.rand(8, 4, 3, 3).to(memory_format=torch.channels_last)
+    assert local_gradient(other, other).stride() == other.stride()
