@@ -40,7 +40,7 @@ class Bucket:
         Triton's lies on the GPU, where a captured graph can count it.
         """
         device = self.parameters[0].device if self.how == "triton" else "cpu"
-        self.step_tensor = torch.stack([state["step"].to(device, torch.float32) for state in self.states])
+        self.step_tensor = torch.full((len(self.states),), float(self.step), dtype=torch.float32, device=device)
         self.steps = list(self.step_tensor.unbind())
         for state, step in zip(self.states, self.steps, strict=True):
             state["step"] = step

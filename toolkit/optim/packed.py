@@ -20,11 +20,11 @@ from toolkit.kernels.choice import choose_implementation
 from toolkit.kernels.rounding import round_to_bfloat16
 from toolkit.log import get_logger
 from toolkit.optim.buckets import Bucket, BucketCache
-from toolkit.prune.distributed import local_gradient, to_local
+from toolkit.prune.distributed import local_gradient, read_numbers, to_local
 from toolkit.prune.groups import prunable_parameters
 from toolkit.prune.mask import flat_view, pack_bits, unpack_bits
 from toolkit.prune.options import OPTION_NAMES, STATE_DTYPES, PruningOptions
-from toolkit.prune.packing import block_offsets, pack, survivors_before
+from toolkit.prune.packing import Packer, block_offsets, pack, survivors_before
 from toolkit.prune.pruning import Pruning, dense_states, saved_states
 from toolkit.prune.schedule import Schedule
 from toolkit.prune.scores import STATE_SCORES
@@ -164,9 +164,10 @@ class PackedOptimizer(Optimizer):
         prunable = {id(parameter) for _, parameter in prunable_parameters(self.param_groups)}
         asked = self.defaults["implementation"] if self.FAST else "reference"
         buckets: dict[tuple[Any, ...], Bucket] = {}
-        for parameter in ready:
-            state = self._state_of(parameter, group, id(parameter) in prunable)
-            packed, step, dtype = "offsets" in state, int(state["step"]), self._moment_dtype(parameter)
+        states = [self._state_of(parameter, group, id(parameter) in prunable) for parameter in ready]
+        steps = read_numbers([state["step"] for state in states])
+        for parameter, state, counted in zip(ready, states, steps, strict=True):
+            packed, step, dtype = "offsets" in state, int(counted), self._moment_dtype(parameter)
             how = choose_implementation(asked, parameter, dtype, self.FAST)
             if how != "reference" and not self._is_dense(parameter):
                 how = "reference"
@@ -257,14 +258,15 @@ class PackedOptimizer(Optimizer):
             moments = {key: value.to(dtype) for key, value in kept.items()}
             weight, mask = parameter, state["mask"] if "offsets" in state else None
             if mask is not None:
-                count = next(iter(moments.values())).numel()
-                weight, grad = pack(flat_view(parameter), mask, count), pack(flat_view(grad), mask, count)
+                pack = Packer(next(iter(moments.values())).numel(), bits=mask)
+                weight, grad = pack(flat_view(parameter)), pack(flat_view(grad))
             new = weight.to(dtype)
             # 2. The rule.
             self.update(new, grad.to(dtype), moments, group, bucket.step)
             # 3. Put back what is not updated in place; pruned places become 0 again.
             if mask is not None:
-                flat_view(parameter).zero_()[unpack_bits(mask, parameter.numel())] = new.to(parameter.dtype)
+                keep = unpack_bits(mask, parameter.numel())
+                flat_view(parameter).zero_().masked_scatter_(keep, new.to(parameter.dtype))
             elif new is not parameter:
                 parameter.copy_(new)
             for number, (key, value) in enumerate(moments.items()):

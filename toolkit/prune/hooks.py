@@ -15,11 +15,11 @@ from torch.optim import Optimizer
 
 from toolkit.prune.distributed import to_local
 from toolkit.prune.groups import prunable_parameters
-from toolkit.prune.mask import flat_view, pack_bits, zero_pruned
+from toolkit.prune.mask import flat_view, pack_bits
 from toolkit.prune.options import OPTION_NAMES, PruningOptions
 from toolkit.prune.pruning import Pruning, dense_states, saved_states
 from toolkit.prune.scores import HOOK_SCORES, movement_increment
-from toolkit.prune.stores import MaskedStore
+from toolkit.prune.stores import MaskedStore, Member, zero_all_pruned
 
 HOOK_METHODS: dict[str, tuple[str, ...]] = {"magnitude": ("magnitude",), "movement": ("movement", "displacement")}
 _OPTIONS = tuple(name for name in OPTION_NAMES if name not in ("regrow", "state_dtype", "implementation"))
@@ -98,10 +98,8 @@ class Pruner(Pruning):
         self.check_strides([parameter for _, parameter in named if "mask" in optimizer.state.get(parameter, {})])
         if self.is_due(step):
             self.update(step)
-        for _, parameter in named:
-            mask = optimizer.state.get(parameter, {}).get("mask")
-            if mask is not None:
-                zero_pruned(flat_view(to_local(parameter)), mask)
+        members = [Member(name, parameter, optimizer.state.get(parameter, {})) for name, parameter in named]
+        zero_all_pruned([member for member in members if member.mask is not None])
 
     def _note_saved_scores(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         """The sums need float32, whatever the parameter's dtype."""

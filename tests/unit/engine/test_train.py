@@ -17,6 +17,7 @@ import train
 from toolkit.builder import build
 from toolkit.cli import parse
 from toolkit.config import Config
+from toolkit.engine import loop
 from toolkit.engine.checkpoint import load_checkpoint, newest_checkpoint
 from toolkit.engine.loop import train as train_loop
 from toolkit.engine.metrics import SCALARS
@@ -107,6 +108,18 @@ def test_final_zeros_are_exact_in_weights_and_in_their_average(flags, tmp_path):
         assert torch.equal(averaged[name] == 0, parameter == 0)
     saved = final_state(tmp_path / "r")["ema"]
     assert all(torch.equal(saved[name] == 0, parameter == 0) for name, parameter in run.prunable)
+
+
+def test_the_last_mask_update_is_the_optimizers_where_a_scaler_leaves_steps_out(flags, monkeypatch):
+    """fp16's GradScaler does not call the optimizer where a gradient is not finite; the loop counts the update."""
+    run, released = make(flags, *PRUNED), []
+    update = run.engine.update
+    run.engine.update = lambda step, want_norm: None if step in (2, 3) else update(step, want_norm)
+    monkeypatch.setattr(loop, "_release_memory", lambda run: released.append((run.pruning_steps, run.sparsity())))
+    train_loop(run)
+    ((step, (zeros, weights)),) = released
+    assert step == run.schedule.end_step
+    assert zeros == math.floor(0.7 * weights)
 
 
 def test_accumulation_equals_a_larger_batch(flags, tmp_path):
