@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from launch.matrix import menu
+from launch.matrix.symbols import load as load_symbols
 from launch.start import accelerate_launch
 from toolkit.cli import parse
 from toolkit.config import Config
@@ -59,7 +60,7 @@ def load_matrix(path: Path, seeds: Sequence[int] | None = None, overrides: Seque
     Raises ValueError on an unknown key.
     """
     if menu.is_kconfig(path):
-        symbols = menu.load(path)
+        symbols = load_symbols(path)
         return make_matrix(menu.to_matrix(symbols), str(path), seeds, [*menu.arguments(symbols), *overrides])
     try:
         content = yaml.safe_load(path.read_text())
