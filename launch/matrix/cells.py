@@ -82,12 +82,13 @@ SELECTION: dict[str, dict[str, Any]] = {
     "--seeds": {"type": int, "nargs": "+", "help": "instead of the file's"},
     "--model": {"help": "instead of the recipe's"},
     "--epochs": {"type": int, "help": "instead of the recipe's"},
+    "--data-dir": {"help": "instead of the recipe's"},
 }
 
 
 def selected(options: argparse.Namespace) -> tuple[Matrix, list[Cell]]:
     """The matrix and those of its cells that the flags choose. Raises ValueError where there are none."""
-    given = {"--model": options.model, "--epochs": options.epochs}
+    given = {"--model": options.model, "--epochs": options.epochs, "--data-dir": options.data_dir}
     overrides = [part for flag, value in given.items() if value is not None for part in (flag, str(value))]
     matrix = load_matrix(options.file, options.seeds, overrides)
     cells = [cell for cell in matrix.cells if fnmatch.fnmatch(cell.name, options.only)]
