@@ -132,7 +132,7 @@ VALUES = {"bool": st.sampled_from(["y", "n"]), "int": st.integers(-9, 70_000).ma
 SETTINGS = st.fixed_dictionaries({}, optional={name: VALUES[symbol.kind] for name, symbol in MENU.items()})
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(SETTINGS)
 def test_any_choices_are_read_as_kconfiglib_reads_them(tmp_path, chosen):
     path = config(tmp_path, *config_text(chosen).splitlines())
