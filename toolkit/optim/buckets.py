@@ -45,6 +45,15 @@ class Bucket:
         for state, step in zip(self.states, self.steps, strict=True):
             state["step"] = step
 
+    def check_sizes(self, key: str) -> None:
+        """Raise ValueError where a parameter no longer has a weight for each value of `key`: code knows addresses."""
+        for parameter, state in zip(self.parameters, self.states, strict=True):
+            if parameter.numel() != state[key].numel():
+                raise ValueError(
+                    f"a parameter of shape {tuple(parameter.shape)} has {state[key].numel()} moments, made for another "
+                    "size; resize the model before its first step, or give the new weights to a new optimizer"
+                )
+
     def count_step(self) -> None:
         """One step more, in every parameter's state."""
         self.step_tensor.add_(1)

@@ -144,7 +144,9 @@ class PackedOptimizer(Optimizer):
             for bucket in self._buckets.buckets(ready, self.state, partial(self._sort, group)):
                 bucket.count_step()
                 if bucket.packed:
-                    self._packing.check_strides(bucket.owners)
+                    self._packing.check_layouts(bucket.owners)
+                elif bucket.how != "reference":
+                    bucket.check_sizes(self.moment_keys(group)[0])
                 if bucket.sharded:  # a move of the module gives a DTensor another local part
                     bucket.parameters = [to_local(owner) for owner in bucket.owners]
                 if bucket.how == "reference":
@@ -203,6 +205,7 @@ class PackedOptimizer(Optimizer):
                     "together: leave it out of the group, or use two optimizers"
                 )
         super().add_param_group(param_group)
+        self._packing.note_change()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "keeps_zeros": self._packing.keeps_zeros}
@@ -294,7 +297,7 @@ class PackedOptimizer(Optimizer):
                 # torch's SGD counts no steps; its buffers have begun. A number is taken as torch takes it.
                 state["step"] = torch.as_tensor(state.get("step", 1.0), dtype=torch.float32)
             self._pack_loaded(parameter, state, saved.get(parameter, {}))
-        self._packing.note_load()
+        self._packing.note_change()
         self._packing.after_repack()
 
     def _pack_loaded(self, parameter: Tensor, state: dict[str, Tensor], saved: Mapping[str, Any]) -> None:

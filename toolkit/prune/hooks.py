@@ -95,7 +95,7 @@ class Pruner(Pruning):
             return
         step = self.count_step()
         named = prunable_parameters(optimizer.param_groups)
-        self.check_strides([parameter for _, parameter in named if "mask" in optimizer.state.get(parameter, {})])
+        self.check_layouts([parameter for _, parameter in named if "mask" in optimizer.state.get(parameter, {})])
         if self.is_due(step):
             self.update(step)
         members = [Member(name, parameter, optimizer.state.get(parameter, {})) for name, parameter in named]
@@ -107,7 +107,7 @@ class Pruner(Pruning):
         self._first = {p: {"scores": state["scores"]} for p, state in saved.items() if "scores" in state}
 
     def _masks_to_bits(self, optimizer: Optimizer) -> None:
-        self.note_load()
+        self.note_change()
         scores, self._first = self._first, {}
         for parameter, state in optimizer.state.items():
             part = to_local(parameter)
@@ -145,6 +145,11 @@ def pruned_by_hooks(base: type[Optimizer], method: str) -> type[Optimizer]:
             self.defaults["pruning"] = {key: getattr(checked, key) for key in _OPTIONS}
             self.pruning = Pruner(self, checked)
             self.pruning.check_prunable()
+
+        def add_param_group(self, param_group: dict[str, Any]) -> None:
+            super().add_param_group(param_group)
+            if isinstance(self.__dict__.get("pruning"), Pruner):  # not yet while the base class is made
+                self.pruning.note_change()
 
         def __getstate__(self) -> dict[str, Any]:
             return {**super().__getstate__(), "keeps_zeros": self.pruning.keeps_zeros}

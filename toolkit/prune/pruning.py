@@ -39,7 +39,7 @@ class Pruning:
         self.keeps_zeros = False
         self._arrived = False  # whether the masks are known to be those of end_step
         self._store = store
-        self._strides: dict[Tensor, list[int]] = {}  # of the parameters when their masks were made
+        self._layouts: dict[Tensor, tuple[int, tuple[int, ...]]] = {}  # of the parameters when their masks were made
 
     def is_due(self, step: int) -> bool:
         """Whether optimizer step `step` takes all prunable parameters together: the masks change, or are checked."""
@@ -121,7 +121,7 @@ class Pruning:
             return False
         changed = update_masks(members, self._store, self.options, step, self._group(members))
         if changed:
-            self._strides.update((member.parameter, memory_order(member.part)) for member in members)
+            self._layouts.update((member.parameter, _layout(member.part)) for member in members)
             self.after_repack()
         self._arrived = step == self.schedule.end_step
         return changed
@@ -134,33 +134,39 @@ class Pruning:
             raise ValueError(
                 f"step {step} is past end_step={self.schedule.end_step}, the last mask update, but {zeros} of "
                 f"{weights} weights are pruned where sparsity={self.schedule.sparsity} asks for {wanted}: the state "
-                "was made under another schedule; load one of this schedule, or give a later end_step"
+                "was made under another schedule, or parameters were added since; load one of this schedule, or give a "
+                "later end_step"
             )
         self._arrived = True
 
     def _group(self, members: list[Member]) -> ProcessGroup | None:
         return self.shard_group or shard_group(member.parameter for member in members)
 
-    def check_strides(self, parameters: list[Tensor]) -> None:
-        """Masks and packed moments are in memory order: raise ValueError where that has changed since."""
+    def check_layouts(self, parameters: list[Tensor]) -> None:
+        """Masks and packed moments are in memory order: raise ValueError where that or the size has changed since."""
         for parameter in parameters:
-            now = memory_order(to_local(parameter))
-            before = self._strides.setdefault(parameter, now)
+            now = _layout(to_local(parameter))
+            before = self._layouts.setdefault(parameter, now)
             if before != now:
                 raise ValueError(
-                    f"a parameter had stride {before} when its mask was made, now {now}; call "
-                    "model.to(memory_format=...) before training, or load a checkpoint after it"
+                    f"a parameter of {before[0]} weights had stride {before[1]} when its mask was made, now {now[0]} "
+                    f"and {now[1]}; resize the model or call model.to(memory_format=...) before training, or load a "
+                    "checkpoint after it"
                 )
 
-    def note_load(self) -> None:
-        """The state was replaced: what it prunes is to be looked at again."""
+    def note_change(self) -> None:
+        """The state was replaced, or parameters were added: what is pruned is to be looked at again."""
         self._arrived = False
 
     def pack_loaded_mask(self, parameter: Tensor, mask: Tensor) -> Tensor:
         """A mask of a checkpoint, shaped like the parameter -> bits, in the parameter's memory order of now."""
         part = to_local(parameter)
-        self._strides[parameter] = memory_order(part)
+        self._layouts[parameter] = _layout(part)
         return pack_bits(flat_view(torch.empty_like(part).copy_(to_local(mask))) != 0)
+
+
+def _layout(part: Tensor) -> tuple[int, tuple[int, ...]]:
+    return part.numel(), tuple(memory_order(part))
 
 
 def dense_states(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
