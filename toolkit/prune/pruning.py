@@ -39,7 +39,7 @@ class Pruning:
         self.keeps_zeros = False
         self._arrived = False  # whether the masks are known to be those of end_step
         self._store = store
-        self._strides: dict[Tensor, list[int]] = {}  # of the parameters when their masks were made
+        self._strides: dict[Tensor, tuple[int, ...]] = {}  # of the parameters when their masks were made
 
     def is_due(self, step: int) -> bool:
         """Whether optimizer step `step` takes all prunable parameters together: the masks change, or are checked."""
