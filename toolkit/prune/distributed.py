@@ -21,9 +21,9 @@ def to_local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def memory_order(tensor: Tensor) -> list[int]:
+def memory_order(tensor: Tensor) -> tuple[int, ...]:
     """Strides of the axes that have any: of an axis of size 1 torch leaves open what its stride is."""
-    return [stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
+    return tuple(stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1)
 
 
 def local_gradient(parameter: Tensor, part: Tensor) -> Tensor:

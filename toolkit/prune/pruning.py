@@ -166,7 +166,7 @@ class Pruning:
 
 
 def _layout(part: Tensor) -> tuple[int, tuple[int, ...]]:
-    return part.numel(), tuple(memory_order(part))
+    return part.numel(), memory_order(part)
 
 
 def dense_states(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:

@@ -159,12 +159,10 @@ def find_threshold(
             found += 1
         prefix = found - 2 ** (width - 1) if number == 0 else (prefix << width) | found
     # 3. With the last digit its value is known. Of what equals it perhaps not all is taken, but the first; over ranks
-    # those are known by a look at how many each has.
+    # those are known by a look at how many each has, always made, so that every update sends the same bytes.
     value = _value(prefix)
-    if rest == histogram[found]:
-        return Threshold(value, None)
     if group is None:
-        return Threshold(value, [rest])
+        return Threshold(value, None if rest == histogram[found] else [rest])
     zero = torch.zeros((), dtype=torch.int64, device=device)
     equal = [sum(((scores == value).sum() for scores in source()), zero) for source in sources]
     return Threshold(value, _share_ties(torch.stack(equal), rest, group))

@@ -145,7 +145,7 @@ def _num_regrown(options: PruningOptions, step: int, survivors: int, pruned: int
 
 
 def num_survivors(member: Member, pieces: Sequence[Piece]) -> int:
-    """Weights on this rank that are not pruned: without padding, which a mask made of the weights may keep."""
+    """Weights on this rank that are not pruned; padding counts for nothing, and has no bit once there is a mask."""
     return member.num_weights if member.mask is None else sum(piece.kept for piece in pieces)
 
 
