@@ -9,11 +9,16 @@ STUDY = $(shell $(BIN)/python -m launch.matrix.kconfig name)
 CHOSEN = .config $(if $(EPOCHS),--epochs $(EPOCHS)) $(if $(ONLY),--only '$(ONLY)')
 MATRIX = $(BIN)/python -m launch.matrix $(CHOSEN)
 BOUNDS = runs/bounds
+WINDOW = runs/gpu-window
+WINDOW_MIB = 60
+MAX_SHORT ?= 144
+QUALITY ?= 80
+WHEELS = simplejpeg
 # Two files at a time, a thread each. In their order: ranks are forked before autograd has threads.
 PYTEST = -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help setup demo demo-report menuconfig list-defconfigs savedefconfig test-matrix test-matrix-dry-run continue estimate \
-  test-rerun summary test test-long test-bounds chaos lint clean
+  test-rerun summary test test-long test-bounds chaos gpu-window lint clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -92,6 +97,21 @@ test-bounds:  ## make test with the lowest and the newest versions that requirem
 chaos: setup  ## kill ranks of real runs 20 times, try nine other faults -> results/chaos.md (20 minutes)
 	rm -rf runs/chaos
 	$(BIN)/python -m launch.chaos --trials 20 --out results
+
+gpu-window: setup  ## pack HEAD, DATA=<photographs>, wheels for a GPU lent for minutes (MAX_SHORT=144 QUALITY=80)
+	rm -rf $(WINDOW) $(WINDOW).data
+	mkdir -p $(WINDOW)/wheels
+	git rev-parse HEAD > $(WINDOW)/commit
+	git archive -o $(WINDOW)/code.tar.gz HEAD
+	cp launch/gpu_check/window.sh $(WINDOW)
+	$(BIN)/python -m shards.imagenet --partial --source $(or $(DATA),$(dir $(DIGITS))) --out $(WINDOW).data/photos --name photos \
+	  --train-shards 8 --validation-shards 4 --max-short $(MAX_SHORT) --quality $(QUALITY)
+	tar -C $(WINDOW).data -cJf $(WINDOW)/data.tar.xz photos
+	$(BIN)/pip download -q --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64 \
+	  --platform manylinux_2_17_x86_64 -d $(WINDOW)/wheels $(WHEELS) || echo "make: no wheels; the window does without"
+	@size=$$(du -sm $(WINDOW) | cut -f1); test $$size -lt $(WINDOW_MIB) || \
+	  { echo "make: $(WINDOW) has $$size MiB, more than $(WINDOW_MIB); give a smaller MAX_SHORT or QUALITY"; exit 1; }; \
+	  echo "$(WINDOW) has $$size MiB. Take it to the GPU's machine; there: sh $(WINDOW)/window.sh OUT 9"
 
 lint: .venv/.installed-dev  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""`python -m launch.readme`: write the table of README.md from the digits study and the bench of the optimizers.
+"""`python -m launch.readme`: write README.md's table from the digits study, the optimizers' bench, and results/gpu.
 
 Run it after a study or a bench was measured again; a test holds the README to what it writes.
 """
@@ -26,20 +26,56 @@ _ROWS = (
     ("sgdprune", 0.9, "sgdprune 90%"),
     ("sgdprune", 0.95, None),
 )
-_HEADER = ("optimizer", "sparsity", "state, peak", "state, end", "step / fused AdamW", "top-1 %", "measured in")
+_HEADER = (
+    "optimizer",
+    "sparsity",
+    "state, peak",
+    "state, end",
+    "step / fused AdamW",
+    "top-1 %",
+    "the step on a GPU",
+    "measured in",
+)
 
 
-def with_table(readme: str, study: Mapping[str, Any], bench: Mapping[str, Any]) -> str:
-    """The README with its table between the two marks made anew. Raises ValueError where a mark or a row is missing."""
+def gpu_checks() -> list[dict[str, Any]]:
+    """The results of `launch.gpu_check` that are kept; none until a GPU was at hand."""
+    found = [read_json(path) for path in sorted((ROOT / "results" / "gpu").glob("*.json"))]
+    return [check for check in found if check["schema"] == "gpu-check/2"]
+
+
+def with_table(
+    readme: str, study: Mapping[str, Any], bench: Mapping[str, Any], checks: Sequence[Mapping[str, Any]] = ()
+) -> str:
+    """The README with its table between the two marks made anew; `checks` fill its GPU column, a figure each.
+
+    Raises ValueError where a mark or a row is missing.
+    """
     if not 0 <= readme.find(_BEGIN) < readme.find(_END):
         raise ValueError(f"README.md lacks {_BEGIN.strip()} and {_END.strip()}; put them where the table goes")
     before, _, rest = readme.partition(_BEGIN)
-    rows = [_row(study, bench, *which) for which in _ROWS]
-    made = "\n".join([*table(_HEADER, rows, text=(0, 6)), "", *_notes(study, bench), ""])
+    model = bench["machines"][-1]["model"]
+    timed = [times for check in checks for times in _device_times(check, model)]
+    rows = [_row(study, bench, timed, *which) for which in _ROWS]
+    made = "\n".join([*table(_HEADER, rows, text=(0, 7)), "", *_notes(study, bench, timed), ""])
     return f"{before}{_BEGIN}{made}{_END}{rest.partition(_END)[2]}"
 
 
-def _row(study: Mapping[str, Any], bench: Mapping[str, Any], opt: str, sparsity: float, step: str | None) -> list[str]:
+def _device_times(check: Mapping[str, Any], model: str) -> list[Mapping[str, Any]]:
+    """What `launch.bench device` said of a model on that GPU."""
+    results = [part["result"] or {} for part in check["parts"].values()]
+    wanted = {"schema": "bench-device/1", "model": model, "kind": "cuda"}
+    return [result for result in results if wanted.items() <= result.items()]
+
+
+def _row(
+    study: Mapping[str, Any],
+    bench: Mapping[str, Any],
+    timed: Sequence[Mapping[str, Any]],
+    opt: str,
+    sparsity: float,
+    step: str | None,
+) -> list[str]:
     cells = [cell for cell in study["cells"] if cell["opt"] == opt and cell["target_sparsity"] == sparsity]
     if not cells:
         raise ValueError(f"results/digits/summary.json has no run of {opt} at sparsity {sparsity}; run the study again")
@@ -55,6 +91,7 @@ def _row(study: Mapping[str, Any], bench: Mapping[str, Any], opt: str, sparsity:
         f"{end:.2f}",
         _ratios(_steps(bench, step)) if step else "–",
         f"{statistics.mean(top1):.1f} ± {statistics.stdev(top1):.1f}",
+        _ratios([row for one in timed for row in one["rows"] if row["name"] == step]) if step and timed else "–",
         ", ".join(where),
     ]
 
@@ -74,7 +111,7 @@ def _ratios(steps: Sequence[Mapping[str, Any]]) -> str:
     return " / ".join(figures) + (" of fused SGD" if "SGD" in peer else "")
 
 
-def _notes(study: Mapping[str, Any], bench: Mapping[str, Any]) -> list[str]:
+def _notes(study: Mapping[str, Any], bench: Mapping[str, Any], timed: Sequence[Mapping[str, Any]]) -> list[str]:
     run, machines, model = study["environment"], bench["machines"], bench["machines"][-1]["model"]
     end = _steps(bench, "adamwprune 70%")[-1]["state_bytes_per_prunable_weight"]
     trained = f"{run['device']} ({run['device_type'].upper()})"
@@ -83,7 +120,8 @@ def _notes(study: Mapping[str, Any], bench: Mapping[str, Any]) -> list[str]:
         f"State: bytes a weight that optimizer and pruning keep; on {model} `adamwprune` ends at {end:.2f} for 70 %.",
         f"State and top-1: {run['model']}, {run['epochs']} epochs, {trained}; by "
         "`python -m launch.matrix launch/matrices/digits.yaml`.",
-        f"Step: {model}, medians, {stepped}; by `python -m launch.bench optim --out results/bench`.",
+        f"Step: {model}, medians, {stepped}; by `python -m launch.bench optim --out results/bench`. On a GPU: "
+        + (f"{' / '.join(one['device'] for one in timed)}, device time." if timed else "not measured yet."),
     ]
 
 
@@ -94,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
     path = ROOT / "README.md"
     with one_line_errors(parser):
         study, bench = (read_json(ROOT / "results" / name) for name in ("digits/summary.json", "bench/optim.json"))
-        write_atomically(path, with_table(path.read_text(), study, bench))
+        write_atomically(path, with_table(path.read_text(), study, bench, gpu_checks()))
     return 0
 
 

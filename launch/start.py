@@ -20,9 +20,16 @@ def accelerate_launch(config_file: str | Path, *program: str, ranks: int | None 
     ]
 
 
+_MODULES = {
+    "python": [],
+    "accelerate": ["-m", "accelerate.commands.accelerate_cli"],
+    "torchrun": ["-m", "torch.distributed.run"],
+}
+
+
 def installed(command: Sequence[str]) -> list[str]:
-    """The command with its program from beside this Python, whatever PATH says."""
-    return [str(Path(sys.executable).with_name(command[0])), *command[1:]]
+    """The command with its program from this Python, whatever PATH says and wherever scripts were installed."""
+    return [sys.executable, *_MODULES[command[0]], *command[1:]]
 
 
 def environment(**more: str) -> dict[str, str]:

@@ -5,6 +5,8 @@ same samples give the same bytes: tar headers carry no time and no user.
 """
 
 import io
+import json
+import tarfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,18 +93,16 @@ def index_split(folder: Path, split: str, index: ShardIndex) -> dict[str, Any]:
 
 
 def write_shard(path: Path, samples: Iterable[Sample], on_sample: Callable[[], None] = lambda: None) -> None:
-    """Write one tar under a temporary name, sync it and rename it."""
-    import webdataset
-
-    with (
-        replacing(path, sync=True) as temporary,
-        open(temporary, "wb") as file,
-        webdataset.TarWriter(file, user="", group="", mtime=0) as tar,
-    ):
+    """Write one tar under a temporary name, sync it and rename it; a sample's members stand in order of their names."""
+    with replacing(path, sync=True) as temporary, tarfile.open(temporary, "w") as tar:
         for sample in samples:
             assert "." not in sample.key, sample.key
             meta = sample.meta or {"label": sample.label, "filename": f"{sample.key}.{sample.extension}"}
-            tar.write({"__key__": sample.key, sample.extension: sample.content(), "cls": sample.label, "json": meta})
+            label, about = str(sample.label).encode(), json.dumps(meta).encode()
+            for suffix, data in sorted({sample.extension: sample.content(), "cls": label, "json": about}.items()):
+                member = tarfile.TarInfo(f"{sample.key}.{suffix}")  # without time and user of itself
+                member.size, member.mode = len(data), 0o444
+                tar.addfile(member, io.BytesIO(data))
             on_sample()
 
 

@@ -11,6 +11,12 @@ if not torch.cuda.is_available():
 
 
 @pytest.fixture(scope="session")
+def webdataset():
+    """The library whose format shards have, where it is installed: it opens URLs, and tests read and write by it."""
+    return pytest.importorskip("webdataset", reason="webdataset is not installed; requirements.txt has it")
+
+
+@pytest.fixture(scope="session")
 def digits(tmp_path_factory):
     """The digit shards, built once."""
     from shards.digits import build

@@ -5,12 +5,14 @@ import json
 import sys
 from pathlib import Path
 
-from toolkit.command import command_parser, spelled
+from toolkit.command import command_parser, one_line_errors, spelled
 from toolkit.files import read_json, write_result
 
 # What is measured, by a function bench_<what> of launch.bench.<what>, and the flags it is given.
 _NEEDS = {
     "optim": ("model", "rounds"),
+    "device": ("model", "rounds"),
+    "facts": (),
     "equivalence": ("model", "steps"),
     "data": ("rounds",),
     "memory": ("model", "batch_size"),
@@ -26,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
         {
             "what": {"choices": tuple(_NEEDS), "help": "what to measure"},
             "--model": {"default": "resnet50", "help": "timm model whose shapes are used (default %(default)s)"},
-            "--rounds": {"type": int, "default": 15, "help": "of optim and data, default %(default)s"},
+            "--rounds": {"type": int, "default": 15, "help": "of optim, device and data, default %(default)s"},
             "--steps": {"type": int, "default": 200, "help": "of equivalence, default %(default)s"},
             "--batch-size": {"type": int, "default": 8, "help": "of memory, default %(default)s"},
             "--json": {"action": "store_true", "help": "one JSON object on one line on stdout"},
@@ -35,13 +37,14 @@ def main(argv: list[str] | None = None) -> int:
     )
     options = parser.parse_args(argv)
     bench = importlib.import_module(f"launch.bench.{options.what}")
-    result = getattr(bench, f"bench_{options.what}")(*(getattr(options, name) for name in _NEEDS[options.what]))
+    with one_line_errors(parser):
+        result = getattr(bench, f"bench_{options.what}")(*(getattr(options, name) for name in _NEEDS[options.what]))
     if options.what == "optim":
         kept = options.out and options.out / "optim.json"
         result = bench.with_other_machines(result, read_json(kept) if kept and kept.is_file() else {})
     text = bench.to_markdown(result, spelled("launch.bench", argv))
     if options.out:
-        name = f"{options.what}-{options.model}" if options.what == "equivalence" else options.what
+        name = f"{options.what}-{options.model}" if options.what in ("equivalence", "device") else options.what
         write_result(options.out, name, result, text)
     print(json.dumps(result) if options.json else text)  # noqa: T201
     return 0

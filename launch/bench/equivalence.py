@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from launch.bench.optim import native_isas, only
+from launch.bench.candidates import only
+from launch.bench.optim import native_isas
 from launch.bench.timing import DEVICE, device_name, parameter_shapes
 from toolkit.markdown import page, table
 from toolkit.optim import AdamWPrune, SGDPrune

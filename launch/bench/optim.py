@@ -8,34 +8,30 @@ A step can be no faster than memory: beside its time stands the share it reaches
 doubles tensors of the same shapes in place, counting the bytes that the step must read and write at least.
 """
 
-import contextlib
 import importlib.util
 import statistics
-import unittest.mock
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import date
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
+from launch.bench.candidates import ADAM, SGD, Maker, candidates, random_gradients, step_bytes, with_gradients
 from launch.bench.timing import DEVICE, device_name, in_turn, median_ratio, parameter_shapes, seconds, transient_bytes
-from toolkit.command import say
 from toolkit.kernels import compiled, native
 from toolkit.markdown import MIB, mib, page, table
 from toolkit.optim import AdamWPrune, SGDPrune
 from toolkit.prune.select import CHUNK, choose_lowest
 
-ADAM, SGD = "torch AdamW fused", "torch SGD fused"
-ADAM_BARS = {"cpu": {0.1: 1.15, 0.3: 1.15, 0.5: 1.0, 0.7: 0.9, 0.9: 0.65}, "cuda": {0.7: 0.75, 0.9: 0.6}}
-SGD_BARS = {"cpu": {0.7: 1.0, 0.9: 0.8}, "cuda": {}}
+ADAM_BARS = {0.1: 1.15, 0.3: 1.15, 0.5: 1.0, 0.7: 0.9, 0.9: 0.65}
+SGD_BARS = {0.7: 1.0, 0.9: 0.8}
 MASK_UPDATE_LIMIT = 30  # ordinary steps
 SELECTION_TRANSIENT_LIMIT_BYTES = 8 * MIB
 BANDWIDTH_LIMIT = 0.85  # of the rate in place, at these sparsities
 _BANDWIDTH_NAMES = tuple(f"{name} {sparsity}%" for name in ("adamwprune", "sgdprune") for sparsity in (0, 70, 90))
 _IN_PLACE, _IN_ONE = "in place", "in place, one tensor"
-_NO_GPU = "**These are CPU figures. No GPU was at hand: the GPU column stays empty until one is.**"
+_NO_GPU = "**These are CPU figures. No GPU was at hand; `python -m launch.bench device` times a step there.**"
 _RATES = {"in_place_bytes_per_s": "in place", "in_one_tensor_bytes_per_s": "in one tensor"}
 _HEADER = (
     "optimizer",
@@ -47,45 +43,7 @@ _HEADER = (
     "state",
     "state of norms, biases",
     "transient MiB",
-    "GPU ratio",
 )
-_Maker = tuple[str, Callable[..., Any], str, float | None, str | None]  # name, constructor, peer, limit, instructions
-
-
-def _gradients(shapes: Sequence[torch.Size]) -> list[Tensor]:
-    return [torch.randn(shape, device=DEVICE) * 0.01 for shape in shapes]
-
-
-def _parameters(gradients: Sequence[Tensor]) -> list[nn.Parameter]:
-    made = [nn.Parameter(torch.randn_like(gradient) * 0.05) for gradient in gradients]
-    for parameter, gradient in zip(made, gradients, strict=True):
-        parameter.grad = gradient
-    return made
-
-
-@contextlib.contextmanager
-def only(isa: str | None) -> Iterator[None]:
-    """Native code restricted to one instruction set; None leaves the choice to the processor."""
-    with unittest.mock.patch.object(native, "best_isa", return_value=isa) if isa else contextlib.nullcontext():
-        yield
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """The plain tensors of a state entry: of a quantized one its codes and scales."""
-    if hasattr(value, "__tensor_flatten__"):
-        for name in value.__tensor_flatten__()[0]:
-            yield from _tensors(getattr(value, name))
-    elif isinstance(value, Tensor):
-        yield value
-
-
-def _bytes(optimizer: Any, parameters: Sequence[nn.Parameter]) -> int:
-    """Bytes of all state of these parameters; a storage shared by several counts once."""
-    states = (optimizer.state.get(parameter, {}) for parameter in parameters)
-    tensors = [tensor for state in states for value in state.values() for tensor in _tensors(value)]
-    # A counter is one of many in its storage: its own bytes.
-    sizes = {t.data_ptr(): t.nbytes if t.ndim == 0 else t.untyped_storage().nbytes() for t in tensors}
-    return sum(sizes.values())
 
 
 def native_isas() -> tuple[str, ...]:
@@ -94,21 +52,20 @@ def native_isas() -> tuple[str, ...]:
     return native.ISAS[: native.ISAS.index(native.best_isa()) + 1] if runs else ()
 
 
-def _makers() -> list[_Maker]:
+def _makers() -> list[Maker]:
     adam = partial(AdamWPrune, end_step=1, frequency=1)
     sgd = partial(SGDPrune, lr=0.1, end_step=1, frequency=1)
-    adam_bars, sgd_bars = ADAM_BARS[DEVICE], SGD_BARS[DEVICE]
     return [
         (ADAM, partial(torch.optim.AdamW, fused=True), "", None, None),
         ("torch AdamW foreach", partial(torch.optim.AdamW, foreach=True), ADAM, None, None),
         ("torch AdamW loop", partial(torch.optim.AdamW, foreach=False), ADAM, None, None),
         (SGD, partial(torch.optim.SGD, lr=0.1, momentum=0.9, fused=True), "", None, None),
         *(
-            (f"adamwprune {sparsity:.0%}", partial(adam, sparsity=sparsity), ADAM, adam_bars.get(sparsity), None)
+            (f"adamwprune {sparsity:.0%}", partial(adam, sparsity=sparsity), ADAM, ADAM_BARS.get(sparsity), None)
             for sparsity in (0.0, 0.1, 0.3, 0.5, 0.7, 0.9)
         ),
         *(
-            (f"sgdprune {sparsity:.0%}", partial(sgd, sparsity=sparsity), SGD, sgd_bars.get(sparsity), None)
+            (f"sgdprune {sparsity:.0%}", partial(sgd, sparsity=sparsity), SGD, SGD_BARS.get(sparsity), None)
             for sparsity in (0.0, 0.5, 0.7, 0.9)
         ),
         *(
@@ -121,7 +78,7 @@ def _makers() -> list[_Maker]:
     ]
 
 
-def _others() -> Iterator[_Maker]:
+def _others() -> Iterator[Maker]:
     """Other people's small or fast optimizers, where they are installed and their code builds."""
     if importlib.util.find_spec("torchao"):
         from torchao.optim import AdamW4bit, AdamW8bit
@@ -134,48 +91,12 @@ def _others() -> Iterator[_Maker]:
         yield "DeepSpeed CPU Adam", partial(DeepSpeedCPUAdam, adamw_mode=True), ADAM, None, None
 
 
-def candidates(shapes: Sequence[torch.Size], count: int) -> list[tuple[Callable[[], Any], dict[str, Any]]]:
-    """(how to step it, its row without the times) of each maker, with parameters of these shapes.
-
-    `count` is the number of prunable weights. One that fails is left out and it is said.
-    """
-    torch.manual_seed(0)
-    gradients = _gradients(shapes)
-    found = []
-    for name, make, peer, limit, isa in _makers():
-        say(f"preparing {name}")
-        parameters = _parameters(gradients)
-        try:
-            optimizer = make(parameters)
-            for _ in range(3):  # state, masks, and what is compiled at the first packed step
-                optimizer.step()
-        except Exception as error:  # other people's code may fail to build in any way; it is said
-            if not name.startswith(("torchao", "DeepSpeed")):
-                raise
-            say(f"{name} is left out: {type(error).__name__}: {str(error).splitlines()[0]}")
-            continue
-        row = {
-            "name": name,
-            "step_ms": None,
-            "peer": peer or None,
-            "ratio_to_peer": None,
-            "limit": limit,
-            "met": None,
-            "share_of_in_place_rate": None,
-            "state_bytes_per_prunable_weight": _bytes(optimizer, [p for p in parameters if p.ndim > 1]) / count,
-            "other_state_bytes_per_prunable_weight": _bytes(optimizer, [p for p in parameters if p.ndim <= 1]) / count,
-            "transient_bytes": transient_bytes(optimizer.step),  # beyond what the step leaves
-        }
-        found.append((only(isa)(optimizer.step) if isa else optimizer.step, row))
-    return found
-
-
 def time_mask_update(shapes: Sequence[torch.Size], rounds: int) -> dict[str, float]:
     """A step that changes the masks against an ordinary one before it, and the selection alone against torch.kthvalue.
 
     The selection chooses the lowest 70 % of all weights' magnitudes, in the chunks a mask update makes.
     """
-    parameters = _parameters(_gradients(shapes))
+    parameters = with_gradients(random_gradients(shapes))
     make = partial(AdamWPrune, parameters, sparsity=0.7, end_step=1000, frequency=2)
     step = partial(_step_s, make().step)
     taken = in_turn({"ordinary": step, "update": step}, rounds, "mask updates")
@@ -210,10 +131,12 @@ def time_mask_update(shapes: Sequence[torch.Size], rounds: int) -> dict[str, flo
 
 
 def bench_optim(model: str, rounds: int) -> dict[str, Any]:
-    """Everything `launch.bench optim` measures on this machine, as one JSON object."""
+    """Everything `launch.bench optim` measures on this machine, as one JSON object. Raises ValueError on a GPU."""
+    if DEVICE == "cuda":  # whose clock here would be Python's
+        raise ValueError("launch.bench optim is for CPUs; python -m launch.bench device times a step on a GPU")
     shapes = parameter_shapes(model)
     count = sum(shape.numel() for shape in shapes if len(shape) > 1)
-    found = candidates(shapes, count)
+    found = candidates(shapes, count, _makers())
     steps = {row["name"]: partial(_step_s, step) for step, row in found}
     like = [torch.ones(shape, device=DEVICE) for shape in shapes if len(shape) > 1]
     whole = torch.ones(count, device=DEVICE)
@@ -224,7 +147,7 @@ def bench_optim(model: str, rounds: int) -> dict[str, Any]:
     for row in rows:
         row["step_ms"] = 1e3 * statistics.median(times[row["name"]])
         slower = median_ratio(times, row["name"], _IN_PLACE)
-        row["share_of_in_place_rate"] = _step_bytes(row) / (8 * slower)
+        row["share_of_in_place_rate"] = step_bytes(row) / (8 * slower)
         if row["peer"]:
             row["ratio_to_peer"] = median_ratio(times, row["name"], row["peer"])
         if row["limit"] is not None:
@@ -250,12 +173,6 @@ def _step_s(step: Callable[[], Any], number: int) -> float:
     return seconds(step)
 
 
-def _step_bytes(row: Mapping[str, Any]) -> float:
-    """Bytes a weight that a step must move: weight and moments read and written, gradient and mask read."""
-    mask = 0.125 if row["name"].startswith(("adamwprune", "sgdprune")) else 0.0
-    return 12.0 + 2 * row["state_bytes_per_prunable_weight"] - mask
-
-
 def with_other_machines(result: dict[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
     """What results/bench/optim.json holds: a result a machine; this machine's takes the place of an older one."""
     others = [other for other in known.get("machines", ()) if other["device"] != result["device"]]
@@ -271,7 +188,8 @@ def to_markdown(result: dict[str, Any], command: str) -> str:
         "",
         f"Medians of interleaved rounds in one process. Made by `{command}`, on each machine.",
         "",
-        *([] if any(machine["kind"] == "cuda" for machine in machines) else [_NO_GPU, ""]),
+        _NO_GPU,
+        "",
         "State is in bytes a prunable weight: of the prunable weights themselves, and of norms and biases. Transient: "
         "the highest memory an ordinary step takes beyond what it leaves.",
         "",
@@ -326,7 +244,6 @@ def _section(machine: Mapping[str, Any]) -> list[str]:
                 row["peer"] or "",
                 *(f"{row[f'{whose}state_bytes_per_prunable_weight']:.3f}" for whose in ("", "other_")),
                 mib(row["transient_bytes"], 1),
-                ratio if machine["kind"] == "cuda" else "",
             ]
         )
     mask = machine["mask_update"]

@@ -27,17 +27,18 @@ def parameter_shapes(model: str) -> list[torch.Size]:
     return [parameter.shape for parameter in timm.create_model(model).parameters()]
 
 
-def _wait() -> None:
+def wait() -> None:
+    """Until the device has done what it was given."""
     if DEVICE == "cuda":
         torch.cuda.synchronize()
 
 
 def seconds(function: Callable[[], Any]) -> float:
     """What a call takes on the clock, with all the work it gives the device."""
-    _wait()
+    wait()
     begin = time.perf_counter()
     function()
-    _wait()
+    wait()
     return time.perf_counter() - begin
 
 
@@ -64,11 +65,11 @@ def transient_bytes(function: Callable[[], Any], prepare: Callable[[], Any] = la
     gc.collect()
     if DEVICE == "cuda":
         prepare()
-        _wait()
+        wait()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         function()
-        _wait()
+        wait()
         return torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         prepare()

@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from launch.matrix import menu
+from launch.matrix.symbols import load as load_symbols
 from launch.start import accelerate_launch
 from toolkit.cli import parse
 from toolkit.config import Config
@@ -59,7 +60,7 @@ def load_matrix(path: Path, seeds: Sequence[int] | None = None, overrides: Seque
     Raises ValueError on an unknown key.
     """
     if menu.is_kconfig(path):
-        symbols = menu.load(path)
+        symbols = load_symbols(path)
         return make_matrix(menu.to_matrix(symbols), str(path), seeds, [*menu.arguments(symbols), *overrides])
     try:
         content = yaml.safe_load(path.read_text())
@@ -81,12 +82,13 @@ SELECTION: dict[str, dict[str, Any]] = {
     "--seeds": {"type": int, "nargs": "+", "help": "instead of the file's"},
     "--model": {"help": "instead of the recipe's"},
     "--epochs": {"type": int, "help": "instead of the recipe's"},
+    "--data-dir": {"help": "instead of the recipe's"},
 }
 
 
 def selected(options: argparse.Namespace) -> tuple[Matrix, list[Cell]]:
     """The matrix and those of its cells that the flags choose. Raises ValueError where there are none."""
-    given = {"--model": options.model, "--epochs": options.epochs}
+    given = {"--model": options.model, "--epochs": options.epochs, "--data-dir": options.data_dir}
     overrides = [part for flag, value in given.items() if value is not None for part in (flag, str(value))]
     matrix = load_matrix(options.file, options.seeds, overrides)
     cells = [cell for cell in matrix.cells if fnmatch.fnmatch(cell.name, options.only)]

@@ -1,11 +1,32 @@
-"""`make menuconfig` and the defconfigs: a test matrix chosen in a menu (launch/Kconfig), kept in `.config`."""
+"""`make menuconfig` and the defconfigs: a test matrix chosen in a menu (launch/Kconfig), kept in `.config`.
+
+The menu itself and savedefconfig need kconfiglib; all else reads and writes `.config` without it.
+"""
 
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
-from launch.matrix.menu import DEFCONFIGS, defconfig_names, load, open_menu
+from launch.matrix.menu import DEFCONFIGS, defconfig_names
+from launch.matrix.symbols import KCONFIG, config_text, load
 from toolkit.command import command_parser, one_line_errors, say
+from toolkit.files import write_atomically
+
+
+def _open_menu(path: Path | None = None) -> Any:
+    """kconfiglib's menu with its defaults, or with the choices of a .config."""
+    try:
+        import kconfiglib
+    except ImportError:
+        raise ValueError(
+            "kconfiglib is not installed; pip install kconfiglib, or take a ready choice, make defconfig-<name>, and "
+            "edit .config"
+        ) from None
+    menu = kconfiglib.Kconfig(str(KCONFIG), warn_to_stderr=False)
+    if path is not None:
+        menu.load_config(str(path))
+    return menu
 
 
 def _menuconfig(config: Path) -> int:
@@ -15,18 +36,18 @@ def _menuconfig(config: Path) -> int:
             f"({', '.join(defconfig_names())}), and edit .config, whose symbols launch/Kconfig explains."
         )
         return 2
+    menu = _open_menu()
     import menuconfig
 
     os.environ["KCONFIG_CONFIG"] = str(config)
-    menuconfig.menuconfig(open_menu())
+    menuconfig.menuconfig(menu)
     return 0
 
 
 def _take_defconfig(name: str, config: Path) -> None:
     if name not in defconfig_names():
         raise ValueError(f"no defconfig {name}; there are {', '.join(defconfig_names())}")
-    load(DEFCONFIGS / name)  # says what is wrong with it
-    open_menu(DEFCONFIGS / name).write_config(str(config))
+    write_atomically(config, config_text(load(DEFCONFIGS / name)))
     say(f"{config} is {name} now; make test-matrix starts it")
 
 
@@ -53,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
             _take_defconfig(str(options.defconfig), options.config)
         elif options.what == "savedefconfig":
             load(options.config)
-            open_menu(options.config).write_min_config("defconfig")
+            _open_menu(options.config).write_min_config("defconfig")
             say("written to ./defconfig; move it to launch/defconfigs/<name> to keep it")
         else:
             print(load(options.config)["MATRIX_NAME"])  # noqa: T201

@@ -26,28 +26,6 @@ def defconfig_names() -> list[str]:
     return sorted(path.name for path in DEFCONFIGS.iterdir())
 
 
-def open_menu(path: Path | None = None) -> Any:
-    """The menu with its defaults, or with the choices of a .config or defconfig. What it complains of is kept in it."""
-    import kconfiglib
-
-    menu = kconfiglib.Kconfig(str(ROOT / "launch" / "Kconfig"), warn_to_stderr=False)
-    menu.warn_assign_undef = True
-    if path is not None:
-        menu.load_config(str(path))
-    return menu
-
-
-def load(path: Path) -> dict[str, str]:
-    """Symbol -> value of a .config or defconfig. Raises ValueError for an unknown symbol or a value out of range."""
-    if not path.exists():
-        raise ValueError(f"{path} does not exist; make it with make menuconfig or make defconfig-<name>")
-    menu = open_menu(path)
-    symbols = {symbol.name: symbol.str_value for symbol in menu.unique_defined_syms}  # says what is out of range
-    if menu.warnings:
-        raise ValueError(f"{path}: {'; '.join(menu.warnings)}; the symbols are those of launch/Kconfig")
-    return symbols
-
-
 def to_matrix(symbols: dict[str, str]) -> dict[str, Any]:
     """What a matrix file of these choices holds. Raises ValueError where they make no run."""
     on = {name for name, value in symbols.items() if value == "y"}

@@ -20,6 +20,7 @@ from toolkit.progress import Progress
 
 _POLL_S = 2.0
 _STOP_S = 60.0
+_LAST_LINES = 15  # of a failed cell's log, which may lie on a machine that is gone when one looks
 
 
 def _progress_of(folder: Path) -> tuple[int, str]:
@@ -124,6 +125,8 @@ def _record(runs: Path, job: _Job) -> bool:
     known.pop(job.cell.name, None)
     if not fine:
         known[job.cell.name] = {"status": job.process.returncode, "log": str(job.log)}
-        say(f"FAILED {job.cell.name} (exit status {job.process.returncode}), see {job.log}; the matrix goes on")
+        last = job.log.read_text(errors="replace").splitlines()[-_LAST_LINES:]
+        failed = f"FAILED {job.cell.name} (exit status {job.process.returncode}), see {job.log}; the matrix goes on"
+        say("\n  ".join([failed, *last]))
     write_json(runs / "failed.json", known, indent=1)
     return fine

@@ -117,10 +117,10 @@ def read_study(name):
 
 
 def test_the_readme_holds_the_table_that_the_command_writes():
-    from launch.readme import with_table
+    from launch.readme import gpu_checks, with_table
 
     text = README.read_text()
-    assert with_table(text, read_study("digits/summary.json"), read_study("bench/optim.json")) == text
+    assert with_table(text, read_study("digits/summary.json"), read_study("bench/optim.json"), gpu_checks()) == text
 
 
 def test_the_table_follows_the_figures():
@@ -135,6 +135,15 @@ def test_the_table_follows_the_figures():
     next(row for row in machine["rows"] if row["name"] == "adamwprune 70%")["ratio_to_peer"] = 0.12
     text = with_table(README.read_text(), study, bench)
     assert "| `adamwprune` | 70 % | 5.00 | 3.00 | 0.12 | 52.0 ± 1.6 |" in text
+    row = {"name": "adamwprune 70%", "peer": "torch AdamW fused", "ratio_to_peer": 0.62}
+    times = {"schema": "bench-device/1", "model": machine["model"], "kind": "cuda", "device": "A card", "rows": [row]}
+    fused = {"name": "torch AdamW fused", "peer": None, "ratio_to_peer": None}
+    sgd = [{"name": f"sgdprune {share}%", "peer": "torch SGD fused", "ratio_to_peer": 0.75} for share in (70, 90)]
+    others = [fused, {**fused, "name": "torch SGD fused"}, {**row, "name": "adamwprune 90%"}, *sgd]
+    parts = {"a": {"result": {**times, "rows": [row, *others]}}, "b": {"result": None}, "c": {"result": {"x": 1}}}
+    text = with_table(README.read_text(), study, bench, [{"parts": parts}])
+    assert "| 0.12 | 52.0 ± 1.6 | 0.62 |" in text
+    assert "On a GPU: A card, device time." in text
     with pytest.raises(ValueError, match=r"put them where the table goes"):
         with_table("no marks", study, bench)
     with pytest.raises(ValueError, match=r"no run of adamw at sparsity 0.0; run the study again"):

@@ -22,6 +22,7 @@ NAMES = (
     "torch._fused_adam_",
     "torch._fused_sgd_",
     "torch._foreach_mul_",
+    "torch._foreach_copy_",
     "torch._C._current_graph_task_id",
     "torch.UntypedStorage._new_shared",
     "torch.UntypedStorage._cdata",

@@ -138,8 +138,13 @@ def fetch_info(prefix: str, folder: Path) -> dict[str, Any]:
 
     Raises ValueError for an unknown scheme, a folder with files that no cache has made, and as `read_info` does.
     """
-    from webdataset.gopen import gopen_schemes
-
+    try:
+        from webdataset.gopen import gopen_schemes
+    except ImportError:
+        raise ValueError(
+            f"--data-dir {prefix}: webdataset, which opens URLs, is not installed; pip install webdataset, or give a "
+            "folder"
+        ) from None
     scheme = prefix.partition(":")[0]
     if scheme not in (*gopen_schemes, "s3"):
         known = ", ".join(sorted(name for name in gopen_schemes if name != "__default__"))

@@ -111,6 +111,7 @@ def train_epoch(run: Run, history: History, stop: StopRequest, metrics: Metrics,
         run.memory.enter_step(update)
         # Watched is one step a phase; of a compiled model none, for under the tracker it would be compiled anew.
         compiled = hasattr(run.engine.model, "_orig_mod")
+        counted = run.pruning_steps
         with contextlib.nullcontext() if compiled else run.memory.probe(update) as probe:
             result = train_step(run, batches, update, history.epoch, stop=stop.asked, want_grad_norm=logs, probe=probe)
         if run.scheduler is not None:
@@ -119,9 +120,9 @@ def train_epoch(run: Run, history: History, stop: StopRequest, metrics: Metrics,
             run.ema.update(run.engine.module, step=update)
             average_masks.apply()
         loss_sum += result.loss
-        if run.schedule.is_update_step(update):
+        if run.pruning_steps > counted and run.schedule.is_update_step(run.pruning_steps):
             check_masks(run)
-            if update == run.schedule.end_step:
+            if run.pruning_steps == run.schedule.end_step:
                 _release_memory(run)
         history.step += 1
         history.bad_so_far += result.num_bad

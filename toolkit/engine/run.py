@@ -67,6 +67,12 @@ class Run:
         rates = [float(group["lr"]) for group in self.engine.inner_optimizer.param_groups]
         return sum(rates) / len(rates)
 
+    @property
+    def pruning_steps(self) -> int:
+        """Steps the optimizer's pruning has counted; fp16's scaler may leave out updates that the loop counts."""
+        pruning: Pruning | None = getattr(self.engine.inner_optimizer, "pruning", None)
+        return 0 if pruning is None else pruning.steps
+
     def masked_parameters(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(parameter, bit mask) of every parameter that has one."""
         pruning: Pruning | None = getattr(self.engine.inner_optimizer, "pruning", None)

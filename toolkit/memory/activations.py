@@ -18,6 +18,9 @@ from torch.utils._pytree import tree_leaves
 
 from toolkit.memory.ledger import storage_key
 
+# Weights from which on an update fused into backward frees a gradient when it is there; smaller ones wait together.
+FREED_AT_ONCE = 4096
+
 # Rows that live within a step only; the others of the ledger stand between steps.
 STEP_ROWS = ("gradients", "input", "activations", "weight_casts", "workspace")
 
@@ -132,8 +135,8 @@ def track_step(
 ) -> StepMemory:
     """Track forward, loss and backward of a model at two batch sizes, on fake tensors.
 
-    `frees_gradients`: each gradient is freed as soon as it is there, as the update fused into backward does. Raises
-    ValueError where the two tracks differ in their operations, so that no line can be drawn through them.
+    `frees_gradients`: each gradient, but small ones, is freed as soon as it is there, as the update fused into backward
+    does. Raises ValueError where the two tracks differ in their operations, so that no line can be drawn through them.
     """
     tracks = []
     for batch_size in batch_sizes:
@@ -176,7 +179,7 @@ def _track(
             parameter.grad = None
 
         for parameter in model.parameters() if frees_gradients else ():
-            if parameter.requires_grad:
+            if parameter.requires_grad and parameter.numel() >= FREED_AT_ONCE:
                 parameter.register_post_accumulate_grad_hook(free)
         with tracker:
             images = torch.empty(tuple(shape))

@@ -40,10 +40,19 @@ class Bucket:
         Triton's lies on the GPU, where a captured graph can count it.
         """
         device = self.parameters[0].device if self.how == "triton" else "cpu"
-        self.step_tensor = torch.stack([state["step"].to(device, torch.float32) for state in self.states])
+        self.step_tensor = torch.full((len(self.states),), float(self.step), dtype=torch.float32, device=device)
         self.steps = list(self.step_tensor.unbind())
         for state, step in zip(self.states, self.steps, strict=True):
             state["step"] = step
+
+    def check_sizes(self, key: str) -> None:
+        """Raise ValueError where a parameter no longer has a weight for each value of `key`: code knows addresses."""
+        for parameter, state in zip(self.parameters, self.states, strict=True):
+            if parameter.numel() != state[key].numel():
+                raise ValueError(
+                    f"a parameter of shape {tuple(parameter.shape)} has {state[key].numel()} moments, made for another "
+                    "size; resize the model before its first step, or give the new weights to a new optimizer"
+                )
 
     def count_step(self) -> None:
         """One step more, in every parameter's state."""

@@ -20,11 +20,11 @@ from toolkit.kernels.choice import choose_implementation
 from toolkit.kernels.rounding import round_to_bfloat16
 from toolkit.log import get_logger
 from toolkit.optim.buckets import Bucket, BucketCache
-from toolkit.prune.distributed import local_gradient, to_local
+from toolkit.prune.distributed import local_gradient, read_numbers, to_local
 from toolkit.prune.groups import prunable_parameters
 from toolkit.prune.mask import flat_view, pack_bits, unpack_bits
 from toolkit.prune.options import OPTION_NAMES, STATE_DTYPES, PruningOptions
-from toolkit.prune.packing import block_offsets, pack, survivors_before
+from toolkit.prune.packing import Packer, block_offsets, pack, survivors_before
 from toolkit.prune.pruning import Pruning, dense_states, saved_states
 from toolkit.prune.schedule import Schedule
 from toolkit.prune.scores import STATE_SCORES
@@ -144,7 +144,9 @@ class PackedOptimizer(Optimizer):
             for bucket in self._buckets.buckets(ready, self.state, partial(self._sort, group)):
                 bucket.count_step()
                 if bucket.packed:
-                    self._packing.check_strides(bucket.owners)
+                    self._packing.check_layouts(bucket.owners)
+                elif bucket.how != "reference":
+                    bucket.check_sizes(self.moment_keys(group)[0])
                 if bucket.sharded:  # a move of the module gives a DTensor another local part
                     bucket.parameters = [to_local(owner) for owner in bucket.owners]
                 if bucket.how == "reference":
@@ -164,9 +166,10 @@ class PackedOptimizer(Optimizer):
         prunable = {id(parameter) for _, parameter in prunable_parameters(self.param_groups)}
         asked = self.defaults["implementation"] if self.FAST else "reference"
         buckets: dict[tuple[Any, ...], Bucket] = {}
-        for parameter in ready:
-            state = self._state_of(parameter, group, id(parameter) in prunable)
-            packed, step, dtype = "offsets" in state, int(state["step"]), self._moment_dtype(parameter)
+        states = [self._state_of(parameter, group, id(parameter) in prunable) for parameter in ready]
+        steps = read_numbers([state["step"] for state in states])
+        for parameter, state, counted in zip(ready, states, steps, strict=True):
+            packed, step, dtype = "offsets" in state, int(counted), self._moment_dtype(parameter)
             how = choose_implementation(asked, parameter, dtype, self.FAST)
             if how != "reference" and not self._is_dense(parameter):
                 how = "reference"
@@ -202,6 +205,7 @@ class PackedOptimizer(Optimizer):
                     "together: leave it out of the group, or use two optimizers"
                 )
         super().add_param_group(param_group)
+        self._packing.note_change()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "keeps_zeros": self._packing.keeps_zeros}
@@ -257,14 +261,15 @@ class PackedOptimizer(Optimizer):
             moments = {key: value.to(dtype) for key, value in kept.items()}
             weight, mask = parameter, state["mask"] if "offsets" in state else None
             if mask is not None:
-                count = next(iter(moments.values())).numel()
-                weight, grad = pack(flat_view(parameter), mask, count), pack(flat_view(grad), mask, count)
+                pack = Packer(next(iter(moments.values())).numel(), bits=mask)
+                weight, grad = pack(flat_view(parameter)), pack(flat_view(grad))
             new = weight.to(dtype)
             # 2. The rule.
             self.update(new, grad.to(dtype), moments, group, bucket.step)
             # 3. Put back what is not updated in place; pruned places become 0 again.
             if mask is not None:
-                flat_view(parameter).zero_()[unpack_bits(mask, parameter.numel())] = new.to(parameter.dtype)
+                keep = unpack_bits(mask, parameter.numel())
+                flat_view(parameter).zero_().masked_scatter_(keep, new.to(parameter.dtype))
             elif new is not parameter:
                 parameter.copy_(new)
             for number, (key, value) in enumerate(moments.items()):
@@ -292,7 +297,7 @@ class PackedOptimizer(Optimizer):
                 # torch's SGD counts no steps; its buffers have begun. A number is taken as torch takes it.
                 state["step"] = torch.as_tensor(state.get("step", 1.0), dtype=torch.float32)
             self._pack_loaded(parameter, state, saved.get(parameter, {}))
-        self._packing.note_load()
+        self._packing.note_change()
         self._packing.after_repack()
 
     def _pack_loaded(self, parameter: Tensor, state: dict[str, Tensor], saved: Mapping[str, Any]) -> None:

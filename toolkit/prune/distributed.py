@@ -21,11 +21,16 @@ def to_local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
+def memory_order(tensor: Tensor) -> tuple[int, ...]:
+    """Strides of the axes that have any: of an axis of size 1 torch leaves open what its stride is."""
+    return tuple(stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1)
+
+
 def local_gradient(parameter: Tensor, part: Tensor) -> Tensor:
     """The gradient of this rank's part of a parameter, in the memory layout of the part."""
     assert parameter.grad is not None
     grad = to_local(parameter.grad)
-    return grad if grad.stride() == part.stride() else torch.empty_like(part).copy_(grad)
+    return grad if memory_order(grad) == memory_order(part) else torch.empty_like(part).copy_(grad)
 
 
 def to_dtensor(part: Tensor, parameter: Tensor) -> Tensor:
@@ -55,10 +60,22 @@ def shard_group(parameters: Iterable[Tensor]) -> ProcessGroup | None:
 
 def sum_over(group: ProcessGroup | None, counts: Sequence[int] | Tensor, device: torch.device) -> list[int]:
     """Elementwise sum over the ranks of a group; the counts themselves where there is none."""
-    total = torch.as_tensor(counts, dtype=torch.int64, device=device)
+    if group is None and not isinstance(counts, Tensor):
+        return list(counts)
+    total = counts if isinstance(counts, Tensor) else torch.tensor(counts, dtype=torch.int64, device=device)
     if group is not None:
         torch.distributed.all_reduce(total, group=group)
     return total.tolist()
+
+
+def read_numbers(tensors: Sequence[Tensor]) -> list[Any]:
+    """The values of 0-d tensors of one dtype: one wait for each device they lie on."""
+    values: list[Any] = [None] * len(tensors)
+    for device in dict.fromkeys(tensor.device for tensor in tensors):
+        places = [place for place, tensor in enumerate(tensors) if tensor.device == device]
+        for place, value in zip(places, torch.stack([tensors[place] for place in places]).tolist(), strict=True):
+            values[place] = value
+    return values
 
 
 def gather_over(group: ProcessGroup | None, values: Tensor) -> Tensor:

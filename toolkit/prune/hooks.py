@@ -15,11 +15,11 @@ from torch.optim import Optimizer
 
 from toolkit.prune.distributed import to_local
 from toolkit.prune.groups import prunable_parameters
-from toolkit.prune.mask import flat_view, pack_bits, zero_pruned
+from toolkit.prune.mask import flat_view, pack_bits
 from toolkit.prune.options import OPTION_NAMES, PruningOptions
 from toolkit.prune.pruning import Pruning, dense_states, saved_states
 from toolkit.prune.scores import HOOK_SCORES, movement_increment
-from toolkit.prune.stores import MaskedStore
+from toolkit.prune.stores import MaskedStore, Member, zero_all_pruned
 
 HOOK_METHODS: dict[str, tuple[str, ...]] = {"magnitude": ("magnitude",), "movement": ("movement", "displacement")}
 _OPTIONS = tuple(name for name in OPTION_NAMES if name not in ("regrow", "state_dtype", "implementation"))
@@ -95,13 +95,11 @@ class Pruner(Pruning):
             return
         step = self.count_step()
         named = prunable_parameters(optimizer.param_groups)
-        self.check_strides([parameter for _, parameter in named if "mask" in optimizer.state.get(parameter, {})])
+        self.check_layouts([parameter for _, parameter in named if "mask" in optimizer.state.get(parameter, {})])
         if self.is_due(step):
             self.update(step)
-        for _, parameter in named:
-            mask = optimizer.state.get(parameter, {}).get("mask")
-            if mask is not None:
-                zero_pruned(flat_view(to_local(parameter)), mask)
+        members = [Member(name, parameter, optimizer.state.get(parameter, {})) for name, parameter in named]
+        zero_all_pruned([member for member in members if member.mask is not None])
 
     def _note_saved_scores(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         """The sums need float32, whatever the parameter's dtype."""
@@ -109,7 +107,7 @@ class Pruner(Pruning):
         self._first = {p: {"scores": state["scores"]} for p, state in saved.items() if "scores" in state}
 
     def _masks_to_bits(self, optimizer: Optimizer) -> None:
-        self.note_load()
+        self.note_change()
         scores, self._first = self._first, {}
         for parameter, state in optimizer.state.items():
             part = to_local(parameter)
@@ -147,6 +145,11 @@ def pruned_by_hooks(base: type[Optimizer], method: str) -> type[Optimizer]:
             self.defaults["pruning"] = {key: getattr(checked, key) for key in _OPTIONS}
             self.pruning = Pruner(self, checked)
             self.pruning.check_prunable()
+
+        def add_param_group(self, param_group: dict[str, Any]) -> None:
+            super().add_param_group(param_group)
+            if isinstance(self.__dict__.get("pruning"), Pruner):  # not yet while the base class is made
+                self.pruning.note_change()
 
         def __getstate__(self) -> dict[str, Any]:
             return {**super().__getstate__(), "keeps_zeros": self.pruning.keeps_zeros}

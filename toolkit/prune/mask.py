@@ -1,9 +1,12 @@
 """The mask as bits: one bit a weight, 8 to a byte, lowest bit first, in memory order of the weight; 1 = survivor."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
 from toolkit.kernels import native
+from toolkit.prune.distributed import read_numbers
 
 
 def mask_bytes(numel: int) -> int:
@@ -27,8 +30,9 @@ def flat_view(tensor: Tensor) -> Tensor:
     return turned.view(-1)
 
 
-def _weights_of_bits(device: torch.device) -> Tensor:
-    return torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=device)
+def _places(device: torch.device) -> Tensor:
+    """Of the bits in a byte; made on the device, for a copy from the host would wait for it."""
+    return torch.arange(8, dtype=torch.uint8, device=device)
 
 
 def pack_bits(keep: Tensor) -> Tensor:
@@ -37,14 +41,15 @@ def pack_bits(keep: Tensor) -> Tensor:
         mask = torch.empty(mask_bytes(keep.numel()), dtype=torch.uint8, device="cpu")
         native.native_code().bits_pack_bits(keep.numel(), keep.data_ptr(), mask.data_ptr())
         return mask
-    spare = -keep.numel() % 8
-    bits = torch.nn.functional.pad(keep.to(torch.uint8), (0, spare)).view(-1, 8)
-    return (bits * _weights_of_bits(keep.device)).sum(1, dtype=torch.uint8)
+    bits, spare = keep.view(torch.uint8), -keep.numel() % 8
+    if spare:
+        bits = torch.nn.functional.pad(bits, (0, spare))
+    return (bits.view(-1, 8) << _places(keep.device)).sum(1, dtype=torch.uint8)
 
 
 def unpack_bits(mask: Tensor, numel: int) -> Tensor:
     """uint8 [ceil(n / 8)] -> bool [n]."""
-    return (mask.unsqueeze(1) & _weights_of_bits(mask.device)).ne_(0).view(-1)[:numel].to(torch.bool)
+    return (mask.unsqueeze(1) >> _places(mask.device)).bitwise_and_(1).view(torch.bool).view(-1)[:numel]
 
 
 def drop_survivors(mask: Tensor, numel: int, drop: Tensor) -> Tensor:
@@ -54,8 +59,12 @@ def drop_survivors(mask: Tensor, numel: int, drop: Tensor) -> Tensor:
         native.native_code().bits_thin(numel, mask.data_ptr(), drop.data_ptr(), left.data_ptr())
         return left
     keep = unpack_bits(mask, numel)
-    keep[keep.clone()] = ~drop
-    return pack_bits(keep)
+    return pack_bits(keep.masked_scatter(keep, ~drop))
+
+
+def count_zeros(parts: Iterable[Tensor]) -> int:
+    """Zeros in all parts together; one wait a device."""
+    return sum(read_numbers([(part == 0).sum() for part in parts]))
 
 
 def zero_pruned(values: Tensor, mask: Tensor) -> None:

@@ -45,7 +45,8 @@ class PruningOptions(Schedule):
     scope: where weights compete: global, layer or erk.
     regrow: share of the survivors that make way for pruned weights with the largest gradients, decayed by a cosine.
     state_dtype: of the moments: float32, or bfloat16 with stochastic rounding; None is the parameter's own.
-    implementation: auto, reference, native or triton.
+    implementation: auto, reference, native or triton. On a GPU auto is the reference, many launches a tensor, for SPAM,
+        for parameters of 2 bytes, and for bfloat16 moments until the first mask update.
     """
 
     score: str | None = None

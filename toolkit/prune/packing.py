@@ -7,7 +7,7 @@ The layout knows no update rule, so every optimizer's moments are packed by this
     offsets  int32 [ceil(n / BLOCK)] survivors before each block of BLOCK weights
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from toolkit.kernels import native
 from toolkit.prune.distributed import to_dtensor, to_local
-from toolkit.prune.mask import flat_view, unpack_bits
+from toolkit.prune.mask import flat_view, pack_bits, unpack_bits
 
 # Weights a table entry covers. One int32 for 1,024 weights costs 0.0039 bytes a weight, and lets a kernel start at
 # any block without counting the bits before it.
@@ -27,37 +27,102 @@ def offset_bytes(numel: int) -> int:
     return 4 * -(-numel // BLOCK)
 
 
-def block_offsets(mask: Tensor, numel: int) -> tuple[Tensor, int]:
-    """Bits of `numel` weights -> (int32 [ceil(n / BLOCK)] survivors before each block, survivors in all)."""
+def block_offsets(mask: Tensor, numel: int, survivors: int | None = None) -> tuple[Tensor, int]:
+    """Bits of `numel` weights -> (int32 [ceil(n / BLOCK)] survivors before each block, survivors in all).
+
+    Give the number of `survivors` where it is known: to count them waits for a GPU.
+    """
     blocks = -(-numel // BLOCK)
     if native.fits(mask):
         offsets = torch.empty(blocks, dtype=torch.int32, device="cpu")
         return offsets, native.native_code().bits_offsets(numel, mask.data_ptr(), BLOCK, offsets.data_ptr())
-    padded = torch.nn.functional.pad(unpack_bits(mask, numel), (0, blocks * BLOCK - numel))
-    counts = padded.view(blocks, BLOCK).sum(1, dtype=torch.int32)
+    keep = unpack_bits(mask, numel)
+    if numel % BLOCK:
+        keep = torch.nn.functional.pad(keep, (0, blocks * BLOCK - numel))
+    counts = keep.view(blocks, BLOCK).sum(1, dtype=torch.int32)
     ends = counts.cumsum(0, dtype=torch.int32)
-    return ends - counts, int(ends[-1]) if blocks else 0
+    if survivors is None:
+        survivors = int(ends[-1]) if blocks else 0
+    return ends - counts, survivors
+
+
+def count_survivors(mask: Tensor, first: int, last: int) -> Tensor:
+    """Survivors among the weights `first` to `last`: int64 [], on the mask's device, so that nothing waits for it."""
+    begin = first // 8 * 8  # a range may begin within a byte
+    bits = mask[begin // 8 : (last + 7) // 8]
+    if native.fits(bits):
+        offsets = torch.empty(2, dtype=torch.int32, device="cpu")  # of blocks that are longer than any tensor
+        before, all_of_it = (
+            native.native_code().bits_offsets(place - begin, bits.data_ptr(), 2**62, offsets.data_ptr())
+            for place in (first, last)
+        )
+        return torch.tensor(all_of_it - before, dtype=torch.int64, device="cpu")
+    return unpack_bits(bits, last - begin)[first - begin :].sum()
+
+
+def survivors_before(mask: Tensor | None, position: int) -> int:
+    """Survivors among the first `position` weights; all of them where there is no mask. On a GPU it waits."""
+    return position if mask is None else int(count_survivors(mask, 0, position))
+
+
+class Packer:
+    """Packs values by one mask, given as `bits` or as marks `keep`, bool [n], of which `survivors` are set.
+
+    What a call needs beside the values is made once, and since the number is known nothing waits for a GPU.
+    """
+
+    def __init__(self, survivors: int, *, bits: Tensor | None = None, keep: Tensor | None = None) -> None:
+        self._survivors, self._bits, self._keep = survivors, bits, keep
+        self._places: Tensor | None = None
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """Values [n] -> those of the survivors [survivors], a storage of its own."""
+        if native.fits(values) and values.dtype is torch.float32:
+            if self._bits is None:
+                assert self._keep is not None
+                self._bits = pack_bits(self._keep)
+            packed = torch.empty(self._survivors, dtype=torch.float32, device="cpu")  # whatever the defaults are
+            bits = self._bits.data_ptr()
+            native.native_code().bits_compress(values.numel(), values.data_ptr(), bits, packed.data_ptr())
+            return packed
+        if self._places is None:
+            if self._keep is None:
+                assert self._bits is not None
+                self._keep = unpack_bits(self._bits, values.numel())
+            self._places = torch.nonzero_static(self._keep, size=self._survivors).view(-1)
+        return values[self._places]
 
 
 def pack(dense: Tensor, mask: Tensor, survivors: int) -> Tensor:
     """Values [n] and their bits -> survivors' values [survivors], a storage of its own."""
-    if native.fits(dense) and dense.dtype is torch.float32:
-        packed = torch.empty(survivors, dtype=torch.float32, device="cpu")  # whatever the default dtype and device
-        native.native_code().bits_compress(dense.numel(), dense.data_ptr(), mask.data_ptr(), packed.data_ptr())
-        return packed
-    return dense[unpack_bits(mask, dense.numel())]
+    return Packer(survivors, bits=mask)(dense)
 
 
 def unpack(packed: Tensor, mask: Tensor, numel: int) -> Tensor:
     """Survivors' values [k] and the bits -> values [numel], 0 where pruned."""
     dense = torch.zeros(numel, dtype=packed.dtype, device=packed.device)
-    dense[unpack_bits(mask, numel)] = packed
-    return dense
+    return dense.masked_scatter_(unpack_bits(mask, numel), packed)
 
 
-def survivors_before(mask: Tensor | None, position: int) -> int:
-    """Survivors among the first `position` weights; all of them where there is no mask."""
-    return position if mask is None else block_offsets(mask, position)[1]
+def range_bits(mask: Tensor, first: int, last: int) -> Tensor:
+    """The bits of the weights `first` to `last` as a mask of their own; what is behind the last one is anything."""
+    begin = first // 8 * 8
+    bits = mask[begin // 8 : (last + 7) // 8]
+    return bits if first == begin else pack_bits(unpack_bits(bits, last - begin)[first - begin :])
+
+
+def join_bits(masks: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+    """The bits of several ranges, each of whole bytes, one behind the other; spare bits are 0."""
+    whole = [bits if not n % 8 else pack_bits(unpack_bits(bits, n)) for bits, n in zip(masks, sizes, strict=True)]
+    return torch.cat(whole)
+
+
+def join_values(values: Sequence[Tensor]) -> Tensor:
+    """The values of several ranges side by side as `join_bits` puts their bits: with room for the spare bits."""
+    parts = []
+    for one in values:
+        parts += [one, one.new_zeros(-one.numel() % 8)] if one.numel() % 8 else [one]
+    return torch.cat(parts)
 
 
 def pack_range(dense: Tensor, mask: Tensor | None, first: int, last: int) -> Tensor:
@@ -65,11 +130,7 @@ def pack_range(dense: Tensor, mask: Tensor | None, first: int, last: int) -> Ten
     values = dense[first:last]
     if mask is None:
         return values
-    spare = first % 8  # a range may begin within a byte
-    bits = mask[first // 8 : (last + 7) // 8]
-    if spare:
-        return values[unpack_bits(bits, spare + values.numel())[spare:]]
-    return pack(values, bits, survivors_before(bits, values.numel()))
+    return pack(values, range_bits(mask, first, last), int(count_survivors(mask, first, last)))
 
 
 def dense_state(parameter: Tensor, state: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,14 +9,14 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from toolkit.prune.distributed import FlatSlices, shard_group, sum_over, to_local
+from toolkit.prune.distributed import FlatSlices, memory_order, read_numbers, shard_group, sum_over, to_local
 from toolkit.prune.groups import announce_unmarked, prunable_parameters
-from toolkit.prune.mask import flat_view, pack_bits
+from toolkit.prune.mask import count_zeros, flat_view, pack_bits
 from toolkit.prune.options import PruningOptions
 from toolkit.prune.packing import dense_state
 from toolkit.prune.schedule import Schedule
-from toolkit.prune.stores import MaskedStore, Member
-from toolkit.prune.update import update_masks
+from toolkit.prune.stores import MaskedStore, Member, cut
+from toolkit.prune.update import num_survivors, update_masks
 
 _STEP = "prune_step"  # counted in each group: ZeRO shows one group per call of step(), a fused backward one parameter
 
@@ -39,7 +39,7 @@ class Pruning:
         self.keeps_zeros = False
         self._arrived = False  # whether the masks are known to be those of end_step
         self._store = store
-        self._strides: dict[Tensor, tuple[int, ...]] = {}  # of the parameters when their masks were made
+        self._layouts: dict[Tensor, tuple[int, tuple[int, ...]]] = {}  # of the parameters when their masks were made
 
     def is_due(self, step: int) -> bool:
         """Whether optimizer step `step` takes all prunable parameters together: the masks change, or are checked."""
@@ -77,7 +77,7 @@ class Pruning:
         if not members:
             return 0, 0
         parts = [flat_view(member.part)[first:last] for member in members for _, first, last in member.ranges]
-        counts = [sum(int((part == 0).sum()) for part in parts), sum(part.numel() for part in parts)]
+        counts = [count_zeros(parts), sum(part.numel() for part in parts)]
         return tuple(sum_over(self._group(members), counts, members[0].part.device))  # type: ignore[return-value]
 
     def count_step(self) -> int:
@@ -94,10 +94,15 @@ class Pruning:
             group[_STEP] += 1
         return max((int(group[_STEP]) for group in groups), default=0)
 
+    @property
+    def steps(self) -> int:
+        """Optimizer steps counted: a step that a GradScaler leaves out is none. 0 before the first."""
+        return max((int(group.get(_STEP, 0)) for group in self.optimizer.param_groups), default=0)
+
     def _steps_in_state(self, group: Mapping[str, Any]) -> int:
         """Steps behind a group by its parameters' own counters, which have just made the step at hand."""
         steps = [self.optimizer.state[p].get("step") for p in group["params"] if p in self.optimizer.state]
-        return max((int(step) for step in steps if step is not None), default=1) - 1
+        return max(map(int, read_numbers([torch.as_tensor(step) for step in steps if step is not None])), default=1) - 1
 
     def update(self, step: int) -> bool:
         """Bring the masks to what is due at `step`; returns whether any was changed. Call on all ranks.
@@ -116,46 +121,52 @@ class Pruning:
             return False
         changed = update_masks(members, self._store, self.options, step, self._group(members))
         if changed:
-            self._strides.update((member.parameter, member.part.stride()) for member in members)
+            self._layouts.update((member.parameter, _layout(member.part)) for member in members)
             self.after_repack()
         self._arrived = step == self.schedule.end_step
         return changed
 
     def _check_arrived(self, members: list[Member], step: int) -> None:
-        counts = [sum(m.num_weights for m in members), sum(m.num_survivors for m in members)]
+        counts = [sum(m.num_weights for m in members), sum(map(num_survivors, members, cut(members)))]
         weights, survivors = sum_over(self._group(members), counts, members[0].part.device)
         zeros, wanted = weights - survivors, self.schedule.num_zeros_at(step, weights)
         if zeros < wanted or (zeros > wanted and not self.keeps_zeros):
             raise ValueError(
                 f"step {step} is past end_step={self.schedule.end_step}, the last mask update, but {zeros} of "
                 f"{weights} weights are pruned where sparsity={self.schedule.sparsity} asks for {wanted}: the state "
-                "was made under another schedule; load one of this schedule, or give a later end_step"
+                "was made under another schedule, or parameters were added since; load one of this schedule, or give a "
+                "later end_step"
             )
         self._arrived = True
 
     def _group(self, members: list[Member]) -> ProcessGroup | None:
         return self.shard_group or shard_group(member.parameter for member in members)
 
-    def check_strides(self, parameters: list[Tensor]) -> None:
-        """Masks and packed moments are in memory order: raise ValueError where that has changed since."""
+    def check_layouts(self, parameters: list[Tensor]) -> None:
+        """Masks and packed moments are in memory order: raise ValueError where that or the size has changed since."""
         for parameter in parameters:
-            now = to_local(parameter).stride()
-            before = self._strides.setdefault(parameter, now)
+            now = _layout(to_local(parameter))
+            before = self._layouts.setdefault(parameter, now)
             if before != now:
                 raise ValueError(
-                    f"a parameter had stride {before} when its mask was made, now {now}; call "
-                    "model.to(memory_format=...) before training, or load a checkpoint after it"
+                    f"a parameter of {before[0]} weights had stride {before[1]} when its mask was made, now {now[0]} "
+                    f"and {now[1]}; resize the model or call model.to(memory_format=...) before training, or load a "
+                    "checkpoint after it"
                 )
 
-    def note_load(self) -> None:
-        """The state was replaced: what it prunes is to be looked at again."""
+    def note_change(self) -> None:
+        """The state was replaced, or parameters were added: what is pruned is to be looked at again."""
         self._arrived = False
 
     def pack_loaded_mask(self, parameter: Tensor, mask: Tensor) -> Tensor:
         """A mask of a checkpoint, shaped like the parameter -> bits, in the parameter's memory order of now."""
         part = to_local(parameter)
-        self._strides[parameter] = part.stride()
+        self._layouts[parameter] = _layout(part)
         return pack_bits(flat_view(torch.empty_like(part).copy_(to_local(mask))) != 0)
+
+
+def _layout(part: Tensor) -> tuple[int, tuple[int, ...]]:
+    return part.numel(), memory_order(part)
 
 
 def dense_states(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:

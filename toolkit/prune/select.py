@@ -7,7 +7,7 @@ rank, index), for which the ranks exchange their tie counts. Peak memory is a fe
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch.distributed
@@ -15,9 +15,10 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from toolkit.kernels import native
-from toolkit.prune.distributed import gather_over, sum_over
+from toolkit.prune.distributed import gather_over, read_numbers, sum_over
 
-CHUNK = 262_144  # scores made at a time: 1 MiB of float32
+CHUNK = 262_144  # scores made at a time on CPU: 1 MiB of float32
+GPU_CHUNK = 16 * CHUNK  # on a GPU, where a launch costs as much as a million scores
 _PASSES = ((21, 11), (10, 11), (0, 10))  # (bits to the right of the digit, bits of the digit)
 
 _DIGIT_OF_INF = 0x7F800000 >> 21 | 1 << 10  # of the first pass; no finite score has it
@@ -49,28 +50,65 @@ def _add_histogram(scores: Tensor, shift: int, width: int, prefix: int, counts: 
         counts[-1] += scores.isnan().sum()
         digit = (keys >> shift) + 2 ** (width - 1)
     else:
-        digit = (keys[(keys >> (shift + width)) == prefix] >> shift) & (2**width - 1)
-    counts += torch.bincount(digit, minlength=counts.numel())
+        digit = torch.where((keys >> (shift + width)) == prefix, (keys >> shift) & (2**width - 1), -1)
+    counts[:-1] += _count_values(digit, 2**width)
+
+
+def _count_values(values: Tensor, number: int) -> Tensor:
+    """How often each of 0 .. number - 1 is among int32 values, of which others are left out."""
+    if values.device.type == "cpu":  # has no histc of integers, and a GPU waits twice in bincount
+        return torch.bincount(values + 1, minlength=number + 1)[1:]
+    return torch.histc(values, number, 0, number)
+
+
+def chunk_size(device: torch.device) -> int:
+    """Scores to make at a time."""
+    return CHUNK if device.type == "cpu" else GPU_CHUNK
+
+
+def _chunks_together(sources: Sequence[Chunks]) -> Iterator[Tensor]:
+    """The chunks of all sources in order; on a GPU short ones are joined, for what follows is launches a chunk."""
+    held: list[Tensor] = []
+    for scores in (scores for source in sources for scores in source()):
+        full = sum(map(len, held)) + len(scores) > chunk_size(scores.device)
+        if held and (full or scores.device != held[0].device or scores.device.type == "cpu"):
+            yield held[0] if len(held) == 1 else torch.cat(held)
+            held = []
+        held.append(scores)
+    if held:
+        yield held[0] if len(held) == 1 else torch.cat(held)
 
 
 @dataclass
 class Threshold:
-    """The k-th lowest score, and how many scores equal to it are still to be taken from each source of this rank.
+    """The k-th lowest score, and how many scores equal to it are to be taken: None for all.
 
-    `take` must see a source's chunks in their order, each once.
+    Otherwise a number for each source of this rank, or one for all sources in turn. `take` must see the sources in
+    their order, and the chunks of each, all of them once.
     """
 
     value: float
-    ties: list[int]
+    ties: list[int] | None
+    _seen: dict[int, Tensor] = field(default_factory=dict)  # scores equal to it so far, on a GPU
 
     def take(self, scores: Tensor, source: int) -> Tensor:
         """bool [n]: which of these scores of `source` are among the k lowest."""
+        if self.ties is None:
+            return scores <= self.value
         taken = scores < self.value
-        if self.ties[source]:
-            equal = (scores == self.value).nonzero().view(-1)[: self.ties[source]]
-            taken[equal] = True
-            self.ties[source] -= equal.numel()
-        return taken
+        number = source if len(self.ties) > 1 else 0
+        if not self.ties[number] or not len(scores):
+            return taken
+        equal = scores == self.value
+        if scores.device.type == "cpu":
+            places = equal.nonzero().view(-1)[: self.ties[number]]
+            self.ties[number] -= len(places)
+            return taken.index_fill_(0, places, True)
+        order = equal.cumsum(0)  # here the number left is not read, but compared with
+        if number in self._seen:
+            order += self._seen[number].to(order.device)
+        self._seen[number] = order[-1]
+        return taken.logical_or_(equal.logical_and_(order <= self.ties[number]))
 
 
 def _share_ties(own: Tensor, rest: int, group: ProcessGroup | None) -> list[int]:
@@ -108,7 +146,7 @@ def find_threshold(
     rest = k
     for number, (shift, width) in enumerate(_PASSES):
         # 1. Count this digit over all sources and ranks; refuse scores that say nothing.
-        total, each = _count_digits(sources, shift, width, prefix, device)
+        total = _count_digits(sources, shift, width, prefix, device)
         *histogram, nans = sum_over(group, total, device)
         if nans or (refuse_infinite and number == 0 and histogram[_DIGIT_OF_INF]):
             name, what = _first_not_finite(sources, names, group, device)
@@ -120,9 +158,14 @@ def find_threshold(
             rest -= histogram[found]
             found += 1
         prefix = found - 2 ** (width - 1) if number == 0 else (prefix << width) | found
-    # 3. With the last digit its value is known; what equals it is shared out in a fixed order.
-    equal = [int(counts[digits == found].sum()) for digits, counts in each]
-    return Threshold(_value(prefix), _share_ties(torch.tensor(equal, dtype=torch.int64, device=device), rest, group))
+    # 3. With the last digit its value is known. Of what equals it perhaps not all is taken, but the first; over ranks
+    # those are known by a look at how many each has, always made, so that every update sends the same bytes.
+    value = _value(prefix)
+    if group is None:
+        return Threshold(value, None if rest == histogram[found] else [rest])
+    zero = torch.zeros((), dtype=torch.int64, device=device)
+    equal = [sum(((scores == value).sum() for scores in source()), zero) for source in sources]
+    return Threshold(value, _share_ties(torch.stack(equal), rest, group))
 
 
 def _first_not_finite(
@@ -130,32 +173,22 @@ def _first_not_finite(
 ) -> tuple[str, str]:
     """(name, NaN or infinite) of the first source that has such a score on any rank."""
     for what, is_bad in (("NaN", torch.isnan), ("infinite", torch.isposinf)):
-        counts = [sum(int(is_bad(scores).sum()) for scores in source()) for source in sources]
+        counts = [sum(int(is_bad(scores).sum()) for scores in source()) for source in sources]  # the run ends here
         for name, count in zip(names, sum_over(group, counts, device), strict=True):
             if count:
                 return name, what
     raise AssertionError("all scores are finite")
 
 
-def _count_digits(
-    sources: Sequence[Chunks], shift: int, width: int, prefix: int, device: torch.device
-) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    """This rank's counts of one digit: int64 [2^width + 1], the last that of NaN; and those of each source.
-
-    The latter are of the last pass alone, which digits a source has and how often: whole histograms of 20,000 small
-    tensors would take more memory than their weights.
-    """
+def _count_digits(sources: Sequence[Chunks], shift: int, width: int, prefix: int, device: torch.device) -> Tensor:
+    """This rank's counts of one digit: int64 [2^width + 1], the last that of NaN."""
     total = torch.zeros(2**width + 1, dtype=torch.int64, device=device)
-    each = []
-    for source in sources:
-        own = total if shift else torch.zeros_like(total)
-        for scores in source():
-            _add_histogram(scores, shift, width, prefix, own)
-        if not shift:
-            total += own
-            digits = own.nonzero().view(-1)
-            each.append((digits, own[digits]))
-    return total, each
+    for scores in _chunks_together(sources):
+        own = total if scores.device == device else torch.zeros_like(total, device=scores.device)
+        _add_histogram(scores, shift, width, prefix, own)
+        if own is not total:  # a model over several devices
+            total += own.to(device)
+    return total
 
 
 def choose_lowest(
@@ -173,21 +206,19 @@ def choose_lowest(
     are this rank's; see `find_threshold` for `group` and `device`.
     """
     numbers = range(len(sources))
-    highest = [-torch.inf] * len(sources)  # of each source over all ranks, known after the first look
-    spared: dict[int, bool] = {}  # source -> whether this rank holds the score that is spared
+    tops: list[tuple[int, int, Tensor]] = []  # (source, chunk, its highest score), made at the first look
+    spared: dict[int, int | None] = {}  # source -> the chunk of the score that is spared, where this rank holds it
+    seen: list[int] = []  # sources that have been looked at to their end
 
     def guarded(number: int) -> Iterator[Tensor]:
         """The scores, with the highest of a spared source lifted out of reach."""
-        look_for = highest[number] if spared.get(number) else None
-        for scores in sources[number]():
-            if not scores.numel():
-                continue
-            top = float(scores.max()) if look_for is not None or not spared else -torch.inf
-            highest[number] = max(highest[number], top)
-            if look_for is not None and top == look_for:
-                scores = scores.index_fill(0, scores.argmax(), _OUT_OF_REACH)
-                look_for = None
-            yield scores
+        first_look, spare = len(seen) <= number, spared.get(number)
+        for place, scores in enumerate(scores for scores in sources[number]() if scores.numel()):
+            if first_look:
+                tops.append((number, place, scores.max()))
+            yield scores if place != spare else scores.index_fill(0, scores.argmax(), _OUT_OF_REACH)
+        if first_look:
+            seen.append(number)
 
     chunks = [partial(guarded, number) for number in numbers]
     everywhere = sum_over(group, sizes, device)
@@ -196,25 +227,35 @@ def choose_lowest(
         threshold = find_threshold(chunks, names, k, group, device=device, refuse_infinite=True)
         if len(sources) == 1 or k <= 0 or k == total:
             break
-        holders = _holders(highest, group, device)
-        emptied = {n for n in numbers if holders[n] is not None and highest[n] <= threshold.value} - spared.keys()
+        if not spared:
+            highest, places = _holders(len(sources), tops, group, device)
+        emptied = {n for n in numbers if highest[n] > -torch.inf and highest[n] <= threshold.value} - spared.keys()
         if emptied and total - k < alive:
-            best = sorted((n for n in numbers if holders[n] is not None), key=lambda n: (-highest[n], n))
+            best = sorted((n for n in numbers if highest[n] > -torch.inf), key=lambda n: (-highest[n], n))
             emptied = set(best[: total - k]) - spared.keys()
         if not emptied:
             break
-        spared.update({number: bool(holders[number]) for number in emptied})
+        spared.update({number: places[number] for number in emptied})
     for number in numbers:
         marks = [threshold.take(scores, number) for scores in chunks[number]()]
         yield torch.cat(marks) if marks else torch.zeros(0, dtype=torch.bool)
 
 
-def _holders(highest: list[float], group: ProcessGroup | None, device: torch.device) -> list[bool | None]:
-    """Whether this rank is the first that holds each source's highest score; None where a source has no scores.
+def _holders(
+    sources: int, tops: Sequence[tuple[int, int, Tensor]], group: ProcessGroup | None, device: torch.device
+) -> tuple[list[float], list[int | None]]:
+    """Each source's highest score over all ranks, -inf where it has none; the first chunk that has it, if it is here.
 
-    Brings `highest` to the maximum over the ranks.
+    `tops` are (source, chunk, highest) of this rank's chunks.
     """
+    highest, places = [-torch.inf] * sources, [0] * sources
+    values = read_numbers([top for _, _, top in tops])
+    for (number, place, _), value in zip(tops, values, strict=True):
+        if value > highest[number]:
+            highest[number], places[number] = value, place
+    if group is None:
+        return highest, list(places)
     every = gather_over(group, torch.tensor(highest, dtype=torch.float64, device=device))
-    highest[:], first = every.max(0).values.tolist(), every.argmax(0).tolist()
+    highest, first = every.max(0).values.tolist(), every.argmax(0).tolist()
     rank = _rank_in(group)
-    return [holder == rank if value > -torch.inf else None for value, holder in zip(highest, first, strict=True)]
+    return highest, [place if holder == rank else None for place, holder in zip(places, first, strict=True)]

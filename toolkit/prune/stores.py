@@ -1,15 +1,25 @@
 """What optimizers keep for their prunable weights, as a mask update sees it: packed moments, or masked weights."""
 
+import itertools
 from collections.abc import Iterator, MutableMapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from toolkit.prune.distributed import FlatSlices, local_gradient, to_local
-from toolkit.prune.mask import drop_survivors, flat_view, mask_bytes, pack_bits, unpack_bits, zero_pruned
-from toolkit.prune.packing import block_offsets, pack, pack_range, survivors_before, unpack
+from toolkit.prune.distributed import FlatSlices, local_gradient, read_numbers, to_local
+from toolkit.prune.mask import drop_survivors, flat_view, pack_bits, unpack_bits, zero_pruned
+from toolkit.prune.packing import (
+    Packer,
+    block_offsets,
+    count_survivors,
+    join_bits,
+    join_values,
+    range_bits,
+    unpack,
+)
 from toolkit.prune.scores import Score
-from toolkit.prune.select import CHUNK
+from toolkit.prune.select import chunk_size
 
 
 class Member:
@@ -30,28 +40,104 @@ class Member:
         return self.state.get("mask")
 
     @property
-    def gone(self) -> Tensor:
-        """The bits of the pruned weights; of bits that belong to no weight there is nothing to be said."""
-        none = self.part.new_zeros(mask_bytes(self.part.numel()), dtype=torch.uint8)
-        return none if self.mask is None else ~self.mask
-
-    @property
     def num_weights(self) -> int:
         """Weights on this rank, without padding."""
         return sum(last - first for _, first, last in self.ranges)
 
+
+@dataclass(frozen=True)
+class Piece:
+    """Weights `first` to `last` of a member, of which `kept` survive; `before` survive before them."""
+
+    member: Member
+    first: int
+    last: int
+    before: int
+    kept: int
+
     @property
-    def num_survivors(self) -> int:
-        """Weights on this rank that are not pruned."""
-        return self.num_weights if self.mask is None else survivors_before(self.mask, self.part.numel())
+    def mask(self) -> Tensor | None:
+        """Its bits, None while nothing is pruned."""
+        return None if self.member.mask is None else range_bits(self.member.mask, self.first, self.last)
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What pieces must have in common to be worked on together."""
+        member = self.member
+        return member.part.device, member.part.dtype, member.mask is None, "offsets" in member.state
+
+    def of(self, values: Tensor) -> Tensor:
+        """Its own of something with a value a weight: a view."""
+        return flat_view(values)[self.first : self.last]
 
 
-def chunk_borders(first: int, last: int) -> Iterator[tuple[int, int]]:
-    """(start, stop) of the chunks of a range, cut at multiples of CHUNK, where a byte of the mask begins."""
-    while first < last:
-        stop = min((first // CHUNK + 1) * CHUNK, last)
-        yield first, stop
-        first = stop
+def cut(members: Sequence[Member]) -> list[list[Piece]]:
+    """Each member whole, padding too, cut where its ranges and chunks end; survivors are counted in one read."""
+    borders = []
+    for member in members:
+        n = member.part.numel()
+        ends = {0, n, *range(0, n, chunk_size(member.part.device))}
+        ends.update(place for _, first, last in member.ranges for place in (first, last))
+        borders.append(list(itertools.pairwise(sorted(ends))) or [(0, 0)])
+    counted = [
+        count_survivors(member.mask, first, last)
+        for member, pairs in zip(members, borders, strict=True)
+        for first, last in pairs
+        if member.mask is not None
+    ]
+    counts = iter(read_numbers(counted))
+    made = []
+    for member, pairs in zip(members, borders, strict=True):
+        pieces: list[Piece] = []
+        for first, last in pairs:
+            kept = last - first if member.mask is None else next(counts)
+            before = pieces[-1].before + pieces[-1].kept if pieces else 0
+            pieces.append(Piece(member, first, last, before, kept))
+        made.append(pieces)
+    return made
+
+
+def batches(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
+    """Neighbours that are worked on together: on a GPU a chunk's, for it is launches that cost; on CPU each alone."""
+    held: list[Piece] = []
+    for piece in pieces:
+        device = piece.member.part.device
+        full = sum(one.last - one.first for one in (*held, piece)) > chunk_size(device)
+        if held and (full or device.type == "cpu" or piece.kind != held[0].kind):
+            yield held
+            held = []
+        held.append(piece)
+    if held:
+        yield held
+
+
+def pack_pieces(columns: Sequence[Sequence[Tensor]], masks: Sequence[Tensor | None], count: int) -> list[Tensor]:
+    """Of each column the values whose bits are set, all where there are none, of one piece behind the other: [count].
+
+    A column has the values of each piece.
+    """
+    bits = [mask for mask in masks if mask is not None]
+    if not bits:
+        return [column[0] if len(column) == 1 else torch.cat(list(column)) for column in columns]
+    if len(bits) == 1:
+        return [*map(Packer(count, bits=bits[0]), (column[0] for column in columns))]
+    pack = Packer(count, bits=join_bits(bits, [len(values) for values in columns[0]]))
+    return [pack(join_values(column)) for column in columns]
+
+
+def zero_all_pruned(members: Sequence[Member]) -> None:
+    """Set all pruned weights to 0: on a GPU in a few launches for a chunk of tensors together, and without a wait."""
+    for batch in batches([Piece(member, 0, member.part.numel(), 0, 0) for member in members]):
+        weights = [piece.of(piece.member.part) for piece in batch]
+        masks = [piece.mask for piece in batch if piece.mask is not None]
+        if len(batch) == 1:
+            zero_pruned(weights[0], masks[0])
+            continue
+        together = join_values(weights)
+        zero_pruned(together, join_bits(masks, [len(weight) for weight in weights]))
+        sizes = [-(-len(weight) // 8) * 8 for weight in weights]
+        parts = [part[: len(weight)] for part, weight in zip(together.split(sizes), weights, strict=True)]
+        torch._foreach_copy_(weights, parts)
 
 
 class MaskedStore:
@@ -66,27 +152,30 @@ class MaskedStore:
         self._keys = keys
         self.pruned_compete = pruned_compete
 
-    def candidates(self, member: Member) -> Tensor | None:
-        """The bits of the weights that compete to stay, None for all."""
-        return None if self.pruned_compete else member.mask
+    def count(self, piece: Piece) -> int:
+        """How many of its weights compete to stay."""
+        return piece.last - piece.first if self.pruned_compete else piece.kept
 
-    def scores(self, member: Member, first: int, last: int) -> Iterator[Tensor]:
-        """Scores of the candidates among the weights `first` to `last`, in memory order, CHUNK weights at a time.
+    def scores(self, pieces: Sequence[Piece]) -> Tensor:
+        """Scores of the weights of the pieces that compete, in memory order, one piece behind the other.
 
         A candidate that is exactly 0 scores -inf. As a survivor it is a zero already, and must be among those asked
         for; a pruned weight that the optimizer, which has just moved them too, has left at 0 has no way back.
         """
-        weight, bits = flat_view(member.part), self.candidates(member)
-        kept = {key: flat_view(member.state[key]) for key in self._keys if key in member.state}
-        packed, end = "offsets" in member.state, survivors_before(bits, first)
-        for start, stop in chunk_borders(first, last):
-            candidates = pack_range(weight, bits, start, stop)
-            begin, end = end, end + candidates.numel()
-            state = {key: v[begin:end] if packed else pack_range(v, bits, start, stop) for key, v in kept.items()}
-            scores = self._score(candidates, state)
-            if int(torch.count_nonzero(candidates)) < len(candidates):  # a look is a fifth of the filling's cost
-                scores.masked_fill_(candidates == 0, -torch.inf)
-            yield scores
+        first = pieces[0].member
+        packed, keys = "offsets" in first.state, [key for key in self._keys if key in first.state]
+        masks = [None if self.pruned_compete else piece.mask for piece in pieces]
+        columns = [[piece.of(piece.member.part) for piece in pieces]]
+        columns += [[piece.of(piece.member.state[key]) for piece in pieces] for key in keys if not packed]
+        candidates, *values = pack_pieces(columns, masks, sum(map(self.count, pieces)))
+        if packed:
+            slices = [[p.member.state[key][p.before : p.before + p.kept] for p in pieces] for key in keys]
+            values = [one[0] if len(one) == 1 else torch.cat(one) for one in slices]
+        scores = self._score(candidates, dict(zip(keys, values, strict=True)))
+        # A look is a fifth of the filling's cost, but on a GPU it waits.
+        if candidates.device.type != "cpu" or int(torch.count_nonzero(candidates)) < len(candidates):
+            scores.masked_fill_(candidates == 0, -torch.inf)
+        return scores
 
     def apply(self, member: Member, drop: Tensor, grow: Tensor | None) -> None:
         """Change the mask, and what is kept for the weights it takes away or brings back.
@@ -94,8 +183,8 @@ class MaskedStore:
         Here the weights follow after each step.
         """
         assert grow is None
-        bits = self.candidates(member)
-        member.state["mask"] = pack_bits(~drop) if bits is None else drop_survivors(bits, member.part.numel(), drop)
+        mask = None if self.pruned_compete else member.mask
+        member.state["mask"] = pack_bits(~drop) if mask is None else drop_survivors(mask, member.part.numel(), drop)
 
 
 class PackedStore(MaskedStore):
@@ -104,25 +193,28 @@ class PackedStore(MaskedStore):
     def apply(self, member: Member, drop: Tensor, grow: Tensor | None) -> None:
         """Pack the moments again; weights that go become 0, weights that come back start at 0."""
         part, state, n = member.part, member.state, member.part.numel()
-        stay = pack_bits(~drop)
-        mask = stay if member.mask is None else drop_survivors(state["mask"], n, drop)
-        left = survivors_before(mask, n)
+        stay = ~drop
+        left, *more = read_numbers([stay.sum(), *([] if grow is None else [grow.sum()])])
+        back = sum(more)
         keys = [key for key in self._keys if key in state]
+        mask = pack_bits(stay) if member.mask is None else drop_survivors(state["mask"], n, drop)
+        pack = Packer(left, keep=stay)
         for key in keys:
-            state[key] = pack(flat_view(state[key]), stay, left)
-        if grow is not None and bool(grow.any()):
-            new = torch.zeros(n, dtype=torch.bool, device=part.device)
-            new[~unpack_bits(state["mask"], n)] = grow
+            state[key] = pack(flat_view(state[key]))
+        if grow is not None and back:
+            new = ~unpack_bits(state["mask"], n)
+            new.masked_scatter_(new.clone(), grow)
             after = pack_bits(unpack_bits(mask, n) | new)
+            pack = Packer(left + back, bits=after)
             for key in keys:
                 dense = unpack(state[key], mask, n)
                 # Momentum begins at 0, second moments at the gradient's square: with v = 0 the first step would be 3
                 # times a settled one, (1 - beta1) / sqrt(1 - beta2); so it is a tenth.
                 if key.endswith("_sq"):
                     grad = flat_view(local_gradient(member.parameter, part))
-                    dense[new] = grad[new].square().to(dense.dtype)
-                state[key] = pack(dense, after, left + int(grow.sum()))
+                    dense = torch.where(new, grad.square().to(dense.dtype), dense)
+                state[key] = pack(dense)
             mask = after
         state["mask"] = mask
-        state["offsets"], _ = block_offsets(mask, n)
+        state["offsets"], _ = block_offsets(mask, n, left + back)
         zero_pruned(flat_view(part), mask)

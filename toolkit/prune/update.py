@@ -21,13 +21,11 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from toolkit.prune.distributed import local_gradient, sum_over
+from toolkit.prune.distributed import local_gradient, read_numbers, sum_over
 from toolkit.prune.distribution import zero_quotas
-from toolkit.prune.mask import flat_view
 from toolkit.prune.options import PruningOptions
-from toolkit.prune.packing import pack_range, survivors_before
 from toolkit.prune.select import Chunks, choose_lowest, find_threshold
-from toolkit.prune.stores import MaskedStore, Member, chunk_borders
+from toolkit.prune.stores import MaskedStore, Member, Piece, batches, cut, pack_pieces
 
 
 @dataclass(frozen=True)
@@ -45,6 +43,29 @@ class _Source:
     values: Chunks
 
 
+class _Values:
+    """Values of pieces, made a batch at a time when the first of it is asked for; each is asked for in turn."""
+
+    def __init__(
+        self, pieces: Sequence[Piece], count: Callable[[Piece], int], make: Callable[[Sequence[Piece]], Tensor]
+    ) -> None:
+        self._make, self._count = make, count
+        self._batch = {id(piece): batch for batch in batches(pieces) for piece in batch}
+        self._pieces = pieces  # whose ids these are
+        self._made: list[Piece] = []
+        self._values: tuple[Tensor, ...] = ()
+
+    def of(self, pieces: Sequence[Piece]) -> Iterator[Tensor]:
+        """The values of each piece."""
+        for piece in pieces:
+            batch = self._batch[id(piece)]
+            if batch is not self._made:
+                self._values, self._made = (), batch
+                self._values = self._make(batch).split([self._count(one) for one in batch])
+            place = next(number for number, one in enumerate(batch) if one is piece)
+            yield self._values[place]
+
+
 def update_masks(
     members: Sequence[Member], store: MaskedStore, options: PruningOptions, step: int, group: ProcessGroup | None
 ) -> bool:
@@ -55,7 +76,8 @@ def update_masks(
     device = members[0].part.device
     # 1. Count weights and zeros over the ranks; a model may have come with more zeros than are asked for.
     weights = sum_over(group, [member.num_weights for member in members], device)
-    survivors = sum_over(group, [member.num_survivors for member in members], device)
+    pieces = dict(zip(members, cut(members), strict=True))
+    survivors = sum_over(group, [num_survivors(member, pieces[member]) for member in members], device)
     pruned = [count - left for count, left in zip(weights, survivors, strict=True)]
     zeros = max(options.num_zeros_at(step, sum(weights)), sum(pruned))
     # Zeros that do not compete stay; the candidates bring the rest.
@@ -76,10 +98,9 @@ def update_masks(
         ]
     # 3. Choose, and apply tensor by tensor; what comes back takes places that survivors leave.
     for competing, missing, back in contests:
-        back, grows = _choose_regrown(competing, back, group, device) if back else (0, {})
-        sources = [
-            source for member in competing for source in _sources(member, store.candidates(member), store.scores)
-        ]
+        cuts = [pieces[member] for member in competing]
+        back, grows = _choose_regrown(cuts, back, group, device) if back else (0, {})
+        sources = _sources(cuts, store.count, store.scores)
         sizes = [source.last - source.first for source in sources]
         marks = choose_lowest(*_values_and_names(sources), sizes, missing + back, group, device)
         for member, drop in _joined(sources, marks, device, of_padding=True):
@@ -123,14 +144,19 @@ def _num_regrown(options: PruningOptions, step: int, survivors: int, pruned: int
     return min(wanted, pruned, survivors)
 
 
+def num_survivors(member: Member, pieces: Sequence[Piece]) -> int:
+    """Weights on this rank that are not pruned; padding counts for nothing, and has no bit once there is a mask."""
+    return member.num_weights if member.mask is None else sum(piece.kept for piece in pieces)
+
+
 def _choose_regrown(
-    members: Sequence[Member], wanted: int, group: ProcessGroup | None, device: torch.device
+    cuts: Sequence[Sequence[Piece]], wanted: int, group: ProcessGroup | None, device: torch.device
 ) -> tuple[int, dict[Member, Tensor]]:
     """How many come back, and which: the pruned weights with the largest gradients, member -> bool [pruned]."""
-    sources = [source for member in members for source in _sources(member, member.gone, _pruned_gradients)]
+    sources = _sources(cuts, _num_pruned, _pruned_gradients)
     # Of those that a gradient would move, on any rank; one without would stay a zero.
-    movable = sum(int((part != 0).sum()) for source in sources for part in source.values())
-    count = min(wanted, *sum_over(group, [movable], device))
+    moving = [(part != 0).sum() for source in sources for part in source.values()]
+    count = min(wanted, *sum_over(group, [sum(read_numbers(moving))], device))
     if not count:
         return 0, {}
     threshold = find_threshold(*_values_and_names(sources), count, group, device=device)
@@ -143,23 +169,44 @@ def _choose_regrown(
 
 
 def _sources(
-    member: Member, bits: Tensor | None, values: Callable[[Member, int, int], Iterator[Tensor]]
-) -> Iterator[_Source]:
-    """Of each range the weights whose bit is set, all where there are no bits; `values` yields theirs."""
-    count = survivors_before(bits, member.part.numel())
-    for name, first, last in member.ranges:
-        begin, end = survivors_before(bits, first), survivors_before(bits, last)
-        yield _Source(member, name, begin, end, count, partial(values, member, first, last))
+    cuts: Sequence[Sequence[Piece]], count: Callable[[Piece], int], make: Callable[[Sequence[Piece]], Tensor]
+) -> list[_Source]:
+    """Of each range of each member the weights that `count` counts; `make` gives their values."""
+    values = _Values([piece for pieces in cuts for piece in pieces if _in_ranges(piece)], count, make)
+    found = []
+    for pieces in cuts:
+        member, total = pieces[0].member, sum(map(count, pieces))
+        for name, first, last in member.ranges:
+            own = [piece for piece in pieces if first <= piece.first and piece.last <= last]
+            begin = sum(count(piece) for piece in pieces if piece.last <= first)
+            end = begin + sum(map(count, own))
+            found.append(_Source(member, name, begin, end, total, partial(values.of, own)))
+    return found
+
+
+def _in_ranges(piece: Piece) -> bool:
+    """Whether it is of weights, not padding."""
+    return any(first <= piece.first and piece.last <= last for _, first, last in piece.member.ranges)
 
 
 def _values_and_names(sources: Sequence[_Source]) -> tuple[list[Chunks], list[str]]:
     return [source.values for source in sources], [source.name for source in sources]
 
 
-def _pruned_gradients(member: Member, first: int, last: int) -> Iterator[Tensor]:
-    """-|gradient| of the pruned weights among `first` to `last`, in memory order, CHUNK weights at a time."""
-    if member.parameter.grad is None:
-        return
-    grad, gone = flat_view(local_gradient(member.parameter, member.part)), member.gone
-    for start, stop in chunk_borders(first, last):
-        yield -pack_range(grad, gone, start, stop).float().abs()
+def _num_pruned(piece: Piece) -> int:
+    """Weights of a piece that are pruned."""
+    return piece.last - piece.first - piece.kept
+
+
+def _pruned_gradients(pieces: Sequence[Piece]) -> Tensor:
+    """-|gradient| of the pruned weights of the pieces, in memory order; 0 where there is no gradient."""
+    masks = [~piece.mask for piece in pieces if piece.mask is not None]
+    if not masks:  # nothing is pruned
+        return pieces[0].member.part.new_zeros(0, dtype=torch.float32)
+    grads = [
+        piece.of(local_gradient(piece.member.parameter, piece.member.part))
+        if piece.member.parameter.grad is not None
+        else piece.of(piece.member.part).new_zeros(piece.last - piece.first)
+        for piece in pieces
+    ]
+    return -pack_pieces([grads], masks, sum(map(_num_pruned, pieces)))[0].float().abs()

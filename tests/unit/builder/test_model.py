@@ -1,5 +1,7 @@
 """What a model cannot be made of, or started from, is one line that names the flag."""
 
+from contextlib import nullcontext
+
 import pytest
 import timm
 import torch
@@ -154,3 +156,13 @@ def test_both_classifiers_of_a_distilled_model_start_anew(tmp_path):
     assert model.head.weight.shape[0] == model.head_dist.weight.shape[0] == 10
     loaded = model.state_dict()
     assert all(torch.equal(loaded[key], value) for key, value in saved.state_dict().items() if "head" not in key)
+
+
+@pytest.mark.parametrize(("engine", "refuses"), [("FSDP", True), ("DEEPSPEED", False), (None, False)])
+def test_channels_last_is_refused_where_weights_must_be_contiguous(monkeypatch, engine, refuses):
+    from toolkit.builder.accelerator import check_engine
+
+    for name in ("FSDP", "DEEPSPEED"):
+        monkeypatch.setenv(f"ACCELERATE_USE_{name}", str(name == engine).lower())
+    with pytest.raises(ValueError, match="--channels-last is not offered with fsdp2") if refuses else nullcontext():
+        check_engine(parse(["--data-dir", "x", "--channels-last"]))

@@ -7,8 +7,8 @@ from toolkit.data import remote
 
 
 @pytest.fixture
-def server(few_digits, tmp_path, monkeypatch):
-    """A few digits behind HTTP, with pauses as short as tests need."""
+def server(few_digits, tmp_path, monkeypatch, webdataset):
+    """A few digits behind HTTP, with pauses as short as tests need; webdataset opens the URLs."""
     monkeypatch.setattr(remote, "FIRST_PAUSE_S", 0.01)
     monkeypatch.setattr(remote, "STALL_S", 0.4)
     made = Server(shutil.copytree(few_digits, tmp_path / "server"))

@@ -96,7 +96,7 @@ def infos(draw):
 
 
 @pytest.fixture
-def served(few_digits, monkeypatch):
+def served(few_digits, monkeypatch, webdataset):
     """What a server sends, by name; a transfer is a copy."""
     files = {path.name: path.read_bytes() for path in few_digits.iterdir() if path.is_file()}
 

@@ -3,7 +3,6 @@ import shutil
 
 import numpy as np
 import pytest
-import webdataset
 from timm.data import create_dataset
 
 from toolkit.data.index import index_path, load_split, scan_shards
@@ -16,7 +15,7 @@ def copy(few_digits, tmp_path):
     return shutil.copytree(few_digits, tmp_path / "few")
 
 
-def test_index_points_at_the_images(few_digits):
+def test_index_points_at_the_images(few_digits, webdataset):
     index = load_split(few_digits, "train")
     read = []
     for name in index.names:
@@ -88,7 +87,7 @@ def test_many_shards_are_scanned_by_several_processes(few_digits, monkeypatch):
     assert same_rows(scan_shards(few_digits, names, run=in_processes), load_split(few_digits, "train"))
 
 
-def test_timms_reader_reads_our_shards(few_digits):
+def test_timms_reader_reads_our_shards(few_digits, webdataset):
     data = create_dataset("wds/", root=str(few_digits), split="validation", is_training=False, batch_size=8)
     assert sum(1 for _ in data) == 40
 
@@ -137,7 +136,7 @@ def test_fingerprint_follows_content(few_digits, digits):
     assert load_split(few_digits, "train").fingerprint != load_split(digits, "train").fingerprint
 
 
-def test_shards_written_by_webdataset_are_read(few_digits, tmp_path):
+def test_shards_written_by_webdataset_are_read(few_digits, tmp_path, webdataset):
     """As others write them: images of any suffix, labels as text, more members, folders in keys."""
     jpegs = [
         sample["jpg"] for sample in webdataset.WebDataset(str(few_digits / "few-train-0000.tar"), shardshuffle=False)

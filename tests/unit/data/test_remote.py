@@ -127,7 +127,7 @@ def test_evaluation_counts_each_sample_once(server, tmp_path):
     assert seen == list(range(40))
 
 
-def test_pipe_prefix(few_digits, tmp_path):
+def test_pipe_prefix(few_digits, tmp_path, webdataset):
     prefix = f"pipe:cat {few_digits}/{{}}"
     info = fetch_info(prefix, tmp_path / "cache")
     index, cache = load_remote_split(prefix, info, "train", tmp_path / "cache", LIMIT)
@@ -148,7 +148,7 @@ def test_shards_made_anew_behind_the_same_url_are_fetched_anew(server, tmp_path)
     assert all(num_bad == 0 for _, _, num_bad in batches(index, cache))
 
 
-def test_shards_in_folders(few_digits, tmp_path):
+def test_shards_in_folders(few_digits, tmp_path, webdataset):
     served = tmp_path / "served"
     (served / "part").mkdir(parents=True)
     info = json.loads((few_digits / "_info.json").read_text())
@@ -173,7 +173,7 @@ def test_a_reader_lets_go_of_shards_that_were_forgotten(server, tmp_path):
     assert sum(os.fstat(file).st_nlink == 0 for file in reader._files.values()) <= 1
 
 
-def test_an_unknown_scheme_is_an_error_at_once(tmp_path):
+def test_an_unknown_scheme_is_an_error_at_once(tmp_path, webdataset):
     with pytest.raises(ValueError, match="the scheme gopher is not known"):
         fetch_info("gopher://host/data", tmp_path)
     assert file_url("s3://bucket/x y", "a.tar") == "pipe:aws s3 cp 's3://bucket/x y/a.tar' -"

@@ -92,6 +92,17 @@ def test_only_the_largest_gradients_live():
     assert probe.rows["gradients"] == predicted["gradients"]
 
 
+def test_small_parameters_are_updated_together():
+    """A call of the optimizer costs the host as much as a layer: one for each large tensor, one for each group."""
+    model, optimizer = build("adamwprune", "none")
+    fused, calls = FusedBackward(optimizer), []
+    optimizer.register_step_pre_hook(lambda optimizer, *_: calls.append(len(optimizer.param_groups[0]["params"])))
+    assert fused.backward(1, loss_of(model, 1).backward)
+    sizes = [parameter.numel() for parameter in model.parameters()]
+    assert sum(calls) == len(sizes)
+    assert len(calls) == sum(size >= 4096 for size in sizes) + 2 < len(sizes) / 2
+
+
 @pytest.fixture
 def flags(few_digits, tmp_path):
     return train_flags(few_digits, tmp_path, "--epochs", "2")

@@ -69,7 +69,7 @@ def test_equivalence_of_the_implementations(capsys, tmp_path):
                 assert row["differing"] == 0
 
 
-def test_data_bench_measures_every_bar():
+def test_data_bench_measures_every_bar(webdataset):
     result = bench_data(3, num_images=24)
     assert result["bars"].keys() == LIMITS.keys()
     of_this_process = ("first_batch_after_resume_s", "worker_mib")  # which other tests may have made large

@@ -4,10 +4,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from launch.matrix import kconfig
 from launch.matrix.cells import load_matrix
-from launch.matrix.menu import DEFCONFIGS, load
+from launch.matrix.menu import DEFCONFIGS
+from launch.matrix.symbols import KCONFIG, config_text, load, read_menu
 
 ROOT = Path(__file__).parents[3]
 
@@ -80,6 +83,13 @@ def test_methods_and_sparsities(tmp_path):
         (['CONFIG_LR_ADAM="fast"'], "is not a number"),
         (['CONFIG_SEEDS="0,1"'], "are not whole numbers"),
         (["# CONFIG_SPARSITY_ENABLE_70 is not set"], "these choices make no run"),
+        (["CONFIG_NUM_EPOCHS=five"], "it is a whole number"),
+        (["CONFIG_SPARSITY_ENABLE_90=maybe"], "it is y or n"),
+        (["CONFIG_MODEL=resnet18"], "stand in quotes"),
+        (['CONFIG_NUM_EPOCHS="3"'], "stand in quotes"),
+        (["CONFIG_NUM_EPOCHS=3", "CONFIG_NUM_EPOCHS=4"], "set twice"),
+        (["CONFIG_AMP_FP16=y", "CONFIG_AMP_BF16=y"], "exclude each other"),
+        (["NUM_EPOCHS=3"], "sets no symbol of launch/Kconfig"),
     ],
 )
 def test_mistakes_are_errors(tmp_path, lines, words):
@@ -102,9 +112,59 @@ def test_defconfig_and_back(tmp_path, capsys):
     assert "resnet50-strong" in capsys.readouterr().out
 
 
-def test_every_defconfig_is_what_savedefconfig_would_write(tmp_path, monkeypatch):
-    import kconfiglib
+def by_kconfiglib(path):
+    kconfiglib = pytest.importorskip("kconfiglib", reason="not installed; requirements.txt has it")
+    menu = kconfiglib.Kconfig(str(KCONFIG), warn_to_stderr=False)
+    menu.warn_assign_undef = True
+    menu.load_config(str(path))
+    values = {symbol.name: symbol.str_value for symbol in menu.unique_defined_syms}  # says what is out of range
+    return values, menu.warnings
 
+
+@pytest.mark.parametrize("path", sorted(DEFCONFIGS.iterdir()), ids=lambda path: path.name)
+def test_defconfigs_are_read_as_kconfiglib_reads_them(path):
+    assert (load(path), []) == by_kconfiglib(path)
+
+
+MENU = read_menu(KCONFIG.read_text().splitlines())
+TEXTS = st.text(st.characters(codec="ascii", exclude_categories=("Cc",)), max_size=8)
+VALUES = {"bool": st.sampled_from(["y", "n"]), "int": st.integers(-9, 70_000).map(str), "string": TEXTS}
+SETTINGS = st.fixed_dictionaries({}, optional={name: VALUES[symbol.kind] for name, symbol in MENU.items()})
+
+
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(SETTINGS)
+def test_any_choices_are_read_as_kconfiglib_reads_them(tmp_path, chosen):
+    path = config(tmp_path, *config_text(chosen).splitlines())
+    wanted, warnings = by_kconfiglib(path)
+    several_of_a_choice = [chosen.get(name) for name, symbol in MENU.items() if symbol.choice].count("y") > 1
+    try:
+        found = load(path)
+    except ValueError:
+        assert warnings or several_of_a_choice  # there the last wins, without a word
+        return
+    assert (found, []) == (wanted, warnings)
+    path.write_text(config_text(found))
+    assert load(path) == found
+
+
+def test_a_word_of_kconfig_that_is_not_read_is_named():
+    with pytest.raises(ValueError, match="'select SGD' is not read"):
+        read_menu(["config ADAM", "\tbool", "\tselect SGD"])
+
+
+def test_the_menu_without_kconfiglib_says_what_to_do(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "kconfiglib", None)  # importing what stands here as None fails
+    target = tmp_path / ".config"
+    assert kconfig.main(["defconfig", "gpu-quick", "--config", str(target)]) == 0
+    assert load(target) == load(DEFCONFIGS / "gpu-quick")
+    with pytest.raises(SystemExit):
+        kconfig.main(["savedefconfig", "--config", str(target)])
+    assert "kconfiglib is not installed" in capsys.readouterr().err
+
+
+def test_every_defconfig_is_what_savedefconfig_would_write(tmp_path, monkeypatch):
+    kconfiglib = pytest.importorskip("kconfiglib", reason="not installed; requirements.txt has it")
     for path in DEFCONFIGS.iterdir():
         menu = kconfiglib.Kconfig(str(ROOT / "launch" / "Kconfig"), warn_to_stderr=False)
         menu.load_config(str(path))

@@ -98,6 +98,7 @@ import json, sys, pathlib
 folder = pathlib.Path(sys.argv[1])
 if "adamw_" in folder.name and not (folder / "tried").exists():
     (folder / "tried").touch()
+    print("the reason")
     sys.exit(3)
 (folder / "metrics.json").write_text(json.dumps({"completed": True}))
 """
@@ -112,6 +113,7 @@ def test_a_failed_cell_is_recorded_and_the_matrix_goes_on(tmp_path, monkeypatch,
     assert main(command) == 1
     message = capsys.readouterr().err
     assert "FAILED resnet18_adamw_none_seed0 (exit status 3)" in message
+    assert "\n  the reason\n" in message
     assert "1 of 2 cells failed" in message
     assert is_complete(tmp_path / "runs" / "resnet18_adam_none_seed0")
     record = json.loads((tmp_path / "runs" / "failed.json").read_text())

@@ -172,3 +172,27 @@ def test_a_copy_keeps_zeros(kind):
     other, copied = copy.deepcopy((net, optimizer))
     train(other, copied, 1)
     assert int((other[2].weight == 0).sum()) == zeros
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("steps", [1, 8])  # dense, packed
+@pytest.mark.parametrize("rows", [4, 200])
+def test_a_parameter_of_another_size_is_an_error(kind, implementation, steps, rows):
+    """Native code would write beyond what it has: shrunk and grown weights, before and after masks exist."""
+    net = model()
+    optimizer = make(kind, net, implementation)
+    train(net, optimizer, steps)
+    net[2].weight.data = torch.randn(rows, 9 * 36)
+    with pytest.raises((ValueError, RuntimeError), match=r"another size|had stride|match|size of tensor"):
+        train(net, optimizer, 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_parameters_added_after_the_last_mask_update_are_not_left_dense_in_silence(kind):
+    net = model()
+    optimizer = make(kind, net[:1], "auto")
+    train(net[:1], optimizer, 8)
+    optimizer.add_param_group({"params": list(net[2].parameters())})
+    with pytest.raises(ValueError, match="parameters were added since"):
+        train(net, optimizer, 1)

@@ -8,6 +8,7 @@ from PIL import Image
 import shards.digits
 import shards.drawing
 import shards.synthetic
+import shards.writer
 from shards.writer import Sample, write_split
 from toolkit.data.index import load_split
 from toolkit.data.info import read_info
@@ -93,3 +94,16 @@ def test_bad_flags_are_one_line(tmp_path, capsys, flags):
         shards.synthetic.main([*flags, "--out", str(tmp_path / "x"), "--size", "32"])
     assert stop.value.code == 2
     assert capsys.readouterr().err.strip().splitlines()[-1].startswith("shards.synthetic: error:")
+
+
+def test_a_shard_has_the_bytes_that_webdataset_would_write(tmp_path, webdataset):
+    rows = [("a", 3, {"label": 3, "filename": "a.jpg"}, "jpg"), ("größe/" + 120 * "b", 11, {"filename": "ä"}, "png")]
+    samples = [Sample(key, label, lambda: b"bytes", meta, extension) for key, label, meta, extension in rows]
+    shards.writer.write_shard(tmp_path / "ours.tar", samples)
+    with (
+        open(tmp_path / "theirs.tar", "wb") as file,
+        webdataset.TarWriter(file, user="", group="", mtime=0) as tar,
+    ):
+        for key, label, meta, extension in rows:
+            tar.write({"__key__": key, extension: b"bytes", "cls": label, "json": meta})
+    assert (tmp_path / "ours.tar").read_bytes() == (tmp_path / "theirs.tar").read_bytes()

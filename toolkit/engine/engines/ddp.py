@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from toolkit.dist import World
 from toolkit.memory.probe import StepProbe
 from toolkit.prune.distributed import to_dtensor, to_local
+from toolkit.prune.mask import count_zeros
 from toolkit.prune.packing import dense_state
 
 States = Mapping[str, Mapping[str, Tensor]]  # parameter name -> state key -> whole tensor
@@ -125,7 +126,7 @@ class Engine:
     def count_zeros(self, prunable: Iterable[tuple[str, Tensor]]) -> tuple[int, int]:
         """(zeros, weights) over all ranks."""
         weights = [parameter for _, parameter in prunable]
-        return sum(int((to_local(weight) == 0).sum()) for weight in weights), sum(weight.numel() for weight in weights)
+        return count_zeros(map(to_local, weights)), sum(weight.numel() for weight in weights)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Name and whole tensor of every parameter and buffer."""

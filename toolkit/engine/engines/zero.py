@@ -24,6 +24,7 @@ from toolkit.dist import World
 from toolkit.engine.engines.ddp import Engine, States, parameter_names
 from toolkit.errors import refuse
 from toolkit.memory.probe import StepProbe
+from toolkit.prune.mask import count_zeros
 from toolkit.prune.packing import dense_state
 
 
@@ -125,7 +126,7 @@ class ZeroEngine(Engine):
             for name, segment in one.segments.items()
             if name in names
         ]
-        counts = [sum(int((part == 0).sum()) for part in parts), sum(part.numel() for part in parts)]
+        counts = [count_zeros(parts), sum(part.numel() for part in parts)]
         zeros, weights = self._world.sum(torch.tensor(counts, dtype=torch.int64, device=self._world.device)).tolist()
         return zeros, weights
 

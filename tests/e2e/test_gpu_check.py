@@ -1,0 +1,33 @@
+"""The plan of a GPU's window, in small and on a CPU: every kind of its parts runs to its end."""
+
+import json
+
+import pytest
+
+from launch.gpu_check.__main__ import main
+from launch.gpu_check.parts import PLANS
+from launch.report.archive import read_runs
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_the_stand_in_runs_to_its_end(few_digits, tmp_path):
+    paths = ["--data", str(few_digits), "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
+    plan = ["--plan", str(PLANS / "stand-in.yaml")]
+    assert main([*plan, *paths]) == 0, (tmp_path / "out" / "gpu_check.md").read_text()
+    result = json.loads((tmp_path / "out" / "gpu_check.json").read_text())
+    assert {part["outcome"] for part in result["parts"].values()} == {"ok"}
+    assert " skipped" in result["parts"]["GPU tests"]["stdout"]
+    assert result["parts"]["device times"]["result"]["kind"] == "cpu"
+    study = f"{few_digits.name}-study"
+    assert [row["study"] for row in result["runs"]] == [study, study, f"{few_digits.name}-variants"]
+    assert all(row["phases"]["dense"]["allocated_peak_bytes"] is None for row in result["runs"])  # never an RSS
+    assert all(row["phases"]["dense"]["predicted_total_bytes"] > 0 for row in result["runs"])
+    assert len(read_runs(tmp_path / "out" / f"{study}.jsonl.gz")[0]) == 2
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "gpu_check.json",
+        "gpu_check.md",
+        "study.md",
+        f"{study}.jsonl.gz",
+        f"{few_digits.name}-variants.jsonl.gz",
+    }
