@@ -28,6 +28,7 @@ _ARGUMENTS = {
     "narrow_adam": [_INT, _INT, _LONG, _POINTER, _POINTER, _INT],
     "narrow_sgd": [_INT, _INT, _LONG, _POINTER, _POINTER, _INT, _INT, _INT],
     "narrow_widen": [_LONG, _POINTER, _POINTER, _POINTER, _INT, _POINTER],
+    "narrow_to_nearest": [_LONG, _POINTER, _POINTER, _INT, _POINTER, _POINTER],
     "bits_pack_bits": [_LONG, _POINTER, _POINTER],
     "bits_offsets": [_LONG, _POINTER, _LONG, _POINTER],
     "bits_compress": [_LONG, _POINTER, _POINTER, _POINTER],

@@ -54,7 +54,7 @@ struct Int8 {
     }
   }
 
-  static INLINE int narrow(const float* x, uint32_t seed, int k, int32_t* codes) {
+  static INLINE int narrow(const float* x, uint32_t seed, int k, int32_t* codes, bool by_chance = !SIGNED) {
     int highest = 0;
     for (int i = 0; i < k; ++i) {
       const int size = static_cast<int>(bits_of_float(x[i]) & 0x7FFFFFFFu);
@@ -63,7 +63,7 @@ struct Int8 {
     const int exponent = highest >> 23 > LOWEST ? highest >> 23 : LOWEST, low = base(exponent);
     for (int i = 0; i < k; ++i) {
       const uint32_t bits = bits_of_float(x[i]), size = bits & 0x7FFFFFFFu;
-      const uint32_t noise = SIGNED ? 1u << (SHIFT - 1) : hash(seed + static_cast<uint32_t>(i)) >> (32 - SHIFT);
+      const uint32_t noise = by_chance ? hash(seed + static_cast<uint32_t>(i)) >> (32 - SHIFT) : 1u << (SHIFT - 1);
       const int least = SIGNED || size == 0 ? 0 : 1;
       int code = static_cast<int>((size + noise) >> SHIFT) - low;
       code = code < least ? least : code;
@@ -261,22 +261,42 @@ void narrow_sgd(int isa, int threads, int64_t tensors, const int64_t* table, con
   else sgd_all<Bfloat16>(isa, threads, tensors, table, r);
 }
 
+// Kept values of the group of up to 256 weights that begins at `begin` of `n`.
+static int num_kept(int64_t n, const uint8_t* mask, int64_t begin) {
+  const int count = static_cast<int>(n - begin < GROUP ? n - begin : GROUP);
+  if (!mask) return count;
+  int k = 0;
+  for (int base = 0; base < count; base += 64) {
+    const int left = count - base;
+    const uint64_t bits = bits_of(mask + (begin + base) / 8, left < 64 ? left : 64);
+    k += __builtin_popcountll(left < 64 ? bits & ((uint64_t{1} << left) - 1) : bits);
+  }
+  return k;
+}
+
 // The 8-bit codes of `n` weights, which begin where a group does, as floats; without a mask all are kept.
 void narrow_widen(int64_t n, const uint8_t* mask, const uint8_t* codes, const uint8_t* exponents, int is_signed,
                   float* out) {
   alignas(64) int32_t wide[GROUP];
   for (int64_t begin = 0; begin < n; begin += GROUP) {
-    const int count = static_cast<int>(n - begin < GROUP ? n - begin : GROUP);
-    int k = mask ? 0 : count;
-    for (int base = 0; mask && base < count; base += 64) {
-      const int left = count - base;
-      const uint64_t bits = bits_of(mask + (begin + base) / 8, left < 64 ? left : 64);
-      k += __builtin_popcountll(left < 64 ? bits & ((uint64_t{1} << left) - 1) : bits);
-    }
+    const int k = num_kept(n, mask, begin);
     for (int i = 0; i < k; ++i) wide[i] = codes[i];
     if (is_signed) Int8<true>::widen(wide, *exponents, k, out);
     else Int8<false>::widen(wide, *exponents, k, out);
     codes += k, out += k, ++exponents;
+  }
+}
+
+// And back, to nearest.
+void narrow_to_nearest(int64_t n, const uint8_t* mask, const float* values, int is_signed, uint8_t* codes,
+                       uint8_t* exponents) {
+  alignas(64) int32_t wide[GROUP];
+  for (int64_t begin = 0; begin < n; begin += GROUP) {
+    const int k = num_kept(n, mask, begin);
+    *exponents++ = static_cast<uint8_t>(is_signed ? Int8<true>::narrow(values, 0, k, wide, false)
+                                                  : Int8<false>::narrow(values, 0, k, wide, false));
+    for (int i = 0; i < k; ++i) codes[i] = static_cast<uint8_t>(wide[i]);
+    codes += k, values += k;
   }
 }
 }

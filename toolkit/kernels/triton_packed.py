@@ -143,7 +143,7 @@ def _launch(
     decoupled: bool,
     **own: bool,
 ) -> None:
-    weight, _, mask, _, moments = tensors[0]
+    weight, _, mask, _, moments, *_ = tensors[0]
     device, on_device = weight.device, isinstance(lr, Tensor)
     constants = flags(
         weight.dtype,

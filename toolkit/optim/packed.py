@@ -6,7 +6,6 @@ packed moments [survivors], a bit mask and a block-offset table, and nothing els
 """
 
 import dataclasses
-import operator
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
@@ -17,12 +16,12 @@ from torch.optim import Optimizer
 
 from toolkit.kernels import native
 from toolkit.kernels.choice import choose_implementation
-from toolkit.kernels.rounding import round_to_bfloat16
 from toolkit.log import get_logger
 from toolkit.optim.buckets import Bucket, BucketCache
 from toolkit.prune.distributed import local_gradient, read_numbers, to_local
 from toolkit.prune.groups import prunable_parameters
 from toolkit.prune.mask import flat_view, pack_bits, unpack_bits
+from toolkit.prune.moments import CODED_FROM, exponents_of, new_moment, read_moment, write_moment
 from toolkit.prune.options import OPTION_NAMES, STATE_DTYPES, PruningOptions
 from toolkit.prune.packing import Packer, block_offsets, pack, survivors_before
 from toolkit.prune.pruning import Pruning, dense_states, saved_states
@@ -46,6 +45,11 @@ def rate_for(bucket: Bucket, group: dict[str, Any]) -> Any:
     lr = group["lr"]
     at_hand = isinstance(lr, Tensor) and lr.is_cuda and lr.device == bucket.parameters[0].device
     return lr if at_hand else float(lr)
+
+
+def _seed(step: int, index: int) -> int:
+    """Of the chances by which the first moment of parameter number `index` is rounded; the others' follow."""
+    return (step * 65_537 + index) * 3
 
 
 class PackedOptimizer(Optimizer):
@@ -112,12 +116,19 @@ class PackedOptimizer(Optimizer):
         """One step by the kernels of KERNEL, all tensors in one call: pruned ones, and dense ones on a GPU."""
         keys, rule = self.moment_keys(group), self.rule(group, bucket.step)
         # A Pruner keeps a mask of its own beside dense moments.
-        where = operator.itemgetter("mask", "offsets") if bucket.packed else lambda _: (None, None)
+        scaled = [exponents_of(key) for key in keys if exponents_of(key) in bucket.states[0]]
+        columns = (bucket.parameters, self.gradients(bucket, group), bucket.states, bucket.param_indices)
         rows = [
-            (parameter, grad, *where(state), [state[key] for key in keys])
-            for parameter, grad, state in zip(
-                bucket.parameters, self.gradients(bucket, group), bucket.states, strict=True
+            native.PackedTensor(
+                parameter,
+                grad,
+                state["mask"] if bucket.packed else None,
+                state["offsets"] if bucket.packed else None,
+                [state[key] for key in keys],
+                [state[key] for key in scaled],
+                _seed(bucket.step, index),
             )
+            for parameter, grad, state, index in zip(*columns, strict=True)
         ]
         if bucket.how == "triton":
             from toolkit.kernels import triton_packed
@@ -169,12 +180,13 @@ class PackedOptimizer(Optimizer):
         states = [self._state_of(parameter, group, id(parameter) in prunable) for parameter in ready]
         steps = read_numbers([state["step"] for state in states])
         for parameter, state, counted in zip(ready, states, steps, strict=True):
-            packed, step, dtype = "offsets" in state, int(counted), self._moment_dtype(parameter)
+            packed, step = "offsets" in state, int(counted)
+            dtype = self._moment_dtype(parameter, id(parameter) in prunable)
             how = choose_implementation(asked, parameter, dtype, self.FAST)
             if how != "reference" and not self._is_dense(parameter):
                 how = "reference"
             fused = how != "reference" and not packed and self.fused(parameter, dtype)
-            key = (how, packed, step, fused, parameter.device, parameter.dtype)
+            key = (how, packed, step, fused, parameter.device, parameter.dtype, dtype)
             bucket = buckets.setdefault(key, Bucket(how, packed, step, fused))
             bucket.sharded |= hasattr(parameter, "to_local")
             bucket.owners.append(parameter)
@@ -237,11 +249,14 @@ class PackedOptimizer(Optimizer):
                 state["offsets"], survivors = block_offsets(state["mask"], like.numel())
                 like = like.new_empty(survivors)
             for key in self.moment_keys(group):
-                state[key] = torch.zeros_like(like, dtype=self._moment_dtype(parameter))
+                new_moment(state, key, like, self._moment_dtype(parameter, prunable), to_local(parameter).numel())
         return state
 
-    def _moment_dtype(self, parameter: Tensor) -> torch.dtype:
-        return STATE_DTYPES.get(self.defaults["state_dtype"], parameter.dtype)
+    def _moment_dtype(self, parameter: Tensor, prunable: bool) -> torch.dtype:
+        dtype = STATE_DTYPES.get(self.defaults["state_dtype"], parameter.dtype)
+        if dtype is torch.uint8 and not (prunable and parameter.numel() >= CODED_FROM):
+            return torch.float32
+        return dtype
 
     @staticmethod
     def gradients(bucket: Bucket, group: dict[str, Any]) -> list[Tensor]:
@@ -258,8 +273,8 @@ class PackedOptimizer(Optimizer):
             wider = torch.promote_types(parameter.dtype, torch.float32)
             dtype = parameter.dtype if self.defaults["state_dtype"] is None else wider
             kept = {key: state[key] for key in self.moment_keys(group)}
-            moments = {key: value.to(dtype) for key, value in kept.items()}
-            weight, mask = parameter, state["mask"] if "offsets" in state else None
+            weight, mask, n = parameter, state["mask"] if "offsets" in state else None, parameter.numel()
+            moments = {key: read_moment(state, key, mask, n).to(dtype) for key in kept}
             if mask is not None:
                 pack = Packer(next(iter(moments.values())).numel(), bits=mask)
                 weight, grad = pack(flat_view(parameter)), pack(flat_view(grad))
@@ -268,17 +283,13 @@ class PackedOptimizer(Optimizer):
             self.update(new, grad.to(dtype), moments, group, bucket.step)
             # 3. Put back what is not updated in place; pruned places become 0 again.
             if mask is not None:
-                keep = unpack_bits(mask, parameter.numel())
+                keep = unpack_bits(mask, n)
                 flat_view(parameter).zero_().masked_scatter_(keep, new.to(parameter.dtype))
             elif new is not parameter:
                 parameter.copy_(new)
             for number, (key, value) in enumerate(moments.items()):
-                if kept[key].dtype is torch.bfloat16 and value is not kept[key]:
-                    # In memory order, so that the noise does not depend on the layout's logical shape.
-                    seed = (bucket.step * 65_537 + index) * 3 + number
-                    flat_view(kept[key]).copy_(round_to_bfloat16(flat_view(value), seed))
-                elif value is not kept[key]:
-                    kept[key].copy_(value)
+                if value is not kept[key]:
+                    write_moment(state, key, flat_view(value), mask, n, seed=_seed(bucket.step, index) + number)
 
     def state_dict(self) -> dict[str, Any]:
         """The plain optimizer's form: moments dense and shaped like the parameter, the mask as bool."""
@@ -292,15 +303,18 @@ class PackedOptimizer(Optimizer):
             # What the plain optimizer does not know, and the pruning options in force here.
             kept = {"differentiable", "pruning", *group} - set(OPTION_NAMES)
             group.update({key: value for key, value in self.defaults.items() if key not in kept})
+        prunable = {id(parameter) for _, parameter in prunable_parameters(self.param_groups)}
         for parameter, state in self.state.items():
             if state:
                 # torch's SGD counts no steps; its buffers have begun. A number is taken as torch takes it.
                 state["step"] = torch.as_tensor(state.get("step", 1.0), dtype=torch.float32)
-            self._pack_loaded(parameter, state, saved.get(parameter, {}))
+            self._pack_loaded(parameter, state, saved.get(parameter, {}), id(parameter) in prunable)
         self._packing.note_change()
         self._packing.after_repack()
 
-    def _pack_loaded(self, parameter: Tensor, state: dict[str, Tensor], saved: Mapping[str, Any]) -> None:
+    def _pack_loaded(
+        self, parameter: Tensor, state: dict[str, Tensor], saved: Mapping[str, Any], prunable: bool
+    ) -> None:
         """The dense form of a parameter's state -> what is kept. Moments as `saved`, before torch cast them."""
         part = to_local(parameter)
         mask, survivors = None, 0
@@ -310,8 +324,10 @@ class PackedOptimizer(Optimizer):
         for key in [key for key in self.MOMENTS if key in state]:
             # In the parameter's own memory order, whatever the order it was saved in.
             value = to_local(saved.get(key, state[key]))
-            dense = torch.empty_like(part, dtype=self._moment_dtype(parameter)).copy_(value)
-            state[key] = dense if mask is None else pack(flat_view(dense), mask, survivors)
+            dense = torch.empty_like(part, dtype=value.dtype).copy_(value)
+            kept = dense if mask is None else pack(flat_view(dense), mask, survivors)
+            new_moment(state, key, kept, self._moment_dtype(parameter, prunable), part.numel())
+            write_moment(state, key, flat_view(kept).float(), mask, part.numel())
 
     def survivors(self, parameter: Tensor) -> int:
         """How many of a parameter's weights are not pruned; of a sharded one, on this rank."""

@@ -17,7 +17,7 @@ from toolkit.prune.distribution import SCOPES
 from toolkit.prune.schedule import Schedule
 from toolkit.prune.scores import check_score
 
-STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.uint8}
 
 
 class PruningKeywords(TypedDict, total=False):
@@ -44,7 +44,8 @@ class PruningOptions(Schedule):
     score: what a weight is worth (toolkit.prune.scores); None is the optimizer's first.
     scope: where weights compete: global, layer or erk.
     regrow: share of the survivors that make way for pruned weights with the largest gradients, decayed by a cosine.
-    state_dtype: of the moments: float32, or bfloat16 with stochastic rounding; None is the parameter's own.
+    state_dtype: of the moments: float32, bfloat16 with stochastic rounding, or int8, which is for prunable parameters
+        from 4,096 weights on (toolkit.kernels.narrow; the rest float32); None is the parameter's own.
     implementation: auto, reference, native or triton. On a GPU auto is the reference, many launches a tensor, for SPAM,
         for parameters of 2 bytes, and for bfloat16 moments until the first mask update.
     """

@@ -16,6 +16,7 @@ from torch import Tensor
 from toolkit.kernels import native
 from toolkit.prune.distributed import to_dtensor, to_local
 from toolkit.prune.mask import flat_view, pack_bits, unpack_bits
+from toolkit.prune.moments import exponents_of, is_exponents, read_moment
 
 # Weights a table entry covers. One int32 for 1,024 weights costs 0.0039 bytes a weight, and lets a kernel start at
 # any block without counting the bits before it.
@@ -141,9 +142,11 @@ def dense_state(parameter: Tensor, state: Mapping[str, Any]) -> dict[str, Any]:
     """
     part, dense = to_local(parameter), {}
     for key, value in state.items():
-        if key == "offsets":
+        if key == "offsets" or is_exponents(key):
             continue
         values = None
+        if exponents_of(key) in state:
+            value = read_moment(state, key, state["mask"] if "offsets" in state else None, part.numel())
         if key == "mask" and value.dtype is torch.uint8:  # bits
             values = unpack_bits(value, part.numel())
         elif "offsets" in state and value.ndim == 1:

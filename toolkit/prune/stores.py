@@ -9,6 +9,7 @@ from torch import Tensor
 
 from toolkit.prune.distributed import FlatSlices, local_gradient, read_numbers, to_local
 from toolkit.prune.mask import drop_survivors, flat_view, pack_bits, unpack_bits, zero_pruned
+from toolkit.prune.moments import read_moment, read_piece, write_moment
 from toolkit.prune.packing import (
     Packer,
     block_offsets,
@@ -69,6 +70,13 @@ class Piece:
     def of(self, values: Tensor) -> Tensor:
         """Its own of something with a value a weight: a view."""
         return flat_view(values)[self.first : self.last]
+
+    def moment(self, key: str, packed: bool) -> Tensor:
+        """What the state keeps for its weights, or where it is packed for its survivors."""
+        state = self.member.state
+        if packed:
+            return read_piece(state, key, self.mask, self.first, self.last, self.before, self.kept)
+        return read_piece(state, key, None, self.first, self.last, self.first, self.last - self.first)
 
 
 def cut(members: Sequence[Member]) -> list[list[Piece]]:
@@ -164,13 +172,12 @@ class MaskedStore:
         """
         first = pieces[0].member
         packed, keys = "offsets" in first.state, [key for key in self._keys if key in first.state]
-        masks = [None if self.pruned_compete else piece.mask for piece in pieces]
+        masks, total = [None if self.pruned_compete else piece.mask for piece in pieces], sum(map(self.count, pieces))
         columns = [[piece.of(piece.member.part) for piece in pieces]]
-        columns += [[piece.of(piece.member.state[key]) for piece in pieces] for key in keys if not packed]
-        candidates, *values = pack_pieces(columns, masks, sum(map(self.count, pieces)))
+        moments = [[piece.moment(key, packed) for piece in pieces] for key in keys]
+        candidates, *values = pack_pieces([*columns, *moments] if not packed else columns, masks, total)
         if packed:
-            slices = [[p.member.state[key][p.before : p.before + p.kept] for p in pieces] for key in keys]
-            values = [one[0] if len(one) == 1 else torch.cat(one) for one in slices]
+            values = [one[0] if len(one) == 1 else torch.cat(one) for one in moments]
         scores = self._score(candidates, dict(zip(keys, values, strict=True)))
         # A look is a fifth of the filling's cost, but on a GPU it waits.
         if candidates.device.type != "cpu" or int(torch.count_nonzero(candidates)) < len(candidates):
@@ -199,22 +206,24 @@ class PackedStore(MaskedStore):
         keys = [key for key in self._keys if key in state]
         mask = pack_bits(stay) if member.mask is None else drop_survivors(state["mask"], n, drop)
         pack = Packer(left, keep=stay)
-        for key in keys:
-            state[key] = pack(flat_view(state[key]))
+        old = state["mask"] if "offsets" in state else None
+        kept = {key: pack(flat_view(read_moment(state, key, old, n))) for key in keys}
         if grow is not None and back:
             new = ~unpack_bits(state["mask"], n)
             new.masked_scatter_(new.clone(), grow)
             after = pack_bits(unpack_bits(mask, n) | new)
             pack = Packer(left + back, bits=after)
             for key in keys:
-                dense = unpack(state[key], mask, n)
+                dense = unpack(kept[key], mask, n)
                 # Momentum begins at 0, second moments at the gradient's square: with v = 0 the first step would be 3
                 # times a settled one, (1 - beta1) / sqrt(1 - beta2); so it is a tenth.
                 if key.endswith("_sq"):
                     grad = flat_view(local_gradient(member.parameter, part))
                     dense = torch.where(new, grad.square().to(dense.dtype), dense)
-                state[key] = pack(dense)
+                kept[key] = pack(dense)
             mask = after
         state["mask"] = mask
+        for key in keys:
+            write_moment(state, key, kept.pop(key), mask, n)
         state["offsets"], _ = block_offsets(mask, n, left + back)
         zero_pruned(flat_view(part), mask)
