@@ -59,13 +59,19 @@ def traffic_of(run: Run) -> Traffic:
 
 
 def _kept_by_fsdp2(model: nn.Module) -> list[tuple[int, ...]]:
-    """Shapes gathered once a step: those of the outermost unit, and of units that do not free them after forward."""
+    """Shapes gathered once a step: those of units that do not free them after forward.
+
+    torch decides so for the outermost unit in the first step, unless it was told otherwise (Accelerate 1.10 does).
+    """
     from torch.distributed.fsdp import FSDPModule
 
     kept = []
     for module in model.modules():
-        group: Any = module._get_fsdp_state()._fsdp_param_group if isinstance(module, FSDPModule) else None
-        if group is not None and (module is model or not group._reshard_after_forward):
+        if not isinstance(module, FSDPModule):
+            continue
+        state: Any = module._get_fsdp_state()
+        group, keeps_by_default = state._fsdp_param_group, module is model and state._auto_reshard_after_forward
+        if group is not None and (keeps_by_default or not group._reshard_after_forward):
             kept += [tuple(parameter._orig_size) for parameter in group.fsdp_params]
     return kept
 

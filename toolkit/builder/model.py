@@ -10,7 +10,9 @@ import torch
 from timm.layers import convert_sync_batchnorm
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
+from torch.func import functional_call
 
+from toolkit.builder.data import input_settings
 from toolkit.builder.recompute import checkpoint_activations
 from toolkit.builder.weights import load_initial_weights
 from toolkit.config import Config
@@ -53,9 +55,20 @@ def create_model(config: Config, num_classes: int) -> nn.Module:
         with blaming(f"--img-size {config.img_size} does not suit {config.model}"):
             # Vision transformers: the position embeddings follow.
             model.set_input_size(img_size=config.img_size)  # type: ignore[operator]
+    if config.model_kwargs:  # some values are first looked at in the forward pass
+        with blaming(asked, remedy):
+            _try_forward(model, input_settings(config, model)["input_size"], num_classes)
     if config.initial_checkpoint:  # after the input size, on which position embeddings depend
         load_initial_weights(model, config)
     return model
+
+
+def _try_forward(model: nn.Module, input_size: tuple[int, int, int], num_classes: int) -> None:
+    """A forward pass of two images without values, which draws and changes nothing. Raises what the model does."""
+    tensors = {name: tensor.to("meta") for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    scores = functional_call(model, tensors, (torch.empty(2, *input_size, device="meta"),))
+    shape = tuple(getattr(scores, "shape", ()))
+    refuse({f"it gives no score a class ({num_classes}) and image": shape != (2, num_classes)})
 
 
 def place_model(model: nn.Module, config: Config, world: World) -> None:

@@ -32,6 +32,11 @@ def refused(build):
         (["--model-kwargs", "act_layer=nosuch"], "--model-kwargs act_layer=nosuch: "),
         (["--model-kwargs", "num_classes=3"], "--model-kwargs num_classes=3: "),
         (["--model-kwargs", "features_only=True"], "is no classifier of 10 classes"),
+        (["--model-kwargs", "drop_rate=abc"], "--model-kwargs drop_rate=abc: could not convert string to float"),
+        (["--model-kwargs", "drop_rate=2"], "--model-kwargs drop_rate=2: dropout probability has to be"),
+        (["--model-kwargs", "drop_path_rate=abc"], "--model-kwargs drop_path_rate=abc: "),
+        (["--model", VIT, "--model-kwargs", "global_pool="], "it gives no score a class (10) and image; see --model"),
+        (["--model", VIT, "--model-kwargs", "attn_drop_rate=abc"], "--model-kwargs attn_drop_rate=abc: "),
         (["--model", VIT, "--model-kwargs", "num_heads=7"], "--model-kwargs num_heads=7: "),
         (["--model", VIT, "--img-size", "3"], "--img-size 3 does not suit test_vit: "),
         (["--model", "test_resnet.foo", "--pretrained"], "--model test_resnet.foo --pretrained: "),
@@ -41,6 +46,19 @@ def refused(build):
 def test_models_that_cannot_be_made(argv, words):
     config = parse(["--model", "test_resnet", *argv])
     assert words in refused(lambda: create_model(config, 10))
+
+
+def test_arguments_that_hold_leave_the_model_as_it_was_made():
+    """The trial forward pass draws no random number and moves no statistic of BatchNorm."""
+    torch.manual_seed(0)
+    model = create_model(parse(["--model", "test_resnet", "--model-kwargs", "drop_rate=0.5"]), 10)
+    state = torch.get_rng_state()
+    torch.manual_seed(0)
+    wanted = timm.create_model("test_resnet", num_classes=10, drop_rate=0.5)
+    assert torch.equal(state, torch.get_rng_state())
+    assert model.training
+    tensors = zip(model.state_dict().items(), wanted.state_dict().items(), strict=True)
+    assert all(mine == its and torch.equal(one, other) for (mine, one), (its, other) in tensors)
 
 
 @pytest.mark.parametrize("policy", ["foo", "rand-x1", "rand-m9-x1", "original-x1", "1"])

@@ -62,6 +62,7 @@ def test_a_run_that_ends_with_other_zeros_fails_loudly(flags):
         (["--resume", "nowhere"], "not a complete checkpoint"),
         (["--mixup", "0.2", "--global-batch-size", "9"], "9 per rank is odd"),
         (["--model-kwargs", "colour=1"], "see --model-kwargs"),
+        (["--model-kwargs", "drop_rate=abc"], "--model-kwargs drop_rate=abc: "),
         (["--num-classes", "5"], "check --num-classes"),
         (["--initial-checkpoint", "nowhere.pth"], "does not exist"),
         (["--opt", "adamwprune", "--sparsity", "0.5", "--prune-begin", "0.01", "--prune-end", "0.02"], "too short"),

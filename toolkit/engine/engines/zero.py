@@ -69,13 +69,15 @@ def slices_of(optimizer: Any, stage: int, model: nn.Module, world: World) -> lis
     for number, (flat, group) in enumerate(zip(flats, groups, strict=True)):
         one = FlatSlice(flat, {}, {})
         begin, filled = flat.numel() * world.rank, 0  # where the slice begins in the group; how much of it is taken
-        for position, parameter in enumerate(group):
+        for parameter in group:
             if stage == 3:
                 size, shape = parameter.partition_numel(), parameter.ds_shape
                 start, stop, place = size * world.rank, min(size * (world.rank + 1), shape.numel()), filled
                 filled += size
             else:
-                offset, shape = optimizer.round_robin_bit16_offsets[number][position], parameter.shape
+                # a view of the group's flat tensor, wherever DeepSpeed leaves gaps between parameters
+                offset = parameter.storage_offset() - optimizer.bit16_groups_flat[number].storage_offset()
+                shape = parameter.shape
                 start, stop = max(0, begin - offset), min(shape.numel(), begin + flat.numel() - offset)
                 place = offset + start - begin
             one.shapes[names[id(parameter)]] = shape
