@@ -105,6 +105,11 @@ class Config:
     prune_regrow: float = _flag(
         0.0, "share of the survivors exchanged at an update; needs --pruning state", within="[0, 1)"
     )
+    state_dtype: str | None = _flag(
+        None,
+        "of the moments that --pruning state keeps; the weights' own by default, on a GPU int8 is slow",
+        choices=("float32", "bfloat16", "int8"),
+    )
 
     sched: str = _flag(
         "cosine",

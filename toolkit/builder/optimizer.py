@@ -42,6 +42,8 @@ def resolve_optimizer(config: Config) -> tuple[str, str]:
             f"--opt {config.opt} with pruning by {method} needs --sparsity, for example --sparsity 0.7 (0 = off)": (
                 prunes and config.sparsity is None
             ),
+            f"--state-dtype {config.state_dtype}: --opt {config.opt} decides by itself; use --opt adamwprune or "
+            "--pruning state": config.state_dtype is not None and method != "state",
             f"--opt {name}: Lookahead revives pruned weights, its slow weights know no mask; use --opt {bare}": (
                 prunes and bare != name
             ),
@@ -95,6 +97,7 @@ def create_optimizer(
     if spec is not None and spec.method != "none":
         given = {"score": config.prune_score, "scope": config.prune_scope, "regrow": config.prune_regrow}
         given |= dataclasses.asdict(schedule)
+        given |= {} if config.state_dtype is None else {"state_dtype": config.state_dtype}
         clash = sorted(config.opt_kwargs.keys() & given)
         if clash:
             raise ValueError(f"--opt-kwargs {clash[0]} is set by the --prune flags here; use them instead")

@@ -64,7 +64,12 @@ def rows_between_steps(
     if spec is None:
         return rows
     return rows | predict_optimizer_rows(
-        trained, spec.moments, counts_steps=spec.counts_steps, method=method, score=config.prune_score
+        trained,
+        spec.moments,
+        counts_steps=spec.counts_steps,
+        method=method,
+        score=config.prune_score,
+        state_dtype=config.state_dtype or config.opt_kwargs.get("state_dtype"),
     )
 
 

@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from toolkit.kernels.narrow import num_groups
 from toolkit.prune.mask import mask_bytes
+from toolkit.prune.moments import CODED_FROM, exponents_of
 from toolkit.prune.packing import offset_bytes
 
 
@@ -24,16 +26,32 @@ class ParameterFacts:
 
 
 def predict_optimizer_rows(
-    parameters: Sequence[ParameterFacts], moments: Sequence[str], *, counts_steps: bool, method: str, score: str | None
+    parameters: Sequence[ParameterFacts],
+    moments: Sequence[str],
+    *,
+    counts_steps: bool,
+    method: str,
+    score: str | None,
+    state_dtype: str | None = None,
 ) -> dict[str, int]:
     """Ledger rows of the optimizer's state once masks exist (or with `method` none, always).
 
     `moments` are the parameter-sized state keys; `counts_steps` says that every parameter has a float32 step counter
-    (Adam's family). `method` is none, magnitude, movement or state; `score` tells movement from displacement.
+    (Adam's family). `method` is none, magnitude, movement or state; `score` tells movement from displacement;
+    `state_dtype` is the moments', None the parameters' own.
     """
     pruned = [one for one in parameters if one.prunable and method != "none"]
-    packed = sum((one.numel - one.survivors) * one.itemsize for one in pruned) if method == "state" else 0
-    rows = {f"optim.{key}": sum(one.nbytes for one in parameters) - packed for key in moments}
+    rows = {}
+    for key in moments:
+        rows[f"optim.{key}"] = 0
+        for one in parameters:
+            kept, itemsize = one.survivors if method == "state" and one.prunable else one.numel, one.itemsize
+            if state_dtype == "int8" and one.prunable and one.numel >= CODED_FROM:
+                exponents = f"optim.{exponents_of(key)}"
+                rows[exponents], itemsize = rows.get(exponents, 0) + num_groups(one.numel), 1
+            elif state_dtype is not None:
+                itemsize = 2 if state_dtype == "bfloat16" else 4
+            rows[f"optim.{key}"] += kept * itemsize
     if counts_steps:
         rows["optim.step"] = 4 * len(parameters)
     if pruned:
