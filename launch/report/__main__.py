@@ -29,7 +29,8 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if not (options.out or options.unpack):
         parser.error("give --out for a report, or --unpack for run folders")
-    with one_line_errors(parser):
+    left = f"files are missing from {options.out or options.unpack}, or old; the same command makes all anew"
+    with one_line_errors(parser, left):
         runs, left_out = read_runs(options.runs)
         for name in left_out:
             say(f"left out, not complete: {name}")
