@@ -63,6 +63,8 @@ def test_a_run_that_ends_with_other_zeros_fails_loudly(flags):
         (["--mixup", "0.2", "--global-batch-size", "9"], "9 per rank is odd"),
         (["--model-kwargs", "colour=1"], "see --model-kwargs"),
         (["--num-classes", "5"], "check --num-classes"),
+        (["--output", "/proc/x"], "--output /proc/x: No such file or directory; name a folder that can be written"),
+        (["--output", f"{__file__}/x"], "/x: Not a directory; name a folder that can be written"),
         (["--initial-checkpoint", "nowhere.pth"], "does not exist"),
         (["--opt", "adamwprune", "--sparsity", "0.5", "--prune-begin", "0.01", "--prune-end", "0.02"], "too short"),
     ],
