@@ -39,7 +39,8 @@ def main(argv: list[str] | None = None) -> int:
         if options.out:
             write_report(runs, options.out, options.runs, brief=options.brief)
             print(printable(printed_table(group_by_method(runs))))  # noqa: T201
-            say(f"\n{options.out if options.out.suffix == '.md' else options.out / 'report.md'}")
+            pages = [options.out / name for name in ("report.md", "report.html")][: 1 if options.brief else 2]
+            say(f"\n{options.out if options.out.suffix == '.md' else ' and '.join(map(str, pages))}")
     return 0
 
 
