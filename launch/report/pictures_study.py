@@ -208,9 +208,11 @@ def pareto(figure: Figure, lines: Lines) -> None:
 
 
 def range_in_colour(lines: Lines) -> tuple[float, float]:
-    """An axis of accuracies that holds all that is drawn in colour, with the spread."""
+    """An axis of accuracies that holds all that is drawn in colour, with the spread and room for the marks."""
     shown = [top1(line.members) for line in lines if not line.grey]
-    return min(mean - (spread or 0.0) for mean, spread in shown) - 0.5, max(m + (s or 0.0) for m, s in shown) + 0.5
+    low, high = min(mean - (spread or 0.0) for mean, spread in shown), max(m + (s or 0.0) for m, s in shown)
+    room = max(0.5, 0.05 * (high - low))
+    return low - room, high + room
 
 
 def sparsity_over_steps(figure: Figure, lines: Lines) -> None:
