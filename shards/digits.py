@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--validation-shards", type=int, default=2, help="default %(default)s")
     options = parser.parse_args(argv)
     out = options.out or Path("shards/data") / ("digits-hard" if options.hard else "digits")
-    with one_line_errors(parser):
+    with one_line_errors(parser, f"what is in {out} is unfinished; the same command makes it anew"):
         build(out, options.seed, options.train_shards, options.validation_shards, hard=options.hard)
 
 

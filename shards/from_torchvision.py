@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--shards", type=int, default=32, help="of the training split (default %(default)s)")
     options = parser.parse_args(argv)
     out = options.out or Path("shards/data") / options.name.lower()
-    with one_line_errors(parser):
+    with one_line_errors(parser, f"what is in {out} is unfinished; the same command makes it anew"):
         build(options.name, options.root, out, options.seed, options.shards, download=options.download)
 
 

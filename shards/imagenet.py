@@ -74,14 +74,11 @@ def main(argv: list[str] | None = None) -> None:
         Cleaning(options.max_long, options.max_short, options.quality),
         options.partial,
     )
-    with one_line_errors(parser):
-        try:
-            catalogue = catalogue_of(options.source)
-            if not options.partial:
-                check_complete(catalogue)
-            info = build(options.out, catalogue, settings, max(1, options.workers))
-        except KeyboardInterrupt:
-            parser.exit(130, "\nshards.imagenet: stopped; the same command goes on where it was\n")
+    with one_line_errors(parser, "the same command goes on where it was"):
+        catalogue = catalogue_of(options.source)
+        if not options.partial:
+            check_complete(catalogue)
+        info = build(options.out, catalogue, settings, max(1, options.workers))
     counts = ", ".join(f"{split['num_samples']:,} {name}" for name, split in info["splits"].items())
     print(f"{options.out}: {counts} images of {info['num_classes']:,} classes")  # noqa: T201
 

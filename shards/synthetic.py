@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     out = options.out or Path(f"shards/data/synthetic-{options.classes}")
     validation = options.validation if options.validation is not None else max(1, options.images // 10)
-    with one_line_errors(parser):
+    with one_line_errors(parser, f"what is in {out} is unfinished; the same command makes it anew"):
         if min(options.classes, options.images, validation, options.size) < 1:
             raise ValueError("--classes, --images, --validation and --size must be at least 1")
         sizes = options.classes, options.images, validation, options.size

@@ -4,7 +4,9 @@ import argparse
 import ast
 import dataclasses
 import difflib
+import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,9 +18,12 @@ _BATCH = {"batch_size", "global_batch_size", "auto_batch_size"}
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse with errors of one line."""
+    """argparse with errors of one line, said by the first rank of a host."""
 
     def error(self, message: str) -> NoReturn:
+        if os.environ.get("LOCAL_RANK", "0") != "0":  # a mistake all ranks share
+            time.sleep(3)  # the first that ends has its launcher end the others, perhaps before the line is out
+            self.exit(2)
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")  # values may hold line ends
 
 

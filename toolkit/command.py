@@ -19,10 +19,15 @@ def command_parser(module: str, about: str | None, flags: Mapping[str, Mapping[s
 
 
 @contextlib.contextmanager
-def one_line_errors(parser: argparse.ArgumentParser) -> Iterator[None]:
-    """End with status 2 and one line where the user has something to mend (ValueError, OSError)."""
+def one_line_errors(parser: argparse.ArgumentParser, left: str = "nothing half-made is left") -> Iterator[None]:
+    """End with status 2 and one line where the user has something to mend (ValueError, OSError).
+
+    After Ctrl-C, also while something is imported, with 130 and a line that says what is `left` behind.
+    """
     try:
         yield
+    except KeyboardInterrupt:
+        parser.exit(130, f"\n{parser.prog.removeprefix('python -m ')}: stopped; {left}\n")
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog.removeprefix('python -m ')}: error: {error}\n")
 

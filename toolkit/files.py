@@ -135,18 +135,24 @@ def locked(path: Path, wait: bool = True) -> Iterator[bool]:
 def replacing(path: Path, sync: bool = False) -> Iterator[Path]:
     """A temporary path beside `path` to write to, which takes its place at the end; after an error nothing is left.
 
-    `sync` has the content on the disk before that: a power cut leaves the old file or the new one.
+    `sync` has the content on the disk before that: a power cut leaves the old file or the new one. An OSError over the
+    temporary file names `path`, the one that was asked for.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
-    temporary.unlink(missing_ok=True)  # whatever lies there: a link would be written through
     try:
-        yield temporary
-        if sync:
-            sync_to_disk(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)  # whatever lies there: a link would be written through
+        try:
+            yield temporary
+            if sync:
+                sync_to_disk(temporary)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        if error.filename == str(temporary):
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
 
 
 def write_atomically(path: Path, content: str | bytes, sync: bool = False) -> None:

@@ -29,7 +29,8 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if not (options.out or options.unpack):
         parser.error("give --out for a report, or --unpack for run folders")
-    with one_line_errors(parser):
+    left = f"files are missing from {options.out or options.unpack}, or old; the same command makes all anew"
+    with one_line_errors(parser, left):
         runs, left_out = read_runs(options.runs)
         for name in left_out:
             say(f"left out, not complete: {name}")
@@ -38,7 +39,8 @@ def main(argv: list[str] | None = None) -> int:
         if options.out:
             write_report(runs, options.out, options.runs, brief=options.brief)
             print(printable(printed_table(group_by_method(runs))))  # noqa: T201
-            say(f"\n{options.out if options.out.suffix == '.md' else options.out / 'report.md'}")
+            pages = [options.out / name for name in ("report.md", "report.html")][: 1 if options.brief else 2]
+            say(f"\n{options.out if options.out.suffix == '.md' else ' and '.join(map(str, pages))}")
     return 0
 
 

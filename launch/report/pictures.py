@@ -1,7 +1,9 @@
 """The pictures of a report. Axes start at 0 where lengths are compared, and name their source and unit."""
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from matplotlib import rcParams
@@ -11,15 +13,16 @@ from launch.report.pictures_study import (
     COLOURS,
     DENSE,
     STYLES,
+    Lines,
     accuracy_over_epochs,
     accuracy_over_sparsity,
+    as_lines,
     legend,
-    look,
     pareto,
-    series,
+    range_in_colour,
     sparsity_over_steps,
 )
-from launch.report.runs import CellRun, Groups, by_level
+from launch.report.runs import CellRun, Groups, top1
 from toolkit.markdown import MIB
 
 _MANY = 8  # methods; beyond, the memory pictures show ours and the best of the others at one sparsity
@@ -32,13 +35,13 @@ _STYLE: dict[Any, Any] = {
     "text.parse_math": False,  # names are others' text
 }
 # What draws it, of which runs, size in inches, caption.
-_Picture = tuple[Callable[[Figure, Groups], None], Groups, tuple[float, float], str]
+_Picture = tuple[Callable[[Figure, Lines], None], Lines, tuple[float, float], str]
 
 
 def draw_all(groups: Groups, out: Path) -> list[tuple[str, str]]:
     """Draw every picture into `out`; returns (file name, caption) in the report's order."""
     rcParams.update(_STYLE)
-    pictures = _pictures(groups)
+    pictures = _pictures(as_lines(groups))
     for name, (draw, data, size, caption) in pictures.items():
         figure = Figure(figsize=size, layout="constrained")
         draw(figure, data)
@@ -47,73 +50,83 @@ def draw_all(groups: Groups, out: Path) -> list[tuple[str, str]]:
     return [(name, caption) for name, (*_, caption) in pictures.items()]
 
 
-def _pictures(groups: Groups) -> dict[str, _Picture]:
+def _pictures(lines: Lines) -> dict[str, _Picture]:
     """What there is to be seen in these runs, by file name."""
-    every = [run for members in groups.values() for run in members]
+    every = _runs(lines)
     where = (
         "tensor-byte ledger, one rank"
         if every[0].metrics["device_type"] != "cpu"
         else "NO GPU: tensor-byte ledger of one CPU rank"
     )
-    levels, few = len(by_level(groups)), _few(groups)
+    levels, few = len({line.sparsity for line in lines}), _few(lines)
+    logged = sorted({run.metrics["seed"] for run in _runs(few) if run.timeline})
+    seeds = f"seed{'s' * (len(logged) > 1)} {' '.join(map(str, logged))}"
     pictures: dict[str, _Picture] = {
         "accuracy.png": (
             accuracy_over_epochs,
-            groups,
+            lines,
             (max(7.5, 3.2 * levels), 4.8),
             "Validation top-1 over epochs, mean and spread over seeds",
         ),
         "accuracy_vs_sparsity.png": (
             accuracy_over_sparsity,
-            groups,
+            lines,
             (7.5, 5),
             "Final top-1 against sparsity, spread over seeds",
         ),
-        "pareto.png": (pareto, groups, (7.5, 5), "Accuracy against state bytes; the line is the Pareto front"),
-        "memory_vs_accuracy.png": (_memory_accuracy, few, (7.5, 4.5), f"Memory against final top-1 ({where})"),
-        "memory_timeline.png": (_timeline, few, (7.5, 6.5), f"Memory over training ({where})"),
-        "ledger.png": (_ledger, few, (8.5, 4.5), f"Who owns the memory at the end of training ({where})"),
+        "pareto.png": (pareto, lines, (7.5, 5), "Accuracy against state bytes; the line is the Pareto front"),
+        "memory_vs_accuracy.png": (
+            _memory_accuracy,
+            few,
+            (7.5, 4.5),
+            f"Memory against final top-1, mean over seeds ({where})",
+        ),
+        "memory_timeline.png": (_timeline, few, (7.5, 6.5), f"Memory over training, {seeds} ({where})"),
+        "ledger.png": (_ledger, few, (8.5, 4.5), f"Who owns the memory at the end, mean over seeds ({where})"),
         "ledger_peak.png": (
             _peak_ledger,
             few,
             (8.5, 6.5),
-            "A step's peak at final sparsity: predicted and measured, rank 0",
+            "A step's peak at final sparsity: predicted and measured, rank 0, mean over seeds",
         ),
-        "sparsity.png": (sparsity_over_steps, groups, (7.5, 4.5), "Sparsity over steps"),
+        "sparsity.png": (sparsity_over_steps, lines, (7.5, 4.5), "Sparsity over steps, every seed"),
     }
     nothing_to_see = {
         "accuracy_vs_sparsity.png": levels == 1,
-        "memory_timeline.png": not any(run.timeline for members in few.values() for run in members),
+        "memory_timeline.png": not logged,
         "sparsity.png": all(run.method == "none" for run in every),
     }
     return {name: picture for name, picture in pictures.items() if not nothing_to_see.get(name)}
 
 
-def _few(groups: Groups) -> Groups:
-    """The groups that the memory pictures show: all, or of many methods one seed each at the middle sparsity."""
-    if len(groups) <= _MANY:
-        return groups
-    levels = [level for level in by_level(groups) if level]
+def _runs(lines: Lines) -> list[CellRun]:
+    return [run for line in lines for run in line.members]
+
+
+def _few(lines: Lines) -> Lines:
+    """What the memory pictures show: all, or of many methods the dense ones and those at the middle sparsity."""
+    if len(lines) <= _MANY:
+        return lines
+    levels = sorted({line.sparsity for line in lines if line.sparsity})
     level = levels[len(levels) // 2] if levels else 0.0
-    looks = look(groups)
-    one = {label: members[:1] for label, members in groups.items()}
-    dense = {n: m for n, m in one.items() if m[0].method == "none" and m[0].optimizer in DENSE}
-    at_level = {n: m for n, m in one.items() if m[0].sparsity == level and looks[series(n, m)][0] in COLOURS}
-    return dict(list({**dense, **at_level}.items())[:_MANY])
+    dense = [line for line in lines if line.members[0].method == "none" and line.members[0].optimizer in DENSE]
+    return [*dense, *(line for line in lines if line.sparsity == level and not line.grey and line not in dense)][:_MANY]
 
 
-def _each(groups: Groups) -> Iterator[tuple[str, CellRun, str, str]]:
-    """(label, run, colour, line style) of every run."""
-    for i, (label, members) in enumerate(groups.items()):
-        for run in members:
-            yield label, run, COLOURS[i % 8], STYLES[i // 2 % 4]
+def _each(lines: Lines) -> Iterator[tuple[str, CellRun, str, str]]:
+    """(label, run, colour, line style) of every run; sparsities of one method differ in the style."""
+    before: Counter[str] = Counter()
+    for line in lines:
+        style = STYLES[(STYLES.index(line.style) + before[line.name]) % len(STYLES)]
+        before[line.name] += 1
+        yield from ((line.group, run, line.colour, style) for run in line.members)
 
 
-def _timeline(figure: Figure, groups: Groups) -> None:
+def _timeline(figure: Figure, lines: Lines) -> None:
     """All ranks, one line each; dotted where a phase begins, a cross where the allocator had to retry."""
     upper, lower = figure.subplots(2, 1, sharex=True)
     begins: dict[str, int] = {}
-    for label, run, colour, style in _each(groups):
+    for label, run, colour, style in _each(lines):
         for rank in dict.fromkeys(row["rank"] for row in run.timeline):
             rows = [row for row in run.timeline if row["rank"] == rank]
             steps = [int(row["step"]) for row in rows]
@@ -125,17 +138,20 @@ def _timeline(figure: Figure, groups: Groups) -> None:
             upper.plot([steps[i] for i in retried], heights, "x", color=colour)
         for name, phase in run.phase_steps().items():
             begins.setdefault(name, phase)
+    names: dict[int, list[str]] = {}
     for name, step in begins.items():
+        names.setdefault(step, []).append(name.replace("_", " "))
+    for step, here in names.items():
         for axes in (upper, lower):
             axes.axvline(step, color="#666666", linewidth=0.8, linestyle=":")
         upper.annotate(
-            name.replace("_", " "),
+            ", ".join(here),
             (step, 1.0),
             xycoords=("data", "axes fraction"),
             rotation=90,
             fontsize=8,
-            va="top",
-            ha="right",
+            va="bottom",  # above the frame: below it are the curves
+            ha="center",
             color="#444444",
         )
     upper.set(ylabel="all tensors (MiB)", ylim=(0, None))
@@ -143,46 +159,53 @@ def _timeline(figure: Figure, groups: Groups) -> None:
     legend(figure, [upper])
 
 
-def _memory_accuracy(figure: Figure, groups: Groups) -> None:
+def _memory_accuracy(figure: Figure, lines: Lines) -> None:
     axes = figure.subplots()
-    for label, run, colour, _ in _each(groups):
-        end, peak = run.memory["ledger"]["total_bytes"] / MIB, run.memory["ledger_peak"]["total_bytes"] / MIB
-        top1 = run.metrics["final_top1"]
-        axes.plot([end, peak], [top1, top1], color=colour, linewidth=1)
-        axes.plot(peak, top1, "o", markerfacecolor="none", markeredgecolor=colour, markersize=12, markeredgewidth=1.5)
-        axes.plot(end, top1, "o", color=colour, markersize=8, label=label)
+    for line in lines:
+        end, peak = (
+            fmean(run.memory[ledger]["total_bytes"] / MIB for run in line.members)
+            for ledger in ("ledger", "ledger_peak")
+        )
+        (mean, spread), colour = top1(line.members), line.colour
+        axes.plot([end, peak], [mean, mean], color=colour, linewidth=1)
+        axes.plot(peak, mean, "o", markerfacecolor="none", markeredgecolor=colour, markersize=12, markeredgewidth=1.5)
+        axes.errorbar(end, mean, spread, fmt="o", color=colour, markersize=8, capsize=2, label=line.group)
     axes.set(xlabel="all tensors (MiB): filled = end, hollow = peak", ylabel="final top-1 (%)", xlim=(0, None))
-    results = [run.metrics["final_top1"] for members in groups.values() for run in members]
-    axes.set_ylim(max(0.0, min(results) - 1.0), min(100.2, max(results) + 1.0))
+    axes.set_ylim(range_in_colour(lines))
     legend(figure, [axes])
 
 
-def _ledger(figure: Figure, groups: Groups) -> None:
-    bars = {
-        label: {row["name"]: row["measured_bytes"] for row in members[0].memory["ledger"]["rows"]}
-        for label, members in reversed(list(groups.items()))  # the last in the list is drawn on top
-    }
-    _stack(figure, bars)
+def _ledger(figure: Figure, lines: Lines) -> None:
+    ledgers = {line.group: [run.memory["ledger"] for run in line.members] for line in lines}
+    _stack(figure, {group: _mean_rows(members, "measured_bytes") for group, members in ledgers.items()})
 
 
-def _peak_ledger(figure: Figure, groups: Groups) -> None:
+def _peak_ledger(figure: Figure, lines: Lines) -> None:
     """Two bars a method: what was predicted and what the probed step held."""
-    bars: dict[str, dict[str, int]] = {}
-    for label, members in reversed(list(groups.items())):
-        phases = members[0].memory["phases"]
-        phase = phases.get("final") or phases.get("dense") or phases.get("warm_up")
-        if phase is None:
-            continue  # a compiled model is not probed
-        bars[f"{label}\nmeasured"] = {row["name"]: row["measured_bytes"] for row in phase["rows"]}
-        if phase["predicted_total_bytes"] is not None:
-            bars[f"{label}\npredicted"] = {row["name"]: row["predicted_bytes"] for row in phase["rows"]}
+    bars: dict[str, dict[str, float]] = {}
+    for line in lines:
+        every = [run.memory["phases"] for run in line.members]
+        probed = [phase for of in every if (phase := of.get("final") or of.get("dense") or of.get("warm_up"))]
+        predicted = [phase for phase in probed if phase["predicted_total_bytes"] is not None]
+        if predicted:
+            bars[f"{line.group}\npredicted"] = _mean_rows(predicted, "predicted_bytes")
+        if probed:  # a compiled model is not
+            bars[f"{line.group}\nmeasured"] = _mean_rows(probed, "measured_bytes")
     if bars:
         _stack(figure, bars)
 
 
-def _stack(figure: Figure, bars: dict[str, dict[str, int]]) -> None:
-    """Horizontal bars stacked of ledger rows, from the bottom up; rows too thin to see are left to the tables."""
+def _mean_rows(ledgers: Sequence[dict[str, Any]], key: str) -> dict[str, float]:
+    """Bytes of each row, mean over runs."""
+    names = dict.fromkeys(row["name"] for ledger in ledgers for row in ledger["rows"])
+    tables = [{row["name"]: row[key] for row in ledger["rows"]} for ledger in ledgers]
+    return {name: fmean(rows.get(name, 0) for rows in tables) for name in names}
+
+
+def _stack(figure: Figure, bars: dict[str, dict[str, float]]) -> None:
+    """Horizontal bars stacked of ledger rows, from the top down; rows too thin to see are left to the tables."""
     axes = figure.subplots()
+    bars = dict(reversed(bars.items()))  # an axis counts from the bottom
     totals = [sum(rows.values()) / MIB for rows in bars.values()]
     colours = iter((*COLOURS, "#882255", "#332288", "#44AA99", "#DDCC77", "#AA4499", "#661100"))
     left = [0.0] * len(bars)

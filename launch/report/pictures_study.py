@@ -5,7 +5,8 @@ grey; the tables have them all.
 """
 
 import itertools
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -13,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from launch.report.runs import CellRun, Groups, by_level, ours, top1
+from launch.report.runs import CellRun, Groups, ours, top1
 from launch.report.significance import mean_and_spread
 
 # Okabe & Ito's palette: eight colours that stay apart in the common forms of colour blindness.
@@ -22,18 +23,28 @@ STYLES = ("-", "--", "-.", ":")
 DENSE = ("adamw", "momentum")  # what ours are without pruning
 _GREY = "#c4c4c4"
 _IN_COLOUR = 6  # without the palette's grey and its yellow
+_ASIDE = 0.4  # percentage points between methods of one sparsity
 _LETTERS_AN_INCH, _LETTERS_OF_A_MARK = 16, 7  # of a legend in 8 points
 
 
 @dataclass(frozen=True)
-class _Line:
+class Line:
+    """A group as every picture of a report draws it: one method, one colour."""
+
+    group: str  # its label, with the sparsity
     name: str
     members: Sequence[CellRun]
     colour: str
     style: str
 
     @property
+    def sparsity(self) -> float:
+        """Asked for, 0..1."""
+        return self.members[0].sparsity
+
+    @property
     def grey(self) -> bool:
+        """Whether it is one of the others, which are not told apart."""
         return self.colour == _GREY
 
     @property
@@ -42,12 +53,15 @@ class _Line:
         return "_" if self.grey else self.name
 
 
+Lines = Sequence[Line]
+
+
 def series(label: str, members: Sequence[CellRun]) -> str:
     """A group's label without the sparsity: what a line over sparsities is named."""
     return members[0].name + label.removeprefix(members[0].label)
 
 
-def look(groups: Groups) -> dict[str, tuple[str, str]]:
+def _look(groups: Groups) -> dict[str, tuple[str, str]]:
     """(colour, line style) of each method name: ours, their baselines and the best on average of its sparsities in
     colour, pruned before dense.
     """
@@ -69,14 +83,27 @@ def look(groups: Groups) -> dict[str, tuple[str, str]]:
     }
 
 
-def _lines(groups: Groups) -> list[_Line]:
+def as_lines(groups: Groups) -> list[Line]:
     """Every group, those drawn grey first, so that they lie below."""
-    looks = look(groups)
-    named = [(series(label, members), members) for label, members in groups.items()]
-    return sorted((_Line(name, members, *looks[name]) for name, members in named), key=lambda line: not line.grey)
+    looks = _look(groups)
+    named = [(label, series(label, members), members) for label, members in groups.items()]
+    return sorted(
+        (Line(label, name, runs, *looks[name]) for label, name, runs in named), key=lambda line: not line.grey
+    )
 
 
-def legend(figure: Figure, all_axes: Sequence[Axes], lines: Iterable[_Line] = ()) -> None:
+def _levels(lines: Lines) -> list[float]:
+    return sorted({line.sparsity for line in lines})
+
+
+def _by_name(lines: Lines) -> dict[str, list[Line]]:
+    methods: dict[str, list[Line]] = {}
+    for line in lines:
+        methods.setdefault(line.name, []).append(line)
+    return methods
+
+
+def legend(figure: Figure, all_axes: Sequence[Axes], lines: Lines = ()) -> None:
     """One entry a label, below the picture, where it hides nothing; the grey ones of `lines` are one entry."""
     if any(line.grey for line in lines):
         all_axes[0].plot([], [], color=_GREY, marker="o", markersize=4, linestyle="none", label="others")
@@ -91,13 +118,13 @@ def legend(figure: Figure, all_axes: Sequence[Axes], lines: Iterable[_Line] = ()
     figure.legend(list(unique.values()), list(unique), loc="outside lower center", ncols=columns, fontsize=8)
 
 
-def accuracy_over_epochs(figure: Figure, groups: Groups) -> None:
+def accuracy_over_epochs(figure: Figure, lines: Lines) -> None:
     """A panel a sparsity; lines are means, bands standard deviations over seeds."""
-    levels, lines = list(by_level(groups)), _lines(groups)
+    levels = _levels(lines)
     panels = figure.subplots(1, len(levels), sharey=True, squeeze=False)[0]
     lowest = 100.0  # of those in colour: one that collapses shall not flatten the rest
     for line in lines:
-        axes = panels[levels.index(line.members[0].sparsity)]
+        axes = panels[levels.index(line.sparsity)]
         tables = [[row for row in run.epochs if row["eval_top1"]] for run in line.members]
         epochs = [int(row["epoch"]) + 1 for row in tables[0]]
         columns = [mean_and_spread([float(rows[i]["eval_top1"]) for rows in tables]) for i in range(len(epochs))]
@@ -116,15 +143,16 @@ def accuracy_over_epochs(figure: Figure, groups: Groups) -> None:
     legend(figure, list(panels), lines)
 
 
-def accuracy_over_sparsity(figure: Figure, groups: Groups) -> None:
-    """Final accuracy of each method at its sparsities, with the spread over seeds as bars."""
+def accuracy_over_sparsity(figure: Figure, lines: Lines) -> None:
+    """Final accuracy of each method at its sparsities, with the spread over seeds as bars.
+
+    Those in colour stand side by side, or one would hide another that scores the same.
+    """
     axes = figure.subplots()
-    lines = _lines(groups)
-    methods: dict[str, list[_Line]] = {}
-    for line in lines:
-        methods.setdefault(line.name, []).append(line)
-    for line, *others in methods.values():
-        points = sorted((100 * one.members[0].sparsity, *top1(one.members)) for one in (line, *others))
+    in_colour = list(dict.fromkeys(line.name for line in lines if not line.grey))
+    for name, (line, *others) in _by_name(lines).items():
+        aside = 0.0 if line.grey else _ASIDE * (in_colour.index(name) - (len(in_colour) - 1) / 2)
+        points = sorted((100 * one.sparsity + aside, *top1(one.members)) for one in (line, *others))
         axes.errorbar(
             [share for share, _, _ in points],
             [mean for _, mean, _ in points],
@@ -136,15 +164,14 @@ def accuracy_over_sparsity(figure: Figure, groups: Groups) -> None:
             capsize=2,
             label=line.label,
         )
-    axes.set(xlabel="sparsity (%)", ylabel="final top-1 (%)", ylim=_range_in_colour(lines))
+    axes.set(xlabel="sparsity (%), methods side by side", ylabel="final top-1 (%)", ylim=range_in_colour(lines))
     legend(figure, [axes], lines)
 
 
-def pareto(figure: Figure, groups: Groups) -> None:
+def pareto(figure: Figure, lines: Lines) -> None:
     """Accuracy against what optimizer and pruning keep, a mark a method and sparsity; the line is the front."""
     axes = figure.subplots()
-    lines = _lines(groups)
-    marks = dict(zip(by_level(groups), itertools.cycle("osD^vP"), strict=False))
+    marks = dict(zip(_levels(lines), itertools.cycle("osD^vP"), strict=False))
     points = []
     for line in lines:
         first = line.members[0]
@@ -155,7 +182,7 @@ def pareto(figure: Figure, groups: Groups) -> None:
             mean,
             None if line.grey else spread,
             color=line.colour,
-            marker=marks[first.sparsity],
+            marker=marks[line.sparsity],
             markersize=6,
             capsize=2,
             linestyle="none",
@@ -163,29 +190,35 @@ def pareto(figure: Figure, groups: Groups) -> None:
         )
     points.sort(key=lambda point: (point[0], -point[1]))
     front = [point for i, point in enumerate(points) if all(point[1] > smaller[1] for smaller in points[:i])]
+    # From a power of two to a power of two, so that both ends have a tick; the front holds for all that is larger.
+    least, most = (2.0 ** direction(math.log2(points[i][0])) for i, direction in ((0, math.floor), (-1, math.ceil)))
+    axes.set_xscale("log", base=2)
+    axes.set_xlim(least / 1.1, most * 1.1)
+    front.append((most * 1.1, front[-1][1]))
     axes.plot(*zip(*front, strict=True), color="#333333", linewidth=1, drawstyle="steps-post", zorder=0)
     for level, mark in marks.items():
         axes.plot([], [], mark, color="#333333", label=f"{100 * level:g} % sparsity" if level else "dense")
-    axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set(
         xlabel="optimizer state and pruning at the end (bytes a weight, logarithmic)",
         ylabel="final top-1 (%)",
-        ylim=_range_in_colour(lines),
+        ylim=range_in_colour(lines),
     )
     legend(figure, [axes], lines)
 
 
-def _range_in_colour(lines: Iterable[_Line]) -> tuple[float, float]:
-    """An axis of accuracies that holds all that is drawn in colour, with the spread."""
+def range_in_colour(lines: Lines) -> tuple[float, float]:
+    """An axis of accuracies that holds all that is drawn in colour, with the spread and room for the marks."""
     shown = [top1(line.members) for line in lines if not line.grey]
-    return min(mean - (spread or 0.0) for mean, spread in shown) - 0.5, max(m + (s or 0.0) for m, s in shown) + 0.5
+    low, high = min(mean - (spread or 0.0) for mean, spread in shown), max(m + (s or 0.0) for m, s in shown)
+    room = max(0.5, 0.05 * (high - low))
+    return low - room, high + room
 
 
-def sparsity_over_steps(figure: Figure, groups: Groups) -> None:
+def sparsity_over_steps(figure: Figure, lines: Lines) -> None:
     """Zeros counted in the model at each epoch's end, of every pruned run; runs of one schedule lie on each other."""
     axes = figure.subplots()
-    for line in _lines(groups):
+    for line in lines:
         for run in line.members if line.members[0].method != "none" else ():
             steps = [(i + 1) * run.metrics["steps_per_epoch"] for i in range(len(run.metrics["sparsity"]))]
             shares = [100 * share for share in run.metrics["sparsity"]]

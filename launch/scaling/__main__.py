@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
             "--config_file": {"type": Path, "required": True, "help": "of accelerate_configs/"},
             "--ranks": {"type": int, "nargs": "+", "default": [1, 2], "help": "default %(default)s"},
             "--runs": {"type": Path, "default": Path("runs/scaling"), "help": "default %(default)s"},
-            "--out": {"type": Path, "default": Path("results/scaling"), "help": "default %(default)s"},
+            "--out": {"type": Path, "default": Path("runs/scaling"), "help": "default %(default)s"},
             "--count-model": {"default": "resnet50", "help": "whose collectives are counted, default %(default)s"},
         },
     )
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(own)
     flags = arguments[len(own) + 1 :]
     file, runs = options.config_file.resolve(), options.runs.resolve()
-    with one_line_errors(parser):
+    with one_line_errors(parser, f"the same command goes on with the runs that are in {runs}"):
         result = measure_scaling(file, sorted(options.ranks), flags, runs, options.count_model)
     command = spelled("launch.scaling", argv)
     write_json(options.out / "scaling.json", result)

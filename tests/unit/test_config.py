@@ -21,6 +21,19 @@ def error_of(capsys, *argv):
     return message
 
 
+def test_of_several_ranks_one_says_what_is_wrong(capsys, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert "--sparcity is not a flag" in error_of(capsys, "--sparcity", "0.5")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    waited = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    with pytest.raises(SystemExit) as stop:
+        parse(["--sparcity", "0.5"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == ""
+    assert waited == [3]  # or the launcher would end the rank that speaks
+
+
 def test_timms_names_and_defaults():
     config = parse([])
     assert (config.model, config.opt, config.batch_size, config.epochs) == ("resnet50", "sgd", 128, 300)

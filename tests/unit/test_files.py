@@ -220,3 +220,12 @@ def test_without_a_home_a_folder_of_others_is_no_cache(no_home, tmp_path, monkey
         no_home.rename(tmp_path / f"adamwprune-toolkit-{uid + 1}")
     with pytest.raises(ValueError, match=r"is not this user's alone.* set HOME or XDG_CACHE_HOME"):
         files.cache_folder()
+
+
+def test_an_error_names_the_file_that_was_asked_for(tmp_path):
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(IsADirectoryError) as error:
+        write_atomically(tmp_path / "taken", "x")
+    assert error.value.filename == str(tmp_path / "taken")
+    assert ".tmp" not in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]

@@ -4,7 +4,11 @@ import argparse
 import csv
 import io
 import json
+import os
 import shlex
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -14,6 +18,7 @@ from toolkit.command import one_line_errors, spelled
 from toolkit.files import csv_text, write_json
 from toolkit.markdown import MIB, mib, table
 
+ROOT = Path(__file__).parents[2]
 WORDS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=8)
 
 
@@ -36,6 +41,39 @@ def test_what_a_user_can_mend_is_one_line(capsys, error):
         raise error
     assert stop.value.code == 2
     assert capsys.readouterr().err == f"launch.thing: error: {error}\n"
+
+
+def test_ctrl_c_says_what_is_left(capsys):
+    parser = argparse.ArgumentParser(prog="python -m launch.thing")
+    with pytest.raises(SystemExit) as stop, one_line_errors(parser, "half of x"):
+        raise KeyboardInterrupt
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "\nlaunch.thing: stopped; half of x\n"
+
+
+# Each stops in the midst of its first heavy import.
+@pytest.mark.parametrize(
+    ("module", "heavy", "flags"),
+    [
+        ("shards.digits", "sklearn", ["--out", "{out}"]),
+        ("shards.synthetic", "numpy", ["--out", "{out}"]),
+        ("launch.report", "torch", ["results/demo/runs.jsonl.gz", "--out", "{out}"]),
+        ("launch.estimate", "torch", ["launch/matrices/digits.yaml"]),
+    ],
+)
+def test_ctrl_c_while_importing_is_one_line(module, heavy, flags, tmp_path):
+    (tmp_path / f"{heavy}.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    done = subprocess.run(
+        [sys.executable, "-m", module, *(flag.format(out=tmp_path / "out") for flag in flags)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 130
+    assert done.stderr.startswith(f"\n{module}: stopped; ")
+    assert done.stderr.count("\n") == 2
 
 
 def test_what_is_our_own_fault_is_not_hidden():

@@ -40,14 +40,16 @@ def die_with_launcher() -> None:
 def run_folder(config: Config, opt: str, facts: dict[str, Any], world: World) -> tuple[Path, Path | None, ExitStack]:
     """The run's folder, made, with logging started; the checkpoint to resume from, if any; the lock, held on rank 0.
 
-    Raises ValueError where the folder holds another run or one is going on in it, RunCompleteError where it holds this
-    one, finished, OSError where it cannot be made.
+    Raises ValueError where the folder holds another run, one is going on in it or it cannot be made, RunCompleteError
+    where it holds this one, finished.
     """
     if config.resume == "auto" and not config.experiment:
         raise ValueError("--resume auto needs --experiment, the name of the run folder to go on with")
     name = config.experiment or f"{time.strftime('%Y%m%d-%H%M%S')}-{config.model.replace('/', '-')}-{opt}"
     folder = inside(Path(config.output), world.gather(name)[0], "--experiment")  # rank 0's clock
-    with _take(folder, world) as taken:  # before looking: what another run writes there is not to be judged
+    with _take(
+        config.output, folder, world
+    ) as taken:  # before looking: what another run writes there is not to be judged
         checkpoint = _start_of(config, folder, world)
         lock = taken.pop_all()
     world.barrier()  # all ranks have looked before rank 0 writes
@@ -76,7 +78,7 @@ def _start_of(config: Config, folder: Path, world: World) -> Path | None:
     return checkpoint
 
 
-def _take(folder: Path, world: World) -> ExitStack:
+def _take(output: str, folder: Path, world: World) -> ExitStack:
     """Make and lock the folder on rank 0; all ranks raise what rank 0 meets."""
     lock, problem = ExitStack(), None
     if world.is_main:
@@ -84,7 +86,9 @@ def _take(folder: Path, world: World) -> ExitStack:
             folder.mkdir(parents=True, exist_ok=True)
             refuse_links_out(folder)
             lock = lock_folder(folder)
-        except (ValueError, OSError) as error:
+        except OSError as error:
+            problem = ValueError(f"--output {output}: {error.strerror}; name a folder that can be written")
+        except ValueError as error:
             problem = error
     problem = world.gather(problem)[0]
     if problem is not None:

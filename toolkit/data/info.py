@@ -48,7 +48,7 @@ def _info_from_names(folder: Path) -> dict[str, Any]:
     if not splits:
         raise ValueError(
             f"--data-dir {folder} has no {INFO_NAME} and no shards named *train*.tar and *val*.tar; "
-            f"make some first: python -m shards.digits --out {folder}"
+            "make some first: python -m shards.digits (--hard for digits-hard), others as docs/data.md says"
         )
     return {"name": folder.name, "splits": splits}
 

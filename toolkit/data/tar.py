@@ -134,7 +134,7 @@ class _Shard:
     def add(self, file: BinaryIO, member: Member) -> None:
         folder, _, base = member.name.rpartition("/")
         start, _, suffix = base.partition(".")
-        key, suffix = f"{folder}/{start}", suffix.lower()
+        key, suffix = f"{folder}/{start}".removeprefix("/"), suffix.lower()
         last = suffix.rpartition(".")[2]
         if not start:
             self.leave_out(HIDDEN, member.name)

@@ -8,11 +8,13 @@ code takes over.
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import platform
 import shutil
 import sys
 import tempfile
+import textwrap
 from pathlib import Path
 
 from toolkit.files import cache_folder
@@ -40,13 +42,15 @@ _ARGUMENTS = {
 
 def _build(target: Path) -> None:
     """Compile the sources to `target`, atomically."""
-    from torch.utils.cpp_extension import load
-
     target.parent.mkdir(parents=True, exist_ok=True)
     own = Path(tempfile.mkdtemp(prefix="build-", dir=target.parent))
-    path = os.environ.get("PATH", "")
+    path, talk = os.environ.get("PATH", ""), logging.getLogger("torch.utils.cpp_extension")
+    level = talk.level
     os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), path))  # a virtual environment's ninja
+    talk.setLevel(logging.ERROR)  # which CUDA there is and which compiler is not g++ matters to nobody here
     try:
+        from torch.utils.cpp_extension import load
+
         load(
             "packed",
             [str(source) for source in _SOURCES],
@@ -58,6 +62,7 @@ def _build(target: Path) -> None:
         next(own.glob("packed*.so")).replace(target)  # torch numbers a second build in one process
     finally:
         os.environ["PATH"] = path
+        talk.setLevel(level)
         shutil.rmtree(own, ignore_errors=True)
 
 
@@ -73,9 +78,9 @@ def library() -> ctypes.CDLL | None:
         found = ctypes.CDLL(str(target))
     except (OSError, RuntimeError, ImportError, StopIteration) as error:
         get_logger().warning(
-            "no native update on CPU (%s): the reference path takes over, several times slower; a C++ compiler and "
-            "ninja make it available",
-            str(error).splitlines()[0] if str(error) else type(error).__name__,
+            "install a C++ compiler and ninja: there is no native update on CPU, and the reference path is several "
+            "times slower (%s)",
+            textwrap.shorten(str(error) or type(error).__name__, 80, placeholder=" …"),
         )
         return None
     for name, arguments in _ARGUMENTS.items():

@@ -122,6 +122,8 @@ def test_what_is_not_there(tmp_path, few_digits):
         read_info("")
     with pytest.raises(ValueError, match="make some first"):
         read_info(tmp_path)
+    with pytest.raises(ValueError, match=r"shards\.digits \(--hard for digits-hard\)"):
+        read_info(tmp_path / "digits-hard")  # `--out` alone would make the easy set under this name
     with pytest.raises(ValueError, match="it has train, validation"):
         load_split(few_digits, "test")
     (tmp_path / "_info.json").write_text("{")

@@ -1,6 +1,7 @@
 """Data sets described otherwise: read as timm reads them, or refused in one line that says what to do."""
 
 import bz2
+import codecs
 import gzip
 import io
 import json
@@ -37,6 +38,12 @@ def test_timms_other_name_is_read(copy):
     assert len(load_split(copy, "train")) == 96
     (copy / "_info.json").write_text(json.dumps({"splits": {"a": {"filenames": ["x.tar"]}}}))
     assert list(read_info(copy)["splits"]) == ["a"]  # the first of the two, as in timm
+
+
+def test_a_byte_order_mark_is_no_content(copy):
+    wanted, path = read_info(copy), copy / "_info.json"
+    path.write_bytes(codecs.BOM_UTF8 + path.read_bytes())
+    assert read_info(copy) == wanted
 
 
 def test_names_may_be_missing(copy):

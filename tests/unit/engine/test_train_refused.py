@@ -64,6 +64,8 @@ def test_a_run_that_ends_with_other_zeros_fails_loudly(flags):
         (["--model-kwargs", "colour=1"], "see --model-kwargs"),
         (["--model-kwargs", "drop_rate=abc"], "--model-kwargs drop_rate=abc: "),
         (["--num-classes", "5"], "check --num-classes"),
+        (["--output", "/proc/x"], "--output /proc/x: No such file or directory; name a folder that can be written"),
+        (["--output", f"{__file__}/x"], "/x: Not a directory; name a folder that can be written"),
         (["--initial-checkpoint", "nowhere.pth"], "does not exist"),
         (["--opt", "adamwprune", "--sparsity", "0.5", "--prune-begin", "0.01", "--prune-end", "0.02"], "too short"),
     ],

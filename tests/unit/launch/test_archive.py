@@ -59,13 +59,14 @@ def test_many_runs_unpacked_at_once_keep_their_order(tmp_path):
     assert without_folder(read_runs(tmp_path)[0]) == without_folder(runs)
 
 
-def test_a_report_of_the_file_equals_one_of_the_folders(tmp_path):
+def test_a_report_of_the_file_equals_one_of_the_folders(tmp_path, capsys):
     kept = RESULTS / "demo" / RUNS_FILE
     assert main([str(kept), "--unpack", str(tmp_path / "runs")]) == 0
     texts = []
     for source, name in ((kept, "file"), (tmp_path / "runs", "folders")):
         out = tmp_path / name / "demo"
         assert main([str(source), "--out", str(out)]) == 0
+        assert capsys.readouterr().err.endswith(f"\n{out / 'report.md'} and {out / 'report.html'}\n")
         texts.append((out / "report.md").read_text().replace(str(source), "RUNS").replace(str(out), "OUT"))
     assert texts[0] == texts[1]
     for name in ("summary.csv", "summary.json", "all_results.json", RUNS_FILE):

@@ -192,8 +192,9 @@ def test_a_file_takes_the_tables_alone(runs, tmp_path):
     assert "![" not in text
 
 
-def test_a_brief_report_keeps_its_runs_too(runs, tmp_path):
+def test_a_brief_report_keeps_its_runs_too(runs, tmp_path, capsys):
     assert main([str(runs), "--out", str(tmp_path / "brief"), "--brief"]) == 0
+    assert capsys.readouterr().err.endswith("brief/report.md\n")
     names = {path.name for path in (tmp_path / "brief").iterdir() if path.suffix != ".png"}
     assert names == {"report.md", "summary.json", "runs.jsonl.gz"}
     again = read_runs(tmp_path / "brief" / "runs.jsonl.gz")[0]

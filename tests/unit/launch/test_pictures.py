@@ -1,0 +1,68 @@
+"""Pictures of a report: the figures of its tables, one colour a method, nothing hidden."""
+
+from pathlib import Path
+
+import pytest
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+
+from launch.report.archive import read_runs
+from launch.report.pictures import _pictures
+from launch.report.pictures_study import accuracy_over_sparsity, as_lines, pareto
+from launch.report.runs import group_by_method, top1
+
+RESULTS = Path(__file__).parents[3] / "results"
+
+
+def groups_of(study):
+    return group_by_method(read_runs(RESULTS / study / "runs.jsonl.gz")[0])
+
+
+def drawn(draw, lines):
+    figure = Figure()
+    draw(figure, lines)
+    return figure.axes[0]
+
+
+def points(axes):
+    """label -> (x, y, colour) of what has error bars."""
+    return {bars.get_label(): (*bars[0].get_xydata()[0], to_hex(bars[0].get_color())) for bars in axes.containers}
+
+
+def test_of_many_methods_a_few_are_shown_with_all_seeds_in_their_colour():
+    groups = groups_of("synthetic")
+    lines = as_lines(groups)
+    pictures = _pictures(lines)
+    draw, few, _, caption = pictures["memory_vs_accuracy.png"]
+    shown = points(drawn(draw, few))
+    assert "mean over seeds" in caption
+    assert 2 < len(shown) < len(groups)
+    colours = {name: colour for name, (*_, colour) in points(drawn(pareto, lines)).items()}
+    for line in few:
+        _, accuracy, colour = shown[line.group]
+        assert accuracy == top1(groups[line.group])[0]
+        assert colour == colours[line.name]
+        assert len(line.members) > 1
+    assert len({colour for *_, colour in shown.values()}) == len(few)
+
+
+def test_a_front_of_one_point_is_a_line_between_ticks():
+    groups = groups_of("demo")
+    axes = drawn(pareto, as_lines(groups))
+    xs, ys = next(line.get_data() for line in axes.lines if line.get_drawstyle() == "steps-post")
+    best = max(top1(members)[0] for members in groups.values())
+    least, most = axes.get_xlim()
+    assert list(ys) == [best, best]
+    assert list(xs) == [groups["adamwprune 70 %"][0].bytes_per_weight, most]
+    assert [tick for tick in axes.get_xticks() if least <= tick <= most] == [2, 4, 8, 16]
+
+
+@pytest.mark.parametrize("level", [0.0, 0.7])
+def test_equal_results_do_not_hide_each_other(level):
+    groups = groups_of("demo")
+    for run in (run for members in groups.values() for run in members):
+        run.metrics["final_top1"] = 99.0
+    lines = [line for line in as_lines(groups) if line.sparsity == level]
+    places = [x for x, *_ in points(drawn(accuracy_over_sparsity, lines)).values()]
+    assert len(set(places)) == len(places) > 1
+    assert all(abs(x - 100 * level) < 2 for x in places)
