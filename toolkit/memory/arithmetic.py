@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from toolkit.kernels.narrow import num_groups
 from toolkit.prune.mask import mask_bytes
-from toolkit.prune.moments import CODED_FROM, exponents_of
+from toolkit.prune.moments import CODED_FROM, exponent_bytes, exponents_of
 from toolkit.prune.packing import offset_bytes
 
 
@@ -48,7 +47,7 @@ def predict_optimizer_rows(
             kept, itemsize = one.survivors if method == "state" and one.prunable else one.numel, one.itemsize
             if state_dtype == "int8" and one.prunable and one.numel >= CODED_FROM:
                 exponents = f"optim.{exponents_of(key)}"
-                rows[exponents], itemsize = rows.get(exponents, 0) + num_groups(one.numel), 1
+                rows[exponents], itemsize = rows.get(exponents, 0) + exponent_bytes(one.numel), 1
             elif state_dtype is not None:
                 itemsize = 2 if state_dtype == "bfloat16" else 4
             rows[f"optim.{key}"] += kept * itemsize

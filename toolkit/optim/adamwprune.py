@@ -2,8 +2,8 @@
 
 Origin of the idea: mcgrof/AdamWPrune. Update rule: AdamW (arXiv 1711.05101); schedule: Zhu & Gupta (1710.01878);
 regrowth: RigL (1911.11134). State of a prunable weight, in bytes, at final sparsity s: 8 (1 - s) for the two moments,
-1/8 for the mask bit and 4/1024 for the offset table (2.53 at 70 %, 1.33 in bfloat16); AdamW keeps 8. With sparsity 0
-it is AdamW, bit for bit on the reference path.
+1/8 for the mask bit and 4/1024 for the offset table (2.53 at 70 %, 1.33 in bfloat16, 0.74 in int8); AdamW keeps 8.
+With sparsity 0 it is AdamW, bit for bit on the reference path.
 """
 
 from typing import Any, Unpack
@@ -42,7 +42,8 @@ class AdamWPrune(PackedOptimizer):
         score: what a weight is worth; variance, magnitude, obd, saliency or snr. See toolkit.prune.scores.
         scope: where weights compete: global (all layers together), layer, or erk.
         regrow: share of the survivors that make way for pruned weights with the largest gradients, decayed by a cosine.
-        state_dtype: of the moments: float32, or bfloat16 with stochastic rounding; None is the parameter's own.
+        state_dtype: of the moments: float32, bfloat16 with stochastic rounding, or int8 (a byte); None is the
+            parameter's own.
         implementation: auto, reference, native (C++ on CPU) or triton (GPU).
 
     Raises ValueError on a value out of range, TypeError that lists the options for an unknown one.

@@ -25,6 +25,11 @@ def exponents_of(key: str) -> str:
     return key + _SUFFIX
 
 
+def exponent_bytes(numel: int) -> int:
+    """Bytes of the exponents of a coded moment of `numel` weights."""
+    return num_groups(numel)
+
+
 def is_exponents(key: str) -> bool:
     """Whether a state key is that of exponents, which dense forms leave out."""
     return key.endswith(_SUFFIX)
