@@ -22,6 +22,8 @@ ENGINE = {"fsdp2": "fsdp2", "deepspeed_zero1": "zero1", "deepspeed_zero2": "zero
 def launch(file, data, out, *more, ranks=None):
     count = RANKS.get(file.stem, 2) if ranks is None else ranks
     hosts = ["--num_machines", "1"] if file.stem == "multi_node" else []  # two hosts: in network namespaces
+    if "distributed_type: DEEPSPEED" in file.read_text():
+        pytest.importorskip("deepspeed")
     command = [
         str(Path(sys.executable).parent / "accelerate"),
         "launch",

@@ -19,6 +19,7 @@ BIN = Path(sys.executable).parent
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     """A folder with nothing in it but the wheel's content, built from what a build needs and no more."""
+    pytest.importorskip("pip")
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
     for name in ("toolkit", "accelerate_configs", "launch/recipes"):

@@ -222,7 +222,8 @@ def test_every_dtype_takes_the_kernels_and_trains_as_the_reference(kind, options
         mine = train("triton")
         fused = kind is not AdamWSPAM and not schedule and (state_dtype is None or state_dtype == str(dtype)[6:])
         assert bool(used) is not (fused and state_dtype != "bfloat16")
-        if kind is SGDPrune and fused and dtype is torch.bfloat16 and torch.__version__.startswith("2.11"):
+        dense_by_torch = kind is SGDPrune and state_dtype is None and dtype is torch.bfloat16
+        if dense_by_torch and torch.__version__.startswith("2.11"):
             continue  # torch 2.11's own fused SGD with Nesterov is wrong in bfloat16 on CPU: 2 % after one step
         loose = dtype is torch.bfloat16 or state_dtype == "bfloat16"  # the reference computes in bfloat16 without one
         for one, other in zip(mine, wanted, strict=True):
