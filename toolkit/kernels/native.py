@@ -65,22 +65,19 @@ def check_memory(
     """Raise ValueError unless all tensors are what a kernel takes their addresses for.
 
     All weights are of one of `dtypes`, all moments of one of `moment_dtypes`, and all on one device. A model that is
-    cast, moved or resized between two steps keeps its parameters' identity; what has been packed stays.
+    cast or moved between two steps keeps its parameters' identity; what has been packed stays.
     """
     like, state = tensors[0][0], tensors[0][4][0]
-    for weight, grad, mask, offsets, moments, *_ in tensors:
-        kept, n = moments[0], weight.numel()
-        same_place = weight.device == grad.device == kept.device == like.device
+    for weight, grad, _, _, moments, *_ in tensors:
+        kept = moments[0]
+        same_size, same_place = weight.numel() == grad.numel(), weight.device == grad.device == kept.device
+        same_place = same_place and weight.device == like.device
         same_dtype = weight.dtype is grad.dtype is like.dtype and kept.dtype is state.dtype
-        if mask is None or offsets is None:
-            same_size = grad.numel() == kept.numel() == n
-        else:
-            same_size = grad.numel() == n and mask.numel() == -(-n // 8) and offsets.numel() == -(-n // 1024)
         if not (same_size and same_place and same_dtype and like.dtype in dtypes and state.dtype in moment_dtypes):
             raise ValueError(
-                f"a parameter is {weight.dtype} {tuple(weight.shape)} on {weight.device}, its gradient {grad.dtype} on "
-                f"{grad.device}, its moments {kept.dtype} on {kept.device}, made for another; cast, move or resize the "
-                "model before training, or load the optimizer's state after it"
+                f"a pruned parameter is {weight.dtype} on {weight.device}, its gradient {grad.dtype} on {grad.device}, "
+                f"its moments {kept.dtype} on {kept.device}; cast or move the model before training, or load "
+                "the optimizer's state after it"
             )
 
 
@@ -92,8 +89,9 @@ def best_isa() -> str:
 
 def address_row(tensor: PackedTensor) -> list[int]:
     """A tensor's row of eight numbers, as packed.cpp and the Triton kernels read it."""
-    columns = (tensor.weight, tensor.grad, tensor.mask, tensor.offsets)
-    return [tensor.weight.numel(), *(0 if one is None else one.data_ptr() for one in columns), *_three(tensor.moments)]
+    weight, grad, mask, offsets, moments = tensor[:5]
+    addresses = [0 if one is None else one.data_ptr() for one in (weight, grad, mask, offsets)]
+    return [weight.numel(), *addresses, *_three(moments)]
 
 
 def _three(tensors: Sequence[Tensor]) -> list[int]:
@@ -103,7 +101,7 @@ def _three(tensors: Sequence[Tensor]) -> list[int]:
 def _launch(name: str, tensors: Sequence[PackedTensor], hyper: Sequence[float], isa: str | None, *more: int) -> None:
     """Run `packed_` or `narrow_` code of this name, whichever the moments' dtype asks for, on all tensors."""
     check_memory(tensors, (torch.float32,), (torch.float32, torch.bfloat16, torch.uint8))
-    width = tensors[0].moments[0].element_size()
+    width = tensors[0][4][0].element_size()
     rows = array.array("q")
     for tensor in tensors:
         rows.extend(address_row(tensor))

@@ -327,7 +327,7 @@ class PackedOptimizer(Optimizer):
             dense = torch.empty_like(part, dtype=value.dtype).copy_(value)
             kept = dense if mask is None else pack(flat_view(dense), mask, survivors)
             new_moment(state, key, kept, self._moment_dtype(parameter, prunable), part.numel())
-            write_moment(state, key, flat_view(kept).float(), mask, part.numel())
+            write_moment(state, key, flat_view(kept), mask, part.numel())
 
     def survivors(self, parameter: Tensor) -> int:
         """How many of a parameter's weights are not pruned; of a sharded one, on this rank."""
