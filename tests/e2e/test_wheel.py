@@ -43,7 +43,8 @@ def test_what_is_in_it(site):
     assert "adamwprune-train = toolkit.train:main" in (about / "entry_points.txt").read_text()
     assert {path.name for path in site.iterdir()} == {"toolkit", about.name}  # neither launch, shards nor tests
     assert (site / "toolkit" / "memory" / "report_schema.json").exists()
-    assert len(list((site / "toolkit" / "kernels").glob("*.cpp"))) == 2
+    sources = {path.name for path in (site / "toolkit" / "kernels").iterdir() if path.suffix in (".cpp", ".h")}
+    assert sources == {"bits.cpp", "narrow.cpp", "packed.cpp", "packed.h"}
 
 
 TEN_LINES = """

@@ -200,15 +200,13 @@ def adam_kernel(
         rows, programs, ROWS, WARPS, WEIGHT, DENSE, EAGER
     )
     rate = tl.load(lr_on_device).to(tl.float32) if LR_ON_DEVICE else lr
-    step, index = tl.load(counter), tl.load(row + 8)
+    step, index, shrink = tl.load(counter), tl.load(row + 8), 1 - rate * weight_decay
     exp_avg = tl.load(row + 5).to(tl.pointer_type(STATE)) + start
     exp_avg_sq = tl.load(row + 6).to(tl.pointer_type(STATE)) + start
     first, second = _load(exp_avg, at, alive), _load(exp_avg_sq, at, alive)
-    shrink = 1 - rate * weight_decay
     if SPAM:
-        spike = grad * grad > second * spike_threshold
         bound = tl.sqrt(second * spike_threshold)
-        grad = tl.where(spike, tl.where(grad < 0, -bound, bound), grad)
+        grad = tl.where(grad * grad > second * spike_threshold, tl.where(grad < 0, -bound, bound), grad)
     elif DECOUPLED:
         weight = weight * shrink
     else:

@@ -54,8 +54,11 @@ def assert_equal_states(one, other):
             assert torch.equal(value, theirs[key]), key
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("regrow", [0.0, 0.2])
+@pytest.mark.parametrize(
+    ("name", "regrow"),
+    [(name, 0.0) for name in NAMES]
+    + [pytest.param(name, 0.2, marks=() if name == "adamwprune" else pytest.mark.long) for name in NAMES],
+)
 def test_a_load_gives_the_same_codes_at_every_step_and_resume_equals_not_stopping(name, regrow):
     net, optimizer = build(name, regrow=regrow)
     resumed = []
