@@ -9,14 +9,13 @@ one large tensor. On a CPU, a stand-in for tests, both times are the clock's.
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from datetime import date
 from functools import partial
 from typing import Any
 
 import torch
 
 from launch.bench.candidates import ADAM, SGD, Maker, candidates, random_gradients, step_bytes, with_gradients
-from launch.bench.timing import DEVICE, device_name, in_turn, median_ratio, parameter_shapes, seconds, wait
+from launch.bench.timing import DEVICE, in_turn, measured, median_ratio, parameter_shapes, seconds, wait
 from toolkit.command import say
 from toolkit.markdown import page, table
 from toolkit.optim import AdamWPrune, SGDPrune
@@ -164,13 +163,7 @@ def bench_device(model: str, rounds: int) -> dict[str, Any]:
     say("profiling a mask update")
     return {
         "schema": "bench-device/1",
-        "date": date.today().isoformat(),
-        "model": model,
-        "prunable_weights": count,
-        "rounds": rounds,
-        "device": device_name(),
-        "kind": DEVICE,
-        "torch": torch.__version__,
+        **measured(model, count, rounds),
         "copy_bytes_per_s": rate,
         "rows": rows,
         "mask_update": profile_mask_update(shapes),

@@ -11,14 +11,13 @@ doubles tensors of the same shapes in place, counting the bytes that the step mu
 import importlib.util
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import date
 from functools import partial
 from typing import Any
 
 import torch
 
 from launch.bench.candidates import ADAM, SGD, Maker, candidates, random_gradients, step_bytes, with_gradients
-from launch.bench.timing import DEVICE, device_name, in_turn, median_ratio, parameter_shapes, seconds, transient_bytes
+from launch.bench.timing import DEVICE, in_turn, measured, median_ratio, parameter_shapes, seconds, transient_bytes
 from toolkit.kernels import compiled, native
 from toolkit.markdown import MIB, mib, page, table
 from toolkit.optim import AdamWPrune, SGDPrune
@@ -153,14 +152,8 @@ def bench_optim(model: str, rounds: int) -> dict[str, Any]:
         if row["limit"] is not None:
             row["met"] = row["ratio_to_peer"] <= row["limit"]
     return {
-        "date": date.today().isoformat(),
-        "model": model,
-        "prunable_weights": count,
-        "rounds": rounds,
-        "device": device_name(),
-        "kind": DEVICE,
+        **measured(model, count, rounds),
         "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
         "in_place_bytes_per_s": 8 * count / statistics.median(times[_IN_PLACE]),
         "in_one_tensor_bytes_per_s": 8 * count / statistics.median(times[_IN_ONE]),
         "native_code": next(iter(native_isas()[-1:]), None),

@@ -5,6 +5,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from datetime import date
 from typing import Any
 
 import torch
@@ -18,6 +19,19 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 def device_name() -> str:
     """The device that is measured, for a report."""
     return torch.cuda.get_device_name() if DEVICE == "cuda" else f"CPU: {cpu_name(with_family=True)}"
+
+
+def measured(model: str, prunable_weights: int, rounds: int) -> dict[str, Any]:
+    """What a result says of itself: when, of what and where it was measured."""
+    return {
+        "date": date.today().isoformat(),
+        "model": model,
+        "prunable_weights": prunable_weights,
+        "rounds": rounds,
+        "device": device_name(),
+        "kind": DEVICE,
+        "torch": torch.__version__,
+    }
 
 
 def parameter_shapes(model: str) -> list[torch.Size]:

@@ -100,11 +100,10 @@ def write_moment(
     To nearest, or with a `seed` bfloat16 and the codes of squared moments by chance; `bits` as in `read_moment`.
     """
     there = state[key]
-    values = values if exponents_of(key) not in state else values.float()
     if exponents_of(key) not in state:
         by_chance = there.dtype is torch.bfloat16 and seed is not None
         codes = round_to_bfloat16(values, seed or 0) if by_chance else values.to(there.dtype)
-    elif native.fits(values) and seed is None:
+    elif native.fits(values := values.float()) and seed is None:
         codes = torch.empty(values.numel(), dtype=torch.uint8, device="cpu")
         exponents = torch.empty(num_groups(numel), dtype=torch.uint8, device="cpu")
         mask = None if bits is None else bits.data_ptr()
@@ -116,9 +115,8 @@ def write_moment(
         keep = None if bits is None else unpack_bits(bits, numel)
         places = places_of(keep, numel, device=values.device)
         codes, state[exponents_of(key)] = narrow(values, places, num_groups(numel), signed=_is_signed(key), seed=seed)
-    if codes.numel() == there.numel() and (
-        bits is None or there.ndim == 1
-    ):  # in place, where packed values lie already
+    # In place, but for values that are no longer a weight each: those lie flat.
+    if codes.numel() == there.numel() and (bits is None or there.ndim == 1):
         flat_view(there).copy_(codes)
     else:
         state[key] = codes

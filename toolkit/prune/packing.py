@@ -126,14 +126,6 @@ def join_values(values: Sequence[Tensor]) -> Tensor:
     return torch.cat(parts)
 
 
-def pack_range(dense: Tensor, mask: Tensor | None, first: int, last: int) -> Tensor:
-    """Survivors' values among the weights `first` to `last`; a view of `dense` where there is no mask."""
-    values = dense[first:last]
-    if mask is None:
-        return values
-    return pack(values, range_bits(mask, first, last), int(count_survivors(mask, first, last)))
-
-
 def dense_state(parameter: Tensor, state: Mapping[str, Any]) -> dict[str, Any]:
     """State of a parameter, packed or not -> the form of checkpoints: of a DTensor too, where it has a value a weight.
 

@@ -203,27 +203,25 @@ class PackedStore(MaskedStore):
         stay = ~drop
         left, *more = read_numbers([stay.sum(), *([] if grow is None else [grow.sum()])])
         back = sum(more)
-        keys = [key for key in self._keys if key in state]
-        mask = pack_bits(stay) if member.mask is None else drop_survivors(state["mask"], n, drop)
-        pack = Packer(left, keep=stay)
         old = state["mask"] if "offsets" in state else None
-        kept = {key: pack(flat_view(read_moment(state, key, old, n))) for key in keys}
+        mask = after = pack_bits(stay) if member.mask is None else drop_survivors(state["mask"], n, drop)
+        pack, new = Packer(left, keep=stay), None
         if grow is not None and back:
             new = ~unpack_bits(state["mask"], n)
             new.masked_scatter_(new.clone(), grow)
             after = pack_bits(unpack_bits(mask, n) | new)
-            pack = Packer(left + back, bits=after)
-            for key in keys:
-                dense = unpack(kept[key], mask, n)
+            pack_after = Packer(left + back, bits=after)
+        for key in (key for key in self._keys if key in state):  # one at a time: the old one goes before the next
+            kept = pack(flat_view(read_moment(state, key, old, n)))
+            if new is not None:
+                dense = unpack(kept, mask, n)
                 # Momentum begins at 0, second moments at the gradient's square: with v = 0 the first step would be 3
                 # times a settled one, (1 - beta1) / sqrt(1 - beta2); so it is a tenth.
                 if key.endswith("_sq"):
                     grad = flat_view(local_gradient(member.parameter, part))
                     dense = torch.where(new, grad.square().to(dense.dtype), dense)
-                kept[key] = pack(dense)
-            mask = after
-        state["mask"] = mask
-        for key in keys:
-            write_moment(state, key, kept.pop(key), mask, n)
-        state["offsets"], _ = block_offsets(mask, n, left + back)
-        zero_pruned(flat_view(part), mask)
+                kept = pack_after(dense)
+            write_moment(state, key, kept, after, n)
+        state["mask"] = after
+        state["offsets"], _ = block_offsets(after, n, left + back)
+        zero_pruned(flat_view(part), after)

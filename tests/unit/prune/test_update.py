@@ -11,7 +11,8 @@ from torch import nn
 from toolkit.optim.adamwprune import AdamWPrune
 from toolkit.prune.hooks import pruned_by_hooks
 from toolkit.prune.mask import pack_bits, unpack_bits
-from toolkit.prune.packing import pack_range, survivors_before
+from toolkit.prune.packing import count_survivors, range_bits, survivors_before
+from toolkit.prune.stores import pack_pieces
 
 SCHEDULE = {"sparsity": 0.7, "begin_step": 0, "end_step": 9, "frequency": 3}
 KINDS = {
@@ -70,8 +71,11 @@ def test_pack_range(bits, cuts):
     first, last = sorted(min(cut, len(bits)) for cut in cuts)
     values = torch.arange(len(bits), dtype=torch.float32)
     mask = pack_bits(keep)
-    assert torch.equal(pack_range(values, mask, first, last), values[first:last][keep[first:last]])
-    assert torch.equal(pack_range(values, None, first, last), values[first:last])
+    bits_of_range, count = range_bits(mask, first, last), int(count_survivors(mask, first, last))
+    (packed,) = pack_pieces([[values[first:last]]], [bits_of_range], count)
+    assert torch.equal(packed, values[first:last][keep[first:last]])
+    (packed,) = pack_pieces([[values[first:last]]], [None], last - first)
+    assert torch.equal(packed, values[first:last])
     assert survivors_before(mask, first) == int(keep[:first].sum())
 
 
