@@ -1,15 +1,18 @@
 // Updates on CPU with moments of 8 or 16 bits, of dense tensors and of survivors alike (a tensor without mask is dense).
 //
-// 256 weights at a time: their survivors' weights, gradients and positions are gathered, moments widened to float32,
+// A block of 1,024 weights at a time: survivors are gathered; then 256 weights at a time moments are widened to float32,
 // updated by the rules of packed.h, and narrowed again. What the formats are says toolkit.kernels.narrow, whose torch
-// code this equals; all of it is integer work on the floats' bits, without a root or a division.
+// code this equals; all of it is integer work on the floats' bits.
+
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed to nobody: everything is inlined
 
 #include "packed.h"
 
 namespace {
 
 constexpr int GROUP = 256;  // weights that share an exponent
-constexpr int PAD = 16;     // vectors may work on this much more than there is
+constexpr int CHUNK = 64;   // values that loops over 8 and 16 bits take at a time, whatever is behind the last one
+constexpr int PAD = CHUNK;
 
 // weights, addresses of weight, grad, mask (0: dense), offsets, three moments and their exponents, seed, first position
 constexpr int64_t ROW = 13;
@@ -27,194 +30,274 @@ INLINE float float_of_bits(uint32_t bits) {
   return x;
 }
 
+// LANES values at a time, as vectors of GCC and clang: each instruction set has the same code in its own instructions.
+template <int LANES>
+struct Vectors {
+  typedef float Floats __attribute__((vector_size(4 * LANES)));
+  typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+};
+
+template <class Vector>
+INLINE Vector load(const void* from) {
+  Vector x;
+  std::memcpy(&x, from, sizeof(x));
+  return x;
+}
+
+template <class Vector>
+INLINE void store(void* to, Vector x) {
+  std::memcpy(to, &x, sizeof(x));
+}
+
+// Of a group; of a known size where it is full: no call.
+template <class T>
+INLINE void copy(T* to, const T* from, int k) {
+  if (k == GROUP) std::memcpy(to, from, GROUP * sizeof(T));
+  else std::memcpy(to, from, static_cast<size_t>(k) * sizeof(T));
+}
+
+template <class T>
+INLINE T larger(T x, T y) {
+  return x > y ? x : y;
+}
+
+// The largest of a vector, by halves.
+template <int LANES>
+INLINE int largest(const typename Vectors<LANES>::Ints& x) {
+  if constexpr (LANES == 1) return x[0];
+  else {
+    using Half = typename Vectors<LANES / 2>::Ints;
+    return largest<LANES / 2>(larger(load<Half>(&x), load<Half>(reinterpret_cast<const char*>(&x) + sizeof(Half))));
+  }
+}
+
 INLINE uint32_t hash(uint32_t x) {  // lowbias32, as toolkit.kernels.rounding
   x = (x ^ x >> 16) * 0x7FEB352Du;
   x = (x ^ x >> 15) * 0x846CA68Bu;
   return x ^ x >> 16;
 }
 
-// The formats work on codes as 32-bit numbers: loops that change the width of numbers beside other work vectorize badly.
+// A format says how the upper 16 bits of a float become a code, and back: in 16 bits twice as many fit into a vector.
+// `low` is what the group's exponent adds to all its codes.
 
 // 8 bits: 3 of mantissa below an exponent that counts down from the group's. SIGNED: 1 of sign, 4 of exponent, rounded
 // to nearest; else 5 of exponent, rounded by chance, and nothing above 0 becomes 0.
 template <bool SIGNED>
 struct Int8 {
   using Code = uint8_t;
-  static constexpr int TOP = SIGNED ? 127 : 255, SHIFT = 20, LOWEST = SIGNED ? 15 : 31;
-  static INLINE int base(int exponent) { return (exponent << 3 | 7) - TOP; }
+  static constexpr bool SHARED = true, BY_CHANCE = !SIGNED;  // SHARED: an exponent
+  static constexpr int TOP = SIGNED ? 127 : 255, LOWEST = SIGNED ? 15 : 31;
+  static constexpr uint32_t NEAREST = 1u << 19;  // half a step of the code
+  static INLINE uint16_t low(int exponent) { return static_cast<uint16_t>((exponent << 3 | 7) - TOP); }
 
-  static INLINE void widen(const int32_t* codes, int exponent, int k, float* x) {
-    const int low = base(exponent);
-    for (int i = 0; i < k; ++i) {
-      const int code = codes[i], size = code & TOP;
-      uint32_t bits = static_cast<uint32_t>((size + low) << SHIFT);
-      bits = size ? bits : 0u;
-      if (SIGNED) bits |= static_cast<uint32_t>(code & 128) << 24;
-      x[i] = float_of_bits(bits);
-    }
+  static INLINE uint16_t widen(uint16_t code, uint16_t low) {
+    const uint16_t size = code & TOP, bits = size ? static_cast<uint16_t>(size + low) : uint16_t{0};
+    return static_cast<uint16_t>(SIGNED ? bits << 4 | (code & 128) << 8 : bits << 4);
   }
 
-  static INLINE int narrow(const float* x, uint32_t seed, int k, int32_t* codes, bool by_chance = !SIGNED) {
-    int highest = 0;
-    for (int i = 0; i < k; ++i) {
-      const int size = static_cast<int>(bits_of_float(x[i]) & 0x7FFFFFFFu);
-      highest = size > highest ? size : highest;
-    }
-    const int exponent = highest >> 23 > LOWEST ? highest >> 23 : LOWEST, low = base(exponent);
-    for (int i = 0; i < k; ++i) {
-      const uint32_t bits = bits_of_float(x[i]), size = bits & 0x7FFFFFFFu;
-      const uint32_t noise = by_chance ? hash(seed + static_cast<uint32_t>(i)) >> (32 - SHIFT) : 1u << (SHIFT - 1);
-      const int least = SIGNED || size == 0 ? 0 : 1;
-      int code = static_cast<int>((size + noise) >> SHIFT) - low;
-      code = code < least ? least : code;
-      code = code > TOP ? TOP : code;
-      codes[i] = SIGNED ? code | static_cast<int>(bits >> 24 & 128u) : code;
-    }
-    return exponent;
+  static INLINE uint16_t narrow(uint16_t upper, uint16_t low) {
+    const uint16_t size = static_cast<uint16_t>((SIGNED ? upper & 0x7FFF : upper) >> 4);
+    const uint16_t least = SIGNED ? 0 : size < 1 ? size : 1;
+    uint16_t code = static_cast<uint16_t>((size > low ? size : low) - low);
+    code = code > least ? code : least;
+    code = code < TOP ? code : uint16_t{TOP};
+    return static_cast<uint16_t>(SIGNED ? code | (upper >> 8 & 128) : code);
   }
+
+  static INLINE uint32_t round(uint32_t bits, uint32_t noise) { return bits + noise; }
+
+  // By steps of the golden ratio from a start by chance: even over a group, and over the steps of one value.
+  static constexpr uint32_t STEP = 0x9E3779B1u;
+  static INLINE uint32_t begin(uint32_t seed) { return hash(seed); }
+  static INLINE uint32_t noise(uint32_t state) { return state >> 12; }
 };
 
 template <bool SIGNED>
-struct Bfloat16 {  // rounded by chance
+struct Bfloat16 {  // rounded by chance; infinity and NaN stay what they are
   using Code = uint16_t;
-  static INLINE void widen(const int32_t* codes, int, int k, float* x) {
-    for (int i = 0; i < k; ++i) x[i] = float_of_bits(static_cast<uint32_t>(codes[i]) << 16);
+  static constexpr bool SHARED = false, BY_CHANCE = true;
+  static constexpr int LOWEST = 0;
+  static constexpr uint32_t NEAREST = 0, STEP = 1;
+  static INLINE uint16_t low(int) { return 0; }
+  static INLINE uint16_t widen(uint16_t code, uint16_t) { return code; }
+  static INLINE uint16_t narrow(uint16_t upper, uint16_t) { return upper; }
+  static INLINE uint32_t round(uint32_t bits, uint32_t noise) {
+    return bits + ((bits & 0x7F800000u) == 0x7F800000u ? 0u : noise);
   }
-  static INLINE int narrow(const float* x, uint32_t seed, int k, int32_t* codes) {
-    for (int i = 0; i < k; ++i) {
-      const uint32_t bits = bits_of_float(x[i]);
-      const uint32_t noise = hash(seed + static_cast<uint32_t>(i)) & 0xFFFFu;
-      codes[i] = static_cast<int32_t>((bits + ((bits & 0x7F800000u) == 0x7F800000u ? 0u : noise)) >> 16);
-    }
-    return 0;
-  }
+  static INLINE uint32_t begin(uint32_t seed) { return seed; }
+  static INLINE uint32_t noise(uint32_t state) { return hash(state) & 0xFFFFu; }
 };
 
-// The weights of a group that are updated, and their gradients, side by side.
+// The weights of a group that are updated, and their gradients, side by side; room up to whole vectors behind them.
 struct Group {
   float* w;
   const float* g;
-  int k;           // of them, and rounded up to whole vectors
-  int padded;
+  int k;           // of them
   int64_t at;      // where their moments begin
   int64_t number;  // of the group in the tensor
 };
 
-// One moment of a group, as it lies in memory.
-template <class Format>
+// One moment of a group: codes, read as floats; floats kept, which become codes when the largest is known. Passes of
+// one width each: loops that turn bytes into floats beside other work vectorize badly.
+template <class Format, int LANES>
 struct Moment {
   using Code = typename Format::Code;
+  using Floats = typename Vectors<LANES>::Floats;
+  using Ints = typename Vectors<LANES>::Ints;
+
   Code* codes;
   uint8_t* exponent;  // null where the format has none
-  uint32_t seed;      // of the chances: the i-th value's depends on this and i
+  int k;
+  alignas(64) float values[GROUP + PAD];
+  alignas(64) uint16_t upper[GROUP + PAD];  // halves of floats
+  alignas(64) Code own[GROUP + PAD];
 
-  Moment(const int64_t* row, int number, const Group& s)
-      : codes(row[MOMENT + number] ? reinterpret_cast<Code*>(row[MOMENT + number]) + s.at : nullptr),
-        exponent(row[EXPONENTS + number] ? reinterpret_cast<uint8_t*>(row[EXPONENTS + number]) + s.number : nullptr),
-        seed(static_cast<uint32_t>(row[SEED] + number) * 0x9E3779B9u +
-             static_cast<uint32_t>(exponent ? row[FIRST] + s.number * GROUP : s.at)) {}
-
-  // Through a copy: vectors reach beyond the group's end, where other groups' codes lie.
-  INLINE void widen(const Group& s, float* x) const {
-    alignas(64) Code own[GROUP + PAD];
-    alignas(64) int32_t wide[GROUP + PAD];
-    std::memcpy(own, codes, static_cast<size_t>(s.k) * sizeof(Code));
-    std::memset(own + s.k, 0, PAD * sizeof(Code));
-    for (int i = 0; i < s.padded; ++i) wide[i] = own[i];
-    Format::widen(wide, exponent ? *exponent : 0, s.padded, x);
+  INLINE Moment(Code* codes, uint8_t* exponent, int k) : codes(codes), exponent(exponent), k(k) {
+    if (!codes) return;  // AMSGrad's, where it is off
+    copy(own, codes, k);
+    std::memset(own + k, 0, CHUNK * sizeof(Code));
+    const uint16_t low = Format::low(exponent ? *exponent : 0);
+    for (int begin = 0; begin < k; begin += CHUNK)
+      for (int i = begin; i < begin + CHUNK; ++i) upper[i] = Format::widen(own[i], low);
+    for (int begin = 0; begin < k; begin += CHUNK)
+      for (int i = begin; i < begin + CHUNK; ++i) values[i] = float_of_bits(static_cast<uint32_t>(upper[i]) << 16);
   }
 
-  INLINE void narrow(const Group& s, const float* x) const {
-    alignas(64) Code own[GROUP + PAD];
-    alignas(64) int32_t wide[GROUP + PAD];
-    const int found = Format::narrow(x, seed, s.padded, wide);
-    if (exponent) *exponent = static_cast<uint8_t>(found);
-    for (int i = 0; i < s.padded; ++i) own[i] = static_cast<Code>(wide[i]);
-    std::memcpy(codes, own, static_cast<size_t>(s.k) * sizeof(Code));
+  INLINE Moment(const int64_t* row, int number, const Group& s)
+      : Moment(row[MOMENT + number] ? address<Code>(row, MOMENT + number) + s.at : nullptr,
+               row[EXPONENTS + number] ? address<uint8_t>(row, EXPONENTS + number) + s.number : nullptr, s.k) {}
+
+  INLINE Floats read(int i) const { return load<Floats>(values + i); }
+
+  // Keeps a vector; `highest` collects the largest.
+  INLINE void keep(int i, Floats x, Ints& highest) {
+    store(values + i, x);
+    if (Format::SHARED) highest = larger(highest, (Ints)x & 0x7FFFFFFF);
+  }
+
+  INLINE void write(const Ints& highest, bool by_chance, uint32_t seed = 0) {
+    int shared = 0;
+    if (Format::SHARED) *exponent = shared = larger(largest<LANES>(highest) >> 23, Format::LOWEST);
+    uint32_t state = Format::begin(seed);
+    for (int begin = 0; begin < k; begin += CHUNK)
+      for (int i = begin; i < begin + CHUNK; ++i, state += Format::STEP)
+        upper[i] = Format::round(bits_of_float(values[i]), by_chance ? Format::noise(state) : Format::NEAREST) >> 16;
+    const uint16_t low = Format::low(shared);
+    for (int begin = 0; begin < k; begin += CHUNK)
+      for (int i = begin; i < begin + CHUNK; ++i) own[i] = static_cast<Code>(Format::narrow(upper[i], low));
+    copy(codes, own, k);
+  }
+
+  INLINE void write(const int64_t* row, int number, const Group& s, const Ints& highest) {
+    const auto place = static_cast<uint32_t>(Format::SHARED ? row[FIRST] + s.number * GROUP : s.at);
+    write(highest, Format::BY_CHANCE, static_cast<uint32_t>(row[SEED] + number) * 0x9E3779B9u + place);
   }
 };
 
-template <template <bool> class Format>
+template <template <bool> class Format, int LANES, bool AMSGRAD>
 INLINE void adam_group(const Adam& a, const int64_t* row, const Group& s) {
-  alignas(64) float m[GROUP + PAD], v[GROUP + PAD], vmax[GROUP + PAD];
-  const Moment<Format<true>> first(row, 0, s);
-  const Moment<Format<false>> second(row, 1, s), highest(row, 2, s);
-  first.widen(s, m);
-  second.widen(s, v);
-  if (highest.codes) highest.widen(s, vmax);
-  adam_on(a, s.padded, s.w, const_cast<float*>(s.g), m, v, highest.codes ? vmax : nullptr);
-  first.narrow(s, m);
-  second.narrow(s, v);
-  if (highest.codes) highest.narrow(s, vmax);
-}
-
-template <template <bool> class Format>
-INLINE void sgd_group(const Sgd& r, const int64_t* row, const Group& s) {
-  alignas(64) float m[GROUP + PAD];
-  const Moment<Format<true>> buffer(row, 0, s);
-  buffer.widen(s, m);
-  sgd_rule(r, s.padded, s.w, const_cast<float*>(s.g), m);
-  buffer.narrow(s, m);
-}
-
-// Work on the groups of a block: GATHER and SCATTER are those of an instruction set, UPDATE takes the group `s`.
-#define FOR_GROUPS(GATHER, SCATTER, UPDATE)                                                         \
-  alignas(64) float ws[GROUP + PAD], gs[GROUP + PAD];                                               \
-  int64_t at = row[4] ? address<int32_t>(row, 4)[start / BLOCK] : start;                            \
-  for (int64_t begin = start; begin < start + count; begin += GROUP) {                              \
-    const int n = static_cast<int>(start + count - begin < GROUP ? start + count - begin : GROUP);  \
-    float* w = address<float>(row, 1) + begin;                                                      \
-    float* g = address<float>(row, 2) + begin;                                                      \
-    const uint8_t* mask = row[3] ? address<uint8_t>(row, 3) + begin / 8 : nullptr;                  \
-    Group s{w, g, n, n, at, begin / GROUP};                                                         \
-    const bool copied = mask || n < GROUP;                                                          \
-    if (copied) {                                                                                   \
-      if (mask) s.k = GATHER(w, g, mask, n, ws, gs);                                                \
-      else copy(w, g, n, ws, gs);                                                                   \
-      s.w = ws, s.g = gs, s.padded = (s.k + PAD - 1) / PAD * PAD;                                   \
-      for (int i = s.k; i < s.padded; ++i) ws[i] = gs[i] = 0.0f;                                    \
-    }                                                                                               \
-    UPDATE;                                                                                         \
-    if (mask) SCATTER(w, mask, n, ws);                                                              \
-    else if (copied) std::memcpy(w, ws, static_cast<size_t>(n) * sizeof(float));                    \
-    at += s.k;                                                                                      \
+  using Floats = typename Vectors<LANES>::Floats;
+  Moment<Format<true>, LANES> first(row, 0, s);
+  Moment<Format<false>, LANES> second(row, 1, s), third(row, 2, s);
+  typename Vectors<LANES>::Ints most_m{}, most_v{}, most_vmax{};
+  for (int i = 0; i < s.k; i += LANES) {
+    Floats m = first.read(i), v = second.read(i), vmax{};
+    if (AMSGRAD) vmax = third.read(i);
+    store(s.w + i, adam_value(a, load<Floats>(s.w + i), load<Floats>(s.g + i), m, v, AMSGRAD ? &vmax : nullptr));
+    first.keep(i, m, most_m);
+    second.keep(i, v, most_v);
+    if (AMSGRAD) third.keep(i, vmax, most_vmax);
   }
-
-INLINE void copy(const float* w, const float* g, int n, float* ws, float* gs) {
-  std::memcpy(ws, w, static_cast<size_t>(n) * sizeof(float));
-  std::memcpy(gs, g, static_cast<size_t>(n) * sizeof(float));
+  first.write(row, 0, s, most_m);
+  second.write(row, 1, s, most_v);
+  if (AMSGRAD) third.write(row, 2, s, most_vmax);
 }
+
+template <template <bool> class Format, int LANES>
+INLINE void adam_group(const Adam& a, const int64_t* row, const Group& s) {
+  if (row[MOMENT + 2]) adam_group<Format, LANES, true>(a, row, s);
+  else adam_group<Format, LANES, false>(a, row, s);
+}
+
+template <template <bool> class Format, int LANES>
+INLINE void sgd_group(const Sgd& r, const int64_t* row, const Group& s) {
+  using Floats = typename Vectors<LANES>::Floats;
+  Moment<Format<true>, LANES> buffer(row, 0, s);
+  typename Vectors<LANES>::Ints most{};
+  for (int i = 0; i < s.k; i += LANES) {
+    Floats m = buffer.read(i);
+    store(s.w + i, sgd_value(r, load<Floats>(s.w + i), load<Floats>(s.g + i), m));
+    buffer.keep(i, m, most);
+  }
+  buffer.write(row, 0, s, most);
+}
+
+// Weights of the group at `begin` of `count`.
+INLINE int group_size(int64_t begin, int64_t count) {
+  return static_cast<int>(count - begin < GROUP ? count - begin : GROUP);
+}
+
+// Work on the groups of a block: GATHER and SCATTER are those of an instruction set, the last argument updates the
+// group `s`. Three passes, for a vector that is read right after parts of it were written waits for them.
+#define FOR_GROUPS(GATHER, SCATTER, ...)                                                                \
+  constexpr int STRIDE = GROUP + PAD, GROUPS = BLOCK / GROUP;                                           \
+  alignas(64) float ws[GROUPS * STRIDE], gs[GROUPS * STRIDE];                                           \
+  float *w = address<float>(row, 1) + start, *g = address<float>(row, 2) + start;                       \
+  const uint8_t* mask = row[3] ? address<uint8_t>(row, 3) + start / 8 : nullptr;                        \
+  int kept[GROUPS];                                                                                     \
+  for (int j = 0, begin = 0; begin < count; ++j, begin += GROUP) {                                      \
+    const int n = group_size(begin, count);                                                             \
+    float *own_w = ws + j * STRIDE, *own_g = gs + j * STRIDE;                                           \
+    kept[j] = n;                                                                                        \
+    if (mask) kept[j] = GATHER(w + begin, g + begin, mask + begin / 8, n, own_w, own_g);                \
+    else if (n < GROUP) copy(own_w, w + begin, n), copy(own_g, g + begin, n);                           \
+    std::memset(own_w + kept[j], 0, PAD * sizeof(float));                                               \
+    std::memset(own_g + kept[j], 0, PAD * sizeof(float));                                               \
+  }                                                                                                     \
+  int64_t at = row[4] ? address<int32_t>(row, 4)[start / BLOCK] : start;                                \
+  for (int j = 0, begin = 0; begin < count; ++j, begin += GROUP) {                                      \
+    const bool in_place = !mask && kept[j] == GROUP;                                                    \
+    const Group s{in_place ? w + begin : ws + j * STRIDE, in_place ? g + begin : gs + j * STRIDE,       \
+                  kept[j], at, (start + begin) / GROUP};                                                \
+    __VA_ARGS__;                                                                                        \
+    at += kept[j];                                                                                      \
+  }                                                                                                     \
+  for (int j = 0, begin = 0; begin < count; ++j, begin += GROUP) {                                      \
+    const int n = group_size(begin, count);                                                             \
+    if (mask) SCATTER(w + begin, mask + begin / 8, n, ws + j * STRIDE);                                 \
+    else if (n < GROUP) copy(w + begin, ws + j * STRIDE, n);                                            \
+  }
 
 #if defined(__x86_64__)
 template <template <bool> class Format>
 TARGET_AVX512 void adam_block_avx512(const Adam& a, const int64_t* row, int64_t start, int64_t count) {
-  FOR_GROUPS(gather_avx512, scatter_avx512, adam_group<Format>(a, row, s))
+  FOR_GROUPS(gather_avx512, scatter_avx512, adam_group<Format, 16>(a, row, s))
 }
 
 template <template <bool> class Format>
 TARGET_AVX2 void adam_block_avx2(const Adam& a, const int64_t* row, int64_t start, int64_t count) {
-  FOR_GROUPS(gather_avx2, scatter_avx2, adam_group<Format>(a, row, s))
+  FOR_GROUPS(gather_avx2, scatter_avx2, adam_group<Format, 8>(a, row, s))
 }
 
 template <template <bool> class Format>
 TARGET_AVX512 void sgd_block_avx512(const Sgd& r, const int64_t* row, int64_t start, int64_t count) {
-  FOR_GROUPS(gather_avx512, scatter_avx512, sgd_group<Format>(r, row, s))
+  FOR_GROUPS(gather_avx512, scatter_avx512, sgd_group<Format, 16>(r, row, s))
 }
 
 template <template <bool> class Format>
 TARGET_AVX2 void sgd_block_avx2(const Sgd& r, const int64_t* row, int64_t start, int64_t count) {
-  FOR_GROUPS(gather_avx2, scatter_avx2, sgd_group<Format>(r, row, s))
+  FOR_GROUPS(gather_avx2, scatter_avx2, sgd_group<Format, 8>(r, row, s))
 }
 #endif
 
 template <template <bool> class Format>
 void adam_block(const Adam& a, const int64_t* row, int64_t start, int64_t count) {
-  FOR_GROUPS(gather_bits, scatter_bits, adam_group<Format>(a, row, s))
+  FOR_GROUPS(gather_bits, scatter_bits, adam_group<Format, 4>(a, row, s))
 }
 
 template <template <bool> class Format>
 void sgd_block(const Sgd& r, const int64_t* row, int64_t start, int64_t count) {
-  FOR_GROUPS(gather_bits, scatter_bits, sgd_group<Format>(r, row, s))
+  FOR_GROUPS(gather_bits, scatter_bits, sgd_group<Format, 4>(r, row, s))
 }
 
 template <template <bool> class Format>
@@ -239,6 +322,38 @@ void sgd_all(int isa, int threads, int64_t tensors, const int64_t* table, const 
   });
 }
 
+// Kept values of the group of up to 256 weights that begins at `begin` of `n`.
+int num_kept(int64_t n, const uint8_t* mask, int64_t begin) {
+  const int count = group_size(begin, n);
+  if (!mask) return count;
+  int k = 0;
+  for (int base = 0; base < count; base += 64) {
+    const int left = count - base;
+    const uint64_t bits = bits_of(mask + (begin + base) / 8, left < 64 ? left : 64);
+    k += __builtin_popcountll(left < 64 ? bits & ((uint64_t{1} << left) - 1) : bits);
+  }
+  return k;
+}
+
+// Calls `work(moment, values before)` on every group of `n` weights.
+template <bool SIGNED, class Work>
+void for_each_group(int64_t n, const uint8_t* mask, const uint8_t* codes, const uint8_t* exponents, const Work& work) {
+  int64_t at = 0;
+  for (int64_t begin = 0; begin < n; begin += GROUP) {
+    Moment<Int8<SIGNED>, 4> moment(const_cast<uint8_t*>(codes) + at, const_cast<uint8_t*>(exponents) + begin / GROUP,
+                                   num_kept(n, mask, begin));
+    work(moment, at);
+    at += moment.k;
+  }
+}
+
+template <class Work>
+void for_each_group(int64_t n, const uint8_t* mask, int is_signed, const uint8_t* codes, const uint8_t* exponents,
+                    const Work& work) {
+  if (is_signed) for_each_group<true>(n, mask, codes, exponents, work);
+  else for_each_group<false>(n, mask, codes, exponents, work);
+}
+
 }  // namespace
 
 extern "C" {
@@ -261,42 +376,28 @@ void narrow_sgd(int isa, int threads, int64_t tensors, const int64_t* table, con
   else sgd_all<Bfloat16>(isa, threads, tensors, table, r);
 }
 
-// Kept values of the group of up to 256 weights that begins at `begin` of `n`.
-static int num_kept(int64_t n, const uint8_t* mask, int64_t begin) {
-  const int count = static_cast<int>(n - begin < GROUP ? n - begin : GROUP);
-  if (!mask) return count;
-  int k = 0;
-  for (int base = 0; base < count; base += 64) {
-    const int left = count - base;
-    const uint64_t bits = bits_of(mask + (begin + base) / 8, left < 64 ? left : 64);
-    k += __builtin_popcountll(left < 64 ? bits & ((uint64_t{1} << left) - 1) : bits);
-  }
-  return k;
-}
-
 // The 8-bit codes of `n` weights, which begin where a group does, as floats; without a mask all are kept.
 void narrow_widen(int64_t n, const uint8_t* mask, const uint8_t* codes, const uint8_t* exponents, int is_signed,
                   float* out) {
-  alignas(64) int32_t wide[GROUP];
-  for (int64_t begin = 0; begin < n; begin += GROUP) {
-    const int k = num_kept(n, mask, begin);
-    for (int i = 0; i < k; ++i) wide[i] = codes[i];
-    if (is_signed) Int8<true>::widen(wide, *exponents, k, out);
-    else Int8<false>::widen(wide, *exponents, k, out);
-    codes += k, out += k, ++exponents;
-  }
+  for_each_group(n, mask, is_signed, codes, exponents, [&](auto& moment, int64_t at) {
+    for (int i = 0; i < moment.k; i += 4) {
+      const auto x = moment.read(i);
+      std::memcpy(out + at + i, &x, static_cast<size_t>(moment.k - i < 4 ? moment.k - i : 4) * sizeof(float));
+    }
+  });
 }
 
 // And back, to nearest.
 void narrow_to_nearest(int64_t n, const uint8_t* mask, const float* values, int is_signed, uint8_t* codes,
                        uint8_t* exponents) {
-  alignas(64) int32_t wide[GROUP];
-  for (int64_t begin = 0; begin < n; begin += GROUP) {
-    const int k = num_kept(n, mask, begin);
-    *exponents++ = static_cast<uint8_t>(is_signed ? Int8<true>::narrow(values, 0, k, wide, false)
-                                                  : Int8<false>::narrow(values, 0, k, wide, false));
-    for (int i = 0; i < k; ++i) codes[i] = static_cast<uint8_t>(wide[i]);
-    codes += k, values += k;
-  }
+  for_each_group(n, mask, is_signed, codes, exponents, [&](auto& moment, int64_t at) {
+    Vectors<4>::Ints most{};
+    for (int i = 0; i < moment.k; i += 4) {
+      Vectors<4>::Floats x{};
+      std::memcpy(&x, values + at + i, static_cast<size_t>(moment.k - i < 4 ? moment.k - i : 4) * sizeof(float));
+      moment.keep(i, x, most);
+    }
+    moment.write(most, false);
+  });
 }
 }

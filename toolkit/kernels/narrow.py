@@ -7,9 +7,10 @@ formats, arXiv 2310.10537). Under it a signed moment keeps 1 bit of sign, 4 of e
     exponents  uint8 [ceil(n / 256)]  biased as float32's
     places     int64 [k]              256 × the group a value belongs to + its number among the group's kept values
 Signed moments are rounded to nearest. Squared ones move by a thousandth a step where codes lie a twelfth apart: to
-nearest they would stand still, so they go up or down by a chance that keeps the mean. It is a hash of the value's place
-in the whole parameter, hence the same on every rank and device. What is above 0 never becomes 0: a denominator of eps
-alone would throw the weight out. packed.h and narrow.cpp do the same, groups at a time.
+nearest they would stand still, so they go up or down by a chance that keeps the mean. In a group the chances are steps
+of the golden ratio from a start that is a hash of the group's place in the whole parameter and of the step: the same on
+every rank and device, even over the group and independent from step to step. What is above 0 (1.5e-39) never becomes
+0: a denominator of eps alone would throw the weight out. packed.h and narrow.cpp do the same, groups at a time.
 """
 
 import torch
@@ -58,9 +59,12 @@ def narrow(
     exponents.scatter_reduce_(0, group, size >> 23, "amax")
     noise: Tensor | int = 1 << (_SHIFT - 1)
     if seed is not None and not signed:
-        noise = hash_of(places + (seed & 0xFFFFFFFF) * 0x9E3779B9) >> (32 - _SHIFT)
-    codes = (size + noise >> _SHIFT) - ((exponents[group] << 3 | 7) - top)
-    least = 0 if signed else (size > 0).to(torch.int64)
+        rank = places % GROUP
+        start = hash_of(places - rank + (seed & 0xFFFFFFFF) * 0x9E3779B9)
+        noise = (start + rank * 0x9E3779B1 & 0xFFFFFFFF) >> (32 - _SHIFT)
+    codes = size + noise >> _SHIFT
+    least = 0 if signed else (codes > 0).to(torch.int64)
+    codes = codes - ((exponents[group] << 3 | 7) - top)
     codes = torch.maximum(codes, torch.as_tensor(least, device=values.device)).clamp_(max=top)
     if signed:
         codes |= (bits < 0).to(torch.int64) << 7
