@@ -21,8 +21,8 @@ from toolkit.optim.buckets import Bucket, BucketCache
 from toolkit.prune.distributed import local_gradient, read_numbers, to_local
 from toolkit.prune.groups import prunable_parameters
 from toolkit.prune.mask import flat_view, pack_bits, unpack_bits
-from toolkit.prune.moments import CODED_FROM, exponents_of, new_moment, read_moment, write_moment
-from toolkit.prune.options import OPTION_NAMES, STATE_DTYPES, PruningOptions
+from toolkit.prune.moments import CODED_FROM, STATE_DTYPES, exponents_of, new_moment, read_moment, write_moment
+from toolkit.prune.options import OPTION_NAMES, PruningOptions
 from toolkit.prune.packing import Packer, block_offsets, pack, survivors_before
 from toolkit.prune.pruning import Pruning, dense_states, saved_states
 from toolkit.prune.schedule import Schedule
@@ -74,13 +74,15 @@ class PackedOptimizer(Optimizer):
         super().__init__(params, {**defaults, **dataclasses.asdict(options)})
         self._number_parameters()
         self._packing.check_prunable()
+        self._packing.plan_budget(max(len(self.moment_keys(group)) for group in self.param_groups))
 
     def _attach(self, options: PruningOptions) -> None:
         """The parts that torch neither copies nor pickles."""
         self._buckets = BucketCache()
         self._warned = False
         # The packing is this optimizer's own; a Pruner on its hooks, as in adamwspam-movement, takes the public name.
-        store = PackedStore(STATE_SCORES[str(options.score)], self.MOMENTS)
+        self._store = store = PackedStore(STATE_SCORES[str(options.score)], self.MOMENTS)
+        store.precision = options.state_dtype
         self.pruning = self._packing = self.PRUNING(self, options, store)
         self.schedule: Schedule = options
 
@@ -109,7 +111,7 @@ class PackedOptimizer(Optimizer):
 
     def fused(self, parameter: Tensor, moment_dtype: torch.dtype) -> bool:
         """Whether torch has a fused update of such a parameter while dense: none rounds moments by chance."""
-        by_chance = moment_dtype is torch.bfloat16 and self.defaults["state_dtype"] is not None
+        by_chance = moment_dtype is torch.bfloat16 and self._store.precision is not None
         return moment_dtype is parameter.dtype and not by_chance
 
     def update_by_kernel(self, bucket: Bucket, group: dict[str, Any]) -> None:
@@ -136,7 +138,7 @@ class PackedOptimizer(Optimizer):
             bucket.addresses = bucket.addresses or triton_packed.AddressTable()
             table = bucket.addresses.update(rows, bucket.param_indices)
             kernel = triton_packed.KERNELS[self.KERNEL]
-            by_chance = self.defaults["state_dtype"] is not None
+            by_chance = self._store.precision is not None
             kernel(rows, table, bucket.step_tensor, lr=rate_for(bucket, group), stochastic=by_chance, **rule)
         else:
             native.KERNELS[self.KERNEL](rows, step=bucket.step, lr=float(group["lr"]), **rule)
@@ -220,15 +222,17 @@ class PackedOptimizer(Optimizer):
         self._packing.note_change()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "keeps_zeros": self._packing.keeps_zeros}
+        kept = {"keeps_zeros": self._packing.keeps_zeros, "budget": (self._store.budget, self._store.precision)}
+        return {**super().__getstate__(), **kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        keeps_zeros = state.pop("keeps_zeros", None)
+        keeps_zeros, budget = state.pop("keeps_zeros", None), state.pop("budget", None)
         super().__setstate__(state)
         if "_packing" not in self.__dict__:  # a copy, or unpickled; a load calls this too
             self._attach(PruningOptions(**{key: self.defaults[key] for key in OPTION_NAMES}))
         if keeps_zeros is not None:
             self._packing.keeps_zeros = keeps_zeros
+            self._store.budget, self._store.precision = budget
         self._buckets.clear()
         self._number_parameters()
 
@@ -253,10 +257,9 @@ class PackedOptimizer(Optimizer):
         return state
 
     def _moment_dtype(self, parameter: Tensor, prunable: bool) -> torch.dtype:
-        dtype = STATE_DTYPES.get(self.defaults["state_dtype"], parameter.dtype)
-        if dtype is torch.uint8 and not (prunable and parameter.numel() >= CODED_FROM):
-            return torch.float32
-        return dtype
+        coded = prunable and parameter.numel() >= CODED_FROM
+        dtype = parameter.dtype if self._store.precision is None else STATE_DTYPES[self._store.precision]
+        return torch.float32 if (dtype is torch.uint8 or self._store.budget is not None) and not coded else dtype
 
     @staticmethod
     def gradients(bucket: Bucket, group: dict[str, Any]) -> list[Tensor]:
@@ -271,7 +274,7 @@ class PackedOptimizer(Optimizer):
             # 1. In the dtype to compute in: the parameter's, as in torch (no copies then), or float32 and wider where a
             # dtype of the state was asked for; survivors only once packed.
             wider = torch.promote_types(parameter.dtype, torch.float32)
-            dtype = parameter.dtype if self.defaults["state_dtype"] is None else wider
+            dtype = parameter.dtype if self._store.precision is None else wider
             kept = {key: state[key] for key in self.moment_keys(group)}
             weight, mask, n = parameter, state["mask"] if "offsets" in state else None, parameter.numel()
             moments = {key: read_moment(state, key, mask, n).to(dtype) for key in kept}
@@ -297,15 +300,22 @@ class PackedOptimizer(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the form `state_dict` gives, or the plain optimizer's, and pack again."""
-        super().load_state_dict(state_dict)
+        # What is packed is taken a tensor at a time: torch would put all of its dense form on the device.
+        packed = {*self.MOMENTS, *(("mask",) if self.pruning is self._packing else ())}
+        others = {
+            number: {key: value for key, value in state.items() if key not in packed}
+            for number, state in state_dict["state"].items()
+        }
+        super().load_state_dict({**state_dict, "state": others})
         saved = saved_states(self, state_dict)
         for group in self.param_groups:
             # What the plain optimizer does not know, and the pruning options in force here.
             kept = {"differentiable", "pruning", *group} - set(OPTION_NAMES)
             group.update({key: value for key, value in self.defaults.items() if key not in kept})
         prunable = {id(parameter) for _, parameter in prunable_parameters(self.param_groups)}
+        self._packing.fit_loaded(saved)
         for parameter, state in self.state.items():
-            if state:
+            if saved.get(parameter):
                 # torch's SGD counts no steps; its buffers have begun. A number is taken as torch takes it.
                 state["step"] = torch.as_tensor(state.get("step", 1.0), dtype=torch.float32)
             self._pack_loaded(parameter, state, saved.get(parameter, {}), id(parameter) in prunable)
@@ -315,15 +325,15 @@ class PackedOptimizer(Optimizer):
     def _pack_loaded(
         self, parameter: Tensor, state: dict[str, Tensor], saved: Mapping[str, Any], prunable: bool
     ) -> None:
-        """The dense form of a parameter's state -> what is kept. Moments as `saved`, before torch cast them."""
+        """The dense form of a parameter's state, `saved` as it came -> what is kept."""
         part = to_local(parameter)
         mask, survivors = None, 0
-        if "mask" in state and self.pruning is self._packing:  # a Pruner's mask is its own
-            state["mask"] = mask = self._packing.pack_loaded_mask(parameter, state["mask"])
+        if "mask" in saved and self.pruning is self._packing:  # a Pruner's mask is its own
+            state["mask"] = mask = self._packing.pack_loaded_mask(parameter, saved["mask"])
             state["offsets"], survivors = block_offsets(mask, part.numel())
-        for key in [key for key in self.MOMENTS if key in state]:
+        for key in [key for key in self.MOMENTS if key in saved]:
             # In the parameter's own memory order, whatever the order it was saved in.
-            value = to_local(saved.get(key, state[key]))
+            value = to_local(saved[key])
             dense = torch.empty_like(part, dtype=value.dtype).copy_(value)
             kept = dense if mask is None else pack(flat_view(dense), mask, survivors)
             new_moment(state, key, kept, self._moment_dtype(parameter, prunable), part.numel())

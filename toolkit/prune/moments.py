@@ -17,6 +17,8 @@ from toolkit.prune.mask import flat_view, unpack_bits
 
 # Weights of a whole parameter from which on its moments are coded: whatever the sharding, the same ones are.
 CODED_FROM = 4096
+# Dtypes by the names that options have; uint8 are the codes.
+STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.uint8}
 _SUFFIX = "_exponents"
 
 
@@ -120,3 +122,16 @@ def write_moment(
         flat_view(there).copy_(codes)
     else:
         state[key] = codes
+
+
+def recode_moment(
+    state: MutableMapping[str, Tensor], key: str, bits: Tensor | None, numel: int, dtype: torch.dtype
+) -> None:
+    """Keep a moment in another precision: exactly where that is wider, to nearest where it is narrower."""
+    there = state[key]
+    if there.dtype is dtype:
+        return
+    values = flat_view(read_moment(state, key, bits, numel))
+    state.pop(exponents_of(key), None)
+    new_moment(state, key, there, dtype, numel)
+    write_moment(state, key, values, bits, numel)

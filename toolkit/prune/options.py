@@ -10,14 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
-import torch
-
 from toolkit.kernels.choice import IMPLEMENTATIONS
+from toolkit.prune.budget import check_budget
 from toolkit.prune.distribution import SCOPES
+from toolkit.prune.moments import STATE_DTYPES
 from toolkit.prune.schedule import Schedule
 from toolkit.prune.scores import check_score
-
-STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.uint8}
 
 
 class PruningKeywords(TypedDict, total=False):
@@ -31,6 +29,7 @@ class PruningKeywords(TypedDict, total=False):
     scope: str
     regrow: float
     state_dtype: str | None
+    state_budget: float | str | None
     implementation: str
 
 
@@ -46,6 +45,8 @@ class PruningOptions(Schedule):
     regrow: share of the survivors that make way for pruned weights with the largest gradients, decayed by a cosine.
     state_dtype: of the moments: float32, bfloat16 with stochastic rounding, or int8, which is for prunable parameters
         from 4,096 weights on (toolkit.kernels.narrow; the rest float32); None is the parameter's own.
+    state_budget: instead of one dtype the widest that fits into so many bytes a prunable weight, or `auto`, decided
+        anew when masks change (toolkit.prune.budget).
     implementation: auto, reference, native or triton. On a GPU auto is the reference, many launches a tensor, for SPAM,
         for parameters of 2 bytes, and for bfloat16 moments until the first mask update.
     """
@@ -54,6 +55,7 @@ class PruningOptions(Schedule):
     scope: str = "global"
     regrow: float = 0.0
     state_dtype: str | None = None
+    state_budget: float | str | None = None
     implementation: str = "auto"
 
     def __post_init__(self) -> None:
@@ -61,6 +63,12 @@ class PruningOptions(Schedule):
             value = getattr(self, name)
             if value not in valid and not (name == "state_dtype" and value is None):
                 raise ValueError(f"{name}={value!r} is not known; choose one of {', '.join(valid)}")
+        if self.state_budget is not None and self.state_dtype is not None:
+            raise ValueError(
+                f"state_budget={self.state_budget} chooses the dtype of the moments, state_dtype={self.state_dtype!r} "
+                "fixes it; give one of them"
+            )
+        object.__setattr__(self, "state_budget", check_budget(self.state_budget))
         if not 0.0 <= self.regrow < 1.0:
             raise ValueError(f"regrow={self.regrow} is a share of the survivors; use 0 (off) to below 1")
         super().__post_init__()

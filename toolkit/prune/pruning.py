@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
+from toolkit.prune.budget import budget_for
 from toolkit.prune.distributed import FlatSlices, memory_order, read_numbers, shard_group, sum_over, to_local
 from toolkit.prune.groups import announce_unmarked, prunable_parameters
 from toolkit.prune.mask import count_zeros, flat_view, pack_bits
@@ -63,6 +64,26 @@ class Pruning:
                 "dimension, or groups marked prunable=True (toolkit.optim.param_groups makes them)"
             )
         announce_unmarked(self.optimizer.param_groups)
+
+    def plan_budget(self, num_moments: int) -> None:
+        """Take the budget of the parameters there are, as yet whole: an engine cuts them later. Raises ValueError."""
+        numels = [parameter.numel() for _, parameter in prunable_parameters(self.optimizer.param_groups)]
+        final_zeros = self.schedule.num_zeros_at(self.schedule.end_step or 0, sum(numels))
+        self._store.budget = budget_for(self.options.state_budget, numels, num_moments, final_zeros)
+        self._store.fit(sum(numels))
+
+    def fit_loaded(self, saved: Mapping[Tensor, Mapping[str, Any]]) -> None:
+        """Choose the precision by masks that are about to be loaded. With a budget and shards, call on all ranks."""
+        parameters = [parameter for _, parameter in prunable_parameters(self.optimizer.param_groups)]
+        if self._store.budget is None or not parameters:
+            return
+        masks = [saved.get(parameter, {}).get("mask") for parameter in parameters]
+        kept = [
+            to_local(parameter).numel() if mask is None else int(torch.count_nonzero(to_local(mask)))
+            for parameter, mask in zip(parameters, masks, strict=True)
+        ]
+        group = self.shard_group or shard_group(parameters)
+        self._store.fit(sum_over(group, [sum(kept)], to_local(parameters[0]).device)[0])
 
     def masks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(parameter, bit mask) of every parameter that has one."""
@@ -119,12 +140,13 @@ class Pruning:
         if self._must_check(step):
             self._check_arrived(members, step)
             return False
-        changed = update_masks(members, self._store, self.options, step, self._group(members))
-        if changed:
+        survivors = update_masks(members, self._store, self.options, step, self._group(members))
+        if survivors is not None:
+            self._store.settle(members, survivors)
             self._layouts.update((member.parameter, _layout(member.part)) for member in members)
             self.after_repack()
         self._arrived = step == self.schedule.end_step
-        return changed
+        return survivors is not None
 
     def _check_arrived(self, members: list[Member], step: int) -> None:
         counts = [sum(m.num_weights for m in members), sum(map(num_survivors, members, cut(members)))]

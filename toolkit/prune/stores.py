@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from toolkit.prune.budget import StateBudget
 from toolkit.prune.distributed import FlatSlices, local_gradient, read_numbers, to_local
 from toolkit.prune.mask import drop_survivors, flat_view, pack_bits, unpack_bits, zero_pruned
-from toolkit.prune.moments import read_moment, read_piece, write_moment
+from toolkit.prune.moments import CODED_FROM, STATE_DTYPES, read_moment, read_piece, recode_moment, write_moment
 from toolkit.prune.packing import (
     Packer,
     block_offsets,
@@ -153,7 +154,13 @@ class MaskedStore:
 
     With `pruned_compete` pruned weights and survivors are ranked together: a resting score that survivors fall below
     brings its weight back, with the value the step at hand has given it from 0.
+
+    budget: what the moments of coded parameters must fit into, None without one.
+    precision: dtype of those moments by name, None where nobody asked for one.
     """
+
+    budget: StateBudget | None = None
+    precision: str | None = None
 
     def __init__(self, score: Score, keys: Sequence[str], pruned_compete: bool = False) -> None:
         self._score = score
@@ -193,9 +200,28 @@ class MaskedStore:
         mask = None if self.pruned_compete else member.mask
         member.state["mask"] = pack_bits(~drop) if mask is None else drop_survivors(mask, member.part.numel(), drop)
 
+    def fit(self, survivors: int) -> None:
+        """Choose the precision for so many weights, over all ranks."""
+        if self.budget is not None:
+            self.precision = self.budget.widest(survivors)
+
+    def settle(self, members: Sequence[Member], survivors: int) -> None:
+        """All masks have changed; so many weights are left, over all ranks."""
+
 
 class PackedStore(MaskedStore):
     """Weights, and moments in the state (`keys`) that are kept for survivors only."""
+
+    def settle(self, members: Sequence[Member], survivors: int) -> None:
+        """Widen the moments as far as the budget allows now: after all weights have gone, a tensor at a time."""
+        self.fit(survivors)
+        if self.budget is None or self.precision is None:
+            return
+        for member in members:
+            if member.parameter.numel() >= CODED_FROM:
+                bits = member.state["mask"] if "offsets" in member.state else None
+                for key in (key for key in self._keys if key in member.state):
+                    recode_moment(member.state, key, bits, member.part.numel(), STATE_DTYPES[self.precision])
 
     def apply(self, member: Member, drop: Tensor, grow: Tensor | None) -> None:
         """Pack the moments again; weights that go become 0, weights that come back start at 0."""

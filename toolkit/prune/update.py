@@ -68,8 +68,8 @@ class _Values:
 
 def update_masks(
     members: Sequence[Member], store: MaskedStore, options: PruningOptions, step: int, group: ProcessGroup | None
-) -> bool:
-    """Bring the zeros to the schedule's at `step` and let regrown weights in; returns whether any mask was changed.
+) -> int | None:
+    """Bring the zeros to the schedule's at `step`, let regrown weights in; returns the survivors, None if all is so.
 
     Call on all ranks of `group`. Raises ValueError that names a tensor without a score.
     """
@@ -84,7 +84,7 @@ def update_masks(
     fixed = [0] * len(pruned) if store.pruned_compete else pruned
     num_back = _num_regrown(options, step, sum(weights) - zeros, sum(pruned))
     if zeros == sum(fixed) and not num_back:
-        return False
+        return None
     _check_scored(members, step)
     # 2. Who competes with whom, for how many places: all tensors together, or each for a quota of its own.
     if options.scope == "global":
@@ -105,7 +105,7 @@ def update_masks(
         marks = choose_lowest(*_values_and_names(sources), sizes, missing + back, group, device)
         for member, drop in _joined(sources, marks, device, of_padding=True):
             store.apply(member, drop, grows.get(member))
-    return True
+    return sum(weights) - zeros
 
 
 def _check_scored(members: Sequence[Member], step: int) -> None:
