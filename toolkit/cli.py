@@ -134,6 +134,8 @@ def _checked(item: dataclasses.Field[Any], value: Any, path: str) -> Any:
 def _scalar(kind: type, value: Any) -> Any:
     if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         return float(value)
+    if not isinstance(kind, type):
+        return kind(value)
     if type(value) is not kind:
         raise TypeError
     return value

@@ -16,6 +16,11 @@ from toolkit.files import check_name
 _PRECISIONS = {"float16": "fp16", "fp16": "fp16", "bfloat16": "bf16", "bf16": "bf16"}
 
 
+def number_or_auto(text: Any) -> float | str:
+    """A flag's value that is a number, or the word auto. Raises ValueError."""
+    return "auto" if text == "auto" else float(text)
+
+
 def _flag(default: Any, help_text: str, **options: Any) -> Any:
     """A field with its flag's help.
 
@@ -109,6 +114,12 @@ class Config:
         None,
         "of the moments that --pruning state keeps; the weights' own by default, on a GPU int8 is slow",
         choices=("float32", "bfloat16", "int8"),
+    )
+    state_budget: float | str | None = _flag(
+        None,
+        "bytes that state pruning keeps for a prunable weight at most, or auto; the moments' dtype follows",
+        kind=number_or_auto,
+        within="(0, inf)",
     )
 
     sched: str = _flag(
@@ -277,7 +288,7 @@ def _check_value(item: dataclasses.Field[Any], value: Any) -> None:
     counts = (meta["nargs"],) if many and isinstance(meta["nargs"], int) else meta.get("counts")
     if many and counts and len(value) not in counts:
         raise ValueError(f"{shown} must be {' or '.join(map(str, counts))} values")
-    if "within" in meta:
+    if "within" in meta and value != "auto":
         for number in value if many else [value]:
             _check_number(shown, number, meta["within"])
     if meta.get("ordered") and sorted(value) != list(value):

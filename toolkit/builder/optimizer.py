@@ -44,6 +44,11 @@ def resolve_optimizer(config: Config) -> tuple[str, str]:
             ),
             f"--state-dtype {config.state_dtype}: --opt {config.opt} decides by itself; use --opt adamwprune or "
             "--pruning state": config.state_dtype is not None and method != "state",
+            f"--state-budget {config.state_budget}: --opt {config.opt} keeps what it keeps; use --opt adamwprune or "
+            "--pruning state": config.state_budget is not None and method != "state",
+            f"--state-budget {config.state_budget} chooses the dtype of the moments; drop --state-dtype": (
+                config.state_budget is not None and config.state_dtype is not None
+            ),
             f"--opt {name}: Lookahead revives pruned weights, its slow weights know no mask; use --opt {bare}": (
                 prunes and bare != name
             ),
@@ -97,7 +102,8 @@ def create_optimizer(
     if spec is not None and spec.method != "none":
         given = {"score": config.prune_score, "scope": config.prune_scope, "regrow": config.prune_regrow}
         given |= dataclasses.asdict(schedule)
-        given |= {} if config.state_dtype is None else {"state_dtype": config.state_dtype}
+        moments = {"state_dtype": config.state_dtype, "state_budget": config.state_budget}
+        given |= {key: value for key, value in moments.items() if value is not None}
         clash = sorted(config.opt_kwargs.keys() & given)
         if clash:
             raise ValueError(f"--opt-kwargs {clash[0]} is set by the --prune flags here; use them instead")

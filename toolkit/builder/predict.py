@@ -29,6 +29,7 @@ from toolkit.memory.activations import track_step
 from toolkit.memory.arithmetic import ParameterFacts, predict_optimizer_rows
 from toolkit.memory.ledger import is_optimizer_row
 from toolkit.optim.registry import OptimizerSpec, find_spec
+from toolkit.prune.budget import budget_for
 from toolkit.prune.groups import prunable_names
 from toolkit.prune.mask import unpack_bits
 
@@ -63,13 +64,19 @@ def rows_between_steps(
     }
     if spec is None:
         return rows
+    asked = {key: getattr(config, key) or config.opt_kwargs.get(key) for key in ("state_dtype", "state_budget")}
+    prunable = [one for one in trained if one.prunable]
+    final_zeros = math.floor((config.sparsity or 0.0) * sum(one.numel for one in prunable))
+    budget = budget_for(asked["state_budget"], [one.numel for one in prunable], len(spec.moments), final_zeros)
+    dtype = budget.widest(sum(one.survivors for one in prunable)) if budget else asked["state_dtype"]
     return rows | predict_optimizer_rows(
         trained,
         spec.moments,
         counts_steps=spec.counts_steps,
         method=method,
         score=config.prune_score,
-        state_dtype=config.state_dtype or config.opt_kwargs.get("state_dtype"),
+        state_dtype=dtype,
+        budgeted=budget is not None,
     )
 
 

@@ -32,12 +32,13 @@ def predict_optimizer_rows(
     method: str,
     score: str | None,
     state_dtype: str | None = None,
+    budgeted: bool = False,
 ) -> dict[str, int]:
     """Ledger rows of the optimizer's state once masks exist (or with `method` none, always).
 
     `moments` are the parameter-sized state keys; `counts_steps` says that every parameter has a float32 step counter
     (Adam's family). `method` is none, magnitude, movement or state; `score` tells movement from displacement;
-    `state_dtype` is the moments', None the parameters' own.
+    `state_dtype` is the moments', None the parameters' own; `budgeted` that of coded parameters alone.
     """
     pruned = [one for one in parameters if one.prunable and method != "none"]
     rows = {}
@@ -49,7 +50,8 @@ def predict_optimizer_rows(
                 exponents = f"optim.{exponents_of(key)}"
                 rows[exponents], itemsize = rows.get(exponents, 0) + exponent_bytes(one.numel), 1
             elif state_dtype is not None:
-                itemsize = 2 if state_dtype == "bfloat16" else 4
+                coded = not budgeted or (one.prunable and one.numel >= CODED_FROM)
+                itemsize = 2 if state_dtype == "bfloat16" and coded else 4
             rows[f"optim.{key}"] += kept * itemsize
     if counts_steps:
         rows["optim.step"] = 4 * len(parameters)
