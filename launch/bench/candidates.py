@@ -94,5 +94,6 @@ def candidates(
 
 def step_bytes(row: Mapping[str, Any]) -> float:
     """Bytes a weight that a step must move: weight and moments read and written, gradient and mask read."""
-    mask = 0.125 if row["name"].startswith(("adamwprune", "sgdprune")) else 0.0
+    masked = row["name"].startswith(("adamwprune", "sgdprune")) and " 0%" not in row["name"]
+    mask = 0.125 if masked else 0.0
     return 12.0 + 2 * row["state_bytes_per_prunable_weight"] - mask

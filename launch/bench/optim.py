@@ -25,6 +25,8 @@ from toolkit.prune.select import CHUNK, choose_lowest
 
 ADAM_BARS = {0.1: 1.15, 0.3: 1.15, 0.5: 1.0, 0.7: 0.9, 0.9: 0.65}
 SGD_BARS = {0.7: 1.0, 0.9: 0.8}
+INT8_ADAM_BARS = {0.0: 0.75, 0.7: 0.7, 0.9: 0.6}
+INT8_SGD_BARS = {0.0: 0.9}
 MASK_UPDATE_LIMIT = 30  # ordinary steps
 SELECTION_TRANSIENT_LIMIT_BYTES = 8 * MIB
 BANDWIDTH_LIMIT = 0.85  # of the rate in place, at these sparsities
@@ -66,6 +68,24 @@ def _makers() -> list[Maker]:
         *(
             (f"sgdprune {sparsity:.0%}", partial(sgd, sparsity=sparsity), SGD, SGD_BARS.get(sparsity), None)
             for sparsity in (0.0, 0.5, 0.7, 0.9)
+        ),
+        *(
+            (f"{name} int8 {sparsity:.0%}", partial(make, sparsity=sparsity, state_dtype="int8"), peer, bar, None)
+            for name, make, peer, bars in (
+                ("adamwprune", adam, ADAM, INT8_ADAM_BARS),
+                ("sgdprune", sgd, SGD, INT8_SGD_BARS),
+            )
+            for sparsity, bar in bars.items()
+        ),
+        *(
+            (
+                f"adamwprune bfloat16 {sparsity:.0%}",
+                partial(adam, sparsity=sparsity, state_dtype="bfloat16"),
+                ADAM,
+                None,
+                None,
+            )
+            for sparsity in (0.0, 0.7)
         ),
         *(
             (f"adamwprune {sparsity:.0%}, {isa} code", partial(adam, sparsity=sparsity), ADAM, None, isa)
