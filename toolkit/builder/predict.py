@@ -7,6 +7,7 @@ top (see `needed_bytes`). The rows of FSDP2 and ZeRO are arithmetic that was not
 """
 
 import bisect
+import copy
 import dataclasses
 import math
 import re
@@ -95,15 +96,9 @@ class Prediction:
         engine: str = "ddp",
         log: Callable[[str], None] = lambda text: None,
     ) -> None:
-        self.config = config = dataclasses.replace(config, pretrained=False, initial_checkpoint="")  # sizes only
+        config = dataclasses.replace(config, pretrained=False, initial_checkpoint="")  # sizes only
         self.num_ranks, self.engine = num_ranks, engine
-        self.opt, self.method = resolve_optimizer(config)
-        self.spec = find_spec(self.opt)
-        if self.spec is None:
-            raise ValueError(
-                f"--opt {config.opt}: only the state of our optimizers and timm's sgd, momentum, adam and adamw is "
-                "known; python -m toolkit.optim --list shows them"
-            )
+        self._take_optimizer(config)
         num_classes = config.num_classes or num_classes
 
         def make_model() -> nn.Module:
@@ -129,6 +124,22 @@ class Prediction:
             frees_gradients=config.fused_backward,
             on_progress=log,
         )
+
+    def _take_optimizer(self, config: Config) -> None:
+        self.config = config
+        self.opt, self.method = resolve_optimizer(config)
+        self.spec = find_spec(self.opt)
+        if self.spec is None:
+            raise ValueError(
+                f"--opt {config.opt}: only the state of our optimizers and timm's sgd, momentum, adam and adamw is "
+                "known; python -m toolkit.optim --list shows them"
+            )
+
+    def with_optimizer(self, config: Config) -> "Prediction":
+        """The same model under another optimizer or pruning: what was tracked is used again."""
+        other = copy.copy(self)
+        other._take_optimizer(dataclasses.replace(config, pretrained=False, initial_checkpoint=""))
+        return other
 
     def _parameters_at(self, sparsity: float) -> list[ParameterFacts]:
         left = math.floor(sparsity * sum(one.numel for one in self.parameters if one.prunable and one.trained))

@@ -7,6 +7,7 @@ given, and those below. No data is read.
 import argparse
 import json
 import sys
+from pathlib import Path
 
 from toolkit.cli import parse
 
@@ -19,20 +20,34 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--fsdp", action="store_true", help="FSDP2")
     parser.add_argument("--fits", metavar="SIZE", help="does it fit this much memory, for example 48GiB?")
     parser.add_argument("--max-batch-size", metavar="SIZE", help="the largest batch size in this much memory")
+    parser.add_argument(
+        "--table",
+        metavar="FOLDER",
+        nargs="?",
+        const="results/bench",
+        help="largest batches of six models on four cards (minutes) -> fits.md, .json, .csv there; default %(const)s",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object on one line on stdout")
     options, flags = parser.parse_known_args(argv)
     config = parse(flags, prog=parser.prog)
 
+    from toolkit.builder.fits import write_table
     from toolkit.builder.predict import parse_bytes, predict, to_text
 
+    def log(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)  # noqa: T201
+
     try:
+        if options.table:
+            print(write_table(config, Path(options.table), log))  # noqa: T201
+            return 0
         result = predict(
             config,
             options.ranks,
             f"zero{options.zero}" if options.zero else "fsdp2" if options.fsdp else "ddp",
             limit_bytes=parse_bytes(options.fits) if options.fits else None,
             max_bytes=parse_bytes(options.max_batch_size) if options.max_batch_size else None,
-            log=lambda text: print(text, file=sys.stderr, flush=True),  # noqa: T201
+            log=log,
         )
     except ValueError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
