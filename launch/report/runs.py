@@ -63,7 +63,9 @@ class CellRun:
     def name(self) -> str:
         """The label without the sparsity."""
         plain = self.method == "none" or (self.is_ours and self.method == "state")
-        return self.optimizer if plain else f"{self.optimizer} + {self.method}"
+        budget, dtype = self.arguments.get("state_budget"), self.arguments.get("state_dtype")
+        moments = f" {dtype}" if dtype else f" budget {budget}" if budget else ""
+        return (self.optimizer if plain else f"{self.optimizer} + {self.method}") + moments
 
     @property
     def pruning_bytes(self) -> int:

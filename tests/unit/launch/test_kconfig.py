@@ -189,3 +189,15 @@ def test_a_menu_without_a_terminal_says_what_to_do():
 def test_recipes_of_the_defconfigs_exist():
     for path in DEFCONFIGS.iterdir():
         assert yaml.safe_load(Path(load(path)["RECIPE"]).read_text())
+
+
+def test_a_memory_budget(tmp_path):
+    path = config(
+        tmp_path,
+        "CONFIG_PRUNING_STATE_ALL=y",
+        "CONFIG_PRUNING_STATE_BUDGET=y",
+        "# CONFIG_PRUNING_ENABLE_MOVEMENT is not set",
+    )
+    cells = load_matrix(path).cells
+    assert {cell.config.state_budget for cell in cells if "_state_" in cell.name} == {"auto"}
+    assert {cell.config.state_budget for cell in cells if "_state_" not in cell.name} <= {None}
