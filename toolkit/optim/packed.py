@@ -18,10 +18,10 @@ from toolkit.kernels import native
 from toolkit.kernels.choice import choose_implementation
 from toolkit.log import get_logger
 from toolkit.optim.buckets import Bucket, BucketCache
-from toolkit.prune.distributed import local_gradient, read_numbers, to_local
+from toolkit.prune.distributed import first_weight, local_gradient, read_numbers, to_local
 from toolkit.prune.groups import prunable_parameters
 from toolkit.prune.mask import flat_view, pack_bits, unpack_bits
-from toolkit.prune.moments import CODED_FROM, STATE_DTYPES, exponents_of, new_moment, read_moment, write_moment
+from toolkit.prune.moments import CODED_FROM, STATE_DTYPES, exponents_of, grid, new_moment, read_moment, write_moment
 from toolkit.prune.options import OPTION_NAMES, PruningOptions
 from toolkit.prune.packing import Packer, block_offsets, pack, survivors_before
 from toolkit.prune.pruning import Pruning, dense_states, saved_states
@@ -119,7 +119,8 @@ class PackedOptimizer(Optimizer):
         keys, rule = self.moment_keys(group), self.rule(group, bucket.step)
         # A Pruner keeps a mask of its own beside dense moments.
         scaled = [exponents_of(key) for key in keys if exponents_of(key) in bucket.states[0]]
-        columns = (bucket.parameters, self.gradients(bucket, group), bucket.states, bucket.param_indices)
+        grads, firsts = self.gradients(bucket, group), [grid(first_weight(owner)) for owner in bucket.owners]
+        columns = (bucket.parameters, grads, bucket.states, bucket.param_indices, firsts)
         rows = [
             native.PackedTensor(
                 parameter,
@@ -129,8 +130,9 @@ class PackedOptimizer(Optimizer):
                 [state[key] for key in keys],
                 [state[key] for key in scaled],
                 _seed(bucket.step, index),
+                first,
             )
-            for parameter, grad, state, index in zip(*columns, strict=True)
+            for parameter, grad, state, index, first in zip(*columns, strict=True)
         ]
         if bucket.how == "triton":
             from toolkit.kernels import triton_packed
@@ -269,8 +271,8 @@ class PackedOptimizer(Optimizer):
 
     def _update_reference(self, bucket: Bucket, group: dict[str, Any]) -> None:
         grads = self.gradients(bucket, group)
-        columns = (bucket.parameters, grads, bucket.states, bucket.param_indices)
-        for parameter, grad, state, index in zip(*columns, strict=True):
+        columns = (bucket.parameters, grads, bucket.states, bucket.param_indices, bucket.owners)
+        for parameter, grad, state, index, owner in zip(*columns, strict=True):
             # 1. In the dtype to compute in: the parameter's, as in torch (no copies then), or float32 and wider where a
             # dtype of the state was asked for; survivors only once packed.
             wider = torch.promote_types(parameter.dtype, torch.float32)
@@ -292,7 +294,8 @@ class PackedOptimizer(Optimizer):
                 parameter.copy_(new)
             for number, (key, value) in enumerate(moments.items()):
                 if value is not kept[key]:
-                    write_moment(state, key, flat_view(value), mask, n, seed=_seed(bucket.step, index) + number)
+                    seed = _seed(bucket.step, index) + number
+                    write_moment(state, key, flat_view(value), mask, n, seed=seed, first=first_weight(owner))
 
     def state_dict(self) -> dict[str, Any]:
         """The plain optimizer's form: moments dense and shaped like the parameter, the mask as bool."""

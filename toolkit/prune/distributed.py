@@ -45,6 +45,21 @@ def to_dtensor(part: Tensor, parameter: Tensor) -> Tensor:
     )
 
 
+def first_weight(parameter: Tensor) -> int:
+    """Place of this rank's first weight in the whole parameter, in memory order: above 0 where a DTensor is cut."""
+    if not hasattr(parameter, "to_local"):
+        return 0
+    from torch.distributed.tensor import Shard
+
+    sharded: Any = parameter
+    for axis, placement in enumerate(sharded.placements):
+        if isinstance(placement, Shard) and placement.dim == 0 and parameter.ndim:
+            ranks, rank = sharded.device_mesh.size(axis), sharded.device_mesh.get_local_rank(axis)
+            rows = min(-(-parameter.shape[0] // ranks) * rank, parameter.shape[0])  # as torch cuts: the last ones less
+            return rows * (parameter.numel() // max(1, parameter.shape[0]))
+    return 0
+
+
 def shard_group(parameters: Iterable[Tensor]) -> ProcessGroup | None:
     """The ranks over which DTensor parameters are sharded, None where none is. Raises ValueError for more than one."""
     for parameter in parameters:

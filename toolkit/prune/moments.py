@@ -37,6 +37,14 @@ def is_exponents(key: str) -> bool:
     return key.endswith(_SUFFIX)
 
 
+def grid(first: int) -> int:
+    """Where a shard's first group begins in the whole parameter; of a shard cut within a group, the one it is cut in.
+
+    Its groups then are its own, and differ from those of the uncut parameter.
+    """
+    return first // GROUP * GROUP
+
+
 def _is_signed(key: str) -> bool:
     return not key.endswith("_sq")
 
@@ -96,10 +104,12 @@ def write_moment(
     numel: int,
     *,
     seed: int | None = None,
+    first: int = 0,
 ) -> None:
     """Put the kept values of `numel` weights, flat, in the place and the format of those that are there.
 
     To nearest, or with a `seed` bfloat16 and the codes of squared moments by chance; `bits` as in `read_moment`.
+    `first` is the first weight's place in the whole parameter: the chances are those of an uncut one (see `grid`).
     """
     there = state[key]
     if exponents_of(key) not in state:
@@ -115,8 +125,11 @@ def write_moment(
         state[exponents_of(key)] = exponents
     else:
         keep = None if bits is None else unpack_bits(bits, numel)
-        places = places_of(keep, numel, device=values.device)
-        codes, state[exponents_of(key)] = narrow(values, places, num_groups(numel), signed=_is_signed(key), seed=seed)
+        first = grid(first)
+        places, signed = places_of(keep, numel, first, device=values.device), _is_signed(key)
+        codes, state[exponents_of(key)] = narrow(
+            values, places, num_groups(numel), signed=signed, seed=seed, first=first
+        )
     # In place, but for values that are no longer a weight each: those lie flat.
     if codes.numel() == there.numel() and (bits is None or there.ndim == 1):
         flat_view(there).copy_(codes)
