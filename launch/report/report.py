@@ -221,7 +221,7 @@ def _of_a_run(run: CellRun) -> dict[str, Any]:
         "weight_decay": run.arguments["weight_decay"],
         "train_s": run.train_s,
         "optimizer_end_bytes": run.memory["ledger"]["optimizer_bytes"],
-        "optimizer_peak_bytes": run.memory["ledger_peak"]["optimizer_bytes"],
+        "optimizer_peak_bytes": run.peak_state_bytes,
         "ledger_end_bytes": run.memory["ledger"]["total_bytes"],
         "ledger_peak_bytes": run.memory["ledger_peak"]["total_bytes"],
         "optimizer_bytes_per_weight": run.bytes_per_weight,

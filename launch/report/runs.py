@@ -78,6 +78,12 @@ class CellRun:
         return self.memory["ledger"]["optimizer_bytes"] / (self.row("weights") / 4)
 
     @property
+    def peak_state_bytes(self) -> int:
+        """The most that optimizer and pruning kept at any step that was sampled, or when all tensors took most."""
+        sampled = (int(row["optimizer_bytes"]) for row in self.timeline)
+        return max(self.memory["ledger_peak"]["optimizer_bytes"], 0, *sampled)
+
+    @property
     def settings(self) -> dict[str, Any]:
         """All settings but the seed and what a resumed run may change: where it writes, how fast it reads."""
         left_out = FREE_ON_RESUME - {"batch_size", "global_batch_size", "grad_accum_steps"} | {"seed"}
