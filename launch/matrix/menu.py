@@ -75,9 +75,10 @@ def _cells_of(opt: str, on: set[str], sparsities: list[float]) -> list[dict[str,
     from toolkit.optim.registry import find_spec, specs
 
     ours = {spec.name: spec.base for spec in specs() if spec.is_ours}
-    kept = {"state_budget": "auto"} if "PRUNING_STATE_BUDGET" in on else {}
+    kept: list[dict[str, Any]] = [{}, {"state_budget": "auto"}] if "PRUNING_STATE_BUDGET" in on else [{}]
     if opt in ours:
-        return [{"opt": opt, "sparsity": share, **kept} for share in sparsities if "PRUNING_ENABLE_STATE" in on]
+        shares = sparsities if "PRUNING_ENABLE_STATE" in on else []
+        return [{"opt": opt, "sparsity": share, **budget} for share in shares for budget in kept]
     offered = {
         "MAGNITUDE": {"pruning": "magnitude"},
         "MOVEMENT": {"pruning": "movement"},
@@ -86,7 +87,7 @@ def _cells_of(opt: str, on: set[str], sparsities: list[float]) -> list[dict[str,
     methods = [settings for name, settings in offered.items() if f"PRUNING_ENABLE_{name}" in on]
     # adamw's pruning by state is adamwprune itself.
     if "PRUNING_STATE_ALL" in on and opt not in ours.values() and find_spec(f"{opt}-state"):
-        methods.append({"pruning": "state", **kept})
+        methods += [{"pruning": "state", **budget} for budget in kept]
     dense = [{"opt": opt, "pruning": "none"}] if "PRUNING_ENABLE_NONE" in on else []
     return dense + [{"opt": opt, **method, "sparsity": share} for method in methods for share in sparsities]
 
