@@ -64,7 +64,8 @@ def run(name, method, fused, **more):
 @pytest.mark.parametrize(
     ("name", "method", "more"),
     [(*row, {}) for row in NAMES]
-    + [("adamwprune", "state", {"regrow": 0.2}), ("adamwprune", "state", {"state_dtype": "bfloat16"})],
+    + [("adamwprune", "state", {"regrow": 0.2}), ("adamwprune", "state", {"state_dtype": "bfloat16"})]
+    + [("adamwprune", "state", {"state_budget": "auto"})],
 )
 def test_equal_to_a_step_of_its_own(name, method, more):
     (weights, state), (fused_weights, fused_state) = run(name, method, False, **more), run(name, method, True, **more)
