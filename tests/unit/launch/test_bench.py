@@ -58,7 +58,7 @@ def test_transient_bytes_counts_what_is_gone_again():
 
 
 def test_equivalence_of_the_implementations(capsys, tmp_path):
-    assert main(["equivalence", "--model", "test_vit", "--steps", "20", "--json", "--out", str(tmp_path)]) == 0
+    assert main(["equivalence", "--model", "test_vit", "--steps", "40", "--json", "--out", str(tmp_path)]) == 0
     result = json.loads(capsys.readouterr().out)
     for rows in result["optimizers"].values():
         for row in rows:
