@@ -70,7 +70,7 @@ def test_equivalence_of_the_implementations(capsys, tmp_path):
 
 
 def test_data_bench_measures_every_bar(webdataset):
-    result = bench_data(1, num_images=24)
+    result = bench_data(3, num_images=24)
     assert result["bars"].keys() == LIMITS.keys()
     of_this_process = ("first_batch_after_resume_s", "worker_mib")  # which other tests may have made large
     assert all(bar["value"] > 0 for name, bar in result["bars"].items() if name not in of_this_process)
