@@ -45,8 +45,15 @@ def encoded(image: Any, kind: str, **options: Any) -> bytes:
 def write_data_set(
     folder: Path, name: str, num_classes: int, splits: Mapping[str, tuple[Sequence[Sample], int]], **facts: Any
 ) -> None:
-    """Write splits of (samples, number of shards), saying how far it is; see `write_split` and `write_info`."""
+    """Write splits of (samples, number of shards), saying how far it is; see `write_split` and `write_info`.
+
+    Raises ValueError, before anything is touched, for fewer samples than shards.
+    """
     prefix = name.partition("-")[0]
+    for split, (samples, num_shards) in splits.items():
+        shard_parts(prefix, split, samples, num_shards)
+    for stale in (folder / INFO_NAME, *(index_path(folder, split) for split in splits)):
+        stale.unlink(missing_ok=True)  # while shards are replaced, or if this stops: a reader would take its counts
     with Progress(sum(len(samples) for samples, _ in splits.values()), "images", name) as progress:
         entries = {
             split: write_split(folder, split, prefix, samples, num_shards, progress.advance)

@@ -4,6 +4,7 @@ import io
 import multiprocessing
 import os
 import socket
+import sys
 import time
 import traceback
 
@@ -23,6 +24,14 @@ def reset_accelerate():
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
     PartialState._reset_state()
+
+
+def _import_once():
+    """What every rank would import for itself when it builds its run: half a second, with DeepSpeed three."""
+    import torch.utils.tensorboard
+
+    if "deepspeed" in sys.modules:  # its engine imports an optimizer whose functions are compiled when called
+        torch.compile(torch.neg)  # compiles nothing yet, but loads the compiler
 
 
 def _become(rank, num_ranks, port):
@@ -60,6 +69,7 @@ def _child(function, rank, num_ranks, port, arguments, join_group, results):
 
 def run_ranks(function, num_ranks, *arguments, join_group=True, timeout_s=120):
     """`function(rank, *arguments)` on each rank; returns the results by rank, raises what a rank raised."""
+    _import_once()
     context = multiprocessing.get_context("fork")
     results = context.Queue()
     port = free_port()
@@ -95,8 +105,12 @@ def _mortal(function, rank, num_ranks, port, arguments):
         os._exit(status)
 
 
-def exit_codes(function, num_ranks, *arguments, timeout_s=90):
-    """`function(rank, *arguments)` on ranks that may die: each one's exit code, 0 where the function returned."""
+def exit_codes(function, num_ranks, *arguments, timeout_s=90, hanging=()):
+    """`function(rank, *arguments)` on ranks that may die: each one's exit code, 0 where the function returned.
+
+    The ranks of `hanging` are killed as soon as the others have ended.
+    """
+    _import_once()
     context, port = multiprocessing.get_context("fork"), free_port()
     processes = [
         context.Process(target=_mortal, args=(function, rank, num_ranks, port, arguments)) for rank in range(num_ranks)
@@ -104,8 +118,8 @@ def exit_codes(function, num_ranks, *arguments, timeout_s=90):
     for process in processes:
         process.start()
     deadline = time.monotonic() + timeout_s
-    for process in processes:
-        process.join(max(0.0, deadline - time.monotonic()))
-        process.kill()
-        process.join()
+    for rank in sorted(range(num_ranks), key=lambda rank: rank in hanging):
+        processes[rank].join(0.0 if rank in hanging else max(0.0, deadline - time.monotonic()))
+        processes[rank].kill()
+        processes[rank].join()
     return [process.exitcode for process in processes]

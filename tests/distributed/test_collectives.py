@@ -26,7 +26,7 @@ def counted(rank, engine, flags):
     return count_of_run(build(parse([*flags, "--experiment", engine])))
 
 
-@pytest.mark.parametrize(("model", "ranks"), [("test_vit", 3), ("test_resnet", 2)])
+@pytest.mark.parametrize(("model", "ranks"), [pytest.param("test_vit", 3, marks=pytest.mark.long), ("test_resnet", 2)])
 def test_counted_bytes_are_those_of_the_formulas(few_digits, tmp_path, model, ranks):
     flags = train_flags(
         few_digits,

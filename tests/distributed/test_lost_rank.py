@@ -52,7 +52,7 @@ def _hanging(rank, flags):
 
 def test_a_rank_that_hangs_is_named_when_the_time_is_up(flags):
     begin = time.monotonic()
-    assert exit_codes(_hanging, 3, flags, timeout_s=25) == [0, 0, -signal.SIGKILL]  # of the test's own, at its end
+    assert exit_codes(_hanging, 3, flags, timeout_s=25, hanging=[2]) == [0, 0, -signal.SIGKILL]  # by the test itself
     assert time.monotonic() - begin < 30
 
 

@@ -127,8 +127,9 @@ def _interrupted(rank, flags, step):
 
 
 @pytest.mark.parametrize(
-    ("model", "step"), [("test_vit", 11), ("test_resnet", 11), ("test_resnet", 8)]
-)  # 8: an epoch ends
+    ("model", "step"),
+    [pytest.param("test_vit", 11, marks=pytest.mark.long), ("test_resnet", 11), ("test_resnet", 8)],  # 8: an epoch ends
+)
 def test_two_ranks_stop_together_and_resume_bit_for_bit(flags, tmp_path, model, step):
     more = [*flags, "--model", model, *METHODS["adamwprune"], "--drop", "0.1", "--model-ema"]
     run_ranks(_train, 2, [*more, "--experiment", "whole"], torch.float32, join_group=False)

@@ -33,7 +33,7 @@ def test_killed_and_continued(few_digits, tmp_path):
         "model": "test_resnet",
         "img_size": 32,
         "global_batch_size": 16,
-        "epochs": 12,
+        "epochs": 6,
         "lr": 3e-3,
         "warmup_epochs": 0,
         "sched_on_updates": True,

@@ -73,7 +73,7 @@ def flags(few_digits, tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this is the CPU run")
 def test_a_warned_job_saves_queues_again_and_goes_on(slurm, flags, tmp_path):
-    job = slurm("one_node.sbatch", 1, 2, *flags, "--epochs", "40", "--log-interval", "1")
+    job = slurm("one_node.sbatch", 1, 2, *flags, "--epochs", "16", "--log-interval", "1")
     log = tmp_path / "runs" / "r" / "train.log"
     deadline = time.monotonic() + 90
     while not (log.exists() and "Train: 2" in log.read_text()) and time.monotonic() < deadline:
@@ -85,12 +85,12 @@ def test_a_warned_job_saves_queues_again_and_goes_on(slurm, flags, tmp_path):
     assert (tmp_path / "said").read_text() == f"requeue {20_000 + os.getpid()}\n"
 
     (tmp_path / "said").unlink()
-    wrong = slurm("one_node.sbatch", 1, 2, *flags, "--epochs", "40", "--opt", "sdg")
+    wrong = slurm("one_node.sbatch", 1, 2, *flags, "--epochs", "16", "--opt", "sdg")
     said, _ = wrong.communicate(timeout=60)
     assert wrong.returncode != 0
     assert not (tmp_path / "said").exists(), "a job that fails must not queue again for ever"
 
-    job = slurm("one_node.sbatch", 1, 2, *flags, "--epochs", "40")
+    job = slurm("one_node.sbatch", 1, 2, *flags, "--epochs", "16")
     said, _ = job.communicate(timeout=150)
     assert job.returncode == 0, said
     assert "Resumed from" in said

@@ -248,6 +248,7 @@ class PackedOptimizer(Optimizer):
             )
         state = self.state[parameter]
         if not state:
+            self._packing.note_change()  # it may have been appended to a group's list, past add_param_group
             state["step"] = torch.tensor(0.0, dtype=torch.float32)
             like = to_local(parameter)
             if prunable and self._packing.keeps_zeros:
@@ -303,6 +304,7 @@ class PackedOptimizer(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the form `state_dict` gives, or the plain optimizer's, and pack again."""
+        saved = saved_states(self, state_dict, (*self.MOMENTS, "mask"))
         # What is packed is taken a tensor at a time: torch would put all of its dense form on the device.
         packed = {*self.MOMENTS, *(("mask",) if self.pruning is self._packing else ())}
         others = {
@@ -310,7 +312,6 @@ class PackedOptimizer(Optimizer):
             for number, state in state_dict["state"].items()
         }
         super().load_state_dict({**state_dict, "state": others})
-        saved = saved_states(self, state_dict)
         for group in self.param_groups:
             # What the plain optimizer does not know, and the pruning options in force here.
             kept = {"differentiable", "pruning", *group} - set(OPTION_NAMES)

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from toolkit.log import get_logger
-from toolkit.prune.groups import computed_names, prunable_names, tied_names
+from toolkit.prune.groups import computed_names, prunable_names, recurrent_layers, tied_names
 
 
 def param_groups(model: nn.Module, weight_decay: float | None = None) -> list[dict[str, Any]]:
@@ -20,7 +20,8 @@ def param_groups(model: nn.Module, weight_decay: float | None = None) -> list[di
     | --- | --- | --- |
     | weights of convolution and linear layers, stem and classifier too | yes | yes |
     | transformers' `Conv1D`, projections of `nn.MultiheadAttention` | yes | yes |
-    | embeddings, recurrent layers, other matrices | no | yes |
+    | recurrent layers (`nn.LSTM`, `nn.GRU`, their cells) | no, said in the log | yes |
+    | embeddings, other matrices | no | yes |
     | a head whose weight is an embedding's (tied) | no, said in the log | yes |
     | what a weight is computed from (`weight_norm`, parametrizations) | no, said in the log | yes |
     | biases, norms and all else of one dimension | no | no |
@@ -41,6 +42,13 @@ def param_groups(model: nn.Module, weight_decay: float | None = None) -> list[di
         get_logger().info("%s is not pruned: it is the embedding %s", name, embedding)
     if computed := computed_names(model):
         get_logger().warning("not pruned, for they are computed from other parameters: %s", ", ".join(computed))
+    if recurrent := recurrent_layers(model):
+        get_logger().warning(
+            "not pruned, for they are recurrent layers: %s (%d weights); give their matrices to a group with "
+            "prunable=True to prune them",
+            ", ".join(recurrent),
+            sum(recurrent.values()),
+        )
     prunable = prunable_names(model)
     exempt: set[str] = set(getattr(model, "no_weight_decay", set)())
     groups: dict[tuple[bool, bool], list[tuple[str, Tensor]]] = {}

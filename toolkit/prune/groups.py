@@ -80,6 +80,15 @@ def computed_names(model: nn.Module) -> list[str]:
     ]
 
 
+def recurrent_layers(model: nn.Module) -> dict[str, int]:
+    """Layers whose matrices are not prunable because they recur: name -> how many weights these have."""
+    return {
+        name or type(module).__name__: sum(p.numel() for p in module.parameters(recurse=False) if p.ndim > 1)
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.RNNBase, nn.RNNCellBase))
+    }
+
+
 def _is_marked(groups: Collection[Mapping[str, Any]]) -> bool:
     return any("prunable" in group for group in groups)
 

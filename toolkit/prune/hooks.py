@@ -73,6 +73,7 @@ class Pruner(Pruning):
             own, part = optimizer.state.get(parameter, {}), to_local(parameter)
             if self.keeps_zeros and "mask" not in own:  # a resumed run has its masks
                 self._first.setdefault(parameter, {})["mask"] = pack_bits(flat_view(part) != 0)
+                self.note_change()
             if self._score == "displacement" and "initial_weights" not in own:
                 self._first.setdefault(parameter, {})["initial_weights"] = part.detach().clone()
             elif self._score == "movement" and parameter.grad is not None:
@@ -95,7 +96,10 @@ class Pruner(Pruning):
             return
         step = self.count_step()
         named = prunable_parameters(optimizer.param_groups)
-        self.check_layouts([parameter for _, parameter in named if "mask" in optimizer.state.get(parameter, {})])
+        masked = [parameter for _, parameter in named if "mask" in optimizer.state.get(parameter, {})]
+        self.check_layouts(masked)
+        if len(masked) < len(named):
+            self.note_change()  # one may have been appended to a group's list, past add_param_group
         if self.is_due(step):
             self.update(step)
         members = [Member(name, parameter, optimizer.state.get(parameter, {})) for name, parameter in named]
@@ -103,7 +107,7 @@ class Pruner(Pruning):
 
     def _note_saved_scores(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         """The sums need float32, whatever the parameter's dtype."""
-        saved = saved_states(optimizer, state_dict)
+        saved = saved_states(optimizer, state_dict, ("mask", "keep", *_BESIDE_MASK))
         self._first = {p: {"scores": state["scores"]} for p, state in saved.items() if "scores" in state}
 
     def _masks_to_bits(self, optimizer: Optimizer) -> None:

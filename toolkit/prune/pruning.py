@@ -1,7 +1,7 @@
 """What prunes an optimizer: `optimizer.pruning`, the same on those that pack their state and those pruned by hooks."""
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -177,7 +177,7 @@ class Pruning:
                 )
 
     def note_change(self) -> None:
-        """The state was replaced, or parameters were added: what is pruned is to be looked at again."""
+        """The state was replaced, or a parameter may be new: what is pruned is to be looked at again."""
         self._arrived = False
 
     def pack_loaded_mask(self, parameter: Tensor, mask: Tensor) -> Tensor:
@@ -198,9 +198,22 @@ def dense_states(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, 
     return {**state_dict, "state": states}
 
 
-def saved_states(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> dict[Tensor, Mapping[str, Any]]:
-    """Each parameter's state as it was saved; torch casts what it loads to the parameter's dtype."""
+def saved_states(
+    optimizer: Optimizer, state_dict: Mapping[str, Any], keys: Iterable[str]
+) -> dict[Tensor, Mapping[str, Any]]:
+    """Each parameter's state as it was saved; torch casts what it loads to the parameter's dtype.
+
+    Raises ValueError where a tensor of `keys` is not shaped like its parameter.
+    """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
-    states = state_dict["state"]
-    return {parameter: states.get(number, {}) for parameter, number in zip(parameters, numbers, strict=False)}
+    saved = {p: state_dict["state"].get(number, {}) for p, number in zip(parameters, numbers, strict=False)}
+    for index, (parameter, state) in enumerate(saved.items()):
+        for key in state.keys() & set(keys):
+            if state[key].shape != parameter.shape:
+                raise ValueError(
+                    f"parameter {index} has shape {tuple(parameter.shape)}, its {key} in the state to load "
+                    f"{tuple(state[key].shape)}; they must be alike: load the state of this very model, its parameters "
+                    "given in the same order"
+                )
+    return saved

@@ -152,7 +152,7 @@ def test_evaluation_counts_unreadable_images_out(flags, few_digits, tmp_path):
     assert (result.num_samples, result.num_bad) == (39, 1)
 
 
-@pytest.mark.parametrize("model", ["resnet50", "vit_tiny_patch16_224"])
+@pytest.mark.parametrize("model", [pytest.param("resnet50", marks=pytest.mark.long), "vit_tiny_patch16_224"])
 def test_any_timm_model_by_name(flags, model, tmp_path):
     assert train.main([*flags, *PRUNED, "--model", model, "--epochs", "1", "--experiment", "r"]) == 0
     metrics = json.loads((tmp_path / "r" / "metrics.json").read_text())

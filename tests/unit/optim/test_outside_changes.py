@@ -11,8 +11,10 @@ from torch import nn
 from toolkit.kernels import compiled
 from toolkit.optim.adamwprune import AdamWPrune
 from toolkit.optim.adamwspam import AdamWSPAM
+from toolkit.optim.packed import PackedOptimizer
 from toolkit.optim.sgdprune import SGDPrune
 from toolkit.prune.hooks import pruned_by_hooks
+from toolkit.prune.pruning import Pruning
 
 KINDS = [AdamWPrune, SGDPrune, AdamWSPAM, pruned_by_hooks(torch.optim.AdamW, "magnitude")]
 IMPLEMENTATIONS = ["auto", "reference"]
@@ -196,3 +198,75 @@ def test_parameters_added_after_the_last_mask_update_are_not_left_dense_in_silen
     optimizer.add_param_group({"params": list(net[2].parameters())})
     with pytest.raises(ValueError, match="parameters were added since"):
         train(net, optimizer, 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("kept_zeros", [False, True])
+def test_a_parameter_appended_by_hand_is_as_one_added(kind, implementation, kept_zeros):
+    """Before end_step it is pruned with the others; after it, refused at the step that first has its gradient."""
+    net = model()
+    early, late = (make(kind, net[:1], implementation) for _ in range(2))
+    if kept_zeros:
+        early.pruning.keep_zeros()
+        late.pruning.keep_zeros()
+    train(net[:1], early, 3)
+    early.param_groups[0]["params"].append(net[2].weight)
+    train(net, early, 5)
+    zeros, weights = early.pruning.sparsity()
+    assert (zeros, weights) == (int(0.7 * weights), net[0].weight.numel() + net[2].weight.numel())
+    train(net, early, 2)
+
+    net[2].reset_parameters()
+    net.zero_grad()
+    train(net[:1], late, 8)
+    late.param_groups[0]["params"].append(net[2].weight)
+    with pytest.raises(ValueError, match="parameters were added since"):
+        train(net, late, 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_target_is_looked_at_once_past_end_step(kind, monkeypatch):
+    looked = []
+    monkeypatch.setattr(Pruning, "_check_arrived", lambda *_: looked.append(1))
+    net = model()
+    optimizer = make(kind, net, "auto")
+    train(net, optimizer, 12)
+    assert not looked  # the update at end_step knows
+    monkeypatch.undo()
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    check = Pruning._check_arrived
+    monkeypatch.setattr(Pruning, "_check_arrived", lambda *given: looked.append(1) or check(*given))
+    train(net, optimizer, 4)
+    assert len(looked) == 1
+
+
+OTHER_SHAPES = {
+    "of another model": lambda value: torch.zeros(5, 4),
+    "transposed": lambda value: value.transpose(0, 1).contiguous(),
+    "flat": lambda value: value.flatten(),
+    "one that would be spread": lambda value: value[:1],
+    "a number": lambda value: value.flatten()[0],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", OTHER_SHAPES)
+def test_a_state_of_another_shape_names_the_parameter_and_changes_nothing(kind, shape):
+    net = model()
+    optimizer = make(kind, net, "auto")
+    train(net, optimizer, 8)
+    saved = optimizer.state_dict()
+    keys = [key for key, value in saved["state"][2].items() if value.shape == net[2].weight.shape]
+    assert "mask" in keys
+    for key in keys if isinstance(optimizer, PackedOptimizer) else ["mask"]:  # other moments are the base's own affair
+        wrong = copy.deepcopy(saved)
+        wrong["state"][2][key] = OTHER_SHAPES[shape](wrong["state"][2][key])
+        with pytest.raises(ValueError, match=rf"^parameter 2 has shape \(7, 324\), its {key} in .* the same order$"):
+            optimizer.load_state_dict(wrong)
+    undisturbed = copy.deepcopy(net)
+    other = make(kind, undisturbed, "auto")
+    other.load_state_dict(copy.deepcopy(saved))
+    train(net, optimizer, 1)
+    train(undisturbed, other, 1)
+    assert all(map(torch.equal, net.parameters(), undisturbed.parameters()))

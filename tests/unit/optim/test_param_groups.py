@@ -116,6 +116,36 @@ def test_computed_weights_stay_dense_and_are_named(name, normed, caplog):
     assert int((model[0].weight == 0).sum()) == int((model[2].weight == 0).sum()) == 0
 
 
+def test_recurrent_layers_stay_dense_and_are_named_once(caplog):
+    plain = [nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell]
+    model = nn.Sequential(nn.LSTM(6, 5, proj_size=3), *(kind(6, 5) for kind in plain), nn.Linear(5, 4))
+    groups = param_groups(model)
+    (said,) = caplog.messages
+    weights = 20 * (6 + 3) + 3 * 5 + (3 + 1 + 4 + 3 + 1) * 5 * (6 + 5)
+    assert said.startswith(f"not pruned, for they are recurrent layers: 0, 1, 2, 3, 4, 5 ({weights} weights); give ")
+    assert "prunable=True" in said
+    assert [name for group in groups if group["prunable"] for name, _ in group["params"]] == ["6.weight"]
+
+
+def test_a_model_without_recurrent_layers_is_told_nothing(caplog):
+    param_groups(nn.Sequential(nn.Linear(5, 4), nn.Embedding(3, 4), nn.MultiheadAttention(4, 2)))
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("name", ["adamwprune", "sgdprune", "adamw-movement"])
+def test_recurrent_layers_are_pruned_where_a_group_says_so(name):
+    """The remedy that the message gives."""
+    layer = nn.LSTM(6, 5)
+    matrices, vectors = ([p for p in layer.parameters() if (p.ndim > 1) == wanted] for wanted in (True, False))
+    groups = [{"params": matrices, "prunable": True}, {"params": vectors, "prunable": False}]
+    optimizer = create_optimizer_v2(groups, name, lr=1e-3, sparsity=0.7, end_step=6, frequency=2)
+    for _ in range(8):
+        optimizer.zero_grad()
+        layer(torch.randn(3, 6))[0].square().mean().backward()
+        optimizer.step()
+    assert optimizer.pruning.sparsity() == (154, 220)
+
+
 @pytest.mark.parametrize("name", ["adamwprune", "sgdprune", "adamw-movement", "adamw-magnitude"])
 def test_what_a_weight_is_computed_from_is_pruned_where_a_group_says_so(name):
     """A direction of `weight_norm` that is 0 is a weight that is 0."""

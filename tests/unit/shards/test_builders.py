@@ -9,7 +9,7 @@ import shards.digits
 import shards.drawing
 import shards.synthetic
 import shards.writer
-from shards.writer import Sample, write_split
+from shards.writer import Sample, write_data_set, write_split
 from toolkit.data.index import load_split
 from toolkit.data.info import read_info
 
@@ -107,3 +107,29 @@ def test_a_shard_has_the_bytes_that_webdataset_would_write(tmp_path, webdataset)
         for key, label, meta, extension in rows:
             tar.write({"__key__": key, extension: b"bytes", "cls": label, "json": meta})
     assert (tmp_path / "ours.tar").read_bytes() == (tmp_path / "theirs.tar").read_bytes()
+
+
+def test_what_a_stopped_rebuild_leaves_has_no_counts_of_the_old_build(tmp_path):
+    """The writer's last word is `_info.json`: while it works, or when it stops, none of an older build stands."""
+
+    def splits(count):
+        return {split: ([Sample(str(i), 0, bytes) for i in range(count)], 2) for split in ("train", "validation")}
+
+    def stop():
+        found.append({path.name for path in tmp_path.iterdir()})
+        raise KeyboardInterrupt
+
+    found = []
+    write_data_set(tmp_path, "x", 1, splits(6))
+    whole = hashes(tmp_path)
+    with pytest.raises(ValueError, match="2 shards for 1 validation images"):
+        write_data_set(tmp_path, "x", 1, splits(6) | {"validation": ([Sample("0", 0, bytes)], 2)})
+    assert hashes(tmp_path) == whole  # refused before anything is touched
+    again = splits(4)
+    again["train"][0][1] = Sample("1", 0, stop)
+    with pytest.raises(KeyboardInterrupt):
+        write_data_set(tmp_path, "x", 1, again)
+    assert not {"_info.json", "train.index.safetensors", "validation.index.safetensors"} & found[0]
+    assert not (tmp_path / "_info.json").exists()
+    write_data_set(tmp_path, "x", 1, splits(4))
+    assert [len(load_split(tmp_path, split)) for split in ("train", "validation")] == [4, 4]
