@@ -62,7 +62,7 @@ class MemoryLog:
         self._file = folder / RANKS_FOLDER / f"rank{self._world.rank:05d}.json"
 
     def enter_step(self, step: int) -> None:
-        """Optimizer step `step` begins."""
+        """Optimizer step `step` begins, by the count that the phases go by."""
         self.windows.enter(phase_of(self._plan, step).name)
 
     @contextlib.contextmanager
@@ -75,7 +75,7 @@ class MemoryLog:
 
     @contextlib.contextmanager
     def probe(self, step: int) -> Iterator[StepProbe | None]:
-        """Watch this step storage by storage if it is the one of its phase to be watched."""
+        """Watch optimizer step `step` storage by storage if its phase is to be; one made anew is watched anew."""
         phase = phase_of(self._plan, step)
         if step != phase.probed:
             yield None
@@ -98,7 +98,7 @@ class MemoryLog:
             "rank": self._world.rank,
             "time_s": round(time.monotonic() - self._begin, 3),
             "step": step,
-            "phase": phase_of(self._plan, step).name,
+            "phase": self.windows.phase,
             "ledger_bytes": sum(ledger.values()),
             "optimizer_bytes": optimizer_bytes(ledger),
             "rss_bytes": recent["rss_bytes"] or read_host()["rss_bytes"],
