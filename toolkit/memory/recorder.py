@@ -52,6 +52,7 @@ class MemoryLog:
         self.peak: dict[str, int] = {}
         self.end: dict[str, int] = {}
         self.peak_step = 0
+        self.resumed_after: list[int] = []  # the last sampled step before each resume
         self.phases: dict[str, dict[str, Any]] = {}
         self.windows = PeakWindows(world.device)
         self._sampler = MemorySampler(find_device_use(world.device))
@@ -138,6 +139,7 @@ class MemoryLog:
             "peak": self.peak,
             "end": self.end,
             "peak_step": self.peak_step,
+            "resumed_after": self.resumed_after,
             "elapsed_s": time.monotonic() - self._begin,
             "phases": self.phases,
             "windows": self.windows.peaks,
@@ -147,6 +149,7 @@ class MemoryLog:
         """Go on from a checkpoint."""
         self.timeline, self.peak, self.end = state["timeline"], state["peak"], state["end"]
         self.peak_step, self.phases = state["peak_step"], state["phases"]
+        self.resumed_after = [*state.get("resumed_after", []), self.timeline[-1]["step"] if self.timeline else 0]
         self.windows.load(state["windows"])
         self._begin = time.monotonic() - state["elapsed_s"]
 
@@ -162,6 +165,7 @@ class MemoryLog:
             "device_type": place.type,
             "num_ranks": self._world.num_ranks,
             "last_step": self.timeline[-1]["step"] if self.timeline else 0,
+            "resumed_after_steps": self.resumed_after,
             "device": {key: value for key, value in read_device(place).items() if "peak" not in key},
             "device_uuid": str(getattr(torch.cuda.get_device_properties(place), "uuid", place)) if on_gpu else None,
             "device_used_source": use.name if use else "none",
