@@ -157,13 +157,18 @@ def bench_data(rounds: int, num_images: int = 200) -> dict[str, Any]:
     }
 
 
+def _met(value: float | None, kind: str, limit: float) -> bool | None:
+    """Whether a bar is met; None where it could not be measured."""
+    return None if value is None else value <= limit if kind == "<=" else value >= limit
+
+
 def _bars(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
     bars = {
         name: {
             "value": result[name],
             "kind": kind,
             "limit": limit,
-            "met": result[name] <= limit if kind == "<=" else result[name] >= limit,
+            "met": _met(result[name], kind, limit),
         }
         for name, (kind, limit) in LIMITS.items()
     }
@@ -176,11 +181,12 @@ def _bars(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def to_markdown(result: dict[str, Any], command: str) -> str:
     """The table for results/bench/."""
     signs = {"<=": "≤", ">=": "≥"}
+    words = {True: "met", False: "**missed**", None: "not measured: webdataset is not installed"}
     rows = [
         [
             name,
-            f"{bar['value']:.3f}",
-            f"{signs[bar['kind']]} {bar['limit']:.3g} {'met' if bar['met'] else '**missed**'}",
+            "" if bar["value"] is None else f"{bar['value']:.3f}",
+            f"{signs[bar['kind']]} {bar['limit']:.3g} {words[bar['met']]}",
         ]
         for name, bar in result["bars"].items()
     ]

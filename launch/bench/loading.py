@@ -1,5 +1,6 @@
 """From the shards to the batch: reading an image, its way from a worker, whole loaders, the first batch of a resume."""
 
+import importlib.util
 import multiprocessing
 import resource
 import statistics
@@ -125,9 +126,12 @@ def _timms_loader(folder: Path) -> Any:
 
 
 def measure_loaders(folder: Path, index: ShardIndex, rounds: int) -> dict[str, Any]:
-    """Whole loaders of two workers on the same shards: ours and timm's, as shipped and with normalised floats."""
+    """Whole loaders of two workers on the same shards: ours and timm's, as shipped and with normalised floats.
+
+    The ratios to timm's are None where webdataset, by which it reads, is not installed.
+    """
     ours = _our_loader(index, TrainTransform(SIZE, interpolation="bilinear"))
-    theirs = _timms_loader(folder)
+    theirs = _timms_loader(folder) if importlib.util.find_spec("webdataset") else None
     statistics_of_imagenet = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
     normalise = to_inputs(statistics_of_imagenet, torch.nn.Linear(1, 1), channels_last=False)
     worker_mib = 0.0
@@ -141,15 +145,20 @@ def measure_loaders(folder: Path, index: ShardIndex, rounds: int) -> dict[str, A
     ways: dict[str, Callable[[int], Iterator[Tensor]]] = {
         "ours": shipped,
         "ours, normalised": lambda epoch: (normalise(batch)[0] for batch in ours.epoch(epoch)),
-        "timm (normalises)": lambda epoch: (images for images, _ in theirs),
     }
+    if theirs is not None:
+        ways["timm (normalises)"] = lambda epoch: (images for images, _ in theirs)
     times = _after_the_first(ways, rounds, "loaders")
+
+    def ratio(mine: str) -> float | None:
+        return None if theirs is None else 1 / median_ratio(times, mine, "timm (normalises)")
+
     bare = [sys.executable, "-c", "import torch; print(open('/proc/self/status').read())"]
     status = subprocess.run(bare, capture_output=True, text=True, check=True).stdout
     return {
         "loader_ms": {name: statistics.median(values) for name, values in times.items()},
-        "loader_ratio_to_timm": 1 / median_ratio(times, "ours", "timm (normalises)"),
-        "loader_ratio_to_timm_normalised": 1 / median_ratio(times, "ours, normalised", "timm (normalises)"),
+        "loader_ratio_to_timm": ratio("ours"),
+        "loader_ratio_to_timm_normalised": ratio("ours, normalised"),
         "worker_mib": worker_mib - _rss_mib(status),
     }
 

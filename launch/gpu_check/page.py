@@ -1,7 +1,7 @@
 """What launch.gpu_check writes for people: the machine, the parts and how they ended, times, runs, last words."""
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from launch.report.runs import CellRun
@@ -10,6 +10,7 @@ from toolkit.markdown import mib, page, table
 _PAGES = {"bench-device/1": "launch.bench.device"}  # schema of a part's result -> whose page it is
 _PHASES = ("dense", "ramp", "final")
 _PEAKS = ("total_bytes", "predicted_total_bytes", "allocated_peak_bytes", "reserved_peak_bytes", "unexplained_bytes")
+_BETWEEN_STEPS = ("ledger_bytes", "allocated_bytes", "reserved_bytes")
 _LAST_LINES = 15
 
 
@@ -34,8 +35,22 @@ def run_row(run: CellRun, study: str) -> dict[str, Any]:
             name: {key: phase[key] for key in _PEAKS} for name, phase in run.memory["phases"].items() if name in _PHASES
         },
         "peaks": record["peaks"],
+        "resumes": list(_resumes(timeline, record)),
         **{f"device_used_{key}": record[f"device_used_{key}"] for key in ("mean_bytes", "peak_bytes", "study_mib")},
     }
+
+
+def _resumes(timeline: Sequence[Mapping[str, str]], record: Mapping[str, Any]) -> Iterator[list[dict[str, Any]]]:
+    """Of each resume the last sample before it and the first one after; None where no GPU told."""
+    rows = [row for row in timeline if int(row["rank"]) == record["rank"]]
+    for step in record.get("resumed_after_steps", []):
+        last = [row for row in rows if int(row["step"]) <= step][-1:]
+        pair = [*last, *[row for row in rows if int(row["step"]) > step][:1]]
+        if len(pair) == 2:
+            figures = [{key: int(row[key]) if row[key] else None for key in _BETWEEN_STEPS} for row in pair]
+            yield [
+                {"step": int(row["step"]), "phase": row["phase"], **own} for row, own in zip(pair, figures, strict=True)
+            ]
 
 
 def to_markdown(result: Mapping[str, Any]) -> str:
@@ -68,7 +83,7 @@ def to_markdown(result: Mapping[str, Any]) -> str:
         if module:
             text = importlib.import_module(module).to_markdown(part["result"], part["command"])
             lines += ["", "#" + text.rstrip()]
-    return page(*lines, *_runs(result["runs"]))
+    return page(*lines, *_runs(result["runs"]), *_resume_table(result["runs"]))
 
 
 def _runs(rows: list[dict[str, Any]]) -> list[str]:
@@ -104,3 +119,23 @@ def _runs(rows: list[dict[str, Any]]) -> list[str]:
             text=(0, 1, 2),
         ),
     ]
+
+
+def _resume_table(rows: list[dict[str, Any]]) -> list[str]:
+    """Others hold twice the memory after a resume; the build's peak has the loading in it."""
+    found = [
+        [
+            row["study"],
+            row["name"],
+            *(f"{one['step']}, {one['phase']}" for one in pair),
+            *(mib(one[key], 1) for key in _BETWEEN_STEPS for one in pair),
+            mib(row["peaks"]["build"]["allocated_peak_bytes"], 1),
+        ]
+        for row in rows
+        for pair in row["resumes"]
+    ]
+    if not found:
+        return []
+    header = ["study", "run", "step before", "after", "tensors before", "after", "allocated before", "after"]
+    header += ["reserved before", "after", "allocated at most while building and loading"]
+    return ["", "## Memory before and after a resume, MiB", "", *table(header, found, text=(0, 1, 2, 3))]

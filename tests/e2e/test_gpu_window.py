@@ -26,6 +26,13 @@ def test_the_stand_in_runs_to_its_end(few_digits, tmp_path):
         predicted = [phase["predicted_total_bytes"] for name, phase in row["phases"].items() if name != "ramp"]
         assert predicted
         assert min(predicted) > 0
+    resumed = {row["name"]: row["resumes"] for row in result["runs"]}
+    page = (tmp_path / "out" / "gpu_check.md").read_text()
+    for log in (tmp_path / "work").glob("**/train.log"):  # killed before its first checkpoint, a run begins anew
+        pairs = resumed[log.parent.name]
+        assert len(pairs) == log.read_text().count("Resumed from")
+        assert all(before["step"] < after["step"] for before, after in pairs)
+    assert ("## Memory before and after a resume, MiB" in page) == any(resumed.values())
     assert len(read_runs(tmp_path / "out" / f"{study}.jsonl.gz")[0]) == 2
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "gpu_check.json",

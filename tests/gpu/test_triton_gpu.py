@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from masks import check_masks, watch_mask_updates
 from torch import nn
 
 from toolkit.optim.adamwprune import AdamWPrune
@@ -21,6 +22,7 @@ def make(kind, implementation, steps, shapes=SHAPES, dtype=torch.float32, **opti
     optimizer = kind(
         weights, sparsity=0.8, begin_step=1, end_step=6, frequency=2, implementation=implementation, **options
     )
+    optimizer.mask_updates = watch_mask_updates(optimizer)
     for _ in range(steps):
         for weight in weights:
             grad = torch.randn(weight.shape, generator=generator).to("cuda", dtype)
@@ -38,14 +40,16 @@ def make(kind, implementation, steps, shapes=SHAPES, dtype=torch.float32, **opti
     ],
 )
 def test_equals_the_reference(kind, options):
-    compare(make(kind, "triton", 20, **options)[1], make(kind, "reference", 20, **options)[1], 1e-5, swaps=1e-4)
+    compare(*(make(kind, how, 20, **options) for how in ("triton", "reference")), 1e-5, swaps=1e-4)
 
 
-def compare(mine, wanted, tolerance, swaps):
-    """Weights alike where both survive. Masks too, but for the share `swaps`.
+def compare(made, reference, tolerance, swaps, dtype=torch.float32):
+    """Weights alike where both survive. Masks too, but for the share `swaps`, and that at the threshold alone.
 
     Moments differ in their last place before a mask update, so two weights beside the threshold may change places.
     """
+    (optimizer, mine), (other_optimizer, wanted) = made, reference
+    check_masks(optimizer.mask_updates, other_optimizer.mask_updates, dtype)
     differing, weights = 0, 0
     for one, other in zip(mine, wanted, strict=True):
         one, other = one.detach().float(), other.detach().float()
@@ -86,8 +90,9 @@ def test_equals_the_reference_at_the_shapes_of_resnet50(kind, state_dtype, dtype
     """8 steps: dense, three mask updates, packed."""
     options = {"shapes": RESNET50, "dtype": dtype, "state_dtype": state_dtype, "lr": 1e-2}
     rounded = dtype is torch.bfloat16 or state_dtype == "bfloat16"
-    mine, wanted = (make(kind, how, 8, **options)[1] for how in ("triton", "reference"))
-    compare(mine, wanted, 2e-2 if rounded else 1e-5, swaps=2e-2 if rounded else 1e-4)
+    made = [make(kind, how, 8, **options) for how in ("triton", "reference")]
+    limits = (2e-2, 2e-2, torch.bfloat16) if rounded else (1e-5, 1e-4, torch.float32)
+    compare(*made, *limits)
 
 
 @pytest.mark.parametrize("options", [{}, {"state_dtype": "bfloat16"}, {"amsgrad": True}])

@@ -62,8 +62,8 @@ def test_ctrl_c_says_what_is_left(capsys):
     ],
 )
 def test_ctrl_c_while_importing_is_one_line(module, heavy, flags, tmp_path):
-    interrupt = "signal.signal(signal.SIGINT, signal.default_int_handler)\nos.kill(os.getpid(), signal.SIGINT)\n"
-    (tmp_path / f"{heavy}.py").write_text(f"import os, signal\n{interrupt}")  # a shell's background job ignores it
+    handler = "signal.signal(signal.SIGINT, signal.default_int_handler)"  # a suite in the background ignores it
+    (tmp_path / f"{heavy}.py").write_text(f"import os, signal\n{handler}\nos.kill(os.getpid(), signal.SIGINT)\n")
     done = subprocess.run(
         [sys.executable, "-m", module, *(flag.format(out=tmp_path / "out") for flag in flags)],
         cwd=ROOT,

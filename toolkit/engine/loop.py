@@ -108,11 +108,11 @@ def train_epoch(run: Run, history: History, stop: StopRequest, metrics: Metrics,
     while history.step < plan.steps_per_epoch:
         update = history.epoch * plan.steps_per_epoch + history.step + 1
         logs = update % plan.log_interval == 0 or history.step + 1 == plan.steps_per_epoch
-        run.memory.enter_step(update)
+        step = run.optimizer_step(update)
+        run.memory.enter_step(step)
         # Watched is one step a phase; of a compiled model none, for under the tracker it would be compiled anew.
         compiled = hasattr(run.engine.model, "_orig_mod")
-        counted = run.pruning_steps
-        with contextlib.nullcontext() if compiled else run.memory.probe(update) as probe:
+        with contextlib.nullcontext() if compiled else run.memory.probe(step) as probe:
             result = train_step(run, batches, update, history.epoch, stop=stop.asked, want_grad_norm=logs, probe=probe)
         if run.scheduler is not None:
             run.scheduler.step_update(num_updates=update)
@@ -120,9 +120,9 @@ def train_epoch(run: Run, history: History, stop: StopRequest, metrics: Metrics,
             run.ema.update(run.engine.module, step=update)
             average_masks.apply()
         loss_sum += result.loss
-        if run.pruning_steps > counted and run.schedule.is_update_step(run.pruning_steps):
+        if run.pruning_steps == step and run.schedule.is_update_step(step):
             check_masks(run)
-            if run.pruning_steps == run.schedule.end_step:
+            if step == run.schedule.end_step:
                 _release_memory(run)
         history.step += 1
         history.bad_so_far += result.num_bad

@@ -136,7 +136,7 @@ class Metrics:
             "train/epoch": update / plan.steps_per_epoch,
             "train/bad_images": bad,
             "pruning/sparsity": zeros / max(weights, 1),
-            "pruning/target_sparsity": run.schedule.sparsity_at(update),
+            "pruning/target_sparsity": run.schedule.sparsity_at(run.pruning_steps),
             **memory_scalars(sums[3:].view_as(columns), on_gpu=run.world.device.type == "cuda"),
             "memory/num_alloc_retries": device["alloc_retries"],
             "memory/num_ooms": device["ooms"],

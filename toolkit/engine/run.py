@@ -73,6 +73,10 @@ class Run:
         pruning: Pruning | None = getattr(self.engine.inner_optimizer, "pruning", None)
         return 0 if pruning is None else pruning.steps
 
+    def optimizer_step(self, update: int) -> int:
+        """The number of the step to be made in the loop's `update`: by the optimizer's own count where it prunes."""
+        return self.pruning_steps + 1 if self.schedule.enabled else update
+
     def masked_parameters(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(parameter, bit mask) of every parameter that has one."""
         pruning: Pruning | None = getattr(self.engine.inner_optimizer, "pruning", None)

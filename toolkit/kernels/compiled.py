@@ -76,7 +76,7 @@ def library() -> ctypes.CDLL | None:
         if not target.exists():
             _build(target)
         found = ctypes.CDLL(str(target))
-    except (OSError, RuntimeError, ImportError, StopIteration) as error:
+    except (OSError, RuntimeError, ImportError, AssertionError, StopIteration) as error:  # setuptools asserts on import
         get_logger().warning(
             "install a C++ compiler and ninja: there is no native update on CPU, and the reference path is several "
             "times slower (%s)",

@@ -52,6 +52,7 @@ class MemoryLog:
         self.peak: dict[str, int] = {}
         self.end: dict[str, int] = {}
         self.peak_step = 0
+        self.resumed_after: list[int] = []  # the last sampled step before each resume
         self.phases: dict[str, dict[str, Any]] = {}
         self.windows = PeakWindows(world.device)
         self._sampler = MemorySampler(find_device_use(world.device))
@@ -62,7 +63,7 @@ class MemoryLog:
         self._file = folder / RANKS_FOLDER / f"rank{self._world.rank:05d}.json"
 
     def enter_step(self, step: int) -> None:
-        """Optimizer step `step` begins."""
+        """Optimizer step `step` begins, by the count that the phases go by."""
         self.windows.enter(phase_of(self._plan, step).name)
 
     @contextlib.contextmanager
@@ -75,7 +76,7 @@ class MemoryLog:
 
     @contextlib.contextmanager
     def probe(self, step: int) -> Iterator[StepProbe | None]:
-        """Watch this step storage by storage if it is the one of its phase to be watched."""
+        """Watch optimizer step `step` storage by storage if its phase is to be; one made anew is watched anew."""
         phase = phase_of(self._plan, step)
         if step != phase.probed:
             yield None
@@ -98,7 +99,7 @@ class MemoryLog:
             "rank": self._world.rank,
             "time_s": round(time.monotonic() - self._begin, 3),
             "step": step,
-            "phase": phase_of(self._plan, step).name,
+            "phase": self.windows.phase,
             "ledger_bytes": sum(ledger.values()),
             "optimizer_bytes": optimizer_bytes(ledger),
             "rss_bytes": recent["rss_bytes"] or read_host()["rss_bytes"],
@@ -138,6 +139,7 @@ class MemoryLog:
             "peak": self.peak,
             "end": self.end,
             "peak_step": self.peak_step,
+            "resumed_after": self.resumed_after,
             "elapsed_s": time.monotonic() - self._begin,
             "phases": self.phases,
             "windows": self.windows.peaks,
@@ -147,6 +149,7 @@ class MemoryLog:
         """Go on from a checkpoint."""
         self.timeline, self.peak, self.end = state["timeline"], state["peak"], state["end"]
         self.peak_step, self.phases = state["peak_step"], state["phases"]
+        self.resumed_after = [*state.get("resumed_after", []), self.timeline[-1]["step"] if self.timeline else 0]
         self.windows.load(state["windows"])
         self._begin = time.monotonic() - state["elapsed_s"]
 
@@ -162,6 +165,7 @@ class MemoryLog:
             "device_type": place.type,
             "num_ranks": self._world.num_ranks,
             "last_step": self.timeline[-1]["step"] if self.timeline else 0,
+            "resumed_after_steps": self.resumed_after,
             "device": {key: value for key, value in read_device(place).items() if "peak" not in key},
             "device_uuid": str(getattr(torch.cuda.get_device_properties(place), "uuid", place)) if on_gpu else None,
             "device_used_source": use.name if use else "none",

@@ -1,5 +1,6 @@
 """Whole runs in this process, one rank: what the loop promises."""
 
+import contextlib
 import csv
 import json
 import math
@@ -19,8 +20,9 @@ from toolkit.config import Config
 from toolkit.engine import loop
 from toolkit.engine.checkpoint import load_checkpoint, newest_checkpoint
 from toolkit.engine.loop import train as train_loop
-from toolkit.engine.metrics import SCALARS
+from toolkit.engine.metrics import SCALARS, Metrics
 from toolkit.memory.allocator import read_device
+from toolkit.memory.phases import phase_of, plan_phases
 
 SCHEMA_FILE = Path(toolkit.memory.__file__).parent / "report_schema.json"
 
@@ -119,6 +121,43 @@ def test_the_last_mask_update_is_the_optimizers_where_a_scaler_leaves_steps_out(
     ((step, (zeros, weights)),) = released
     assert step == run.schedule.end_step
     assert zeros == math.floor(0.7 * weights)
+
+
+def test_memory_is_watched_at_the_optimizers_steps_where_a_scaler_leaves_some_out(flags, monkeypatch):
+    """A phase and the target are those of the optimizer's step; a watched one that was left out is watched anew."""
+    run, watched, targets = make(flags, *PRUNED, "--prune-begin", "0.3"), [], []
+    phases = plan_phases(run.plan.total_steps, 0, run.schedule)
+    probed = {phase.name: phase.probed for phase in phases}
+    left_out = (1, 2, probed["ramp"] + 2, probed["final"] + 3)
+    update, probe, write = run.engine.update, run.memory.probe, Metrics.write
+    run.engine.update = lambda step, want_norm: None if step in left_out else update(step, want_norm)
+
+    @contextlib.contextmanager
+    def noted(step):
+        before = run.sparsity()[0]
+        with probe(step) as watching:
+            yield watching
+        if watching is not None:
+            watched.append((run.memory.windows.phase, run.pruning_steps, before, run.sparsity()[0]))
+
+    def written(metrics, values, step):
+        targets.extend([(step, values["pruning/target_sparsity"])] if "pruning/target_sparsity" in values else [])
+        write(metrics, values, step)
+
+    run.memory.probe = noted
+    monkeypatch.setattr(Metrics, "write", written)
+    train_loop(run)
+    made = {name: rest for name, *rest in watched}  # the last of each
+    assert {name: step for name, (step, _, _) in made.items()} == probed
+    assert {name: one["step"] for name, one in run.memory.phases.items()} == probed
+    wanted, weights = run.sparsity()
+    assert made["ramp"][1:] == [0, run.schedule.num_zeros_at(probed["ramp"], weights)]
+    assert made["final"][1:] == [wanted, wanted]
+    own = {step: step - sum(number <= step for number in left_out) for step in range(1, run.plan.total_steps + 1)}
+    assert targets == [(step, run.schedule.sparsity_at(own[step])) for step in range(2, 19, 2)]
+    for row in run.memory.timeline:
+        missing = row["step"] in left_out  # its phase is that of the step it would have been
+        assert row["phase"] == phase_of(phases, own[row["step"]] + missing).name
 
 
 def test_accumulation_equals_a_larger_batch(flags, tmp_path):

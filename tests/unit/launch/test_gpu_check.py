@@ -1,16 +1,25 @@
 import json
+import os
 import shlex
+import signal
 import sys
 import time
 
 import pytest
 import torch
 import yaml
+from at_batch import at_batch
 
 from launch.gpu_check.__main__ import main
+from launch.gpu_check.page import run_row, to_markdown
 from launch.gpu_check.parts import PLANS, load_plan
 from launch.matrix.cells import load_matrix
+from launch.report.archive import read_runs
 from launch.start import ROOT, installed
+from toolkit.builder import build
+from toolkit.cli import parse
+from toolkit.engine.loop import train
+from toolkit.errors import InterruptedRunError
 
 RESULT = "import json; print('words'); print(json.dumps({'figure': 7}))"
 HANG = "import time; print('began', flush=True); time.sleep(600)"
@@ -117,6 +126,27 @@ def test_a_part_that_is_to_be_killed_is(tmp_path):
     status, result = check(tmp_path, write_plan(tmp_path / "plan.yaml", [part]))
     assert status == 0
     assert result["parts"]["killed"]["outcome"] == "ok"
+
+
+def test_memory_before_and_after_a_resume_has_a_table(flags, tmp_path):
+    more = [*flags, "--opt", "adamw", "--experiment", "r"]
+    stopped = build(parse(more))
+    at_batch(stopped, 9, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(InterruptedRunError):
+        train(stopped)
+    train(build(parse([*more, "--resume", "auto"])))
+    row = run_row(read_runs(tmp_path)[0][0], "study")
+    ((before, after),) = row["resumes"]
+    assert (before["step"], after["step"]) == (10, 12)
+    assert before["ledger_bytes"] == after["ledger_bytes"] > 0
+    assert before["allocated_bytes"] is after["reserved_bytes"] is None  # never an RSS
+    text = to_markdown({"command": "c", "parts": {}, "not_run": [], "runs": [row]})
+    line = next(
+        line for line in text.split("after a resume, MiB")[1].splitlines() if "study" in line and "10, dense" in line
+    )
+    assert line.count(f"{before['ledger_bytes'] / 2**20:,.1f}") == 2
+    plain = to_markdown({"command": "c", "parts": {}, "not_run": [], "runs": [{**row, "resumes": []}]})
+    assert "after a resume" not in plain
 
 
 @pytest.mark.parametrize(
