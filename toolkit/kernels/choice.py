@@ -41,7 +41,8 @@ def _native_fits(parameter: Tensor, moment_dtype: torch.dtype) -> bool:
 
 
 def _triton_fits(asked: str, parameter: Tensor, moment_dtype: torch.dtype) -> bool:
-    fits = {parameter.dtype, moment_dtype} <= {torch.float32, torch.bfloat16}
+    floats = (torch.float32, torch.bfloat16)
+    fits = parameter.dtype in floats and moment_dtype in (*floats, torch.uint8)
     if not fits or importlib.util.find_spec("triton") is None:
         return False
     if parameter.device.type == "cuda":

@@ -91,10 +91,11 @@ def address_row(tensor: PackedTensor) -> list[int]:
     """A tensor's row of eight numbers, as packed.cpp and the Triton kernels read it."""
     weight, grad, mask, offsets, moments = tensor[:5]
     addresses = [0 if one is None else one.data_ptr() for one in (weight, grad, mask, offsets)]
-    return [weight.numel(), *addresses, *_three(moments)]
+    return [weight.numel(), *addresses, *three_addresses(moments)]
 
 
-def _three(tensors: Sequence[Tensor]) -> list[int]:
+def three_addresses(tensors: Sequence[Tensor]) -> list[int]:
+    """Of as many tensors, 0 for those there are not."""
     return [tensor.data_ptr() for tensor in tensors] + [0] * (3 - len(tensors))
 
 
@@ -106,7 +107,7 @@ def _launch(name: str, tensors: Sequence[PackedTensor], hyper: Sequence[float], 
     for tensor in tensors:
         rows.extend(address_row(tensor))
         if width < 4:
-            rows.extend((*_three(tensor.exponents), tensor.seed, tensor.first))
+            rows.extend((*three_addresses(tensor.exponents), tensor.seed, tensor.first))
     call = getattr(native_code(), f"{'packed' if width == 4 else 'narrow'}_{name}")
     numbers = (ctypes.c_float * len(hyper))(*hyper)
     which = ISAS.index(isa or best_isa())

@@ -17,10 +17,12 @@ import triton.language as tl
 from torch import Tensor
 
 from toolkit.kernels import triton_kernels
-from toolkit.kernels.native import PackedTensor, address_row, check_memory
+from toolkit.kernels.narrow import GROUP
+from toolkit.kernels.native import PackedTensor, address_row, check_memory, three_addresses
 
 _BLOCK = triton_kernels.BLOCK.value
-_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
+_WEIGHTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
+_MOMENTS = {**_WEIGHTS, torch.uint8: tl.uint8}
 
 # What only a GPU can decide, as compile-time constants; a bench may change them.
 VARIANT: dict[str, int | bool] = {
@@ -51,15 +53,17 @@ class AddressTable:
         self._captured: list[tuple[Tensor, Tensor]] = []
 
     def update(self, tensors: Sequence[PackedTensor], param_indices: Sequence[int]) -> "AddressTable":
-        """Bring the table to these tensors; `param_indices` seed the stochastic rounding of bfloat16 moments.
+        """Bring the table to these tensors; `param_indices` seed the rounding of narrow moments by chance.
 
         Raises ValueError where tensors are not what they were, RuntimeError where the first step is a captured one.
         """
-        check_memory(tensors, tuple(_DTYPES), tuple(_DTYPES))
+        check_memory(tensors, tuple(_WEIGHTS), tuple(_MOMENTS))
         device, sizes = tensors[0][0].device, [tensor[0].numel() for tensor in tensors]
         numbers = array.array("q")
         for tensor, index in zip(tensors, param_indices, strict=True):
             numbers.extend((*address_row(tensor), index))
+            if tensor[4][0].dtype is torch.uint8:
+                numbers.extend((*three_addresses(tensor.exponents), tensor.first))
         capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         if capturing and sizes != self._sizes:
             raise RuntimeError("no step has run since the last mask update; call step() once, then capture one")
@@ -118,17 +122,19 @@ def flags(
     lr_on_device: bool = False,
 ) -> dict[str, Any]:
     """Compile-time constants that all kernels share, and the number of warps; a kernel's own come beside them."""
-    warps = int(VARIANT["num_warps"])
+    # A group of 8-bit codes is a warp's.
+    warps = _BLOCK // GROUP if state_dtype is torch.uint8 else int(VARIANT["num_warps"])
     return {
         "ROWS": _BLOCK // 32 // warps,
         "WARPS": warps,
-        "WEIGHT": _DTYPES[weight_dtype],
-        "STATE": _DTYPES[state_dtype],
+        "WEIGHT": _WEIGHTS[weight_dtype],
+        "STATE": _MOMENTS[state_dtype],
         "DENSE": dense,
         "STOCHASTIC": stochastic,
         "DECOUPLED": decoupled,
         "LR_ON_DEVICE": lr_on_device,
-        **VARIANT,
+        "EAGER": VARIANT["EAGER"],
+        "num_warps": warps,
     }
 
 
@@ -185,8 +191,8 @@ def packed_adam(
     """`adam_update` for the survivors of pruned tensors on a GPU, or for dense tensors (mask and offsets None).
 
     In place, in one launch. `table` was brought to these tensors; `counter` holds the step on the device, as float32;
-    `lr` is a number, or a tensor on the device. Weights and moments are float32 or bfloat16, computed with in float32;
-    bfloat16 moments are rounded by chance where `stochastic`. A `spike_threshold` makes it SPAM's step, whose
+    `lr` is a number, or a tensor on the device. Weights and moments are float32 or bfloat16, moments 8-bit codes too,
+    computed with in float32; bfloat16 and squared 8-bit moments are rounded by chance where `stochastic`. A `spike_threshold` makes it SPAM's step, whose
     gradients are clipped (inf: not now) and whose decay comes last; `scale` is the warm-up's.
     """
     _launch(
