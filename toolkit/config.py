@@ -112,7 +112,7 @@ class Config:
     )
     state_dtype: str | None = _flag(
         None,
-        "of the moments that --pruning state keeps; the weights' own by default, on a GPU int8 is slow",
+        "of the moments that --pruning state keeps; the weights' own by default",
         choices=("float32", "bfloat16", "int8"),
     )
     state_budget: float | str | None = _flag(

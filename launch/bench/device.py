@@ -21,6 +21,7 @@ from toolkit.markdown import page, table
 from toolkit.optim import AdamWPrune, SGDPrune
 
 ADAM_BARS = {0.7: 0.75, 0.9: 0.6} if DEVICE == "cuda" else {}
+INT8_BARS = {0.0: 0.7, 0.7: 0.6} if DEVICE == "cuda" else {}
 _COPY = "copy"
 _COPIED_BYTES = 2**28  # far beyond a GPU's caches
 _STEPS, _HOST_STEPS = 20, 5  # of a graph; few enough that the queue of launches never fills
@@ -67,6 +68,17 @@ def _makers() -> list[Maker]:
             )
             for sparsity in (0.0, 0.7)
         ),
+        *(
+            (
+                f"adamwprune {sparsity:.0%}, int8 state",
+                partial(adam, sparsity=sparsity, state_dtype="int8"),
+                ADAM,
+                INT8_BARS.get(sparsity),
+                None,
+            )
+            for sparsity in (0.0, 0.7)
+        ),
+        ("sgdprune 0%, int8 state", partial(sgd, sparsity=0.0, state_dtype="int8"), SGD, None, None),
     ]
 
 

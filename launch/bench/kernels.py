@@ -21,7 +21,7 @@ from toolkit.kernels import triton_kernels, triton_packed
 from toolkit.markdown import page, table
 
 TARGETS = {"sm_90": GPUTarget("cuda", 90, 32), "gfx1100": GPUTarget("hip", "gfx1100", 32)}
-_FP32, _BF16 = torch.float32, torch.bfloat16
+_FP32, _BF16, _INT8 = torch.float32, torch.bfloat16, torch.uint8
 _ADAM, _SGD = {"AMSGRAD": False, "SPAM": False}, {"NESTEROV": True}
 # name: (kernel, its constants, dtype of weights, of moments, dense, most instructions on sm_90)
 KERNELS: dict[str, tuple[str, dict[str, bool], torch.dtype, torch.dtype, bool, int]] = {
@@ -32,6 +32,12 @@ KERNELS: dict[str, tuple[str, dict[str, bool], torch.dtype, torch.dtype, bool, i
     "adam, all bfloat16": ("adam_kernel", _ADAM, _BF16, _BF16, False, 930),
     "sgd": ("sgd_kernel", _SGD, _FP32, _FP32, False, 430),
     "sgd, bfloat16 moments": ("sgd_kernel", _SGD, _FP32, _BF16, False, 600),
+    "adam, int8 moments": ("adam_kernel", _ADAM, _FP32, _INT8, False, 960),
+    "adam, int8 moments, dense": ("adam_kernel", _ADAM, _FP32, _INT8, True, 750),
+    "adam, AMSGrad, int8 moments": ("adam_kernel", {**_ADAM, "AMSGRAD": True}, _FP32, _INT8, False, 1190),
+    "adam, AMSGrad, int8 moments, dense": ("adam_kernel", {**_ADAM, "AMSGRAD": True}, _FP32, _INT8, True, 990),
+    "sgd, int8 moments": ("sgd_kernel", _SGD, _FP32, _INT8, False, 610),
+    "sgd, int8 moments, dense": ("sgd_kernel", _SGD, _FP32, _INT8, True, 410),
     "spam": ("adam_kernel", {**_ADAM, "SPAM": True}, _FP32, _FP32, False, 600),
 }
 _POINTERS = {"rows": "*i64", "programs": "*i32", "counter": "*fp32", "lr_on_device": "*fp32"}

@@ -47,8 +47,8 @@ class PruningOptions(Schedule):
         from 4,096 weights on (toolkit.kernels.narrow; the rest float32); None is the parameter's own.
     state_budget: instead of one dtype the widest that fits into so many bytes a prunable weight, or `auto`, decided
         anew when masks change (toolkit.prune.budget).
-    implementation: auto, reference, native or triton. On a GPU auto is the reference, many launches a tensor, for SPAM,
-        for parameters of 2 bytes, and for bfloat16 moments until the first mask update.
+    implementation: auto, reference, native or triton. On a GPU auto is the reference, many launches a tensor, for
+        float16 parameters and for those with gaps in memory.
     """
 
     score: str | None = None

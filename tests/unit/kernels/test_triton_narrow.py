@@ -1,5 +1,6 @@
 """8-bit moments in Triton's interpreter: the same codes as the reference's, of the same moments; and whole runs."""
 
+import copy
 import os
 
 import pytest
@@ -109,7 +110,7 @@ def test_a_step_is_the_references(rule: str, sparsity: float | None) -> None:
     generator = torch.Generator().manual_seed(7)
     cases = [Case(rule, numel, sparsity, generator, coarse=False) for numel in SIZES]
     update(rule, cases, 0.9, 0.999)
-    differing = sum(map(lambda case: check_step(case, cases.index(case) + 1), cases))
+    differing = sum(check_step(case, index) for index, case in enumerate(cases, start=1))
     assert differing <= 1e-3 * sum(len(case.places) * len(case.signs) for case in cases)
 
 
@@ -146,36 +147,44 @@ def test_values_that_are_not_finite_stay_loud() -> None:
     assert torch.equal(wide.isnan(), grad.isnan())
 
 
-SHAPES = ((70, 60), (40, 13, 3, 3), (7,))  # 4,200 and 4,680 weights: coded, and no multiples of 256
-RAMP = {"sparsity": 0.8, "begin_step": 2, "end_step": 8, "frequency": 2}
+SHAPES = ((64, 67), (7,))  # 4,288 weights: coded, and no multiple of 256
+RAMP = {"sparsity": 0.8, "begin_step": 1, "end_step": 4}
 
 
-def train(kind, implementation, steps=10, dtype=torch.float32, watch=None, **options):
+def train(kind, implementation, steps=6, dtype=torch.float32, **options):
+    """(weights, dtype of the first one's moments at each step, the optimizer) of a short run."""
     generator = torch.Generator().manual_seed(0)
     weights = [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in SHAPES]
-    optimizer = kind(weights, implementation=implementation, **options)
+    optimizer = kind(weights, implementation=implementation, frequency=1, **RAMP, **options)
+    seen = []
     for _ in range(steps):
         for weight in weights:
             weight.grad = torch.randn(weight.shape, generator=generator).to(dtype)
         optimizer.step()
-        if watch:
-            watch(optimizer, weights)
-    return weights, optimizer
+        seen.append(optimizer.state[weights[0]][optimizer.MOMENTS[0]].dtype)
+    return weights, seen, optimizer
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("ramp", [{}, RAMP])
+def check_weights(mine, wanted, tolerance):
+    """Masks may differ in a place of a thousand, where a code has tipped over beside the threshold."""
+    for one, other in zip(mine, wanted, strict=True):
+        same = (one == 0) == (other == 0)
+        assert same.float().mean() >= 0.999
+        assert (one - other)[same].float().norm() <= tolerance * other.float().norm()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # SPAM without clipping: infinity times 0
 @pytest.mark.parametrize(
-    ("kind", "options"),
+    ("kind", "dtype", "options"),
     [
-        (AdamWPrune, {"lr": 1e-2}),
-        (AdamWPrune, {"lr": 1e-2, "amsgrad": True, "decoupled_weight_decay": False}),
-        (SGDPrune, {"lr": 1e-2, "nesterov": True, "maximize": True}),
-        (AdamWSPAM, {"lr": 1e-2, "reset_interval": 8, "warmup_steps": 1}),
+        (AdamWPrune, torch.float32, {}),
+        (AdamWPrune, torch.bfloat16, {}),
+        (AdamWPrune, torch.float32, {"amsgrad": True, "decoupled_weight_decay": False, "weight_decay": 0.1}),
+        (SGDPrune, torch.float32, {"nesterov": True, "maximize": True}),
+        (AdamWSPAM, torch.float32, {"reset_interval": 3, "warmup_steps": 1}),
     ],
 )
-def test_a_run_trains_as_the_references(kind, options, ramp, dtype, monkeypatch):
-    """Dense without sparsity; with it dense, then packed. Masks may differ where scores of codes tie or a code tips."""
+def test_a_run_trains_as_the_references(kind, dtype, options, monkeypatch):
     used = []
     original = kind.update_by_kernel
     monkeypatch.setattr(
@@ -183,58 +192,37 @@ def test_a_run_trains_as_the_references(kind, options, ramp, dtype, monkeypatch)
         "update_by_kernel",
         lambda self, bucket, group: (used.append((bucket.how, bucket.packed)), original(self, bucket, group))[1],
     )
-    wanted, _ = train(kind, "reference", dtype=dtype, state_dtype="int8", **ramp, **options)
+    options = {"lr": 1e-2, "state_dtype": "int8", "dtype": dtype, **options}
+    wanted, *_ = train(kind, "reference", **options)
     assert not used
-    mine, optimizer = train(kind, "triton", dtype=dtype, state_dtype="int8", **ramp, **options)
-    assert {how for how, _ in used} == {"triton"}
-    assert {packed for _, packed in used} == ({False, True} if ramp else {False})
-    first = optimizer.MOMENTS[0]
-    assert [optimizer.state[weight][first].dtype for weight in mine] == [torch.uint8, torch.uint8, torch.float32]
-    for one, other in zip(mine, wanted, strict=True):
-        same = (one == 0) == (other == 0)
-        assert same.float().mean() >= 0.999
-        kept = same & (other != 0)
-        assert (one - other)[kept].float().norm() <= (2e-2 if dtype is torch.bfloat16 else 1e-3) * other.float().norm()
+    mine, seen, _ = train(kind, "triton", **options)
+    assert {("triton", False), ("triton", True)} <= set(used)
+    assert set(seen) == {torch.uint8}
+    check_weights(mine, wanted, 2e-2 if dtype is torch.bfloat16 else 1e-3)
 
 
 @pytest.mark.parametrize("kind", [AdamWPrune, SGDPrune])
 def test_a_budget_goes_from_codes_to_floats_within_a_run(kind):
-    seen = {"triton": [], "reference": []}
-
-    def watch_of(implementation):
-        def watch(optimizer, weights):
-            kept = {optimizer.state[weight][optimizer.MOMENTS[0]].dtype for weight in weights[:2]}
-            assert len(kept) == 1
-            seen[implementation].append(kept.pop())
-
-        return watch
-
-    options = {"lr": 1e-2, "state_budget": "auto", **RAMP}
-    (mine, optimizer), (wanted, _) = (
-        train(kind, how, steps=12, watch=watch_of(how), **options) for how in ("triton", "reference")
+    (mine, seen, optimizer), (wanted, also_seen, _) = (
+        train(kind, implementation, lr=1e-2, state_budget="auto") for implementation in ("triton", "reference")
     )
-    assert seen["triton"] == seen["reference"]
-    assert list(dict.fromkeys(seen["triton"])) == [torch.uint8, torch.bfloat16, torch.float32]
-    for one, other in zip(mine, wanted, strict=True):
-        same = (one == 0) == (other == 0)
-        assert same.float().mean() >= 0.999
-        assert (one - other)[same & (other != 0)].norm() <= 1e-3 * other.norm()
-    assert optimizer.pruning.sparsity() == (int(0.8 * 8880), 8880)
+    assert list(dict.fromkeys(seen)) == [torch.uint8, torch.bfloat16, torch.float32]
+    assert seen == also_seen
+    check_weights(mine, wanted, 1e-3)
+    assert optimizer.pruning.sparsity() == (int(0.8 * 4288), 4288)
 
 
 def test_a_resume_goes_on_with_the_same_codes():
-    options = {"lr": 1e-2, "state_dtype": "int8", **RAMP}
-    weights, optimizer = train(AdamWPrune, "triton", **options)
+    weights, _, optimizer = train(AdamWPrune, "triton", lr=1e-2, state_dtype="int8")
     copies = [nn.Parameter(weight.detach().clone()) for weight in weights]
-    resumed = AdamWPrune(copies, implementation="triton", **options)
-    resumed.load_state_dict(optimizer.state_dict())
-    for _ in range(2):
-        for weight, copy in zip(weights, copies, strict=True):
-            weight.grad = torch.randn(weight.shape)
-            copy.grad = weight.grad.clone()
-        optimizer.step()
-        resumed.step()
-    for weight, copy in zip(weights, copies, strict=True):
-        assert torch.equal(weight, copy)
+    resumed = AdamWPrune(copies, implementation="triton", state_dtype="int8", frequency=1, **RAMP)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for weight, other in zip(weights, copies, strict=True):
+        weight.grad = torch.randn(weight.shape)
+        other.grad = weight.grad.clone()
+    optimizer.step()
+    resumed.step()
+    for weight, other in zip(weights, copies, strict=True):
+        assert torch.equal(weight, other)
         for key, value in optimizer.state[weight].items():
-            assert torch.equal(value, resumed.state[copy][key])
+            assert torch.equal(value, resumed.state[other][key])
