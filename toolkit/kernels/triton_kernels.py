@@ -63,7 +63,7 @@ def _block(rows, programs, ROWS: tl.constexpr, WARPS: tl.constexpr, STATE: tl.co
 
 @triton.jit
 def _survivors(mask, position, left, ROWS: tl.constexpr, WARPS: tl.constexpr):
-    """(which weights survive, each survivor's place among the block's, that of a warp's first), from the block's bits."""
+    """(which weights survive, each one's place among the block's survivors, that of a warp's first), from the bits."""
     # 1. Whole words, and the last one of a tensor that ends within it byte by byte: nothing is read beyond the mask.
     size = (left + 7) // 8
     whole = size // 4

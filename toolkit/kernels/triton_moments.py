@@ -10,7 +10,7 @@ A block is [ROWS, WARPS, 32] as in triton_kernels, all of it computed with in fl
 """
 
 # Kernels take what Triton gives them: pointers, blocks and compile-time constants have no Python types.
-# ruff: noqa: ANN001, ANN202, SIM300
+# ruff: noqa: ANN001, ANN201, ANN202, SIM300
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,misc"
 
 import triton
@@ -53,7 +53,7 @@ def _store_bfloat16(pointer, at, values, mask, noise):
 
 
 @triton.jit
-def store(pointer, at, values, mask, TYPE: tl.constexpr):
+def store(pointer, at, values, mask, TYPE: tl.constexpr) -> None:
     """Store rounded to the nearest, ties to even, as torch's copy does."""
     if TYPE == tl.float32:
         tl.store(addresses(pointer, at), values, mask=mask)
@@ -118,7 +118,7 @@ def store_moment(
     SIGNED: tl.constexpr,
     STATE: tl.constexpr,
     STOCHASTIC: tl.constexpr,
-):
+) -> None:
     """Store what is `new`; `seed` as `chance` gives it."""
     values, _ = moment
     start, at, alive, _, _, _ = slots

@@ -192,8 +192,9 @@ def packed_adam(
 
     In place, in one launch. `table` was brought to these tensors; `counter` holds the step on the device, as float32;
     `lr` is a number, or a tensor on the device. Weights and moments are float32 or bfloat16, moments 8-bit codes too,
-    computed with in float32; bfloat16 and squared 8-bit moments are rounded by chance where `stochastic`. A `spike_threshold` makes it SPAM's step, whose
-    gradients are clipped (inf: not now) and whose decay comes last; `scale` is the warm-up's.
+    computed with in float32; bfloat16 and squared 8-bit moments are rounded by chance where `stochastic`. A
+    `spike_threshold` makes it SPAM's step, whose gradients are clipped (inf: not now) and whose decay comes last;
+    `scale` is the warm-up's.
     """
     _launch(
         triton_kernels.adam_kernel,
