@@ -35,7 +35,6 @@ KERNELS: dict[str, tuple[str, dict[str, bool], torch.dtype, torch.dtype, bool, i
     "adam, int8 moments": ("adam_kernel", _ADAM, _FP32, _INT8, False, 960),
     "adam, int8 moments, dense": ("adam_kernel", _ADAM, _FP32, _INT8, True, 750),
     "adam, AMSGrad, int8 moments": ("adam_kernel", {**_ADAM, "AMSGRAD": True}, _FP32, _INT8, False, 1190),
-    "adam, AMSGrad, int8 moments, dense": ("adam_kernel", {**_ADAM, "AMSGRAD": True}, _FP32, _INT8, True, 990),
     "sgd, int8 moments": ("sgd_kernel", _SGD, _FP32, _INT8, False, 610),
     "sgd, int8 moments, dense": ("sgd_kernel", _SGD, _FP32, _INT8, True, 410),
     "spam": ("adam_kernel", {**_ADAM, "SPAM": True}, _FP32, _FP32, False, 600),
