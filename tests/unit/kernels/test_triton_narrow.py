@@ -2,6 +2,7 @@
 
 import copy
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("a GPU is here: tests/gpu runs the kernels on it", allow_module_level=True)
 
 from toolkit.kernels import triton_packed
+from toolkit.kernels.choice import choose_implementation
 from toolkit.kernels.narrow import GROUP, narrow, num_groups, places_of, widen
 from toolkit.kernels.native import PackedTensor
 from toolkit.kernels.reference import adam_update, sgd_update
@@ -24,6 +26,7 @@ from toolkit.prune.packing import block_offsets, pack
 CPU = torch.device("cpu")
 SIGNS = {"adam": (True, False), "amsgrad": (True, False, False), "sgd": (True,)}
 SIZES = (1, 300, 1024, 1025, 2 * 1024 + 3 * 256 + 40)
+UNTOUCHED = torch.full((1024,), 77, dtype=torch.uint8)  # what lies behind codes and exponents
 STEP, FIRST = 3, 5 * GROUP  # of a shard that begins with the sixth group
 
 
@@ -45,7 +48,9 @@ class Case:
         start = [drawn(len(self.places)) if signed else drawn(len(self.places)).square() for signed in self.signs]
         kept = [self.narrow(value, number) for number, value in enumerate(start)]
         self.moments = [self.widen(number, *pair) for number, pair in enumerate(kept)]
-        self.codes, self.exponents = [list(column) for column in zip(*kept, strict=True)]
+        self.buffers = [torch.cat((values, UNTOUCHED)) for pair in kept for values in pair]
+        places = [buffer[: -len(UNTOUCHED)] for buffer in self.buffers]
+        self.codes, self.exponents = places[::2], places[1::2]
         own = (self.weight, self.grad)
         self.kept = own if mask is None else tuple(pack(value, mask, len(self.places)) for value in own)
         self.kept = tuple(value.clone() for value in self.kept)
@@ -70,6 +75,7 @@ def update(rule: str, cases: list[Case], beta1: float, beta2: float, stochastic:
     kernel = triton_packed.KERNELS["sgd" if rule == "sgd" else "adam"]
     kernel(rows, table, torch.tensor([float(STEP)]), stochastic=stochastic, **hyper)
     for case in cases:
+        assert all(torch.equal(buffer[-len(UNTOUCHED) :], UNTOUCHED) for buffer in case.buffers)
         weight, grad = case.kept
         if rule == "sgd":
             sgd_update(weight, grad, case.moments[0], first=False, **hyper)
@@ -129,6 +135,18 @@ def check_step(case: Case, index: int) -> int:
     return differing
 
 
+def test_a_squared_moment_above_0_stays_above_0() -> None:
+    """Far below its group's largest: a denominator of eps alone would throw the weight out."""
+    case = Case("adam", GROUP, None, torch.Generator().manual_seed(0), coarse=True)
+    for values in (*case.codes, *case.moments):
+        values.zero_()
+    case.grad.copy_(torch.tensor([1.0, 2.0**-24, 0.0, -(2.0**-30)]).repeat(GROUP // 4))
+    case.kept[1].copy_(case.grad)
+    update("adam", [case], 0.75, 0.75)
+    assert torch.equal(case.codes[1], case.narrow(case.moments[1], 1, seed_of(1, 1))[0])
+    assert torch.equal(case.codes[1] > 0, case.grad != 0)
+
+
 def test_values_that_are_not_finite_stay_loud() -> None:
     numel = 2 * GROUP + 10
     grad = torch.ones(numel)
@@ -145,6 +163,11 @@ def test_values_that_are_not_finite_stay_loud() -> None:
     wide = widen(codes, exponents, places, signed=True)
     assert torch.equal(wide.isfinite(), grad.isfinite())
     assert torch.equal(wide.isnan(), grad.isnan())
+
+
+def test_a_gpu_takes_the_kernels_for_codes_without_being_asked():
+    parameter = SimpleNamespace(dtype=torch.bfloat16, device=torch.device("cuda", 0))
+    assert choose_implementation("auto", parameter, torch.uint8, AdamWPrune.FAST) == "triton"
 
 
 SHAPES = ((64, 67), (7,))  # 4,288 weights: coded, and no multiple of 256
