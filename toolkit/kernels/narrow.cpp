@@ -104,7 +104,9 @@ struct Int8 {
     return static_cast<uint16_t>(SIGNED ? code | (upper >> 8 & 128) : code);
   }
 
-  static INLINE uint32_t round(uint32_t bits, uint32_t noise) { return bits + noise; }
+  static INLINE uint32_t round(uint32_t bits, uint32_t noise) {  // a NaN of a GPU, all bits set, would become 0
+    return SIGNED && (bits & 0x7F800000u) == 0x7F800000u ? bits : bits + noise;
+  }
 
   // By steps of the golden ratio from a start by chance: even over a group, and over the steps of one value.
   static constexpr uint32_t STEP = 0x9E3779B1u;

@@ -14,6 +14,7 @@ from toolkit.kernels.narrow import GROUP, narrow, num_groups, places_of, widen
 from toolkit.kernels.reference import adam_update, sgd_update
 from toolkit.kernels.rounding import round_to_bfloat16
 from toolkit.prune.mask import pack_bits
+from toolkit.prune.moments import exponents_of, read_moment, write_moment
 from toolkit.prune.packing import block_offsets, pack
 
 CPU = torch.device("cpu")
@@ -76,15 +77,26 @@ def test_rounding_by_chance_keeps_the_mean_of_a_slow_average() -> None:
     assert (ratio > 0).all()
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_values_that_are_not_finite_stay_loud(bad: float) -> None:
+@pytest.mark.parametrize(
+    "bits", [0x7FC00000, 0x7F800000, 0x7FFFFFFF, 0x7F800001]
+)  # NaN, infinity, a GPU's NaN, another
+def test_values_that_are_not_finite_stay_loud(bits: int) -> None:
     values = torch.ones(300)
-    values[280] = bad
+    values.view(torch.int32)[280] = bits
     for signed in (True, False):
         places = places_of(None, 300, device=CPU)
         wide = widen(*narrow(values, places, 2, signed=signed, seed=1), places, signed=signed)
         assert not wide[280].isfinite()
         assert torch.equal(wide[:GROUP], values[:GROUP])
+        state = {
+            key: torch.zeros(300, dtype=torch.uint8) for key in ("m", "m_sq")
+        }  # by native code, where there is any
+        state |= {exponents_of(key): torch.zeros(2, dtype=torch.uint8) for key in ("m", "m_sq")}
+        key = "m" if signed else "m_sq"
+        write_moment(state, key, values, None, 300)
+        again = read_moment(state, key, None, 300)
+        assert not again[280].isfinite()
+        assert torch.equal(again[:GROUP], values[:GROUP])
 
 
 def test_shards_cut_at_groups_have_the_codes_of_the_whole() -> None:
