@@ -58,7 +58,7 @@ def count_survivors(mask: Tensor, first: int, last: int) -> Tensor:
             for place in (first, last)
         )
         return torch.tensor(all_of_it - before, dtype=torch.int64, device="cpu")
-    return unpack_bits(bits, last - begin)[first - begin :].sum()
+    return torch.count_nonzero(unpack_bits(bits, last - begin)[first - begin :])
 
 
 def survivors_before(mask: Tensor | None, position: int) -> int:

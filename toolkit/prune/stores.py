@@ -227,7 +227,8 @@ class PackedStore(MaskedStore):
         """Pack the moments again; weights that go become 0, weights that come back start at 0."""
         part, state, n = member.part, member.state, member.part.numel()
         stay = ~drop
-        left, *more = read_numbers([stay.sum(), *([] if grow is None else [grow.sum()])])
+        counts = [torch.count_nonzero(marks) for marks in (stay, grow) if marks is not None]  # sum() makes int64 of all
+        left, *more = read_numbers(counts)
         back = sum(more)
         old = state["mask"] if "offsets" in state else None
         mask = after = pack_bits(stay) if member.mask is None else drop_survivors(state["mask"], n, drop)

@@ -155,7 +155,7 @@ def _choose_regrown(
     """How many come back, and which: the pruned weights with the largest gradients, member -> bool [pruned]."""
     sources = _sources(cuts, _num_pruned, _pruned_gradients)
     # Of those that a gradient would move, on any rank; one without would stay a zero.
-    moving = [(part != 0).sum() for source in sources for part in source.values()]
+    moving = [torch.count_nonzero(part) for source in sources for part in source.values()]
     count = min(wanted, *sum_over(group, [sum(read_numbers(moving))], device))
     if not count:
         return 0, {}
