@@ -35,14 +35,15 @@ def write(path, **changes):
 
 def test_demo_cells_and_names():
     names = [cell.name for cell in load_matrix(DEMO, seeds=[0, 1]).cells]
-    assert names[:5] == [
+    assert names[:6] == [
         "resnet18_momentum_none_seed0",
         "resnet18_momentum_movement_70_seed0",
         "resnet18_adamw_none_seed0",
         "resnet18_adamw_movement_70_seed0",
         "resnet18_adamwprune_state_70_seed0",
+        "resnet18_adamwprune_state_70_state-budget=auto_seed0",
     ]
-    assert names[5] == "resnet18_momentum_none_seed1"
+    assert names[6] == "resnet18_momentum_none_seed1"
 
 
 def test_a_cells_name_does_not_depend_on_its_neighbours(tmp_path):
@@ -53,7 +54,7 @@ def test_a_cells_name_does_not_depend_on_its_neighbours(tmp_path):
 
 
 def test_dry_run_prints_commands_that_parse(capsys):
-    assert main([str(DEMO), "--dry-run", "--model", "resnet50", "--only", "*adamwprune*"]) == 0
+    assert main([str(DEMO), "--dry-run", "--model", "resnet50", "--only", "*adamwprune_state_70_seed0"]) == 0
     (line,) = capsys.readouterr().out.splitlines()
     head, _, flags = line.partition(" train.py ")
     assert head == "accelerate launch --config_file accelerate_configs/cpu.yaml"
