@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from toolkit.cli import parse
+from toolkit.command import one_line_errors, say
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,15 +32,12 @@ def main(argv: list[str] | None = None) -> int:
     options, flags = parser.parse_known_args(argv)
     config = parse(flags, prog=parser.prog)
 
-    from toolkit.builder.fits import write_table
-    from toolkit.builder.predict import parse_bytes, predict, to_text
+    with one_line_errors(parser):
+        from toolkit.builder.fits import write_table
+        from toolkit.builder.predict import parse_bytes, predict, to_text
 
-    def log(text: str) -> None:
-        print(text, file=sys.stderr, flush=True)  # noqa: T201
-
-    try:
         if options.table:
-            print(write_table(config, Path(options.table), log))  # noqa: T201
+            print(write_table(config, Path(options.table), say))  # noqa: T201
             return 0
         result = predict(
             config,
@@ -47,11 +45,9 @@ def main(argv: list[str] | None = None) -> int:
             f"zero{options.zero}" if options.zero else "fsdp2" if options.fsdp else "ddp",
             limit_bytes=parse_bytes(options.fits) if options.fits else None,
             max_bytes=parse_bytes(options.max_batch_size) if options.max_batch_size else None,
-            log=log,
+            log=say,
         )
-    except ValueError as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
-    print(json.dumps(result) if options.json else to_text(result))  # noqa: T201
+        print(json.dumps(result) if options.json else to_text(result))  # noqa: T201
     return 0
 
 

@@ -119,8 +119,8 @@ class PackedOptimizer(Optimizer):
         keys, rule = self.moment_keys(group), self.rule(group, bucket.step)
         # A Pruner keeps a mask of its own beside dense moments.
         scaled = [exponents_of(key) for key in keys if exponents_of(key) in bucket.states[0]]
-        grads, firsts = self.gradients(bucket, group), [grid(first_weight(owner)) for owner in bucket.owners]
-        columns = (bucket.parameters, grads, bucket.states, bucket.param_indices, firsts)
+        grads = self.gradients(bucket, group)
+        columns = (bucket.parameters, grads, bucket.states, bucket.param_indices, bucket.firsts)
         rows = [
             native.PackedTensor(
                 parameter,
@@ -196,6 +196,7 @@ class PackedOptimizer(Optimizer):
             bucket.owners.append(parameter)
             bucket.parameters.append(to_local(parameter))
             bucket.states.append(state)
+            bucket.firsts.append(grid(first_weight(parameter)))
             bucket.param_indices.append(self._indices.setdefault(parameter, len(self._indices) + 1))
         return buckets.values()
 
@@ -272,8 +273,8 @@ class PackedOptimizer(Optimizer):
 
     def _update_reference(self, bucket: Bucket, group: dict[str, Any]) -> None:
         grads = self.gradients(bucket, group)
-        columns = (bucket.parameters, grads, bucket.states, bucket.param_indices, bucket.owners)
-        for parameter, grad, state, index, owner in zip(*columns, strict=True):
+        columns = (bucket.parameters, grads, bucket.states, bucket.param_indices, bucket.firsts)
+        for parameter, grad, state, index, first in zip(*columns, strict=True):
             # 1. In the dtype to compute in: the parameter's, as in torch (no copies then), or float32 and wider where a
             # dtype of the state was asked for; survivors only once packed.
             wider = torch.promote_types(parameter.dtype, torch.float32)
@@ -296,7 +297,7 @@ class PackedOptimizer(Optimizer):
             for number, (key, value) in enumerate(moments.items()):
                 if value is not kept[key]:
                     seed = _seed(bucket.step, index) + number
-                    write_moment(state, key, flat_view(value), mask, n, seed=seed, first=first_weight(owner))
+                    write_moment(state, key, flat_view(value), mask, n, seed=seed, first=first)
 
     def state_dict(self) -> dict[str, Any]:
         """The plain optimizer's form: moments dense and shaped like the parameter, the mask as bool."""

@@ -109,7 +109,7 @@ def write_moment(
     """Put the kept values of `numel` weights, flat, in the place and the format of those that are there.
 
     To nearest, or with a `seed` bfloat16 and the codes of squared moments by chance; `bits` as in `read_moment`.
-    `first` is the first weight's place in the whole parameter: the chances are those of an uncut one (see `grid`).
+    `first` is where the first group begins in the whole parameter (see `grid`): the chances are those of an uncut one.
     """
     there = state[key]
     if exponents_of(key) not in state:
@@ -125,7 +125,6 @@ def write_moment(
         state[exponents_of(key)] = exponents
     else:
         keep = None if bits is None else unpack_bits(bits, numel)
-        first = grid(first)
         places, signed = places_of(keep, numel, first, device=values.device), _is_signed(key)
         codes, state[exponents_of(key)] = narrow(
             values, places, num_groups(numel), signed=signed, seed=seed, first=first

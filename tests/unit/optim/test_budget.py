@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_int8 import model
 from timm.optim import create_optimizer_v2
 from torch import nn
 
@@ -21,13 +22,6 @@ NAMES = ["adamwprune", "sgdprune", "adam-state", "adamwadv-state", "adamwspam-st
 PRUNING = {"sparsity": 0.7, "begin_step": 3, "end_step": 19, "frequency": 2}
 STEPS = 24
 SIZES = (3 * 40 * 9, 40 * 33 * 9, 33 * 16 * 50)  # the first is below those that are coded
-
-
-def model():
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(3, 40, 3, padding=1), nn.ReLU(), nn.Conv2d(40, 33, 3, padding=1), nn.Flatten(), nn.Linear(33 * 16, 50)
-    )
 
 
 def build(name, net=None, **options):
