@@ -8,8 +8,8 @@ import io
 import os
 import re
 import tarfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -121,20 +121,26 @@ def _read_devkit(path: Path) -> tuple[dict[int, str], list[int]]:
 
 
 def from_image_folder(folder: Path, on_image: Callable[[], None] = lambda: None) -> Catalogue:
-    """<folder>/train/<class>/* and <folder>/val (or validation)/<class>/*; classes are numbered in sorted order."""
-    validation = next((name for name in _VALIDATION_FOLDERS if (folder / name).is_dir()), None)
+    """<folder>/train/<class>/* and <folder>/val (or validation)/<class>/*, or where neither is there test/."""
+    validation = next((name for name in (*_VALIDATION_FOLDERS, "test") if (folder / name).is_dir()), None)
     if validation is None or not (folder / "train").is_dir():
-        raise ValueError(f"{folder} lacks train/ and val/ (or validation/) with a folder for each class")
-    splits: dict[str, list[SourceImage]] = {"train": [], "validation": []}
-    left_out: dict[str, LeftOut] = {"train": {}, "validation": {}}
+        raise ValueError(f"{folder} lacks train/ and val/ (or validation/, test/) with a folder for each class")
+    catalogue = from_class_folders({"train": folder / "train", "validation": folder / validation}, on_image)
+    return replace(catalogue, facts={"note": "its test/ validates here"} if validation == "test" else {})
+
+
+def from_class_folders(folders: Mapping[str, Path], on_image: Callable[[], None] = lambda: None) -> Catalogue:
+    """<folder>/<class>/* of each split; classes are the training split's, which comes first, in sorted order."""
+    splits: dict[str, list[SourceImage]] = {split: [] for split in folders}
+    left_out: dict[str, LeftOut] = {split: {} for split in folders}
     classes: dict[str, int] = {}
-    for split, name in (("train", "train"), ("validation", validation)):
-        for entry in sorted((folder / name).iterdir()):
+    for split, folder in folders.items():
+        for entry in sorted(folder.iterdir()):
             found = list(_files(entry, left_out[split])) if entry.is_dir() and not _is_hidden(entry) else []
             if found and split == "train":
                 classes[entry.name] = len(classes)
             elif found and entry.name not in classes:
-                raise ValueError(f"{folder / name} has class {entry.name!r}, of which train/ has no images")
+                raise ValueError(f"{folder} has class {entry.name!r}, of which {folders['train'].name}/ has no images")
             elif not found:
                 hidden, kind = _is_hidden(entry), _EMPTY if entry.is_dir() else _reason(entry)
                 leave_out(left_out[split], HIDDEN if hidden else kind, str(entry))
@@ -143,11 +149,11 @@ def from_image_folder(folder: Path, on_image: Callable[[], None] = lambda: None)
                 splits[split].append(SourceImage(str(path), 0, size, path.name, classes[entry.name]))
                 on_image()
         if not splits[split]:
-            count = sum(_suffix(path) in PIL_SUFFIXES for path in (folder / name).iterdir())
+            count = sum(_suffix(path) in PIL_SUFFIXES for path in folder.iterdir())
             flat = f", but {count:,} directly in it, whose classes are not known" if count else ""
             raise ValueError(
-                f"{folder / name} has no images in class folders{flat}; move each image into "
-                f"{name}/<class>/, for ImageNet's validation images give a folder with the archives instead"
+                f"{folder} has no images in class folders{flat}; move each image into {folder.name}/<class>/, for "
+                "ImageNet's validation images give a folder with the archives instead"
             )
     return Catalogue(splits, list(classes), left_out=left_out)
 

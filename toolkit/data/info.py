@@ -1,10 +1,11 @@
 """A data set's `_info.json`: its splits, and the shards of each. It may be a stranger's: all of it is checked here."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from toolkit.data.tar import UNPACK
+from toolkit.data.tar import PIL_SUFFIXES, UNPACK
 from toolkit.files import check_name, read_json
 from toolkit.log import get_logger
 
@@ -46,11 +47,24 @@ def _info_from_names(folder: Path) -> dict[str, Any]:
         else:
             get_logger().warning("left out %s: neither train, val nor test is in its name", path)
     if not splits:
+        pictures = next(_pictures(folder), None)
+        if pictures is not None:
+            raise ValueError(
+                f"--data-dir {folder} is a folder of pictures ({pictures.name}); make shards of it first: "
+                f"python -m shards.image_folder --source {folder} --out {folder.resolve().name}-shards"
+                f"{'' if (folder / 'train').is_dir() else ' --val-share 0.1'}"
+            )
         raise ValueError(
             f"--data-dir {folder} has no {INFO_NAME} and no shards named *train*.tar and *val*.tar; "
             "make some first: python -m shards.digits (--hard for digits-hard), others as docs/data.md says"
         )
     return {"name": folder.name, "splits": splits}
+
+
+def _pictures(folder: Path) -> Iterator[Path]:
+    """Pictures in class folders, alone or below train/."""
+    paths = (path for pattern in ("train/*/*", "*/*") for path in folder.glob(pattern))
+    return (path for path in paths if path.suffix[1:].lower() in PIL_SUFFIXES)
 
 
 def _checked(info: Any, place: Path | str) -> dict[str, Any]:
