@@ -6,10 +6,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from toolkit.log import get_logger
-from toolkit.prune.groups import computed_names, prunable_names, recurrent_layers, tied_names
+from toolkit.prune.groups import computed_names, left_dense, prunable_names, recurrent_layers, tied_names
+from toolkit.prune.patterns import WEIGHT
 
 
-def param_groups(model: nn.Module, weight_decay: float | None = None) -> list[dict[str, Any]]:
+def param_groups(
+    model: nn.Module, weight_decay: float | None = None, *, pattern: str = WEIGHT, ends: bool = False
+) -> list[dict[str, Any]]:
     """A model's trainable parameters in groups by two questions: is it pruned, and does it decay?
 
         optimizer = AdamWPrune(param_groups(model), lr=1e-3, weight_decay=0.05, sparsity=0.7, end_step=6_000)
@@ -33,6 +36,8 @@ def param_groups(model: nn.Module, weight_decay: float | None = None) -> list[di
     Args:
         model: the bare model, not the wrapper of DDP or `torch.compile`; with FSDP2 after `fully_shard`.
         weight_decay: of the groups that decay; None leaves it to the optimizer's own argument.
+        pattern: the optimizer's. Layers that N:M does not fit, and without `ends` stem and classifier, are not pruned,
+            said in the log.
 
     Returns:
         At most four groups `{"params": [(name, parameter), ...], "prunable": bool}`; those that do not decay have
@@ -49,7 +54,9 @@ def param_groups(model: nn.Module, weight_decay: float | None = None) -> list[di
             ", ".join(recurrent),
             sum(recurrent.values()),
         )
-    prunable = prunable_names(model)
+    for reason, names in left_dense(model, pattern, ends=ends).items():
+        get_logger().info("%s leaves dense, %s: %s", pattern, reason, ", ".join(names))
+    prunable = prunable_names(model, pattern, ends=ends)
     exempt: set[str] = set(getattr(model, "no_weight_decay", set)())
     groups: dict[tuple[bool, bool], list[tuple[str, Tensor]]] = {}
     for name, parameter in model.named_parameters():

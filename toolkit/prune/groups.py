@@ -8,6 +8,7 @@ import torch.distributed
 from torch import Tensor, nn
 
 from toolkit.log import get_logger
+from toolkit.prune.patterns import WEIGHT, n_of_m
 
 _ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")  # of nn.MultiheadAttention
 _SHOWN = 8  # parameters that a message names one by one
@@ -44,8 +45,8 @@ def _embeddings(model: nn.Module) -> dict[int, str]:
     }
 
 
-def prunable_names(model: nn.Module) -> set[str]:
-    """Names, as in `named_parameters()`, of the weights that pruning is for.
+def prunable_names(model: nn.Module, pattern: str = WEIGHT, *, ends: bool = False) -> set[str]:
+    """Names, as in `named_parameters()`, of the weights that pruning is for; see `left_dense` for N:M.
 
     These are the weights of convolution and linear layers, stem and classifier included, of transformers' `Conv1D` and
     of the projections in `nn.MultiheadAttention`. Embeddings, recurrent layers, norms, biases and a model's bare
@@ -53,7 +54,41 @@ def prunable_names(model: nn.Module) -> set[str]:
     """
     weights = {id(weight) for module in model.modules() for _, weight in _layer_weights(module)}
     weights -= _embeddings(model).keys()
-    return {name for name, parameter in model.named_parameters() if id(parameter) in weights}
+    names = {name for name, parameter in model.named_parameters() if id(parameter) in weights}
+    return names.difference(*left_dense(model, pattern, ends=ends).values())
+
+
+def left_dense(model: nn.Module, pattern: str, *, ends: bool = False) -> dict[str, list[str]]:
+    """Layers' weights that N:M leaves as they are, by reason: no whole groups, and without `ends` stem and classifier.
+
+    These two are what a timm model calls so, else the first and the last.
+    """
+    kind = n_of_m(pattern)
+    if kind is None:
+        return {}
+    weights = {name: weight for name, weight in model.named_parameters() if name in prunable_names(model)}
+    turned = {id(w) for module in model.modules() if _has_inputs_first(module) for _, w in _layer_weights(module)}
+    found: dict[str, list[str]] = {
+        "stem and classifier": [] if ends else [name for name in weights if name in _ends(model, list(weights))],
+        f"inputs not divisible by {kind.size}": [name for name, w in weights.items() if not kind.fits(w.shape)],
+        "inputs are not the second dimension": [name for name, w in weights.items() if id(w) in turned],
+    }
+    return {reason: names for reason, names in found.items() if names}
+
+
+def _has_inputs_first(module: nn.Module) -> bool:
+    return _is_conv1d(module) or isinstance(module, nn.modules.conv._ConvTransposeNd)
+
+
+def _ends(model: nn.Module, names: list[str]) -> set[str]:
+    """The weights of stem and classifier among these names of a model's weights."""
+    config: Any = getattr(model, "pretrained_cfg", None) or {}
+    layers: list[str] = []
+    for key in ("first_conv", "classifier"):
+        value = config.get(key) or ()
+        layers += [value] if isinstance(value, str) else value
+    told = {f"{layer}.weight" for layer in layers}.intersection(names)
+    return told or set(names[:1] + names[-1:])
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:
@@ -97,17 +132,35 @@ def prunable_parameters(param_groups: Collection[Mapping[str, Any]]) -> list[tup
     """(name, parameter) of all prunable parameters, in the order of the groups.
 
     Groups that carry a `prunable` mark decide by it. Where no group does (timm's own train.py), every parameter with
-    more than one dimension and a leading dimension above 1 is prunable.
+    more than one dimension and a leading dimension above 1 is prunable, for N:M if it is made of whole groups.
     """
     marked = _is_marked(param_groups)
     found, position = [], itertools.count()
     for group in param_groups:
         unnamed = (f"parameter {next(position)} of shape {tuple(parameter.shape)}" for parameter in group["params"])
         for name, parameter in zip(group.get("param_names") or unnamed, group["params"], strict=False):
-            # A leading dimension of 1 leaves out class tokens and position embeddings.
-            if group.get("prunable", False) if marked else parameter.ndim > 1 and parameter.shape[0] > 1:
+            if group.get("prunable", False) if marked else _looks_prunable(parameter, group):
                 found.append((name, parameter))
     return found
+
+
+def _looks_prunable(parameter: Tensor, group: Mapping[str, Any]) -> bool:
+    # A leading dimension of 1 leaves out class tokens and position embeddings.
+    if parameter.ndim < 2 or parameter.shape[0] < 2:
+        return False
+    kind = n_of_m(group.get("pruning", group).get("pattern", WEIGHT))  # on hooks the options are a mapping of their own
+    return kind is None or kind.fits(parameter.shape)
+
+
+def check_fits(param_groups: Collection[Mapping[str, Any]], pattern: str) -> None:
+    """Raise ValueError that names a prunable parameter which is not made of whole groups of N:M."""
+    kind = n_of_m(pattern)
+    for name, parameter in prunable_parameters(param_groups) if kind is not None else ():
+        if kind is not None and not kind.fits(parameter.shape):
+            raise ValueError(
+                f"pattern={pattern} does not fit {name} of shape {tuple(parameter.shape)}: its second dimension is "
+                f"not divisible by {kind.size}; toolkit.optim.param_groups(model, pattern={pattern!r}) leaves such out"
+            )
 
 
 def announce_unmarked(param_groups: Collection[Mapping[str, Any]]) -> None:

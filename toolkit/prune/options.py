@@ -14,6 +14,7 @@ from toolkit.kernels.choice import IMPLEMENTATIONS
 from toolkit.prune.budget import check_budget
 from toolkit.prune.distribution import SCOPES
 from toolkit.prune.moments import STATE_DTYPES
+from toolkit.prune.patterns import CHANNEL, WEIGHT, sparsity_of
 from toolkit.prune.schedule import Schedule
 from toolkit.prune.scores import check_score
 
@@ -21,10 +22,11 @@ from toolkit.prune.scores import check_score
 class PruningKeywords(TypedDict, total=False):
     """The fields of PruningOptions as keyword arguments of a constructor."""
 
-    sparsity: float
+    sparsity: float | None
     begin_step: int
     end_step: int | None
     frequency: int
+    pattern: str
     score: str | None
     scope: str
     regrow: float
@@ -37,9 +39,11 @@ class PruningKeywords(TypedDict, total=False):
 class PruningOptions(Schedule):
     """How an optimizer prunes. Steps are optimizer steps. Raises ValueError on a value out of range.
 
-    sparsity: final share of zeros among the prunable weights, in [0, 1); 0 switches pruning off.
+    sparsity: final share of zeros among the prunable weights, in [0, 1); 0 switches pruning off. Left out, or None
+        in a constructor, it is 0, or what the pattern says.
     begin_step, end_step: first and last mask update; sparsity > 0 needs end_step.
     frequency: steps between mask updates.
+    pattern: what goes together: weight, N:M as 2:4, or channel (toolkit.prune.patterns).
     score: what a weight is worth (toolkit.prune.scores); None is the optimizer's first.
     scope: where weights compete: global, layer or erk.
     regrow: share of the survivors that make way for pruned weights with the largest gradients, decayed by a cosine.
@@ -72,6 +76,10 @@ class PruningOptions(Schedule):
         if not 0.0 <= self.regrow < 1.0:
             raise ValueError(f"regrow={self.regrow} is a share of the survivors; use 0 (off) to below 1")
         super().__post_init__()
+        if self.pattern == CHANNEL and (self.regrow or self.scope != "global"):
+            raise ValueError(
+                f"pattern={CHANNEL!r} ranks channels of all layers and brings none back; leave out regrow and scope"
+            )
 
     @classmethod
     def of(
@@ -88,7 +96,8 @@ class PruningOptions(Schedule):
         strangers = sorted(keywords.keys() - set(OPTION_NAMES))
         if strangers:
             raise TypeError(f"{strangers[0]!r} is no option; the pruning options are {', '.join(OPTION_NAMES)}")
-        options = cls(**{**keywords, "score": keywords.get("score") or scores[0]})
+        sparsity = sparsity_of(keywords.get("pattern", WEIGHT), keywords.get("sparsity"))
+        options = cls(**{**keywords, "sparsity": sparsity, "score": keywords.get("score") or scores[0]})
         check_score(str(options.score), scores)
         if options.implementation not in implementations:
             raise ValueError(

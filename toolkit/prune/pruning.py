@@ -11,13 +11,15 @@ from torch.optim import Optimizer
 
 from toolkit.prune.budget import budget_for
 from toolkit.prune.distributed import FlatSlices, memory_order, read_numbers, shard_group, sum_over, to_local
-from toolkit.prune.groups import announce_unmarked, prunable_parameters
+from toolkit.prune.groups import announce_unmarked, check_fits, prunable_parameters
 from toolkit.prune.mask import count_zeros, flat_view, pack_bits
 from toolkit.prune.options import PruningOptions
 from toolkit.prune.packing import dense_state
+from toolkit.prune.patterns import WEIGHT
 from toolkit.prune.schedule import Schedule
 from toolkit.prune.stores import MaskedStore, Member, cut
-from toolkit.prune.update import num_survivors, update_masks
+from toolkit.prune.units import num_survivors
+from toolkit.prune.update import update_masks
 
 _STEP = "prune_step"  # counted in each group: ZeRO shows one group per call of step(), a fused backward one parameter
 
@@ -63,6 +65,7 @@ class Pruning:
                 f"sparsity={self.schedule.sparsity}, but no parameter is prunable; give weights of more than one "
                 "dimension, or groups marked prunable=True (toolkit.optim.param_groups makes them)"
             )
+        check_fits(self.optimizer.param_groups, self.options.pattern)
         announce_unmarked(self.optimizer.param_groups)
 
     def plan_budget(self, num_moments: int) -> None:
@@ -137,6 +140,10 @@ class Pruning:
         ]
         if not members:
             return False
+        if self.options.pattern != WEIGHT and self.flat_slices:
+            raise ValueError(
+                f"pattern={self.options.pattern!r} needs whole tensors, ZeRO's slices cut them; use DDP or FSDP2"
+            )
         if self._must_check(step):
             self._check_arrived(members, step)
             return False

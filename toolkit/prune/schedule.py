@@ -5,21 +5,26 @@ import operator
 from dataclasses import dataclass
 from typing import Any
 
+from toolkit.prune.patterns import WEIGHT, n_of_m, sparsity_of
+
 
 @dataclass(frozen=True)
 class Schedule:
     """Target sparsity as a function of the optimizer step; steps count from 1.
 
-    `sparsity` is the final share of zeros in [0, 1), 0 switches pruning off. Masks change at `begin_step`, every
-    `frequency` steps after it, and last at `end_step`, whatever the frequency. Raises ValueError on a bad value.
+    `sparsity` is the final share of zeros in [0, 1), 0 switches pruning off; `pattern` says what goes together
+    (toolkit.prune.patterns). Masks change at `begin_step`, every `frequency` steps after it, and last at `end_step`,
+    whatever the frequency. Raises ValueError on a bad value.
     """
 
     sparsity: float = 0.0
     begin_step: int = 0
     end_step: int | None = None
     frequency: int = 50
+    pattern: str = WEIGHT
 
     def __post_init__(self) -> None:
+        sparsity_of(self.pattern, self.sparsity)
         if not 0.0 <= self.sparsity < 1.0:
             raise ValueError(f"sparsity={self.sparsity} must be in [0, 1); 0 switches pruning off")
         if not self.enabled:
@@ -49,15 +54,28 @@ class Schedule:
             return False
         return step == self.end_step or (step > 0 and (step - self.begin_step) % self.frequency == 0)
 
-    def sparsity_at(self, step: int) -> float:
-        """Sparsity asked for at `step`: s_f + (0 - s_f)(1 - p)^3 with p the progress from begin to end."""
+    def _share_left_at(self, step: int) -> float:
+        """(1 - p)^3 with p the progress from begin to end: the part of the zeros that is not asked for yet."""
         if not self.enabled or self.end_step is None or step <= self.begin_step:
-            return 0.0
-        progress = min(1.0, (step - self.begin_step) / (self.end_step - self.begin_step))
-        return self.sparsity - self.sparsity * (1.0 - progress) ** 3
+            return 1.0
+        return (1.0 - min(1.0, (step - self.begin_step) / (self.end_step - self.begin_step))) ** 3
+
+    def sparsity_at(self, step: int) -> float:
+        """Sparsity asked for at `step`: s_f + (0 - s_f)(1 - p)^3."""
+        return self.sparsity - self.sparsity * self._share_left_at(step)
 
     def num_zeros_at(self, step: int, count: int) -> int:
-        """Zeros asked for at `step` among `count` prunable weights; floor(sparsity * count) from end_step on."""
+        """Zeros asked for at `step` among `count` prunable weights; floor(sparsity * count) from end_step on.
+
+        Of N:M all zeros of whole groups, in the end of all; with channels it is what they may not exceed.
+        """
+        kind = n_of_m(self.pattern)
+        return self.num_units_at(step, count // kind.size) * kind.gone if kind else self.num_units_at(step, count)
+
+    def num_units_at(self, step: int, count: int) -> int:
+        """Units that are to be pruned at `step` among `count`: groups of N:M, else weights."""
+        if n_of_m(self.pattern):
+            return math.floor((1.0 - self._share_left_at(step)) * count) if self.enabled else 0
         return math.floor(self.sparsity_at(step) * count)
 
 

@@ -80,12 +80,15 @@ class Piece:
         return read_piece(state, key, None, self.first, self.last, self.first, self.last - self.first)
 
 
-def cut(members: Sequence[Member]) -> list[list[Piece]]:
-    """Each member whole, padding too, cut where its ranges and chunks end; survivors are counted in one read."""
+def cut(members: Sequence[Member], blocks: Sequence[int] | None = None) -> list[list[Piece]]:
+    """Each member whole, padding too, cut where its ranges and chunks end; survivors are counted in one read.
+
+    With `blocks`, a number for each member, in multiples of so many weights.
+    """
     borders = []
-    for member in members:
-        n = member.part.numel()
-        ends = {0, n, *range(0, n, chunk_size(member.part.device))}
+    for member, block in zip(members, blocks or [1] * len(members), strict=True):
+        n, chunk = member.part.numel(), chunk_size(member.part.device)
+        ends = {0, n, *range(0, n, max(chunk // block, 1) * block)}
         ends.update(place for _, first, last in member.ranges for place in (first, last))
         borders.append(list(itertools.pairwise(sorted(ends))) or [(0, 0)])
     counted = [

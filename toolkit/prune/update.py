@@ -21,11 +21,13 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from toolkit.prune.distributed import local_gradient, read_numbers, sum_over
+from toolkit.prune.distributed import read_numbers, sum_over
 from toolkit.prune.distribution import zero_quotas
 from toolkit.prune.options import PruningOptions
+from toolkit.prune.patterns import n_of_m
 from toolkit.prune.select import Chunks, choose_lowest, find_threshold
-from toolkit.prune.stores import MaskedStore, Member, Piece, batches, cut, pack_pieces
+from toolkit.prune.stores import MaskedStore, Member, Piece, batches
+from toolkit.prune.units import GroupUnits, WeightUnits
 
 
 @dataclass(frozen=True)
@@ -74,38 +76,41 @@ def update_masks(
     Call on all ranks of `group`. Raises ValueError that names a tensor without a score.
     """
     device = members[0].part.device
-    # 1. Count weights and zeros over the ranks; a model may have come with more zeros than are asked for.
-    weights = sum_over(group, [member.num_weights for member in members], device)
-    pieces = dict(zip(members, cut(members), strict=True))
-    survivors = sum_over(group, [num_survivors(member, pieces[member]) for member in members], device)
-    pruned = [count - left for count, left in zip(weights, survivors, strict=True)]
-    zeros = max(options.num_zeros_at(step, sum(weights)), sum(pruned))
-    # Zeros that do not compete stay; the candidates bring the rest.
-    fixed = [0] * len(pruned) if store.pruned_compete else pruned
-    num_back = _num_regrown(options, step, sum(weights) - zeros, sum(pruned))
-    if zeros == sum(fixed) and not num_back:
+    kind = n_of_m(options.pattern)
+    units = GroupUnits(store, kind) if kind else WeightUnits(store)
+    # 1. Count units over the ranks; a model may have come with more pruned ones than are asked for.
+    pieces = dict(zip(members, units.cut(members), strict=True))
+    totals = sum_over(group, [units.total(member) for member in members], device)
+    done = sum_over(group, [units.done(member, pieces[member]) for member in members], device)
+    wanted = max(options.num_units_at(step, sum(totals)), sum(done))
+    # Where those that are pruned do not compete they stay; the candidates bring the rest.
+    fixed = done if units.done_stay_out else [0] * len(done)
+    num_back = _num_regrown(options, step, units.survivors(sum(totals), wanted), sum(done))
+    if wanted == (0 if store.pruned_compete else sum(done)) and not num_back:
         return None
     _check_scored(members, step)
     # 2. Who competes with whom, for how many places: all tensors together, or each for a quota of its own.
     if options.scope == "global":
-        contests = [(members, zeros - sum(fixed), num_back)]
+        contests = [(members, wanted - sum(fixed), num_back)]
     else:
-        shapes = [member.parameter.shape for member in members]
-        quotas = zero_quotas(options.scope, shapes, fixed, zeros)
+        quotas = zero_quotas(options.scope, [units.shape(member) for member in members], fixed, wanted)
         contests = [
-            ([member], quota - gone_before, _num_regrown(options, step, count - quota, gone))
-            for member, quota, gone_before, count, gone in zip(members, quotas, fixed, weights, pruned, strict=True)
+            ([member], quota - gone_before, _num_regrown(options, step, units.survivors(count, quota), gone))
+            for member, quota, gone_before, count, gone in zip(members, quotas, fixed, totals, done, strict=True)
         ]
     # 3. Choose, and apply tensor by tensor; what comes back takes places that survivors leave.
     for competing, missing, back in contests:
         cuts = [pieces[member] for member in competing]
-        back, grows = _choose_regrown(cuts, back, group, device) if back else (0, {})
-        sources = _sources(cuts, store.count, store.scores)
+        back, returning = _choose_regrown(units, cuts, back, group, device) if back else (0, {})
+        sources = _sources(cuts, units.count, units.scores)
         sizes = [source.last - source.first for source in sources]
-        marks = choose_lowest(*_values_and_names(sources), sizes, missing + back, group, device)
-        for member, drop in _joined(sources, marks, device, of_padding=True):
-            store.apply(member, drop, grows.get(member))
-    return sum(weights) - zeros
+        missing += units.places_left(back)
+        marks = choose_lowest(*_values_and_names(sources), sizes, missing, group, device)
+        for member, chosen in _joined(sources, marks, device, of_padding=True):
+            grow = returning.get(member)
+            drop = units.drops(pieces[member], chosen, grow)
+            store.apply(member, drop, None if grow is None else units.grows(pieces[member], grow))
+    return units.survivors(sum(totals), wanted)
 
 
 def _check_scored(members: Sequence[Member], step: int) -> None:
@@ -144,16 +149,11 @@ def _num_regrown(options: PruningOptions, step: int, survivors: int, pruned: int
     return min(wanted, pruned, survivors)
 
 
-def num_survivors(member: Member, pieces: Sequence[Piece]) -> int:
-    """Weights on this rank that are not pruned; padding counts for nothing, and has no bit once there is a mask."""
-    return member.num_weights if member.mask is None else sum(piece.kept for piece in pieces)
-
-
 def _choose_regrown(
-    cuts: Sequence[Sequence[Piece]], wanted: int, group: ProcessGroup | None, device: torch.device
+    units: WeightUnits, cuts: Sequence[Sequence[Piece]], wanted: int, group: ProcessGroup | None, device: torch.device
 ) -> tuple[int, dict[Member, Tensor]]:
-    """How many come back, and which: the pruned weights with the largest gradients, member -> bool [pruned]."""
-    sources = _sources(cuts, _num_pruned, _pruned_gradients)
+    """How many units come back, and which: those with the largest gradients, member -> marks of its units."""
+    sources = _sources(cuts, units.count_back, units.back_scores)
     # Of those that a gradient would move, on any rank; one without would stay a zero.
     moving = [torch.count_nonzero(part) for source in sources for part in source.values()]
     count = min(wanted, *sum_over(group, [sum(read_numbers(moving))], device))
@@ -191,22 +191,3 @@ def _in_ranges(piece: Piece) -> bool:
 
 def _values_and_names(sources: Sequence[_Source]) -> tuple[list[Chunks], list[str]]:
     return [source.values for source in sources], [source.name for source in sources]
-
-
-def _num_pruned(piece: Piece) -> int:
-    """Weights of a piece that are pruned."""
-    return piece.last - piece.first - piece.kept
-
-
-def _pruned_gradients(pieces: Sequence[Piece]) -> Tensor:
-    """-|gradient| of the pruned weights of the pieces, in memory order; 0 where there is no gradient."""
-    masks = [~piece.mask for piece in pieces if piece.mask is not None]
-    if not masks:  # nothing is pruned
-        return pieces[0].member.part.new_zeros(0, dtype=torch.float32)
-    grads = [
-        piece.of(local_gradient(piece.member.parameter, piece.member.part))
-        if piece.member.parameter.grad is not None
-        else piece.of(piece.member.part).new_zeros(piece.last - piece.first)
-        for piece in pieces
-    ]
-    return -pack_pieces([grads], masks, sum(map(_num_pruned, pieces)))[0].float().abs()

@@ -1,0 +1,103 @@
+"""What goes together: single weights, N of M neighbours, or whole channels.
+
+| pattern | unit | counted in |
+| --- | --- | --- |
+| `weight` | a weight | weights |
+| `N:M`, as `2:4` | M neighbours along the input dimension, of which N survive | groups of M |
+| `channel` | an output channel with all that depends on it | weights |
+
+A group of N:M is M inputs of one output (and of one place of a convolution's kernel): what sparse kernels expect.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+WEIGHT, CHANNEL = "weight", "channel"
+LOWEST = -torch.finfo(torch.float32).max  # of scores: what goes after pruned weights, but before all others
+_MOST = 16  # M at most
+
+
+@dataclass(frozen=True)
+class NOfM:
+    """At most `kept` of `size` neighbours along dimension 1 survive."""
+
+    kept: int
+    size: int
+
+    @property
+    def gone(self) -> int:
+        """Weights that a group loses."""
+        return self.size - self.kept
+
+    def fits(self, shape: Sequence[int]) -> bool:
+        """Whether dimension 1 of a weight is made of whole groups."""
+        return len(shape) > 1 and shape[1] >= self.size and shape[1] % self.size == 0
+
+
+def n_of_m(pattern: str) -> NOfM | None:
+    """What N:M says, None for another pattern. Raises ValueError for one that is not known."""
+    if pattern in (WEIGHT, CHANNEL):
+        return None
+    found = re.fullmatch(r"(\d{1,2}):(\d{1,2})", str(pattern))
+    if found is None or not 1 <= int(found[1]) < int(found[2]) <= _MOST:
+        raise ValueError(
+            f"pattern={pattern!r} is not known; choose {WEIGHT}, {CHANNEL}, or N:M with 1 <= N < M <= {_MOST}, as 2:4"
+        )
+    return NOfM(int(found[1]), int(found[2]))
+
+
+def sparsity_of(pattern: str, asked: float | None) -> float:
+    """The final sparsity where `asked` may be left out: N:M says its own. Raises ValueError where the two differ."""
+    kind = n_of_m(pattern)
+    if asked is None or (kind is not None and asked != 0.0):
+        if kind is None:
+            if pattern == CHANNEL:
+                raise ValueError(f"pattern={pattern!r} needs sparsity, for example 0.5 (0 = off)")
+            return 0.0
+        own = kind.gone / kind.size
+        if asked is not None and not math.isclose(asked, own, abs_tol=1e-6):
+            raise ValueError(
+                f"sparsity={asked} is not that of pattern={pattern}; leave it out, or give {own:g} or 0 (off)"
+            )
+        return own
+    return asked
+
+
+def neighbour_distance(part: Tensor) -> int:
+    """How far apart in memory order neighbours along dimension 1 are: 1 for channels_last, k·k for a plain k×k kernel.
+
+    The M neighbours of a group are then view(-1, M, distance)[block, :, place] of the flat weight.
+    """
+    stride = part.stride()[1]
+    within = (size for axis, size in enumerate(part.shape) if axis != 1 and size > 1 and part.stride()[axis] < stride)
+    return math.prod(within)
+
+
+def group_costs(scores: Tensor, kind: NOfM, distance: int) -> Tensor:
+    """What each group loses, the sum of its lowest scores: float [n] -> float32 [n / M], in memory order.
+
+    A score of -inf (pruned) or LOWEST (0 already) costs nothing. A group of which no other weight has to go costs -inf.
+    NaN and +inf stay what they are.
+    """
+    groups = scores.view(-1, kind.size, distance)
+    lowest = groups.sort(dim=1).values[:, : kind.gone]
+    free = lowest <= LOWEST
+    cost = torch.zeros_like(lowest[:, 0])
+    for place in range(kind.gone):  # in a fixed order, whatever the length of the piece
+        cost += lowest[:, place].masked_fill(free[:, place], 0.0)
+    cost.masked_fill_(free.all(dim=1), -torch.inf)
+    highest = groups.amax(dim=1)
+    return torch.where(highest < torch.inf, cost, highest).view(-1)
+
+
+def group_losers(scores: Tensor, number: int, size: int, distance: int, chosen: Tensor) -> Tensor:
+    """The `number` lowest of each chosen group, of equal ones the first: float [n], bool [n / size] -> bool [n]."""
+    groups = scores.view(-1, size, distance)
+    lowest = groups.argsort(dim=1, stable=True)[:, :number]
+    lost = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, lowest, True)
+    return lost.logical_and_(chosen.view(-1, 1, distance)).view(-1)
