@@ -100,13 +100,18 @@ class Config:
         None, "method; adamwprune means state", group="Pruning", choices=("none", "magnitude", "movement", "state")
     )
     sparsity: float | None = _flag(
-        None, "final share of zeros in convolution and linear weights; 0 = off", kind=float, within="[0, 1)"
+        None,
+        "final share of zeros in convolution and linear weights; 0 = off, N:M says its own",
+        kind=float,
+        within="[0, 1)",
     )
     prune_begin: float = _flag(0.05, "where the ramp begins, as a fraction of all steps", within="[0, 1]")
     prune_end: float = _flag(0.6, "where the last mask update is, as a fraction of all steps", within="[0, 1]")
     prune_frequency: int = _flag(50, "steps between mask updates", within="[1, inf)")
     prune_score: str | None = _flag(None, "score of a weight; the method's own by default")
     prune_scope: str = _flag("global", "where weights compete", choices=("global", "layer", "erk"))
+    prune_pattern: str = _flag("weight", "what goes together: weight, N:M as 2:4, or channel")
+    prune_ends: bool = _flag(False, "N:M: stem and classifier too, where it fits them")
     prune_regrow: float = _flag(
         0.0, "share of the survivors exchanged at an update; needs --pruning state", within="[0, 1)"
     )

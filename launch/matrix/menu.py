@@ -76,9 +76,11 @@ def _cells_of(opt: str, on: set[str], sparsities: list[float]) -> list[dict[str,
 
     ours = {spec.name: spec.base for spec in specs() if spec.is_ours}
     kept: list[dict[str, Any]] = [{}, {"state_budget": "auto"}] if "PRUNING_STATE_BUDGET" in on else [{}]
+    goals: list[dict[str, Any]] = [{"sparsity": share} for share in sparsities]
+    if "PRUNING_PATTERN_2_4" in on:
+        goals.append({"prune_pattern": "2:4"})
     if opt in ours:
-        shares = sparsities if "PRUNING_ENABLE_STATE" in on else []
-        return [{"opt": opt, "sparsity": share, **budget} for share in shares for budget in kept]
+        return [{"opt": opt, **goal, **budget} for goal in goals if "PRUNING_ENABLE_STATE" in on for budget in kept]
     offered = {
         "MAGNITUDE": {"pruning": "magnitude"},
         "MOVEMENT": {"pruning": "movement"},
@@ -89,7 +91,7 @@ def _cells_of(opt: str, on: set[str], sparsities: list[float]) -> list[dict[str,
     if "PRUNING_STATE_ALL" in on and opt not in ours.values() and find_spec(f"{opt}-state"):
         methods += [{"pruning": "state", **budget} for budget in kept]
     dense = [{"opt": opt, "pruning": "none"}] if "PRUNING_ENABLE_NONE" in on else []
-    return dense + [{"opt": opt, **method, "sparsity": share} for method in methods for share in sparsities]
+    return dense + [{"opt": opt, **method, **goal} for method in methods for goal in goals]
 
 
 def arguments(symbols: dict[str, str]) -> list[str]:

@@ -1,6 +1,8 @@
 """The optimizer by name: pruning options, parameter groups, learning rate."""
 
 import dataclasses
+from functools import partial
+from typing import Any
 
 import torch
 from timm.optim import create_optimizer_v2, get_optimizer_info, optimizer_kwargs
@@ -13,6 +15,7 @@ from toolkit.log import get_logger
 from toolkit.optim.param_groups import param_groups
 from toolkit.optim.registry import check_optimizer_name, find_spec, resolve_name
 from toolkit.prune.groups import prunable_names
+from toolkit.prune.patterns import WEIGHT, n_of_m, sparsity_of
 from toolkit.prune.schedule import Schedule
 
 _log = get_logger()
@@ -40,8 +43,10 @@ def resolve_optimizer(config: Config) -> tuple[str, str]:
                 config.opt_betas is not None and len(config.opt_betas) != betas
             ),
             f"--opt {config.opt} with pruning by {method} needs --sparsity, for example --sparsity 0.7 (0 = off)": (
-                prunes and config.sparsity is None
+                prunes and config.sparsity is None and n_of_m(config.prune_pattern) is None
             ),
+            f"--prune-pattern {config.prune_pattern} but --opt {config.opt} does not prune; add --pruning magnitude, "
+            "movement or state, or use --opt adamwprune": config.prune_pattern != WEIGHT and not prunes,
             f"--state-dtype {config.state_dtype}: --opt {config.opt} decides by itself; use --opt adamwprune or "
             "--pruning state": config.state_dtype is not None and method != "state",
             f"--state-budget {config.state_budget}: --opt {config.opt} keeps what it keeps; use --opt adamwprune or "
@@ -56,7 +61,14 @@ def resolve_optimizer(config: Config) -> tuple[str, str]:
             "or state, or use --opt adamwprune": config.sparsity and config.pruning is None and not prunes,
         }
     )
+    with blaming(f"--prune-pattern {config.prune_pattern}", "see docs/optimizers.md"):
+        final_sparsity(config, method)
     return name, method
+
+
+def final_sparsity(config: Config, method: str) -> float:
+    """--sparsity, or what --prune-pattern N:M says; 0 without a method. Raises ValueError where they differ."""
+    return 0.0 if method == "none" else sparsity_of(config.prune_pattern, config.sparsity)
 
 
 def apply_recipe(config: Config, opt: str) -> Config:
@@ -85,12 +97,13 @@ def total_epochs(config: Config, steps: int) -> int:
 
 def pruning_schedule(config: Config, method: str, total_steps: int) -> Schedule:
     """The --prune flags as optimizer steps; off without a method or with --sparsity 0."""
-    if method == "none" or not config.sparsity:
+    sparsity = final_sparsity(config, method)
+    if not sparsity:
         return Schedule()
     begin, end = int(config.prune_begin * total_steps), round(config.prune_end * total_steps)
     if not begin < end:
         raise ValueError(f"a run of {total_steps} steps is too short to prune in; raise --epochs")
-    return Schedule(config.sparsity, begin, end, config.prune_frequency)
+    return Schedule(sparsity, begin, end, config.prune_frequency, config.prune_pattern)
 
 
 def create_optimizer(
@@ -110,12 +123,16 @@ def create_optimizer(
         arguments |= given
     remedy = "see --opt-kwargs, --opt-betas and --opt-eps"
     with blaming(f"--opt {opt} does not take one of its arguments", remedy):
-        return create_optimizer_v2(model, **arguments, param_group_fn=lambda m: param_groups(m, config.weight_decay))
+        return create_optimizer_v2(model, **arguments, param_group_fn=partial(_groups, config))
 
 
-def prunable_weights(model: nn.Module) -> list[tuple[str, Tensor]]:
+def _groups(config: Config, model: nn.Module) -> list[dict[str, Any]]:
+    return param_groups(model, config.weight_decay, pattern=config.prune_pattern, ends=config.prune_ends)
+
+
+def prunable_weights(model: nn.Module, config: Config) -> list[tuple[str, Tensor]]:
     """The weights that pruning counts: frozen ones the optimizer does not see, and leaves alone."""
-    names = prunable_names(model)
+    names = prunable_names(model, config.prune_pattern, ends=config.prune_ends)
     return [(name, weight) for name, weight in model.named_parameters() if name in names and weight.requires_grad]
 
 
@@ -123,7 +140,7 @@ def keep_zeros(optimizer: torch.optim.Optimizer, model: nn.Module, config: Confi
     """Have a pruned --initial-checkpoint stay pruned, from the first step on."""
     if not (config.initial_checkpoint and schedule.enabled):
         return
-    weights = [weight for _, weight in prunable_weights(model)]
+    weights = [weight for _, weight in prunable_weights(model, config)]
     zeros = sum(int((weight == 0).sum()) for weight in weights)
     if zeros:
         optimizer.pruning.keep_zeros()  # type: ignore[attr-defined]

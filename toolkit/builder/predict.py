@@ -19,7 +19,7 @@ from torch import nn
 
 from toolkit.builder.data import DataSet, batch_size_per_rank, input_settings
 from toolkit.builder.model import amp_dtype, create_model
-from toolkit.builder.optimizer import resolve_optimizer
+from toolkit.builder.optimizer import final_sparsity, resolve_optimizer
 from toolkit.builder.recompute import checkpoint_activations
 from toolkit.config import Config
 from toolkit.engine.engines.ddp import Engine
@@ -67,7 +67,7 @@ def rows_between_steps(
         return rows
     asked = {key: getattr(config, key) or config.opt_kwargs.get(key) for key in ("state_dtype", "state_budget")}
     prunable = [one for one in trained if one.prunable]
-    final_zeros = math.floor((config.sparsity or 0.0) * sum(one.numel for one in prunable))
+    final_zeros = math.floor(final_sparsity(config, spec.method) * sum(one.numel for one in prunable))
     budget = budget_for(asked["state_budget"], [one.numel for one in prunable], len(spec.moments), final_zeros)
     dtype = budget.widest(sum(one.survivors for one in prunable)) if budget else asked["state_dtype"]
     return rows | predict_optimizer_rows(
@@ -109,7 +109,7 @@ class Prediction:
 
         model = make_model()
         self.input_size = tuple(input_settings(config, model)["input_size"])
-        prunable = prunable_names(model)
+        prunable = prunable_names(model, config.prune_pattern, ends=config.prune_ends)
         self.parameters = [
             ParameterFacts(p.numel(), name in prunable, p.numel(), p.itemsize, p.requires_grad)
             for name, p in model.named_parameters()
@@ -176,8 +176,8 @@ class Prediction:
 
     def ledgers(self, batch_size: int) -> dict[str, dict[str, int]]:
         """The ledger at the peak in the dense phase and at final sparsity."""
-        final_sparsity = None if self.method == "none" else self.config.sparsity
-        return {"dense": self.ledger(batch_size, None), "final": self.ledger(batch_size, final_sparsity)}
+        final = None if self.method == "none" else final_sparsity(self.config, self.method)
+        return {"dense": self.ledger(batch_size, None), "final": self.ledger(batch_size, final)}
 
     def peaks(self, batch_size: int) -> dict[str, int]:
         """Peak allocated bytes in the dense phase and at final sparsity."""

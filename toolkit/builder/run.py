@@ -66,7 +66,7 @@ def build_run(config: Config) -> Run:
     lr = base_learning_rate(config, opt, plan.global_batch_size)
     schedule = pruning_schedule(config, method, plan.total_steps)
     engine, scheduler = _engine(config, opt, lr, accelerator, module, schedule, train_loader.steps, world)
-    prunable = prunable_weights(module)
+    prunable = prunable_weights(module, config)
 
     # The run's folder, and what the run says of itself
     facts = run_facts(config, data, opt, method, lr, schedule, plan, world)

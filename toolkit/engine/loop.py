@@ -1,7 +1,6 @@
 """The training loop: epochs of steps, evaluation, records, checkpoints. The order of a step is in `train_epoch`."""
 
 import contextlib
-import math
 import time
 from typing import Any, NoReturn
 
@@ -226,8 +225,8 @@ def _check_sparsity(run: Run) -> None:
     if not run.schedule.enabled:
         return
     zeros, weights = run.sparsity()
-    wanted = math.floor(run.schedule.sparsity * weights)
-    if zeros != wanted:
+    wanted = run.schedule.num_zeros_at(run.schedule.end_step or 0, weights)
+    if not run.schedule.is_reached(zeros, weights):
         raise SparsityError(
             f"the model has {zeros} zeros among {weights} prunable weights, --sparsity {run.schedule.sparsity} asks "
             f"for {wanted}; the last mask update is at step {run.schedule.end_step} of {run.plan.total_steps}"

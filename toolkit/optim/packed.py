@@ -19,7 +19,6 @@ from toolkit.kernels.choice import choose_implementation
 from toolkit.log import get_logger
 from toolkit.optim.buckets import Bucket, BucketCache
 from toolkit.prune.distributed import first_weight, local_gradient, read_numbers, to_local
-from toolkit.prune.groups import prunable_parameters
 from toolkit.prune.mask import flat_view, pack_bits, unpack_bits
 from toolkit.prune.moments import CODED_FROM, STATE_DTYPES, exponents_of, grid, new_moment, read_moment, write_moment
 from toolkit.prune.options import OPTION_NAMES, PruningOptions
@@ -178,7 +177,7 @@ class PackedOptimizer(Optimizer):
 
     def _sort(self, group: dict[str, Any], ready: list[Tensor]) -> Iterable[Bucket]:
         """Sort the parameters of a group that have a gradient by the code that updates them."""
-        prunable = {id(parameter) for _, parameter in prunable_parameters(self.param_groups)}
+        prunable = {id(parameter) for _, parameter in self._packing.prunable()}
         asked = self.defaults["implementation"] if self.FAST else "reference"
         buckets: dict[tuple[Any, ...], Bucket] = {}
         states = [self._state_of(parameter, group, id(parameter) in prunable) for parameter in ready]
@@ -317,7 +316,7 @@ class PackedOptimizer(Optimizer):
             # What the plain optimizer does not know, and the pruning options in force here.
             kept = {"differentiable", "pruning", *group} - set(OPTION_NAMES)
             group.update({key: value for key, value in self.defaults.items() if key not in kept})
-        prunable = {id(parameter) for _, parameter in prunable_parameters(self.param_groups)}
+        prunable = {id(parameter) for _, parameter in self._packing.prunable()}
         self._packing.fit_loaded(saved)
         for parameter, state in self.state.items():
             if saved.get(parameter):

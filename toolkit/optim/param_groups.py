@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from toolkit.log import get_logger
-from toolkit.prune.groups import computed_names, left_dense, prunable_names, recurrent_layers, tied_names
+from toolkit.prune.groups import computed_names, left_dense, listed, prunable_names, recurrent_layers, tied_names
 from toolkit.prune.patterns import WEIGHT
 
 
@@ -55,7 +55,7 @@ def param_groups(
             sum(recurrent.values()),
         )
     for reason, names in left_dense(model, pattern, ends=ends).items():
-        get_logger().info("%s leaves dense, %s: %s", pattern, reason, ", ".join(names))
+        get_logger().info("%s leaves dense, %s: %s", pattern, reason, listed(names))
     prunable = prunable_names(model, pattern, ends=ends)
     exempt: set[str] = set(getattr(model, "no_weight_decay", set)())
     groups: dict[tuple[bool, bool], list[tuple[str, Tensor]]] = {}

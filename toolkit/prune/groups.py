@@ -1,7 +1,7 @@
 """What may be pruned: in a model by its layers, in an optimizer by the marks of its groups."""
 
 import itertools
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch.distributed
@@ -68,12 +68,16 @@ def left_dense(model: nn.Module, pattern: str, *, ends: bool = False) -> dict[st
         return {}
     weights = {name: weight for name, weight in model.named_parameters() if name in prunable_names(model)}
     turned = {id(w) for module in model.modules() if _has_inputs_first(module) for _, w in _layer_weights(module)}
-    found: dict[str, list[str]] = {
-        "stem and classifier": [] if ends else [name for name in weights if name in _ends(model, list(weights))],
-        f"inputs not divisible by {kind.size}": [name for name, w in weights.items() if not kind.fits(w.shape)],
-        "inputs are not the second dimension": [name for name, w in weights.items() if id(w) in turned],
-    }
-    return {reason: names for reason, names in found.items() if names}
+    outer = set() if ends else _ends(model, list(weights))
+    found: dict[str, list[str]] = {}
+    for name, weight in weights.items():
+        if name in outer:
+            found.setdefault("stem and classifier", []).append(name)
+        elif id(weight) in turned:
+            found.setdefault("inputs are not the second dimension", []).append(name)
+        elif not kind.fits(weight.shape):
+            found.setdefault(f"inputs not divisible by {kind.size}", []).append(name)
+    return found
 
 
 def _has_inputs_first(module: nn.Module) -> bool:
@@ -128,7 +132,7 @@ def _is_marked(groups: Collection[Mapping[str, Any]]) -> bool:
     return any("prunable" in group for group in groups)
 
 
-def prunable_parameters(param_groups: Collection[Mapping[str, Any]]) -> list[tuple[str, Tensor]]:
+def prunable_parameters(param_groups: Collection[Mapping[str, Any]], pattern: str = WEIGHT) -> list[tuple[str, Tensor]]:
     """(name, parameter) of all prunable parameters, in the order of the groups.
 
     Groups that carry a `prunable` mark decide by it. Where no group does (timm's own train.py), every parameter with
@@ -139,23 +143,23 @@ def prunable_parameters(param_groups: Collection[Mapping[str, Any]]) -> list[tup
     for group in param_groups:
         unnamed = (f"parameter {next(position)} of shape {tuple(parameter.shape)}" for parameter in group["params"])
         for name, parameter in zip(group.get("param_names") or unnamed, group["params"], strict=False):
-            if group.get("prunable", False) if marked else _looks_prunable(parameter, group):
+            if group.get("prunable", False) if marked else _looks_prunable(parameter, pattern):
                 found.append((name, parameter))
     return found
 
 
-def _looks_prunable(parameter: Tensor, group: Mapping[str, Any]) -> bool:
+def _looks_prunable(parameter: Tensor, pattern: str) -> bool:
     # A leading dimension of 1 leaves out class tokens and position embeddings.
     if parameter.ndim < 2 or parameter.shape[0] < 2:
         return False
-    kind = n_of_m(group.get("pruning", group).get("pattern", WEIGHT))  # on hooks the options are a mapping of their own
+    kind = n_of_m(pattern)
     return kind is None or kind.fits(parameter.shape)
 
 
 def check_fits(param_groups: Collection[Mapping[str, Any]], pattern: str) -> None:
     """Raise ValueError that names a prunable parameter which is not made of whole groups of N:M."""
     kind = n_of_m(pattern)
-    for name, parameter in prunable_parameters(param_groups) if kind is not None else ():
+    for name, parameter in prunable_parameters(param_groups, pattern):
         if kind is not None and not kind.fits(parameter.shape):
             raise ValueError(
                 f"pattern={pattern} does not fit {name} of shape {tuple(parameter.shape)}: its second dimension is "
@@ -163,7 +167,13 @@ def check_fits(param_groups: Collection[Mapping[str, Any]], pattern: str) -> Non
             )
 
 
-def announce_unmarked(param_groups: Collection[Mapping[str, Any]]) -> None:
+def listed(names: Sequence[str]) -> str:
+    """The first few names, and how many more there are."""
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+def announce_unmarked(param_groups: Collection[Mapping[str, Any]], pattern: str = WEIGHT) -> None:
     """Warn, on rank 0, of what an optimizer that is about to prune will take for lack of marks; for constructors.
 
     `param_groups` are the optimizer's own; marked ones are left without a word.
@@ -172,13 +182,10 @@ def announce_unmarked(param_groups: Collection[Mapping[str, Any]]) -> None:
         return
     if _is_marked(param_groups):
         return
-    named = prunable_parameters(param_groups)
-    names = [name for name, _ in named]
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    named = prunable_parameters(param_groups, pattern)
     get_logger().warning(
         "no parameter group says what is prunable, so every matrix is pruned, embeddings among them: %d weights in "
-        "%s%s; toolkit.optim.param_groups(model) marks convolution and linear weights alone",
+        "%s; toolkit.optim.param_groups(model) marks convolution and linear weights alone",
         sum(parameter.numel() for _, parameter in named),
-        ", ".join(names[:_SHOWN]),
-        more,
+        listed([name for name, _ in named]),
     )

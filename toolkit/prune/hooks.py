@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from toolkit.prune.distributed import to_local
-from toolkit.prune.groups import prunable_parameters
 from toolkit.prune.mask import flat_view, pack_bits
 from toolkit.prune.options import OPTION_NAMES, PruningOptions
 from toolkit.prune.pruning import Pruning, dense_states, saved_states
@@ -68,7 +67,7 @@ class Pruner(Pruning):
             return
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         scale = getattr(optimizer, "grad_scale", None)  # of a fused optimizer under a GradScaler
-        for _, parameter in prunable_parameters(optimizer.param_groups):
+        for _, parameter in self.prunable():
             # The base optimizer fills an empty state by itself, so nothing may be put there before its first step.
             own, part = optimizer.state.get(parameter, {}), to_local(parameter)
             if self.keeps_zeros and "mask" not in own:  # a resumed run has its masks
@@ -95,7 +94,7 @@ class Pruner(Pruning):
         if _skipped(optimizer):
             return
         step = self.count_step()
-        named = prunable_parameters(optimizer.param_groups)
+        named = self.prunable()
         masked = [parameter for _, parameter in named if "mask" in optimizer.state.get(parameter, {})]
         self.check_layouts(masked)
         if len(masked) < len(named):

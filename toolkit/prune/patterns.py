@@ -46,7 +46,8 @@ def n_of_m(pattern: str) -> NOfM | None:
     found = re.fullmatch(r"(\d{1,2}):(\d{1,2})", str(pattern))
     if found is None or not 1 <= int(found[1]) < int(found[2]) <= _MOST:
         raise ValueError(
-            f"pattern={pattern!r} is not known; choose {WEIGHT}, {CHANNEL}, or N:M with 1 <= N < M <= {_MOST}, as 2:4"
+            f"pattern={pattern!r} is not known; choose {WEIGHT}, {CHANNEL}, or N:M with 1 <= N < M <= {_MOST}, as 2:4 "
+            "(in YAML '2:4', or it is a number)"
         )
     return NOfM(int(found[1]), int(found[2]))
 

@@ -44,6 +44,10 @@ class Pruning:
         self._store = store
         self._layouts: dict[Tensor, tuple[int, tuple[int, ...]]] = {}  # of the parameters when their masks were made
 
+    def prunable(self) -> list[tuple[str, Tensor]]:
+        """(name, parameter) of all prunable parameters, in the order of the groups."""
+        return prunable_parameters(self.optimizer.param_groups, self.options.pattern)
+
     def is_due(self, step: int) -> bool:
         """Whether optimizer step `step` takes all prunable parameters together: the masks change, or are checked."""
         return self.schedule.is_update_step(step) or self._must_check(step)
@@ -60,24 +64,25 @@ class Pruning:
         """Raise ValueError where there is nothing to prune; say what will be pruned where no group is marked."""
         if not self.schedule.enabled:
             return
-        if not prunable_parameters(self.optimizer.param_groups):
+        if not self.prunable():
             raise ValueError(
-                f"sparsity={self.schedule.sparsity}, but no parameter is prunable; give weights of more than one "
-                "dimension, or groups marked prunable=True (toolkit.optim.param_groups makes them)"
+                f"sparsity={self.schedule.sparsity}, pattern={self.options.pattern}, but no parameter is prunable so; "
+                "give weights of more than one dimension (N:M: the second divisible by M), or groups marked "
+                "prunable=True (toolkit.optim.param_groups makes them)"
             )
         check_fits(self.optimizer.param_groups, self.options.pattern)
-        announce_unmarked(self.optimizer.param_groups)
+        announce_unmarked(self.optimizer.param_groups, self.options.pattern)
 
     def plan_budget(self, num_moments: int) -> None:
         """Take the budget of the parameters there are, as yet whole: an engine cuts them later. Raises ValueError."""
-        numels = [parameter.numel() for _, parameter in prunable_parameters(self.optimizer.param_groups)]
+        numels = [parameter.numel() for _, parameter in self.prunable()]
         final_zeros = self.schedule.num_zeros_at(self.schedule.end_step or 0, sum(numels))
         self._store.budget = budget_for(self.options.state_budget, numels, num_moments, final_zeros)
         self._store.fit(sum(numels))
 
     def fit_loaded(self, saved: Mapping[Tensor, Mapping[str, Any]]) -> None:
         """Choose the precision by masks that are about to be loaded. With a budget and shards, call on all ranks."""
-        parameters = [parameter for _, parameter in prunable_parameters(self.optimizer.param_groups)]
+        parameters = [parameter for _, parameter in self.prunable()]
         if self._store.budget is None or not parameters:
             return
         masks = [saved.get(parameter, {}).get("mask") for parameter in parameters]
@@ -95,7 +100,7 @@ class Pruning:
     @torch.no_grad()
     def sparsity(self) -> tuple[int, int]:
         """(zeros, prunable weights) of the model as it is, over the ranks it is sharded over; call on all of them."""
-        whole = dict.fromkeys(parameter for _, parameter in prunable_parameters(self.optimizer.param_groups))
+        whole = dict.fromkeys(parameter for _, parameter in self.prunable())
         # ZeRO-3 shows its optimizer a slice only while it steps.
         members = [Member("", tensor, {}, ranges) for tensor, ranges in (self.flat_slices or whole).items()]
         if not members:
@@ -136,7 +141,7 @@ class Pruning:
         states = self.optimizer.state  # a defaultdict: what has no state yet (SGD keeps none) gets a place for its mask
         members = [
             Member(name, parameter, states[parameter], self.flat_slices.get(parameter))
-            for name, parameter in prunable_parameters(self.optimizer.param_groups)
+            for name, parameter in self.prunable()
         ]
         if not members:
             return False

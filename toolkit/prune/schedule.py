@@ -5,7 +5,7 @@ import operator
 from dataclasses import dataclass
 from typing import Any
 
-from toolkit.prune.patterns import WEIGHT, n_of_m, sparsity_of
+from toolkit.prune.patterns import CHANNEL, WEIGHT, n_of_m, sparsity_of
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,17 @@ class Schedule:
         """
         kind = n_of_m(self.pattern)
         return self.num_units_at(step, count // kind.size) * kind.gone if kind else self.num_units_at(step, count)
+
+    def is_reached(self, zeros: int, weights: int) -> bool:
+        """Whether a model's zeros are those of end_step.
+
+        Of single weights exactly; of N:M at least, for a survivor may be 0 too; of channels at most, as many as whole
+        ones make.
+        """
+        wanted = self.num_zeros_at(self.end_step or 0, weights)
+        if self.pattern == CHANNEL:
+            return 0 < zeros <= wanted
+        return zeros == wanted if self.pattern == WEIGHT else zeros >= wanted
 
     def num_units_at(self, step: int, count: int) -> int:
         """Units that are to be pruned at `step` among `count`: groups of N:M, else weights."""

@@ -198,12 +198,14 @@ def choose_lowest(
     k: int,
     group: ProcessGroup | None = None,
     device: torch.device = _CPU,
+    *,
+    keep_one: bool = True,
 ) -> Iterator[Tensor]:
     """Mark the `k` lowest scores: bool [size] of each source in turn, made as it is asked for.
 
-    No source loses all its scores while another has some to give: the best of one that would is kept, and the next
-    lowest elsewhere goes instead. Where fewer scores are left than sources, the best of the best sources are. `sizes`
-    are this rank's; see `find_threshold` for `group` and `device`.
+    With `keep_one` no source loses all its scores while another has some to give: the best of one that would is kept,
+    and the next lowest elsewhere goes instead. Where fewer scores are left than sources, the best of the best sources
+    are. `sizes` are this rank's; see `find_threshold` for `group` and `device`.
     """
     numbers = range(len(sources))
     tops: list[tuple[int, int, Tensor]] = []  # (source, chunk, its highest score), made at the first look
@@ -225,7 +227,7 @@ def choose_lowest(
     total, alive = sum(everywhere), sum(size > 0 for size in everywhere)
     while True:
         threshold = find_threshold(chunks, names, k, group, device=device, refuse_infinite=True)
-        if len(sources) == 1 or k <= 0 or k == total:
+        if not keep_one or len(sources) == 1 or k <= 0 or k == total:
             break
         if not spared:
             highest, places = _holders(len(sources), tops, group, device)

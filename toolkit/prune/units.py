@@ -21,7 +21,9 @@ def num_survivors(member: Member, pieces: Sequence[Piece]) -> int:
 
 
 class WeightUnits:
-    """Each weight is a unit."""
+    """Each weight is a unit. `keep_one`: no tensor loses all its units."""
+
+    keep_one = True
 
     def __init__(self, store: MaskedStore) -> None:
         self.store = store
@@ -86,6 +88,8 @@ class GroupUnits(WeightUnits):
 
     Groups that have lost theirs compete too, at no cost, so that they are always among the chosen.
     """
+
+    keep_one = False
 
     def __init__(self, store: MaskedStore, kind: NOfM) -> None:
         super().__init__(store)

@@ -105,7 +105,7 @@ def update_masks(
         sources = _sources(cuts, units.count, units.scores)
         sizes = [source.last - source.first for source in sources]
         missing += units.places_left(back)
-        marks = choose_lowest(*_values_and_names(sources), sizes, missing, group, device)
+        marks = choose_lowest(*_values_and_names(sources), sizes, missing, group, device, keep_one=units.keep_one)
         for member, chosen in _joined(sources, marks, device, of_padding=True):
             grow = returning.get(member)
             drop = units.drops(pieces[member], chosen, grow)
