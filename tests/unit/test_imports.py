@@ -31,6 +31,8 @@ ALLOWED = {
     "toolkit.memory": LEAVES | {"toolkit.prune"},
     "toolkit.optim": LEAVES | {"toolkit.prune", "toolkit.kernels"},
     "toolkit.engine": LEAVES | {"toolkit.prune", "toolkit.data", "toolkit.memory"},
+    "toolkit.shrink": LEAVES | {"toolkit.prune"},
+    "toolkit.semi_structured": LEAVES,
     "toolkit.builder": {"toolkit"},
     "shards": LEAVES | {"toolkit.data"},
     "launch": {"toolkit", "shards"},

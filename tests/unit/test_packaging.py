@@ -69,10 +69,10 @@ def test_the_optimizers_need_the_core_alone():
     """`pip install .` brings no training stack; timm itself brings yaml, safetensors and the like."""
     extras = {
         re.split(r"[>=\[]", one)[0]
-        for name in ("train", "study", "deepspeed")
+        for name in ("train", "study", "deepspeed", "export")
         for one in PROJECT["optional-dependencies"][name]
     }
-    modules = {"scikit-learn": "sklearn", "pillow": "PIL", "pyyaml": "yaml"}
+    modules = {"scikit-learn": "sklearn", "pillow": "PIL", "pyyaml": "yaml", "torch-pruning": "torch_pruning"}
     timms = {"torchvision", "safetensors", "PIL", "yaml", "tqdm"}
     blocked = {modules.get(name, name) for name in extras} - timms
     assert {"accelerate", "webdataset", "tensorboard", "deepspeed", "sklearn", "simplejpeg"} <= blocked

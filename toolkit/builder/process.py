@@ -24,6 +24,7 @@ from toolkit.errors import RunCompleteError, refuse
 from toolkit.files import inside, refuse_links_out
 from toolkit.log import get_logger, start_logging
 from toolkit.process import die_with_parent
+from toolkit.shrink import refuse_shrunk
 
 _log = get_logger()
 
@@ -70,6 +71,7 @@ def _start_of(config: Config, folder: Path, world: World) -> Path | None:
     if len(set(seen)) > 1:
         raise ValueError(f"ranks see different checkpoints ({', '.join(seen)}); --output must be a shared folder")
     if config.resume:
+        refuse_shrunk(checkpoint or folder, "--resume")
         check_same_settings(folder, config)
         if is_complete(folder):
             raise RunCompleteError(f"{folder} is complete; nothing to do")

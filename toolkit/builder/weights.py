@@ -13,6 +13,7 @@ from toolkit.config import Config
 from toolkit.engine.checkpoint import load_checkpoint, newest_checkpoint
 from toolkit.errors import blaming, refuse
 from toolkit.log import get_logger
+from toolkit.shrink import refuse_shrunk
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _TORCH_SAVES = (b"PK", b"\x80")  # a zip file, or before torch 1.6 a pickle
@@ -26,6 +27,7 @@ def load_initial_weights(model: nn.Module, config: Config) -> None:
     resized by timm. Raises ValueError for a file that holds no weights, or those of another model.
     """
     source = Path(config.initial_checkpoint)
+    refuse_shrunk(source, "--initial-checkpoint")
     with blaming(f"--initial-checkpoint {source} does not fit {config.model}"):
         _load(model, _read(source), source)
 
