@@ -1,9 +1,9 @@
 """`python -m shards.image_folder --source DIR --out DIR`: any folders of pictures as shuffled WebDataset shards.
 
---source has `train/<class>/` and `val/<class>/` (or `validation/`; `test/` where neither is there), or the class folders
-alone: then --val-share of each class validates. Folders' names are the classes. --tuning holds out training images to
-choose settings on, --train-images keeps a part of the rest; both alike of each class, by the seed. A build that was
-stopped goes on where it was with the same command.
+--source has `train/<class>/` and `val/<class>/` (or `validation/`; `test/` where neither is there), or the class
+folders alone: then --val-share of each class validates. Folders' names are the classes. --tuning holds out training
+images to choose settings on, --train-images keeps a part of the rest; both alike of each class, by the seed. A build
+that was stopped goes on where it was with the same command.
 """
 
 import argparse

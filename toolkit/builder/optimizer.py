@@ -9,13 +9,14 @@ from timm.optim import create_optimizer_v2, get_optimizer_info, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from torch import Tensor, nn
 
+from toolkit.builder.data import input_settings
 from toolkit.config import Config
 from toolkit.errors import blaming, refuse
 from toolkit.log import get_logger
 from toolkit.optim.param_groups import param_groups
 from toolkit.optim.registry import check_optimizer_name, find_spec, resolve_name
 from toolkit.prune.groups import prunable_names
-from toolkit.prune.patterns import WEIGHT, n_of_m, sparsity_of
+from toolkit.prune.patterns import CHANNEL, WEIGHT, n_of_m, sparsity_of
 from toolkit.prune.schedule import Schedule
 
 _log = get_logger()
@@ -127,7 +128,11 @@ def create_optimizer(
 
 
 def _groups(config: Config, model: nn.Module) -> list[dict[str, Any]]:
-    return param_groups(model, config.weight_decay, pattern=config.prune_pattern, ends=config.prune_ends)
+    pattern, image = config.prune_pattern, None
+    if pattern == CHANNEL:
+        device = next(model.parameters()).device
+        image = torch.empty(1, *input_settings(config, model)["input_size"], device=device)
+    return param_groups(model, config.weight_decay, pattern=pattern, ends=config.prune_ends, example_input=image)
 
 
 def prunable_weights(model: nn.Module, config: Config) -> list[tuple[str, Tensor]]:

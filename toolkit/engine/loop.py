@@ -231,7 +231,8 @@ def _check_sparsity(run: Run) -> None:
             f"the model has {zeros} zeros among {weights} prunable weights, --sparsity {run.schedule.sparsity} asks "
             f"for {wanted}; the last mask update is at step {run.schedule.end_step} of {run.plan.total_steps}"
         )
-    _log.info("Sparsity: %d zeros among %d prunable weights = %.4f %%", zeros, weights, 100 * zeros / weights)
+    short = f", {wanted - zeros} short of what was asked for: channels go whole" if zeros < wanted else ""
+    _log.info("Sparsity: %d zeros among %d prunable weights = %.4f %%%s", zeros, weights, 100 * zeros / weights, short)
 
 
 def _write_memory(run: Run) -> None:

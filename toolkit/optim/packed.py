@@ -220,20 +220,26 @@ class PackedOptimizer(Optimizer):
                     f"a parameter group has {name}={param_group[name]!r}, the optimizer {own!r}; all are pruned "
                     "together: leave it out of the group, or use two optimizers"
                 )
+        channels = param_group.pop("channels", [])
         super().add_param_group(param_group)
+        self._packing.channels += channels
         self._packing.note_change()
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {"keeps_zeros": self._packing.keeps_zeros, "budget": (self._store.budget, self._store.precision)}
+        kept = {
+            "keeps_zeros": self._packing.keeps_zeros,
+            "channels": self._packing.channels,
+            "budget": (self._store.budget, self._store.precision),
+        }
         return {**super().__getstate__(), **kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        keeps_zeros, budget = state.pop("keeps_zeros", None), state.pop("budget", None)
+        keeps_zeros, channels, budget = (state.pop(key, None) for key in ("keeps_zeros", "channels", "budget"))
         super().__setstate__(state)
         if "_packing" not in self.__dict__:  # a copy, or unpickled; a load calls this too
             self._attach(PruningOptions(**{key: self.defaults[key] for key in OPTION_NAMES}))
         if keeps_zeros is not None:
-            self._packing.keeps_zeros = keeps_zeros
+            self._packing.keeps_zeros, self._packing.channels = keeps_zeros, channels or []
             self._store.budget, self._store.precision = budget
         self._buckets.clear()
         self._number_parameters()

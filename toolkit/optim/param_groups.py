@@ -6,12 +6,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from toolkit.log import get_logger
+from toolkit.prune.channels import ChannelGroup, channel_groups
 from toolkit.prune.groups import computed_names, left_dense, listed, prunable_names, recurrent_layers, tied_names
-from toolkit.prune.patterns import WEIGHT
+from toolkit.prune.patterns import CHANNEL, WEIGHT
 
 
 def param_groups(
-    model: nn.Module, weight_decay: float | None = None, *, pattern: str = WEIGHT, ends: bool = False
+    model: nn.Module,
+    weight_decay: float | None = None,
+    *,
+    pattern: str = WEIGHT,
+    ends: bool = False,
+    example_input: Tensor | None = None,
 ) -> list[dict[str, Any]]:
     """A model's trainable parameters in groups by two questions: is it pruned, and does it decay?
 
@@ -38,10 +44,13 @@ def param_groups(
         weight_decay: of the groups that decay; None leaves it to the optimizer's own argument.
         pattern: the optimizer's. Layers that N:M does not fit, and without `ends` stem and classifier, are not pruned,
             said in the log.
+        example_input: a batch of images, for pattern channel: which channels go together is seen from the model's
+            forward pass (toolkit.prune.channels).
 
     Returns:
         At most four groups `{"params": [(name, parameter), ...], "prunable": bool}`; those that do not decay have
-        `weight_decay` 0, the others the one given.
+        `weight_decay` 0, the others the one given. With pattern channel the last one has `channels`, which the
+        optimizers here take out.
     """
     for name, embedding in tied_names(model).items():
         get_logger().info("%s is not pruned: it is the embedding %s", name, embedding)
@@ -68,7 +77,19 @@ def param_groups(
         False: {"weight_decay": 0.0},
         True: {} if weight_decay is None else {"weight_decay": weight_decay},
     }
-    return [
+    made = [
         {"params": named, "prunable": may_prune, **decay[decays]}
         for (may_prune, decays), named in sorted(groups.items(), key=lambda item: item[0])
     ]
+    if pattern == CHANNEL:
+        made[-1]["channels"] = _channels(model, example_input, prunable)
+    return made
+
+
+def _channels(model: nn.Module, example_input: Tensor | None, prunable: set[str]) -> list[ChannelGroup]:
+    """The groups of channels all whose weights are pruned."""
+    if example_input is None:
+        raise ValueError("pattern='channel' needs example_input, a batch of images as the model takes it")
+    fixed = {name for name, p in model.named_parameters() if p.ndim > 1 and not (p.requires_grad and name in prunable)}
+    groups = channel_groups(model, example_input)
+    return [group for group in groups if not any(one.name in fixed for one in group.slices)]

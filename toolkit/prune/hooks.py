@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from toolkit.prune.channels import ChannelGroup
 from toolkit.prune.distributed import to_local
 from toolkit.prune.mask import flat_view, pack_bits
 from toolkit.prune.options import OPTION_NAMES, PruningOptions
@@ -143,27 +144,32 @@ def pruned_by_hooks(base: type[Optimizer], method: str) -> type[Optimizer]:
                 raise ValueError(f"regrow is for pruning by state; {method} pruning takes 0")
             pruning = {key: options.pop(key) for key in _OPTIONS if key in options}
             checked = PruningOptions.of(pruning, scores=HOOK_METHODS[method])
+            self._channels: list[ChannelGroup] = []  # taken from the groups while the base class is made
             super().__init__(params, *args, **options)
             # Under one key of its own in defaults: AdamWSPAM as base has a `sparsity` that must stay 0.
             self.defaults["pruning"] = {key: getattr(checked, key) for key in _OPTIONS}
             self.pruning = Pruner(self, checked)
+            self.pruning.channels = self._channels
             self.pruning.check_prunable()
 
         def add_param_group(self, param_group: dict[str, Any]) -> None:
+            self._channels += param_group.pop("channels", [])
             super().add_param_group(param_group)
             if isinstance(self.__dict__.get("pruning"), Pruner):  # not yet while the base class is made
                 self.pruning.note_change()
 
         def __getstate__(self) -> dict[str, Any]:
-            return {**super().__getstate__(), "keeps_zeros": self.pruning.keeps_zeros}
+            own = {"keeps_zeros": self.pruning.keeps_zeros, "channels": self.pruning.channels}
+            return {**super().__getstate__(), **own}
 
         def __setstate__(self, state: dict[str, Any]) -> None:
-            keeps_zeros = state.pop("keeps_zeros", None)
+            keeps_zeros, channels = state.pop("keeps_zeros", None), state.pop("channels", None)
             super().__setstate__(state)
             if not isinstance(self.__dict__.get("pruning"), Pruner):  # a copy, or unpickled
                 self.pruning = Pruner(self, PruningOptions(**self.defaults["pruning"]))
             if keeps_zeros is not None:
-                self.pruning.keeps_zeros = keeps_zeros
+                self.pruning.keeps_zeros, self.pruning.channels = keeps_zeros, channels or []
+                self._channels = self.pruning.channels
 
         def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
             return _blank, (base, method), self.__getstate__()

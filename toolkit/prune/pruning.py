@@ -10,12 +10,14 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from toolkit.prune.budget import budget_for
+from toolkit.prune.channel_update import update_channels
+from toolkit.prune.channels import ChannelGroup
 from toolkit.prune.distributed import FlatSlices, memory_order, read_numbers, shard_group, sum_over, to_local
 from toolkit.prune.groups import announce_unmarked, check_fits, prunable_parameters
 from toolkit.prune.mask import count_zeros, flat_view, pack_bits
 from toolkit.prune.options import PruningOptions
 from toolkit.prune.packing import dense_state
-from toolkit.prune.patterns import WEIGHT
+from toolkit.prune.patterns import CHANNEL, WEIGHT
 from toolkit.prune.schedule import Schedule
 from toolkit.prune.stores import MaskedStore, Member, cut
 from toolkit.prune.units import num_survivors
@@ -40,6 +42,7 @@ class Pruning:
         self.flat_slices: Mapping[Tensor, FlatSlices] = {}
         self.after_repack: Callable[[], None] = lambda: None
         self.keeps_zeros = False
+        self.channels: list[ChannelGroup] = []  # what goes together under pattern channel
         self._arrived = False  # whether the masks are known to be those of end_step
         self._store = store
         self._layouts: dict[Tensor, tuple[int, tuple[int, ...]]] = {}  # of the parameters when their masks were made
@@ -69,6 +72,11 @@ class Pruning:
                 f"sparsity={self.schedule.sparsity}, pattern={self.options.pattern}, but no parameter is prunable so; "
                 "give weights of more than one dimension (N:M: the second divisible by M), or groups marked "
                 "prunable=True (toolkit.optim.param_groups makes them)"
+            )
+        if self.options.pattern == CHANNEL and not self.channels:
+            raise ValueError(
+                "pattern='channel' needs to know which channels go together; make the groups by toolkit.optim."
+                "param_groups(model, pattern='channel', example_input=images)"
             )
         check_fits(self.optimizer.param_groups, self.options.pattern)
         announce_unmarked(self.optimizer.param_groups, self.options.pattern)
@@ -152,7 +160,11 @@ class Pruning:
         if self._must_check(step):
             self._check_arrived(members, step)
             return False
-        survivors = update_masks(members, self._store, self.options, step, self._group(members))
+        group = self._group(members)
+        if self.options.pattern == CHANNEL:
+            survivors = update_channels(members, self.channels, self._store, self.options, step, group)
+        else:
+            survivors = update_masks(members, self._store, self.options, step, group)
         if survivors is not None:
             self._store.settle(members, survivors)
             self._layouts.update((member.parameter, _layout(member.part)) for member in members)
@@ -164,6 +176,8 @@ class Pruning:
         counts = [sum(m.num_weights for m in members), sum(map(num_survivors, members, cut(members)))]
         weights, survivors = sum_over(self._group(members), counts, members[0].part.device)
         zeros, wanted = weights - survivors, self.schedule.num_zeros_at(step, weights)
+        if self.options.pattern == CHANNEL:
+            wanted = min(wanted, zeros)  # as many as whole channels make
         if zeros < wanted or (zeros > wanted and not self.keeps_zeros):
             raise ValueError(
                 f"step {step} is past end_step={self.schedule.end_step}, the last mask update, but {zeros} of "
