@@ -10,12 +10,25 @@ from torch import nn
 
 from toolkit.optim.adamwprune import AdamWPrune
 from toolkit.optim.sgdprune import SGDPrune
+from toolkit.prune.channels import ChannelGroup, ChannelSlice
+from toolkit.prune.hooks import pruned_by_hooks
 from toolkit.prune.select import choose_lowest
+
+
+def rows(name, axis, count):
+    return ChannelSlice(name, axis, torch.arange(count).unsqueeze(1))
+
 
 SHAPES = ((7, 5, 3, 3), (12, 10), (2, 40))  # 7 rows over 2 or 3 ranks are uneven; 2 over 3 leave one rank without any
 # Coded in 8 bits, cut between groups of 256 weights over 2 and 3 ranks; the last is too small for codes.
 CODED_SHAPES = ((96, 64), (48, 16, 4, 4), (12, 10))
 UNEVEN_SHAPES = ((64, 16, 3, 3), (50, 99), (12, 10))  # cut within groups
+# Whole groups of 4 inputs; the rows of the first two are read by the columns of the next.
+PATTERN_SHAPES = ((7, 8, 3, 3), (16, 8), (12, 16), (2, 12))
+CHANNELS = tuple(
+    ChannelGroup(str(one), count, (rows(str(one), 0, count), rows(str(other), 1, count)))
+    for one, other, count in ((1, 2, 16), (2, 3, 12))
+)
 
 
 def weights_and_gradients(steps, shapes=SHAPES):
@@ -26,8 +39,10 @@ def weights_and_gradients(steps, shapes=SHAPES):
 
 
 def make(parameters, kind, options):
-    groups = [{"params": parameters, "prunable": True}]
-    return kind(groups, lr=1e-2, sparsity=0.8, begin_step=0, end_step=12, frequency=3, **options)
+    named = [(str(number), parameter) for number, parameter in enumerate(parameters)]
+    channels = {"channels": list(CHANNELS)} if options.get("pattern") == "channel" else {}
+    schedule = {"sparsity": 0.8, "begin_step": 0, "end_step": 12, "frequency": 3}
+    return kind([{"params": named, "prunable": True, **channels}], lr=1e-2, **{**schedule, **options})
 
 
 def train(parameters, gradients, kind, options, group=None):
@@ -107,6 +122,31 @@ def test_fsdp2_prunes_as_one_rank_does(num_ranks, kind, options):
         assert dense.keys() == first_state.keys()
         for key, value in first_state.items():
             torch.testing.assert_close(value, dense[key], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (AdamWPrune, {"pattern": "2:4", "sparsity": None}),
+        (SGDPrune, {"pattern": "1:4", "sparsity": None, "regrow": 0.3, "scope": "layer"}),
+        (pruned_by_hooks(torch.optim.AdamW, "movement"), {"pattern": "3:4", "sparsity": None}),
+        (AdamWPrune, {"pattern": "channel", "sparsity": 0.4}),
+        (SGDPrune, {"pattern": "channel", "sparsity": 0.4, "score": "magnitude"}),
+        (pruned_by_hooks(torch.optim.AdamW, "magnitude"), {"pattern": "channel", "sparsity": 0.4}),
+        (pruned_by_hooks(torch.optim.AdamW, "movement"), {"pattern": "channel", "sparsity": 0.4}),
+    ],
+    ids=str,
+)
+def test_patterns_are_those_of_one_rank(num_ranks, kind, options):
+    wanted, optimizer = alone(kind, options, PATTERN_SHAPES)
+    zeros, weights = optimizer.pruning.sparsity()
+    assert 0 < zeros < weights
+    for weights, _, reloads in run_ranks(_fsdp2, num_ranks, kind, options, PATTERN_SHAPES):
+        assert reloads
+        for mine, theirs in zip(weights, wanted, strict=True):
+            assert torch.equal(mine == 0, theirs == 0)
+            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3])

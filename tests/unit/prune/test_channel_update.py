@@ -1,0 +1,230 @@
+"""Whole channels: exact, the cheapest first, never a layer's last, with whatever method and model."""
+
+import copy
+import math
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from toolkit.optim import AdamWPrune, param_groups
+from toolkit.optim.sgdprune import SGDPrune
+from toolkit.prune.channels import ChannelGroup, ChannelSlice
+from toolkit.prune.hooks import pruned_by_hooks
+
+METHODS = {
+    "state": lambda params, **options: AdamWPrune(params, lr=1e-3, **options),
+    "budget": lambda params, **options: AdamWPrune(params, lr=1e-3, state_budget="auto", **options),
+    "sgd-state": lambda params, **options: SGDPrune(params, lr=1e-2, momentum=0.9, **options),
+    **{
+        score: lambda params, score=score, **options: pruned_by_hooks(
+            torch.optim.AdamW, "magnitude" if score == "magnitude" else "movement"
+        )(params, lr=1e-3, score=score, **options)
+        for score in ("magnitude", "movement", "displacement")
+    },
+}
+MODELS = {
+    "resnet10t": lambda: timm.create_model("resnet10t", channels=(8, 16, 16, 32), num_classes=10),
+    "vit_tiny_patch16_224": lambda: timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=48, depth=2, num_classes=10
+    ),
+}
+
+
+def gradients(parameters, step):
+    generator = torch.Generator().manual_seed(step)
+    for parameter in parameters:
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+
+def removed(model, group):
+    """bool [count]: channels of which nothing is left in any weight."""
+    weights = {name: parameter for name, parameter in model.named_parameters() if parameter.ndim > 1}
+    left = torch.zeros(group.count, dtype=torch.int64)
+    for one in group.slices:
+        if one.name in weights:
+            nonzero = (weights[one.name] != 0).movedim(one.axis, 0).flatten(1).sum(1)
+            left += nonzero[one.places].sum(1)
+    return left == 0
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_update_takes_as_many_whole_channels_as_the_target_has_room_for(model, method):
+    torch.manual_seed(0)
+    net = MODELS[model]()
+    groups = param_groups(net, pattern="channel", example_input=torch.randn(1, 3, 32, 32))
+    channels = groups[-1]["channels"]
+    optimizer = METHODS[method](groups, pattern="channel", sparsity=0.5, end_step=6, frequency=2)
+    assert all("channels" not in group for group in optimizer.param_groups)
+    before = None
+    for step in range(1, 9):
+        gradients(net.parameters(), step)
+        optimizer.step()
+        zeros, weights = optimizer.pruning.sparsity()
+        if step not in (2, 4, 6):
+            continue
+        wanted = math.floor(0.5 * (1 - (1 - step / 6) ** 3) * weights)
+        gone = [removed(net, group) for group in channels]
+        assert all(not bool(marks.all()) for marks in gone)
+        # Another channel, whichever, is larger than the room that is left.
+        largest = max(_weights_of(net, group) for group in channels)
+        assert wanted - largest < zeros <= wanted
+        # Nothing else is zero: what is not of a removed channel is as large as the model without them.
+        alive = {name: torch.ones_like(p, dtype=torch.bool) for name, p in net.named_parameters() if p.ndim > 1}
+        for group, marks in zip(channels, gone, strict=True):
+            for one in group.slices:
+                if one.name in alive:
+                    alive[one.name].index_fill_(one.axis, one.places[marks].flatten(), False)
+        prunable = {name for g in optimizer.param_groups if g["prunable"] for name in g["param_names"]}
+        assert sum(int((~alive[name]).sum()) for name in prunable) == zeros
+        if before is not None:
+            assert all(bool(now[old].all()) for now, old in zip(gone, before, strict=True))
+        before = gone
+    assert sum(int(marks.sum()) for marks in before)
+
+
+def _weights_of(net, group):
+    """Weights of one channel while all of the model is there."""
+    weights = {name: parameter for name, parameter in net.named_parameters() if parameter.ndim > 1}
+    return sum(
+        one.places.shape[1] * weights[one.name].numel() // weights[one.name].shape[one.axis]
+        for one in group.slices
+        if one.name in weights
+    )
+
+
+def chain():
+    """Three layers: 4 inputs, 6 and 5 hidden channels, 3 outputs."""
+    torch.manual_seed(1)
+    weights = {"a": torch.randn(6, 4), "b": torch.randn(5, 6), "c": torch.randn(3, 5)}
+    parameters = {name: nn.Parameter(weight) for name, weight in weights.items()}
+
+    def one(name, axis, count):
+        return ChannelSlice(name, axis, torch.arange(count).unsqueeze(1))
+
+    groups = [
+        ChannelGroup("a", 6, (one("a", 0, 6), one("b", 1, 6))),
+        ChannelGroup("b", 5, (one("b", 0, 5), one("c", 1, 5))),
+    ]
+    return parameters, groups
+
+
+def make(parameters, groups, **options):
+    marked = {"params": list(parameters.items()), "prunable": True, "channels": list(groups)}
+    kind = pruned_by_hooks(torch.optim.SGD, "magnitude")
+    return kind([marked], lr=0.0, pattern="channel", frequency=1, **options)
+
+
+@pytest.mark.parametrize("sparsity", [0.1, 0.3, 0.5, 0.7, 0.9])
+def test_the_choice_is_that_of_a_plain_loop_in_float64(sparsity):
+    """Mean |w| over a channel's weights, each layer over its mean; a weight of two removed channels counts once."""
+    parameters, groups = chain()
+    whole = {name: parameter.detach().double().clone() for name, parameter in parameters.items()}
+    optimizer = make(parameters, groups, sparsity=sparsity, end_step=1)
+    gradients(parameters.values(), 0)
+    optimizer.step()
+    scores = {}
+    for group in groups:
+        for channel in range(group.count):
+            parts = [whole[s.name].select(s.axis, channel).abs() / whole[s.name].abs().mean() for s in group.slices]
+            scores[group.name, channel] = torch.cat(parts).mean().item()
+    keep = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in whole.items()}
+    total, left = sum(weight.numel() for weight in whole.values()), {"a": 6, "b": 5}
+    by_name = {group.name: group for group in groups}
+    for (name, channel), _ in sorted(scores.items(), key=lambda item: item[1]):
+        if left[name] == 1:
+            continue
+        trial = {key: mask.clone() for key, mask in keep.items()}
+        for one in by_name[name].slices:
+            trial[one.name].select(one.axis, channel).fill_(False)
+        if sum(int((~mask).sum()) for mask in trial.values()) > math.floor(sparsity * total):
+            break
+        keep, left[name] = trial, left[name] - 1
+    for name, parameter in parameters.items():
+        assert torch.equal(parameter != 0, keep[name]), name
+    zeros = sum(int((~mask).sum()) for mask in keep.values())
+    assert optimizer.pruning.sparsity() == (zeros, total)
+
+
+def test_no_layer_loses_its_last_channel():
+    parameters, groups = chain()
+    with torch.no_grad():
+        parameters["a"].mul_(1e-6)
+    optimizer = make(parameters, groups, sparsity=0.99, end_step=1)
+    gradients(parameters.values(), 0)
+    optimizer.step()
+    assert int((parameters["a"] != 0).any(1).sum()) == int((parameters["b"] != 0).any(1).sum()) == 1
+
+
+@pytest.mark.parametrize("kind", ["state", "movement"])
+@pytest.mark.parametrize("stop", [2, 3, 7])
+def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(kind, stop):
+    def make_run():
+        torch.manual_seed(0)
+        net = MODELS["resnet10t"]()
+        groups = param_groups(net, pattern="channel", example_input=torch.randn(1, 3, 32, 32))
+        return net, METHODS[kind](groups, pattern="channel", sparsity=0.5, end_step=6, frequency=2)
+
+    def run(net, optimizer, steps):
+        for step in steps:
+            gradients(net.parameters(), step)
+            optimizer.step()
+
+    whole, one = make_run()
+    run(whole, one, range(9))
+    first, other = make_run()
+    run(first, other, range(stop))
+    second, again = make_run()
+    second.load_state_dict(first.state_dict())
+    again.load_state_dict(copy.deepcopy(other.state_dict()))
+    run(second, again, range(stop, 9))
+    for a, b in zip(whole.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kind", ["state", "magnitude"])
+def test_a_copy_knows_its_channels(kind):
+    parameters, groups = chain()
+    marked = {"params": list(parameters.items()), "prunable": True, "channels": list(groups)}
+    optimizer = METHODS[kind]([marked], pattern="channel", sparsity=0.5, end_step=1)
+    again = copy.deepcopy(optimizer)
+    assert [group.name for group in again.pruning.channels] == ["a", "b"]
+    for one in (optimizer, again):
+        gradients(one.param_groups[0]["params"], 0)
+        one.step()
+    for a, b in zip(optimizer.param_groups[0]["params"], again.param_groups[0]["params"], strict=True):
+        assert torch.equal(a, b)
+
+
+def test_errors_say_what_to_do():
+    parameters, groups = chain()
+    with pytest.raises(ValueError, match=r"pattern='channel' needs to know which channels go together.*param_groups"):
+        AdamWPrune(list(parameters.items()), pattern="channel", sparsity=0.5, end_step=1)
+    with pytest.raises(ValueError, match=r"needs example_input"):
+        param_groups(MODELS["resnet10t"](), pattern="channel")
+    with pytest.raises(ValueError, match="leave out regrow and scope"):
+        AdamWPrune(list(parameters.items()), pattern="channel", sparsity=0.5, end_step=1, regrow=0.1)
+    optimizer = make(parameters, groups, sparsity=0.5, end_step=3)
+    optimizer.pruning.keep_zeros()
+    with torch.no_grad():
+        parameters["b"][0, 0] = 0.0
+    gradients(parameters.values(), 0)
+    with pytest.raises(ValueError, match="the zeros at hand are not whole channels"):
+        optimizer.step()
+    parameters, groups = chain()
+    optimizer = make(parameters, groups, sparsity=0.5, end_step=1)
+    with torch.no_grad():
+        parameters["c"][1, 1] = torch.nan
+    gradients(parameters.values(), 0)
+    with pytest.raises(ValueError, match="the pruning score of c is not finite"):
+        optimizer.step()
+
+
+def test_frozen_layers_keep_their_channels():
+    net = MODELS["resnet10t"]()
+    net.layer1[0].conv2.weight.requires_grad_(False)
+    channels = param_groups(net, pattern="channel", example_input=torch.randn(1, 3, 32, 32))[-1]["channels"]
+    assert all("layer1.0.conv2.weight" not in {one.name for one in group.slices} for group in channels)
+    assert "layer2.0.conv1" in {group.name for group in channels}
