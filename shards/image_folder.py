@@ -1,9 +1,9 @@
 """`python -m shards.image_folder --source DIR --out DIR`: any folders of pictures as shuffled WebDataset shards.
 
---source has `train/<class>/` and `val/<class>/` (or `validation/`; `test/` where neither is there), or the class
-folders alone: then --val-share of each class validates. Folders' names are the classes. --tuning holds out training
-images to choose settings on, --train-images keeps a part of the rest; both alike of each class, by the seed. A build
-that was stopped goes on where it was with the same command.
+--source has `train/<class>/` and `val/<class>/` (or `validation/`; `test/` where neither is there), or class folders
+alone: then --val-share of each class validates. Folders' names are the classes. --tuning holds out training images to
+choose settings on, --train-images keeps a part of the rest; both alike of each class, by the seed. A build that was
+stopped goes on where it was with the same command.
 """
 
 import argparse
@@ -12,9 +12,7 @@ import os
 import re
 from pathlib import Path
 
-import numpy as np
-
-from shards import sources
+from shards import sources, splits
 from shards.sources import SourceImage
 from toolkit.command import one_line_errors
 
@@ -36,45 +34,18 @@ def catalogue_of(source: Path, val_share: float) -> sources.Catalogue:
     return sources.from_class_folders({"train": source})
 
 
-def hold_out(images: list[SourceImage], count: int, seed: int) -> tuple[list[SourceImage], list[SourceImage]]:
-    """(the rest, `count` images), alike of each class and by the seed, both in the order given.
-
-    A class gives its share of the count, rounded by largest remainder. Raises ValueError where nothing would be left.
-    """
-    labels = np.array([image.label for image in images])
-    classes, sizes = np.unique(labels, return_counts=True)
-    if not 0 < count < len(images):
-        raise ValueError(f"{count:,} of {len(images):,} images cannot be held out; give 1 to {len(images) - 1:,}")
-    ideal = sizes * (count / len(images))
-    taken = ideal.astype(int)
-    taken[np.argsort(taken - ideal, kind="stable")[: count - taken.sum()]] += 1
-    rng = np.random.default_rng((seed, count))
-    chosen = np.zeros(len(images), bool)
-    for label, number in zip(classes, taken, strict=True):
-        chosen[rng.permutation(np.flatnonzero(labels == label))[:number]] = True
-    return (
-        [image for image, out in zip(images, chosen, strict=True) if not out],
-        [image for image, out in zip(images, chosen, strict=True) if out],
-    )
-
-
 def divide(catalogue: sources.Catalogue, val_share: float, tuning: int, train: int, seed: int) -> sources.Catalogue:
     """Take the validation images where there are none, then those to tune on, then the training images to keep."""
-    splits = dict(catalogue.splits)
-    if "validation" not in splits:
-        count = round(len(splits["train"]) * val_share)
-        splits["train"], splits["validation"] = hold_out(splits["train"], count, seed)
-    if tuning:
-        splits["train"], splits["tuning"] = hold_out(splits["train"], tuning, seed)
-    if train and train < len(splits["train"]):
-        splits["train"] = hold_out(splits["train"], train, seed)[1]
-    return dataclasses.replace(catalogue, splits=splits)
+    found = dict(catalogue.splits)
+    if "validation" not in found:
+        count = round(len(found["train"]) * val_share)
+        found["train"], found["validation"] = splits.hold_out(found["train"], count, seed)
+    return dataclasses.replace(catalogue, splits=splits.divide(found, tuning, train, seed))
 
 
 def facts_of(catalogue: sources.Catalogue, note: str) -> dict[str, str]:
     """What reports say of the data set: the user's note, and how many images each split has."""
-    counts = ", ".join(f"{len(images):,} {split}" for split, images in catalogue.splits.items())
-    return {"note": "; ".join(filter(None, [note, catalogue.facts.get("note"), f"{counts} images"]))}
+    return {"note": "; ".join(filter(None, [note, catalogue.facts.get("note"), splits.counts(catalogue.splits)]))}
 
 
 def number_of_shards(images: list[SourceImage]) -> int:
@@ -90,8 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--name", help="of the data set, and first part of the shards' names (default: --source's)")
     parser.add_argument("--val-share", type=float, default=0.0, help="share of each class that validates")
-    parser.add_argument("--tuning", type=int, default=0, metavar="N", help="training images held out as split tuning")
-    parser.add_argument("--train-images", type=int, default=0, metavar="N", help="training images to keep (0: all)")
+    splits.add_flags(parser)
     parser.add_argument("--note", default="", help="what reports are to say of these pictures, as where they are from")
     parser.add_argument("--seed", type=int, default=0, help="of the splits and the shuffle (default %(default)s)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")

@@ -9,6 +9,7 @@ from launch.report.accuracy import accuracy, ranking_section, verdict_section, v
 from launch.report.archive import RUNS_FILE, unpack, write_runs
 from launch.report.html import as_code, as_text, to_html
 from launch.report.memory import memory_section, study_column
+from launch.report.precision import precision_section, with_agreement
 from launch.report.runs import CellRun, Groups, group_by_method, top1
 from toolkit.files import csv_text, write_atomically, write_json
 from toolkit.markdown import MIB, mib, page, table
@@ -54,6 +55,7 @@ def write_report(runs: Sequence[CellRun], out: Path, source: Path, *, brief: boo
     """
     from launch.report.pictures import draw_all
 
+    runs = with_agreement(runs)
     groups, made_by = group_by_method(runs), _made_by(runs, source, out, brief)
     if out.suffix == ".md":
         write_atomically(out, page(*_markdown(runs, groups, [], out), made_by))
@@ -92,6 +94,7 @@ def _markdown(runs: Sequence[CellRun], groups: Groups, pictures: Sequence[tuple[
         "",
         *verdict_section(groups),
         *ranking_section(groups),
+        *precision_section(groups),
         *versus_section(groups),
         *_speed_section(groups),
         *memory_section(groups),

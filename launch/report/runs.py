@@ -63,9 +63,14 @@ class CellRun:
     def name(self) -> str:
         """The label without the sparsity."""
         plain = self.method == "none" or (self.is_ours and self.method == "state")
+        name = self.optimizer if plain else f"{self.optimizer} + {self.method}"
+        return f"{name} {self.precision}" if self.precision else name
+
+    @property
+    def precision(self) -> str:
+        """What the moments were asked to be: a dtype or a budget; empty for the weights' own."""
         budget, dtype = self.arguments.get("state_budget"), self.arguments.get("state_dtype")
-        moments = f" {dtype}" if dtype else f" budget {budget}" if budget else ""
-        return (self.optimizer if plain else f"{self.optimizer} + {self.method}") + moments
+        return str(dtype) if dtype else f"budget {budget}" if budget else ""
 
     @property
     def pruning_bytes(self) -> int:

@@ -90,7 +90,8 @@ def test_a_shipped_recipe_goes_by_its_name(tmp_path, monkeypatch, capsys):
     assert parse(["-c", "digits.yaml"]).epochs == 3
     with pytest.raises(SystemExit):
         parse(["-c", "digit.yaml"])
-    assert "check the path, or take a shipped recipe: digits-study.yaml, digits.yaml," in capsys.readouterr().err
+    shipped = "cifar10-small.yaml, digits-study.yaml, digits.yaml,"
+    assert f"check the path, or take a shipped recipe: {shipped}" in capsys.readouterr().err
     for wrong in ("nowhere/digits.yaml", "../digits.yaml"):
         with pytest.raises(SystemExit):
             parse(["-c", wrong])

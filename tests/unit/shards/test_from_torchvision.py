@@ -61,3 +61,29 @@ def test_a_damaged_archive_is_named(root, tmp_path, capsys):
     with pytest.raises(SystemExit):
         from_torchvision.main(["--name", "CIFAR100", "--root", str(root), "--out", str(tmp_path / "out")])
     assert "does not hold CIFAR100 whole" in capsys.readouterr().err
+
+
+def test_images_to_tune_on_are_held_out_alike_of_each_class(root, tmp_path):
+    out = tmp_path / "out"
+    command = ["--name", "CIFAR100", "--root", str(root), "--out", str(out), "--shards", "1"]
+    from_torchvision.main([*command, "--tuning", "3", "--train-images", "2"])
+    info = read_info(out)
+    assert info["note"].endswith("its test images validate; 2 train, 4 validation, 3 tuning images")
+    contents, labels = [], {}
+    for split in info["splits"]:
+        index = load_split(out, split)
+        labels[split] = sorted(index.label.tolist())
+        with open(out / index.names[0], "rb") as file:
+            for offset, size in zip(index.offset.tolist(), index.size.tolist(), strict=True):
+                file.seek(offset)
+                contents.append(file.read(size))
+    assert labels["tuning"] == [0, 1, 2]
+    assert len(set(labels["train"])) == 2
+    assert len(set(contents)) == len(contents) == 9
+
+
+def test_more_to_tune_on_than_there_are_is_refused(root, tmp_path, capsys):
+    command = ["--name", "CIFAR100", "--root", str(root), "--out", str(tmp_path / "out"), "--tuning", "6"]
+    with pytest.raises(SystemExit):
+        from_torchvision.main(command)
+    assert "6 of 6 images cannot be held out; give 1 to 5" in capsys.readouterr().err
