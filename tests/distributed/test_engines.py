@@ -112,6 +112,31 @@ def test_the_same_masks_on_every_engine(flags, method):
         assert max(distances.values()) < 1e-3, (engine, max(distances, key=distances.get), max(distances.values()))
 
 
+PATTERNS = {
+    "2:4": ["--opt", "adamwprune", "--prune-pattern", "2:4"],
+    "channel": ["--opt", "sgdprune", "--prune-pattern", "channel", "--sparsity", "0.4", "--lr", "3e-2"],
+}
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_patterns_are_alike_on_ddp_and_fsdp2_and_refused_by_zero(flags, pattern):
+    short = [*PATTERNS[pattern], "--epochs", "2", "--val-interval", "2"]
+    found = {
+        engine: run_ranks(train, 2, engine, [*flags, *short, "--experiment", engine], join_group=False)[0]
+        for engine in ("ddp", "fsdp2")
+    }
+    wanted, other = found["ddp"], found["fsdp2"]
+    zeros, weights = wanted["sparsity"]
+    assert other["sparsity"] == (zeros, weights)
+    assert zeros == weights // 2 if pattern == "2:4" else 0.35 * weights < zeros <= 0.4 * weights
+    masks = [key for key, value in wanted["states"].items() if value.dtype is torch.bool]
+    assert masks
+    for key in masks:
+        assert torch.equal(other["states"][key], wanted["states"][key]), key
+    with pytest.raises(AssertionError, match=f"--prune-pattern {pattern} is not offered with deepspeed"):
+        run_ranks(train, 2, "zero2", [*flags, *short, "--experiment", "zero2"], join_group=False)
+
+
 @pytest.fixture(scope="module")
 def clipped(few_digits, tmp_path_factory):
     """One epoch of AdamW with clipped gradients, by engine."""

@@ -204,3 +204,21 @@ def test_a_memory_budget(tmp_path):
         f"resnet18_{opt}_state_70_state-budget=auto_seed0" for opt in ("adam", "adamwadv", "adamwprune", "adamwspam")
     ]
     assert sum("_state_70_seed" in cell.name for cell in cells) == 4  # beside those without one
+
+
+def test_patterns_stand_beside_single_weights(tmp_path):
+    path = config(
+        tmp_path,
+        "CONFIG_PRUNING_PATTERN_2_4=y",
+        "CONFIG_PRUNING_PATTERN_CHANNEL=y",
+        'CONFIG_SEEDS="0"',
+        "# CONFIG_PRUNING_ENABLE_MOVEMENT is not set",
+        "CONFIG_PRUNING_ENABLE_MAGNITUDE=y",
+    )
+    cells = load_matrix(path).cells
+    assert [cell.name for cell in cells if cell.config.opt == "adamwprune"] == [
+        "resnet18_adamwprune_state_70_seed0",
+        "resnet18_adamwprune_state_prune-pattern=2:4_seed0",
+        "resnet18_adamwprune_state_70_prune-pattern=channel_seed0",
+    ]
+    assert sum(cell.config.prune_pattern == "2:4" for cell in cells if cell.config.pruning == "magnitude") > 3
