@@ -210,7 +210,8 @@ def versus_section(groups: Groups) -> list[str]:
         ),
         "",
         "In units of the weights' bytes, measured at the end of training. The number of zeros is exactly "
-        "floor(sparsity × prunable weights); a run that ends elsewhere fails. The original study reports 0.03 "
+        "floor(sparsity × prunable weights), of whole channels as many as go into that, of N:M those of all groups of "
+        "the layers it fits; a run that ends elsewhere fails. The original study reports 0.03 "
         "for state and 2.03 for movement pruning, which kept a mask, scores and first weights as float32.",
         "",
     ]

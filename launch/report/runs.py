@@ -57,14 +57,20 @@ class CellRun:
     @property
     def label(self) -> str:
         """Optimizer, pruning method and sparsity: what a reader compares."""
-        return self.name + (f" {100 * self.sparsity:g} %" if self.method != "none" else "")
+        return self.name + (f" {100 * self.sparsity:.4g} %" if self.method != "none" else "")
 
     @property
     def name(self) -> str:
         """The label without the sparsity."""
         plain = self.method == "none" or (self.is_ours and self.method == "state")
         name = self.optimizer if plain else f"{self.optimizer} + {self.method}"
-        return f"{name} {self.precision}" if self.precision else name
+        return " ".join(filter(None, [name, self.pattern, self.precision]))
+
+    @property
+    def pattern(self) -> str:
+        """What goes together, empty for single weights and where nothing is pruned."""
+        pattern = str(self.arguments.get("prune_pattern", "weight"))
+        return "" if pattern == "weight" or self.method == "none" else pattern
 
     @property
     def precision(self) -> str:
@@ -90,8 +96,12 @@ class CellRun:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All settings but the seed and what a resumed run may change: where it writes, how fast it reads."""
+        """All settings but the seed and what a resumed run may change: where it writes, how fast it reads.
+
+        Nor the sparsity that N:M says itself, given or not.
+        """
         left_out = FREE_ON_RESUME - {"batch_size", "global_batch_size", "grad_accum_steps"} | {"seed"}
+        left_out |= {"sparsity"} if ":" in self.pattern else set()
         return {key: value for key, value in self.arguments.items() if key not in left_out}
 
     @property
