@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from launch.export import load_packed, main
+from launch.export import main
+from launch.packing import load_packed
 from toolkit.builder.model import create_model
 from toolkit.cli import parse
 from toolkit.dist import World

@@ -10,7 +10,8 @@ from flags import train_flags
 from ranks import reset_accelerate
 
 import train
-from launch.export import load_packed, main, pack_weights
+from launch.export import main
+from launch.packing import load_packed, pack_weights
 from toolkit.builder import build
 from toolkit.cli import parse
 from toolkit.engine.checkpoint import load_checkpoint, newest_checkpoint

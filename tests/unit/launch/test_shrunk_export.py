@@ -1,0 +1,137 @@
+"""What a run exports without its dead channels, and as files that need no code of ours."""
+
+import json
+
+import pytest
+import torch
+from flags import train_flags, vit_flags
+
+import toolkit
+import train
+from launch.export import main
+from launch.run_model import run_model
+from launch.shrinking import export_shrunk
+from toolkit.engine.checkpoint import load_checkpoint, newest_checkpoint
+
+
+def trained(few_digits, output, flags=train_flags):
+    """A short run of which whole channels end at zero."""
+    assert (
+        train.main([*flags(few_digits, output, "--opt", "adamwprune", "--sparsity", "0.9"), "--experiment", "r"]) == 0
+    )
+    return output / "r"
+
+
+@pytest.fixture(scope="module")
+def run(few_digits, tmp_path_factory):
+    return trained(few_digits, tmp_path_factory.mktemp("runs"))
+
+
+def model_of(run):
+    checkpoint = newest_checkpoint(run / "checkpoints")
+    return run_model(checkpoint, load_checkpoint(checkpoint)["model"])[0]
+
+
+def test_a_shrunk_run_says_the_same_and_is_smaller(run, tmp_path, capsys):
+    assert main([str(run), "--out", str(tmp_path / "s"), "--shrink", "--json"]) == 0
+    done = json.loads(capsys.readouterr().out)
+    assert sum(gone for gone, _ in done["channels"].values()) > 0
+    assert done["weights"][1] < done["weights"][0]
+    assert done["flops"][1] < done["flops"][0]
+    assert done["stored_bytes"] < done["dense_bytes"]
+    assert done["difference"] <= 1e-5
+    assert done["images"].startswith("40 images of ")  # the whole split
+    whole, small = model_of(run), toolkit.load_shrunk(tmp_path / "s")
+    images = torch.randn(3, 3, 32, 32)
+    assert torch.allclose(whole(images), small(images), atol=1e-5)
+    assert sum(p.numel() for p in small.parameters()) == done["weights"][1]
+    assert main([str(run), "--out", str(tmp_path / "s"), "--shrink"]) == 0
+    assert "channels removed, in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("kind", "shrunk"), [("onnx", True), ("pt2", True), ("pt2", False)])
+def test_files_that_need_no_code_of_ours(run, tmp_path, kind, shrunk, capsys):
+    out = tmp_path / "s" if shrunk else tmp_path / f"model.{kind}"
+    assert main([str(run), "--out", str(out), "--format", kind, "--json", *["--shrink"] * shrunk]) == 0
+    done = json.loads(capsys.readouterr().out)
+    assert done["difference_of_format"] <= 1e-4
+    file = out / f"model.{kind}" if shrunk else out
+    assert done["file"] == str(file)
+    assert file.stat().st_size < 1.3 * done["dense_bytes"] + 2**20  # no images within
+    model = toolkit.load_shrunk(out) if shrunk else model_of(run)
+    images = torch.randn(5, 3, 32, 32)
+    if kind == "pt2":
+        got = torch.export.load(file).module()(images)
+    else:
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+        got = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: images.numpy()})[0])
+    assert torch.allclose(got, model(images), atol=1e-4)
+
+
+def test_a_vit_without_its_data(few_digits, tmp_path, capsys):
+    flags = vit_flags(few_digits, tmp_path, "--img-size", "160", "--epochs", "1", "--global-batch-size", "24")
+    assert train.main([*flags, "--experiment", "r"]) == 0
+    settings = (tmp_path / "r" / "args.yaml").read_text()
+    (tmp_path / "r" / "args.yaml").write_text(settings.replace(str(few_digits), str(tmp_path / "gone")))
+    capsys.readouterr()
+    assert main([str(tmp_path / "r"), "--out", str(tmp_path / "s"), "--shrink"]) == 0
+    out = capsys.readouterr().out
+    assert "on 32 random images, for the run's data is not at hand (" in out
+    assert "\n0 of " in f"\n{out}"  # a dense run has nothing to remove
+    toolkit.load_shrunk(tmp_path / "s")
+
+
+def test_a_smaller_model_that_says_something_else_is_not_written(run, tmp_path, monkeypatch):
+    def wrong(model, groups, images):
+        smaller, plan, dead = original(model, groups, images)
+        with torch.no_grad():
+            smaller.fc.bias[0] += 1e-2
+        return smaller, plan, dead
+
+    from launch import shrinking
+
+    original = shrinking.remove_dead_channels
+    monkeypatch.setattr(shrinking, "remove_dead_channels", wrong)
+    checkpoint = newest_checkpoint(run / "checkpoints")
+    with pytest.raises(ValueError, match=r"is not written: the smaller model differs by .* of the output"):
+        export_shrunk(checkpoint, load_checkpoint(checkpoint)["model"], tmp_path / "s", "safetensors")
+    assert not (tmp_path / "s").exists()
+
+
+def error_of(capsys, command, argv):
+    with pytest.raises(SystemExit) as stop:
+        raise SystemExit(command(argv))
+    assert stop.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_shrunk_model_is_taken_for_a_whole_one_nowhere(run, few_digits, tmp_path, capsys):
+    assert main([str(run), "--out", str(tmp_path / "s"), "--shrink"]) == 0
+    flags = train_flags(few_digits, tmp_path)
+    for start in (tmp_path / "s", tmp_path / "s" / "model.safetensors"):
+        line = error_of(capsys, train.main, [*flags, "--initial-checkpoint", str(start)])
+        assert "is a shrunk model, not a whole one; load it with toolkit.load_shrunk" in line
+    line = error_of(capsys, train.main, [*flags, "--experiment", "x", "--resume", str(tmp_path / "s")])
+    assert "--resume" in line
+    assert "is a shrunk model" in line
+    line = error_of(capsys, main, [str(tmp_path / "s"), "--out", str(tmp_path / "t")])
+    assert "is a shrunk model" in line
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--packed", "--shrink"], "choose one"),
+        (["--packed", "--format", "onnx"], "leave it out with --format onnx"),
+    ],
+)
+def test_flags_that_do_not_go_together(run, tmp_path, capsys, more, said):
+    assert said in error_of(capsys, main, [str(run), "--out", str(tmp_path / "x"), *more])
+
+
+def test_a_missing_library_is_named(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
+    line = error_of(capsys, main, [str(run), "--out", str(tmp_path / "x.onnx"), "--format", "onnx"])
+    assert 'needs onnxscript, which is not installed; pip install "adamwprune-toolkit[export]"' in line
