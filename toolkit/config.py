@@ -112,6 +112,7 @@ class Config:
     prune_scope: str = _flag("global", "where weights compete", choices=("global", "layer", "erk"))
     prune_pattern: str = _flag("weight", "what goes together: weight, N:M as 2:4, or channel")
     prune_ends: bool = _flag(False, "N:M: stem and classifier too, where it fits them")
+    prune_shrink: bool = _flag(False, "channel: after the last mask update go on with the smaller model")
     prune_regrow: float = _flag(
         0.0, "share of the survivors exchanged at an update; needs --pruning state", within="[0, 1)"
     )

@@ -53,6 +53,12 @@ class InterruptedRunError(RunError):
     exit_status = 130
 
 
+class ModelShrunkError(RunError):
+    """The run has saved a smaller model, with which its folder's next start goes on."""
+
+    exit_status = 0
+
+
 class MasksDifferError(RunError):
     """Ranks have pruned different weights."""
 

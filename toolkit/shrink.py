@@ -35,14 +35,18 @@ MAX_TIMES_THE_FILE = 64  # bytes of the whole model
 _REFUSED_ARGUMENTS = ("pretrained", "checkpoint_path", "cache_dir", "features_only", "num_classes", "scriptable")
 
 
+Layers = dict[str, dict[str, list[int] | None]]
+"""What stays of each cut layer: {layer: {"out": kept places or None, "in": the same}}."""
+
+
 @dataclass(frozen=True)
 class Plan:
-    """timm's model, and what of each cut layer stays: {layer: {"out": kept places or None, "in": the same}}.
+    """timm's model, and what of each cut layer stays.
 
     "out" counts rows of a weight (channels of a depthwise convolution and of a norm), "in" its input places.
     """
 
-    layers: dict[str, dict[str, list[int] | None]]
+    layers: Layers
     model: str = ""  # timm's name
     model_kwargs: dict[str, Any] = field(default_factory=dict)
     num_classes: int = 0
@@ -73,12 +77,12 @@ def shrink(
             for one in group.slices if gone.any() else ():
                 end = "out" if one.axis == 0 else "in"
                 removed[one.name.rpartition(".")[0], end].update(one.places[gone].view(-1).tolist())
-    layers: dict[str, dict[str, list[int] | None]] = {}
+    layers: Layers = {}
     for (name, end), places in removed.items():
         size = _sizes(model.get_submodule(name))[end]
         layers.setdefault(name, {"out": None, "in": None})[end] = [n for n in range(size) if n not in places]
     smaller = copy.deepcopy(model)
-    _cut(smaller, layers)
+    cut(smaller, layers)
     return smaller, Plan(layers, num_classes=int(getattr(model, "num_classes", 0)))
 
 
@@ -126,7 +130,7 @@ def load_shrunk(folder: str | Path) -> nn.Module:
                 > limit_bytes
             }
         )
-        _cut(model, plan.layers)
+        cut(model, plan.layers)
         wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         others = [name for name in (wanted.keys() | stored.keys()) if wanted.get(name) != stored.get(name)]
         refuse(
@@ -135,7 +139,7 @@ def load_shrunk(folder: str | Path) -> nn.Module:
         _try_forward(model, plan.input_size)
         with torch.random.fork_rng(devices=[]):  # what timm draws is not used
             model = _built(plan)
-        _cut(model, plan.layers)
+        cut(model, plan.layers)
         model.load_state_dict(load_file(file))
     return model.eval()
 
@@ -166,14 +170,7 @@ def read_plan(path: Path) -> Plan:
         names = {item.name for item in dataclasses.fields(Plan)} | {"format"}
         if not isinstance(content, dict) or content.keys() != names or content["format"] != _FORMAT:
             raise ValueError(f"it must hold {', '.join(sorted(names))}, of format {_FORMAT}")
-        layers = content["layers"]
-        refuse({"its layers are no names with places": not isinstance(layers, dict)})
-        for name, ends in layers.items():
-            fine = isinstance(ends, dict) and ends.keys() == {"out", "in"}
-            refuse({f"layer {name[:80]} must have out and in": not fine})
-            for end, places in ends.items():
-                if places is not None:
-                    _checked_places(places, MAX_PLACES, f"{end} of layer {name[:80]}")
+        layers = check_layers(content["layers"])
         model, kwargs = content["model"], content["model_kwargs"]
         known = isinstance(model, str) and timm.is_model(model.partition(".")[0])
         refuse({f"model {str(model)[:80]!r} is not one of timm's": not known})
@@ -190,6 +187,18 @@ def read_plan(path: Path) -> Plan:
         fine = all(type(number) is int and 0 < number <= MAX_PLACES for number in given)
         refuse({f"num_classes, img_size and input_size are {str(given)[:80]}, not counts": not fine})
         return Plan(layers, model, kwargs, content["num_classes"], content["img_size"], tuple(sides))
+
+
+def check_layers(layers: Any) -> Layers:
+    """`layers` if they are names with places. Raises ValueError."""
+    refuse({"its layers are no names with places": not isinstance(layers, dict)})
+    for name, ends in layers.items():
+        fine = isinstance(name, str) and isinstance(ends, dict) and ends.keys() == {"out", "in"}
+        refuse({f"layer {str(name)[:80]} must have out and in": not fine})
+        for end, places in ends.items():
+            if places is not None:
+                _checked_places(places, MAX_PLACES, f"{end} of layer {name[:80]}")
+    return dict(layers)
 
 
 def _entries(value: Any) -> Iterator[Any]:
@@ -239,7 +248,7 @@ def _sizes(layer: nn.Module) -> dict[str, int]:
     return {"out": shape[0], "in": shape[1] if len(shape) > 1 else 0}
 
 
-def _cut(model: nn.Module, layers: Mapping[str, Mapping[str, list[int] | None]]) -> None:
+def cut(model: nn.Module, layers: Layers) -> None:
     """Leave of each layer what the plan keeps, in place. Raises ValueError for a layer that cannot be cut so."""
     modules = dict(model.named_modules())
     for name, ends in layers.items():
@@ -257,16 +266,24 @@ def _cut(model: nn.Module, layers: Mapping[str, Mapping[str, list[int] | None]])
             parent.num_heads, parent.attn_dim = heads, heads * parent.head_dim
 
 
+def cut_tensor(layers: Layers, name: str, tensor: Tensor) -> Tensor:
+    """What is left of a parameter or buffer of the whole model, or of a tensor shaped like it."""
+    layer, _, attribute = name.rpartition(".")
+    if layer not in layers or not tensor.ndim:
+        return tensor
+    for axis, places in ((0, layers[layer]["out"]), (1, layers[layer]["in"] if attribute == "weight" else None)):
+        if places is not None:
+            tensor = tensor.index_select(axis, torch.tensor(places, device=tensor.device))
+    return tensor
+
+
 def _cut_layer(layer: nn.Module, out: list[int] | None, read: list[int] | None) -> None:
     for name in ("weight", "bias", "running_mean", "running_var"):
         tensor = getattr(layer, name, None)
         if tensor is None:
             continue
-        cut = tensor.detach()
-        for axis, places in ((0, out), (1, read if name == "weight" else None)):
-            if places is not None:
-                cut = cut.index_select(axis, torch.tensor(places, device=cut.device))
-        setattr(layer, name, nn.Parameter(cut, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else cut)
+        left = cut_tensor({"": {"out": out, "in": read}}, name, tensor.detach())
+        setattr(layer, name, nn.Parameter(left, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else left)
     sizes = _sizes(layer)
     if isinstance(layer, nn.Linear):
         layer.out_features, layer.in_features = sizes["out"], sizes["in"]

@@ -1,5 +1,7 @@
 """Train an image model: parse, build, train. The command behind train.py, `adamwprune-train` and `-m toolkit.train`."""
 
+import dataclasses
+import gc
 import os
 import sys
 import time
@@ -21,10 +23,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _train(config: Config) -> int:
-    from toolkit.builder import build
     from toolkit.builder.process import die_with_launcher
     from toolkit.dist import leave_group
-    from toolkit.engine.loop import train
     from toolkit.errors import RunError
     from toolkit.log import get_logger, start_logging
 
@@ -32,7 +32,7 @@ def _train(config: Config) -> int:
     start_logging(rank)
     die_with_launcher()
     try:
-        train(build(config))
+        _train_to_the_end(config)
     except KeyboardInterrupt:  # before the first step, or twice: nothing to save
         return 130
     except RunError as end:
@@ -55,6 +55,26 @@ def _train(config: Config) -> int:
         status = 0
     leave_group()
     return status
+
+
+def _train_to_the_end(config: Config) -> None:
+    """Build and train; where the model has shrunk meanwhile, again with what is left of it."""
+    from toolkit.builder import build
+    from toolkit.engine.loop import train
+    from toolkit.errors import ModelShrunkError
+    from toolkit.log import get_logger
+
+    while True:
+        run = build(config)
+        try:
+            train(run)
+        except ModelShrunkError as end:
+            get_logger().info("%s", end)
+            config = dataclasses.replace(config, experiment=run.folder.name, resume="auto")
+        else:
+            return
+        del run  # with its model and moments, before the smaller ones are made
+        gc.collect()
 
 
 if __name__ == "__main__":

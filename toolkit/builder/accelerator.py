@@ -68,6 +68,7 @@ def check_engine(config: Config) -> None:
         "--fused-backward": config.fused_backward,
         f"--clip-mode {config.clip_mode}": config.clip_grad is not None and config.clip_mode != "norm",
         "--channels-last": engine == "fsdp2" and config.channels_last,  # fully_shard wants contiguous weights
+        "--prune-shrink": config.prune_shrink,
         f"--prune-pattern {config.prune_pattern}": engine == "deepspeed" and config.prune_pattern != "weight",
         f"--prune-scope {config.prune_scope}": engine == "deepspeed" and config.prune_scope != "global",
     }

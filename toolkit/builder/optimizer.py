@@ -48,6 +48,9 @@ def resolve_optimizer(config: Config) -> tuple[str, str]:
             ),
             f"--prune-pattern {config.prune_pattern} but --opt {config.opt} does not prune; add --pruning magnitude, "
             "movement or state, or use --opt adamwprune": config.prune_pattern != WEIGHT and not prunes,
+            f"--prune-shrink removes whole channels; add --prune-pattern {CHANNEL}": (
+                config.prune_shrink and not (prunes and config.prune_pattern == CHANNEL)
+            ),
             f"--state-dtype {config.state_dtype}: --opt {config.opt} decides by itself; use --opt adamwprune or "
             "--pruning state": config.state_dtype is not None and method != "state",
             f"--state-budget {config.state_budget}: --opt {config.opt} keeps what it keeps; use --opt adamwprune or "
@@ -124,11 +127,11 @@ def create_optimizer(
         arguments |= given
     remedy = "see --opt-kwargs, --opt-betas and --opt-eps"
     with blaming(f"--opt {opt} does not take one of its arguments", remedy):
-        return create_optimizer_v2(model, **arguments, param_group_fn=partial(_groups, config))
+        return create_optimizer_v2(model, **arguments, param_group_fn=partial(_groups, config, schedule.pattern))
 
 
-def _groups(config: Config, model: nn.Module) -> list[dict[str, Any]]:
-    pattern, image = config.prune_pattern, None
+def _groups(config: Config, pattern: str, model: nn.Module) -> list[dict[str, Any]]:
+    image = None
     if pattern == CHANNEL:
         device = next(model.parameters()).device
         image = torch.empty(1, *input_settings(config, model)["input_size"], device=device)

@@ -62,6 +62,11 @@ def run_folder(config: Config, opt: str, facts: dict[str, Any], world: World) ->
     return folder, checkpoint, lock
 
 
+def start_of(config: Config, world: World) -> Path | None:
+    """The checkpoint that a run of a name goes on from, before its folder is taken. Raises as `run_folder` does."""
+    return _start_of(config, inside(Path(config.output), config.experiment, "--experiment"), world)
+
+
 def _start_of(config: Config, folder: Path, world: World) -> Path | None:
     """The checkpoint to go on from. Raises as `run_folder` does."""
     checkpoint = Path(config.resume) if config.resume else None

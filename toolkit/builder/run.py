@@ -28,6 +28,7 @@ from toolkit.builder.optimizer import (
 )
 from toolkit.builder.predict import confirm_batch_size, predict_run, with_automatic_batch_size
 from toolkit.builder.process import run_folder
+from toolkit.builder.smaller import shrink_as_saved, smaller_of, smaller_start
 from toolkit.config import Config
 from toolkit.data.loader import TrainLoader
 from toolkit.dist import World
@@ -54,7 +55,8 @@ def build_run(config: Config) -> Run:
 
     # Model and batches
     random_seed(config.seed)  # the same model on every rank; samples and mixing have their own generators
-    module = create_model(config, data.num_classes)
+    module, smaller = create_model(config, data.num_classes), smaller_start(config, world)
+    shrink_as_saved(module, smaller)
     inputs = input_settings(config, module)
     train_loader, eval_loader = create_loaders(config, data, inputs, world)
     place_model(module, config, world)
@@ -65,7 +67,8 @@ def build_run(config: Config) -> Run:
     plan = _plan(config, train_loader)
     lr = base_learning_rate(config, opt, plan.global_batch_size)
     schedule = pruning_schedule(config, method, plan.total_steps)
-    engine, scheduler = _engine(config, opt, lr, accelerator, module, schedule, train_loader.steps, world)
+    to_prune = schedule if smaller is None else Schedule()  # after it all that is left stays
+    engine, scheduler = _engine(config, opt, lr, accelerator, module, to_prune, train_loader.steps, world)
     prunable = prunable_weights(module, config)
 
     # The run's folder, and what the run says of itself
@@ -90,12 +93,14 @@ def build_run(config: Config) -> Run:
         train_loss=train_loss(config),
         to_inputs=to_inputs(inputs, module, config.channels_last),
         augment=augment(config, world, facts["num_classes"]),
-        schedule=schedule,
+        schedule=to_prune,
         prunable=prunable,
         predict_memory=lambda: predict_run(config, engine, facts["num_classes"], world.num_ranks),
         memory=memory,
         facts=facts,
         resume_from=resume_from,
+        find_smaller=partial(smaller_of, config, engine.module) if config.prune_shrink and smaller is None else None,
+        smaller=None if smaller is None else smaller.saved(),
     )
 
 

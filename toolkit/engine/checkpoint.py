@@ -126,16 +126,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
     Raises ValueError where it is not a complete one, or holds what could run code or take more memory than its files.
     """
-    read_identity(path)
-    file = inside(path, _STATE, f"{path}:")
-    try:
-        with zipfile.ZipFile(file) as parts:  # torch stores them as they are; packed, little could become much
-            if any(part.compress_type != zipfile.ZIP_STORED for part in parts.infolist()):
-                raise ValueError(f"{file} is compressed, as no checkpoint of this toolkit is; take another one")
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise ValueError(f"{file} holds more than plain values (weights_only refuses it): {reason}") from None
+    state = load_state(path)
     for key, tensor in _read_tensors(path / _TENSORS).items():
         kind, _, name = key.partition(".")
         if kind == "optimizer":
@@ -144,6 +135,20 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         else:
             state[kind][name] = tensor
     return state
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """What a checkpoint holds beside its tensors. Raises ValueError as `load_checkpoint` does."""
+    read_identity(path)
+    file = inside(path, _STATE, f"{path}:")
+    try:
+        with zipfile.ZipFile(file) as parts:  # torch stores them as they are; packed, little could become much
+            if any(part.compress_type != zipfile.ZIP_STORED for part in parts.infolist()):
+                raise ValueError(f"{file} is compressed, as no checkpoint of this toolkit is; take another one")
+        return dict(torch.load(file, map_location="cpu", weights_only=True))
+    except (pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise ValueError(f"{file} holds more than plain values (weights_only refuses it): {reason}") from None
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:

@@ -15,7 +15,14 @@ from toolkit.engine.run import Run
 from toolkit.engine.signals import StopRequest
 from toolkit.engine.snapshot import load_snapshot, save_snapshot
 from toolkit.engine.step import train_step
-from toolkit.errors import InterruptedRunError, LostRankError, RunError, SparsityError, TooManyBadImagesError
+from toolkit.errors import (
+    InterruptedRunError,
+    LostRankError,
+    ModelShrunkError,
+    RunError,
+    SparsityError,
+    TooManyBadImagesError,
+)
 from toolkit.log import get_logger
 from toolkit.markdown import MIB
 from toolkit.memory.ledger import count_bytes, optimizer_bytes
@@ -28,9 +35,9 @@ _log = get_logger()
 def train(run: Run) -> History:
     """Train to the end of the plan. Call on all ranks.
 
-    Raises InterruptedRunError after a requested stop (a checkpoint is written), LostRankError, MasksDifferError,
-    NonFiniteLossError, TooManyBadImagesError, and SparsityError if the final number of zeros is not
-    floor(sparsity × prunable weights).
+    Raises ModelShrunkError where the run is to be built anew with fewer channels, InterruptedRunError after a requested
+    stop (both have written a checkpoint), LostRankError, MasksDifferError, NonFiniteLossError, TooManyBadImagesError,
+    and SparsityError if the final number of zeros is not what the schedule asks for.
     """
     history = load_snapshot(run)
     done = history.epoch * run.plan.steps_per_epoch + history.step
@@ -45,6 +52,8 @@ def train(run: Run) -> History:
     ):
         try:
             while history.epoch < run.plan.epochs:
+                if run.find_smaller is not None and run.pruning_steps >= (run.schedule.end_step or 0):
+                    _go_on_smaller(run, history)
                 train_epoch(run, history, stop, metrics, bar)
                 if run.plan.dist_bn and run.world.num_ranks > 1:
                     # Also before a stop: its checkpoint has rank 0's statistics, which are now everyone's.
@@ -82,6 +91,17 @@ def _interrupt(run: Run, history: History) -> NoReturn:
         f"stopped at step {update} of {run.plan.total_steps}, {where}; the same command with --experiment "
         f"{run.folder.name} --resume auto goes on from {'here' if saved else 'the one before, if any'}"
     )
+
+
+def _go_on_smaller(run: Run, history: History) -> NoReturn:
+    """Save the model without its pruned channels, and leave for it to be built. Call on all ranks."""
+    assert run.find_smaller is not None
+    update = history.epoch * run.plan.steps_per_epoch + history.step
+    smaller = run.find_smaller()
+    if not save_snapshot(run, history, update, smaller=smaller):
+        raise RunError("the smaller model could not be saved (see above); make room, then --resume auto goes on")
+    _write(run, history, completed=False)
+    raise ModelShrunkError(f"{smaller.removed_weights} weights of pruned channels are removed at step {update}")
 
 
 def train_epoch(run: Run, history: History, stop: StopRequest, metrics: Metrics, bar: Progress | None = None) -> None:
@@ -134,6 +154,9 @@ def train_epoch(run: Run, history: History, stop: StopRequest, metrics: Metrics,
         if result.stop and history.step < plan.steps_per_epoch:  # else after the epoch's end, which is here
             account()
             _interrupt(run, history)
+        if run.find_smaller is not None and step == run.schedule.end_step and history.step < plan.steps_per_epoch:
+            account()
+            _go_on_smaller(run, history)
         if plan.checkpoint_interval and update % plan.checkpoint_interval == 0 and history.step < plan.steps_per_epoch:
             account()
             save_snapshot(run, history, update)

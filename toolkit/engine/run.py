@@ -60,6 +60,8 @@ class Run:
     memory: MemoryLog
     facts: dict[str, Any]
     resume_from: Path | None
+    find_smaller: Callable[[], Any] | None = None  # what is left of the model, where the run is to go on with that
+    smaller: dict[str, Any] | None = None  # what its checkpoints say where it has
 
     @property
     def learning_rate(self) -> float:
@@ -83,5 +85,7 @@ class Run:
         return iter(()) if pruning is None else pruning.masks()
 
     def sparsity(self) -> tuple[int, int]:
-        """(zeros, weights) over the prunable weights the model really has. Call on all ranks."""
-        return self.engine.count_zeros(self.prunable)
+        """(zeros, weights) over the prunable weights, those of removed channels among them. Call on all ranks."""
+        removed = self.smaller["removed_weights"] if self.smaller else 0
+        zeros, weights = self.engine.count_zeros(self.prunable)
+        return zeros + removed, weights + removed

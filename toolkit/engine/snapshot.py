@@ -25,9 +25,13 @@ IDENTITY = (
 )
 
 
-def save_snapshot(run: Run, history: History, update: int, metric: float | None = None, best: bool = False) -> bool:
+def save_snapshot(
+    run: Run, history: History, update: int, metric: float | None = None, best: bool = False, smaller: Any = None
+) -> bool:
     """Write a checkpoint of everything that makes the next step what it would have been. Call on all ranks.
 
+    With `smaller` the model in it, its average and its moments are without the channels that were pruned, and have no
+    masks any more.
     Returns whether it was written; a full disk is logged and no reason to stop.
     """
     with run.memory.during("checkpoint"):
@@ -36,17 +40,20 @@ def save_snapshot(run: Run, history: History, update: int, metric: float | None 
         bad_so_far = sum(run.world.gather(history.bad_so_far))
         # Whole tensors one at a time, through all ranks; only rank 0, which writes, keeps them.
         tensors: dict[str, Tensor] = {}
+        cut = (lambda name, tensor: tensor) if smaller is None else smaller.cut
         for name, tensor in run.engine.weights():
             if run.world.is_main:
-                tensors[f"model.{name}"] = tensor
+                tensors[f"model.{name}"] = cut(name, tensor)
         plain: dict[str, dict[str, Any]] = {}  # what some of timm's optimizers keep as numbers
         for name, key, value in run.engine.optimizer_states():
+            if smaller is not None and key == "mask":
+                continue
             if run.world.is_main and isinstance(value, Tensor):
-                tensors[f"optimizer.{key}.{name}"] = value
+                tensors[f"optimizer.{key}.{name}"] = cut(name, value)
             elif run.world.is_main:
                 plain.setdefault(name, {})[key] = value
         if run.ema is not None and run.world.is_main:
-            tensors |= {f"ema.{name}": tensor.cpu() for name, tensor in run.ema.module.state_dict().items()}
+            tensors |= {f"ema.{name}": cut(name, tensor.cpu()) for name, tensor in run.ema.module.state_dict().items()}
         groups = [
             {key: value for key, value in group.items() if key not in ("params", "param_names")}
             for group in run.engine.inner_optimizer.param_groups
@@ -62,6 +69,7 @@ def save_snapshot(run: Run, history: History, update: int, metric: float | None 
             "random": random_states,
             "memory": memory_states,
             "engine": run.engine.name,
+            "smaller": run.smaller if smaller is None else smaller.saved(),
             "versions": {name: str(version) for name, version in run.facts["versions"].items()},
         }
         identity = {key: run.facts[key] for key in IDENTITY}

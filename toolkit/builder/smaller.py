@@ -1,0 +1,78 @@
+"""--prune-shrink: from the last mask update on a run goes on with the model that is left."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from toolkit.builder.data import input_settings
+from toolkit.builder.optimizer import prunable_weights
+from toolkit.builder.process import start_of
+from toolkit.config import Config
+from toolkit.dist import World
+from toolkit.engine.checkpoint import load_state
+from toolkit.prune.channels import ChannelGroup, channel_groups
+from toolkit.shrink import Layers, check_layers, cut, cut_tensor, shrink
+
+
+@dataclass(frozen=True)
+class Smaller:
+    """What a checkpoint says of a shrunk run: what is left of each layer, and how many weights pruning counts as gone.
+
+    `cut` takes a tensor of the whole model, or of its optimizer, by the name of its parameter.
+    """
+
+    layers: Layers
+    removed_weights: int
+
+    @property
+    def cut(self) -> Callable[[str, Tensor], Tensor]:
+        """Leaves of a tensor what is left of its layer."""
+        return partial(cut_tensor, self.layers)
+
+    def saved(self) -> dict[str, Any]:
+        """As plain values."""
+        return {"layers": self.layers, "removed_weights": self.removed_weights}
+
+
+def smaller_of(config: Config, model: nn.Module) -> Smaller:
+    """The bare model of a run without the channels all whose weights are zero."""
+    device = next(model.parameters()).device
+    groups = channel_groups(model, torch.empty(1, *input_settings(config, model)["input_size"], device=device))
+    left = {group.name: _left(model, group) for group in groups}
+    keep = {name: marks.nonzero().view(-1) for name, marks in left.items() if not marks.all()}
+    less, plan = shrink(model, groups, keep)
+    counts = [sum(weight.numel() for _, weight in prunable_weights(one, config)) for one in (model, less)]
+    return Smaller(plan.layers, counts[0] - counts[1])
+
+
+def _left(model: nn.Module, group: ChannelGroup) -> Tensor:
+    """bool [count]: the channels of which a weight is not zero."""
+    weights = {name: parameter for name, parameter in model.named_parameters() if parameter.ndim > 1}
+    left = torch.zeros(group.count, dtype=torch.bool, device="cpu")
+    for one in group.slices:
+        if one.name in weights:
+            by_place = (weights[one.name].detach() != 0).movedim(one.axis, 0).flatten(1).any(1).cpu()
+            left |= by_place[one.places].any(1)
+    return left
+
+
+def smaller_start(config: Config, world: World) -> Smaller | None:
+    """What the checkpoint that a run goes on from says of its model; None where that is whole."""
+    if not (config.prune_shrink and config.resume and config.experiment):
+        return None
+    checkpoint = start_of(config, world)
+    saved = load_state(checkpoint).get("smaller") if checkpoint is not None else None
+    if saved is None:
+        return None
+    check_layers(saved["layers"])
+    return Smaller(saved["layers"], int(saved["removed_weights"]))
+
+
+def shrink_as_saved(model: nn.Module, smaller: Smaller | None) -> None:
+    """Cut a new model as the checkpoint's was."""
+    if smaller is not None:
+        cut(model, smaller.layers)
