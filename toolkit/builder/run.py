@@ -28,7 +28,7 @@ from toolkit.builder.optimizer import (
 )
 from toolkit.builder.predict import confirm_batch_size, predict_run, with_automatic_batch_size
 from toolkit.builder.process import run_folder
-from toolkit.builder.smaller import shrink_as_saved, smaller_of, smaller_start
+from toolkit.builder.smaller import shrink_as_before, smaller_of
 from toolkit.config import Config
 from toolkit.data.loader import TrainLoader
 from toolkit.dist import World
@@ -55,8 +55,8 @@ def build_run(config: Config) -> Run:
 
     # Model and batches
     random_seed(config.seed)  # the same model on every rank; samples and mixing have their own generators
-    module, smaller = create_model(config, data.num_classes), smaller_start(config, world)
-    shrink_as_saved(module, smaller)
+    module = create_model(config, data.num_classes)
+    smaller = shrink_as_before(module, config, world)
     inputs = input_settings(config, module)
     train_loader, eval_loader = create_loaders(config, data, inputs, world)
     place_model(module, config, world)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from toolkit.builder.process import start_of
 from toolkit.config import Config
 from toolkit.dist import World
 from toolkit.engine.checkpoint import load_state
+from toolkit.errors import blaming
 from toolkit.prune.channels import ChannelGroup, channel_groups
 from toolkit.shrink import Layers, check_layers, cut, cut_tensor, shrink
 
@@ -60,19 +62,19 @@ def _left(model: nn.Module, group: ChannelGroup) -> Tensor:
     return left
 
 
-def smaller_start(config: Config, world: World) -> Smaller | None:
-    """What the checkpoint that a run goes on from says of its model; None where that is whole."""
+def shrink_as_before(model: nn.Module, config: Config, world: World) -> Smaller | None:
+    """Cut a new model as that of the checkpoint is which the run goes on from; None where that is whole."""
     if not (config.prune_shrink and config.resume and config.experiment):
         return None
     checkpoint = start_of(config, world)
-    saved = load_state(checkpoint).get("smaller") if checkpoint is not None else None
+    return None if checkpoint is None else cut_as_saved(model, checkpoint)
+
+
+def cut_as_saved(model: nn.Module, checkpoint: Path) -> Smaller | None:
+    """Cut a new model as a checkpoint's is; returns what that says of it, None where it is whole."""
+    saved = load_state(checkpoint).get("smaller")
     if saved is None:
         return None
-    check_layers(saved["layers"])
-    return Smaller(saved["layers"], int(saved["removed_weights"]))
-
-
-def shrink_as_saved(model: nn.Module, smaller: Smaller | None) -> None:
-    """Cut a new model as the checkpoint's was."""
-    if smaller is not None:
-        cut(model, smaller.layers)
+    with blaming(f"{checkpoint} says of a smaller model what does not fit", "take another checkpoint"):
+        cut(model, check_layers(saved["layers"]))
+        return Smaller(saved["layers"], int(saved["removed_weights"]))
