@@ -17,6 +17,7 @@ _NEEDS = {
     "data": ("rounds",),
     "memory": ("model", "batch_size"),
     "kernels": (),
+    "inference": ("run", "models", "rounds", "batches", "engines", "threads"),
 }
 
 
@@ -27,15 +28,30 @@ def main(argv: list[str] | None = None) -> int:
         __doc__,
         {
             "what": {"choices": tuple(_NEEDS), "help": "what to measure"},
+            "run": {"type": Path, "nargs": "*", "help": "of inference: run folders, which add rows"},
             "--model": {"default": "resnet50", "help": "timm model whose shapes are used (default %(default)s)"},
-            "--rounds": {"type": int, "default": 15, "help": "of optim, device and data, default %(default)s"},
+            "--rounds": {"type": int, "default": 15, "help": "of all but equivalence and memory, default %(default)s"},
             "--steps": {"type": int, "default": 200, "help": "of equivalence, default %(default)s"},
             "--batch-size": {"type": int, "default": 8, "help": "of memory, default %(default)s"},
+            "--models": {
+                "nargs": "*",
+                "default": ["resnet50", "vit_small_patch16_224"],
+                "help": "of inference, with random weights, default %(default)s",
+            },
+            "--batches": {"type": int, "nargs": "+", "default": [1, 32], "help": "of inference, default %(default)s"},
+            "--engines": {
+                "nargs": "+",
+                "default": ["eager", "compile", "onnx"],
+                "help": "of inference, on the CPU, default %(default)s",
+            },
+            "--threads": {"type": int, "default": 2, "help": "of inference, default %(default)s"},
             "--json": {"action": "store_true", "help": "one JSON object on one line on stdout"},
             "--out": {"type": Path, "help": "folder for the .json and .md files, for example results/bench"},
         },
     )
     options = parser.parse_args(argv)
+    if options.run and options.what != "inference":
+        parser.error(f"{options.what} takes no run folders ({options.run[0]}); inference does")
     bench = importlib.import_module(f"launch.bench.{options.what}")
     with one_line_errors(parser):
         result = getattr(bench, f"bench_{options.what}")(*(getattr(options, name) for name in _NEEDS[options.what]))
