@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from launch.packing import PACKED, pack_weights
 from launch.run_model import run_weights
 from toolkit.command import command_parser, one_line_errors
+from toolkit.engine.checkpoint import load_state
 from toolkit.errors import refuse
 from toolkit.files import replacing
 from toolkit.markdown import mib
@@ -48,6 +49,10 @@ def export(
         from launch.shrinking import export_shrunk
 
         return {"average": average, **export_shrunk(source, weights, out, kind)}
+    if kind == "safetensors" and load_state(source).get("smaller") is not None:
+        raise ValueError(
+            f"{run} has gone on with a smaller model (--prune-shrink), which timm has no name for; add --shrink"
+        )
     dense_bytes = sum(weight.nbytes for weight in weights.values())
     done: dict[str, Any] = {"file": str(out), "checkpoint": str(source), "average": average, "dense_bytes": dense_bytes}
     if kind != "safetensors":

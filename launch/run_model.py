@@ -11,13 +11,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from toolkit.builder.data import create_loaders, input_settings, open_data, to_inputs
 from toolkit.builder.model import create_model
+from toolkit.builder.smaller import cut_as_saved
 from toolkit.cli import parse
 from toolkit.config import Config
 from toolkit.data.remote import is_remote
 from toolkit.dist import World
 from toolkit.engine.checkpoint import best_checkpoint, complete_checkpoints, load_checkpoint, newest_checkpoint
 from toolkit.files import read_json
-from toolkit.shrink import refuse_shrunk
+from toolkit.shrink import Layers, refuse_shrunk
 
 
 def run_weights(run: Path, which: str = "last", ema: bool | None = None) -> tuple[Path, dict[str, Tensor], bool]:
@@ -45,8 +46,10 @@ def _checkpoint_of(run: Path, which: str) -> Path:
     return found
 
 
-def run_model(checkpoint: Path, weights: dict[str, Tensor]) -> tuple[nn.Module, Config]:
+def run_model(checkpoint: Path, weights: dict[str, Tensor]) -> tuple[nn.Module, Config, Layers]:
     """The model of a checkpoint of a run with these weights, in eval mode on the CPU, and the run's settings.
+
+    Third, what is left of the layers of timm's model, where the run has gone on with a smaller one (--prune-shrink).
 
     Raises ValueError where the checkpoint does not lie in its run's folder; prints one line and exits for settings that
     this version does not know.
@@ -60,8 +63,9 @@ def run_model(checkpoint: Path, weights: dict[str, Tensor]) -> tuple[nn.Module, 
     facts = read_json(run / "metrics.json") if (run / "metrics.json").is_file() else {}
     num_classes = int(facts.get("num_classes") or 0) or open_data(config).num_classes
     model = create_model(config, num_classes)
+    smaller = cut_as_saved(model, checkpoint)
     model.load_state_dict(weights)
-    return model.eval(), config
+    return model.eval(), config, {} if smaller is None else smaller.layers
 
 
 def evaluation_batches(config: Config, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:

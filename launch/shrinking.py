@@ -12,7 +12,7 @@ from launch.run_model import difference, flops, num_weights, run_model, some_ima
 from toolkit.config import Config
 from toolkit.markdown import mib
 from toolkit.prune.channels import channel_groups
-from toolkit.shrink import WEIGHTS, Plan, load_shrunk, remove_dead_channels, save_shrunk
+from toolkit.shrink import WEIGHTS, Plan, both_cuts, load_shrunk, remove_dead_channels, save_shrunk
 
 LIMIT = 1e-5  # of the largest output
 _IMAGES = 512
@@ -33,12 +33,13 @@ def plan_of(config: Config, plan: Plan, input_size: tuple[int, ...]) -> Plan:
 
 def export_shrunk(checkpoint: Path, weights: dict[str, Tensor], out: Path, kind: str) -> dict[str, Any]:
     """Write the folder `out`; returns what was removed. Raises ValueError where the smaller model says otherwise."""
-    model, config = run_model(checkpoint, weights)
+    model, config, before = run_model(checkpoint, weights)
     images, which = some_images(config, model, _IMAGES)
     groups = channel_groups(model, images[:2])
     smaller, plan, dead = remove_dead_channels(model, groups, images[:_FOR_CONSTANTS])
     found = _check(model, smaller, images, f"{out} is not written: the smaller model")
     size = tuple(images.shape[1:])
+    plan = dataclasses.replace(plan, layers=both_cuts(before, plan.layers))
     save_shrunk(out, smaller, plan_of(config, plan, size))
     found = max(found, _check(model, load_shrunk(out), images, f"{out}, read back,"))
     file, apart = out / WEIGHTS, None
@@ -63,7 +64,7 @@ def export_shrunk(checkpoint: Path, weights: dict[str, Tensor], out: Path, kind:
 
 def export_whole(checkpoint: Path, weights: dict[str, Tensor], out: Path, kind: str) -> dict[str, Any]:
     """Write a run's model, as it is, in another format."""
-    model, config = run_model(checkpoint, weights)
+    model, config, _ = run_model(checkpoint, weights)
     images, which = some_images(config, model, 32)
     return {
         "images": which,

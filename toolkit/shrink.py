@@ -277,6 +277,18 @@ def cut_tensor(layers: Layers, name: str, tensor: Tensor) -> Tensor:
     return tensor
 
 
+def both_cuts(first: Layers, second: Layers) -> Layers:
+    """What is left of the whole model's layers after a cut of what another cut has left."""
+    both = {name: dict(ends) for name, ends in first.items()}
+    for name, ends in second.items():
+        whole = both.setdefault(name, {"out": None, "in": None})
+        for end, places in ends.items():
+            before = whole[end]
+            if places is not None:
+                whole[end] = places if before is None else [before[place] for place in places]
+    return both
+
+
 def _cut_layer(layer: nn.Module, out: list[int] | None, read: list[int] | None) -> None:
     for name in ("weight", "bias", "running_mean", "running_var"):
         tensor = getattr(layer, name, None)

@@ -64,7 +64,7 @@ def run_family(run: Path) -> Family:
     """What a run ended with: as it is, and without its dead channels; top-1 on its evaluation split."""
     say(f"{run}: loading, top-1")
     checkpoint, weights, _ = run_weights(run)
-    model, config = run_model(checkpoint, weights)
+    model, config, _ = run_model(checkpoint, weights)
     size = tuple(int(side) for side in _input_size(config, model))
     images = torch.randn(8, *size, generator=torch.Generator().manual_seed(0))
     smaller, _, dead = remove_dead_channels(model, channel_groups(model, images), images)

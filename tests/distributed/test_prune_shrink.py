@@ -10,6 +10,8 @@ from at_batch import at_batch
 from flags import train_flags, vit_flags
 from ranks import run_ranks
 
+from launch.export import export
+from launch.run_model import run_model
 from toolkit import train as command
 from toolkit.builder import build
 from toolkit.cli import parse
@@ -18,7 +20,7 @@ from toolkit.engine.history import is_complete
 from toolkit.engine.loop import train as train_loop
 from toolkit.errors import InterruptedRunError, ModelShrunkError
 from toolkit.files import read_json
-from toolkit.shrink import cut_tensor
+from toolkit.shrink import both_cuts, cut_tensor, load_shrunk
 
 CHANNEL = ["--prune-pattern", "channel", "--sparsity", "0.4", "--prune-begin", "0", "--val-interval", "3"]
 MODELS = {"test_vit": vit_flags, "test_resnet": train_flags}
@@ -139,3 +141,33 @@ def test_a_plan_of_another_model_in_a_checkpoint_is_refused(few_digits, tmp_path
         torch.save(state, file)
         with pytest.raises(ValueError, match=r"step-\d+ says of a smaller model"):
             build(parse([*flags, "--resume", str(file.parent)]))
+
+
+def test_a_shrunk_run_is_exported_by_its_plan(few_digits, tmp_path):
+    flags = train_flags(few_digits, tmp_path, *CHANNEL, "--opt", "adamwprune", "--prune-shrink", "--experiment", "a")
+    command._train_to_the_end(parse(flags))
+    run, out = tmp_path / "a", tmp_path / "out"
+    with pytest.raises(ValueError, match=r"has gone on with a smaller model.*add --shrink"):
+        export(run, tmp_path / "model.safetensors")
+    done = export(run, out, shrink=True)
+    assert done["difference"] < 1e-5
+    model, state = load_shrunk(out), last(run)["model"]
+    assert {name: tensor.shape for name, tensor in model.state_dict().items()} == {
+        name: tensor.shape for name, tensor in state.items()
+    }
+    images = torch.randn(3, 3, 32, 32)
+    whole, _, layers = run_model(newest_checkpoint(run / "checkpoints"), state)
+    assert layers
+    torch.testing.assert_close(model(images), whole(images), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="has gone on with a smaller model"):
+        build(parse(train_flags(few_digits, tmp_path, "--initial-checkpoint", str(run), "--experiment", "b")))
+
+
+def test_two_cuts_are_one():
+    first = {"a": {"out": [0, 2, 5], "in": None}, "b": {"out": None, "in": [1, 3, 4]}}
+    second = {"a": {"out": [1, 2], "in": [0]}, "c": {"out": [7], "in": None}}
+    assert both_cuts(first, second) == {
+        "a": {"out": [2, 5], "in": [0]},
+        "b": {"out": None, "in": [1, 3, 4]},
+        "c": {"out": [7], "in": None},
+    }

@@ -35,6 +35,8 @@ def load_initial_weights(model: nn.Module, config: Config) -> None:
 def _read(source: Path) -> dict[str, Tensor]:
     if source.is_dir():
         saved = load_checkpoint(newest_checkpoint(source / "checkpoints") or source)
+        if saved.get("smaller") is not None:
+            raise ValueError("it is of a run that has gone on with a smaller model (--prune-shrink); give a whole one")
         return saved["ema"] or saved["model"]
     _check_start(source)
     try:

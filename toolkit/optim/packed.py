@@ -226,21 +226,18 @@ class PackedOptimizer(Optimizer):
         self._packing.note_change()
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {
-            "keeps_zeros": self._packing.keeps_zeros,
-            "channels": self._packing.channels,
-            "budget": (self._store.budget, self._store.precision),
-        }
-        return {**super().__getstate__(), **kept}
+        packing, store = self._packing, self._store
+        kept = (packing.keeps_zeros, packing.channels, store.budget, store.precision)
+        return {**super().__getstate__(), "kept": kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        keeps_zeros, channels, budget = (state.pop(key, None) for key in ("keeps_zeros", "channels", "budget"))
+        kept = state.pop("kept", None)
         super().__setstate__(state)
         if "_packing" not in self.__dict__:  # a copy, or unpickled; a load calls this too
             self._attach(PruningOptions(**{key: self.defaults[key] for key in OPTION_NAMES}))
-        if keeps_zeros is not None:
-            self._packing.keeps_zeros, self._packing.channels = keeps_zeros, channels or []
-            self._store.budget, self._store.precision = budget
+        if kept is not None:
+            packing, store = self._packing, self._store
+            packing.keeps_zeros, packing.channels, store.budget, store.precision = kept
         self._buckets.clear()
         self._number_parameters()
 
