@@ -220,14 +220,12 @@ class PackedOptimizer(Optimizer):
                     f"a parameter group has {name}={param_group[name]!r}, the optimizer {own!r}; all are pruned "
                     "together: leave it out of the group, or use two optimizers"
                 )
-        channels = param_group.pop("channels", [])
+        self._packing.channels += param_group.pop("channels", [])
         super().add_param_group(param_group)
-        self._packing.channels += channels
         self._packing.note_change()
 
     def __getstate__(self) -> dict[str, Any]:
-        packing, store = self._packing, self._store
-        kept = (packing.keeps_zeros, packing.channels, store.budget, store.precision)
+        kept = (self._packing.keeps_zeros, self._packing.channels, self._store.budget, self._store.precision)
         return {**super().__getstate__(), "kept": kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -236,8 +234,7 @@ class PackedOptimizer(Optimizer):
         if "_packing" not in self.__dict__:  # a copy, or unpickled; a load calls this too
             self._attach(PruningOptions(**{key: self.defaults[key] for key in OPTION_NAMES}))
         if kept is not None:
-            packing, store = self._packing, self._store
-            packing.keeps_zeros, packing.channels, store.budget, store.precision = kept
+            self._packing.keeps_zeros, self._packing.channels, self._store.budget, self._store.precision = kept
         self._buckets.clear()
         self._number_parameters()
 
