@@ -17,6 +17,7 @@ _NEEDS = {
     "data": ("rounds",),
     "memory": ("model", "batch_size"),
     "kernels": (),
+    "shrunk": ("model", "rounds", "batch_size"),
     "inference": ("run", "models", "rounds", "batches", "engines", "threads"),
 }
 
@@ -32,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
             "--model": {"default": "resnet50", "help": "timm model whose shapes are used (default %(default)s)"},
             "--rounds": {"type": int, "default": 15, "help": "of all but equivalence and memory, default %(default)s"},
             "--steps": {"type": int, "default": 200, "help": "of equivalence, default %(default)s"},
-            "--batch-size": {"type": int, "default": 8, "help": "of memory, default %(default)s"},
+            "--batch-size": {"type": int, "default": 8, "help": "of memory and shrunk, default %(default)s"},
             "--models": {
                 "nargs": "*",
                 "default": ["resnet50", "vit_small_patch16_224"],

@@ -118,3 +118,14 @@ def test_mistakes_are_one_line(argv, said, capsys):
         main(argv)
     assert stop.value.code == 2
     assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_training_step_without_channels(capsys, tmp_path):
+    assert main(["shrunk", "--model", "test_resnet", "--rounds", "1", "--batch-size", "2", "--out", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "shrunk.json").read_text())
+    rows = {row["name"]: row for row in result["rows"]}
+    assert list(rows) == ["dense", "channel 30%", "channel 50%", "channel 70%"]
+    for less, more in (("channel 30%", "dense"), ("channel 50%", "channel 30%"), ("channel 70%", "channel 50%")):
+        assert rows[less]["weights"] < rows[more]["weights"]
+        assert rows[less]["activation_bytes"] < rows[more]["activation_bytes"]
+    assert "| channel 50% |" in (tmp_path / "shrunk.md").read_text()
