@@ -18,7 +18,6 @@ from toolkit.log import get_logger
 
 _LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
 _TYPES_OF_LAYERS = ("CONV", "DEPTHWISE_CONV", "LINEAR", "BN", "LN", "GN", "IN", "PRELU", "EMBED", "MHA", "LSTM")
-_SPATIAL = ({2, 3}, {2**64 - 2, 2**64 - 1})
 _SHOWN = 6  # layers that a message names one by one
 # Layers that compute what their class says: a subclass may do anything with its weight (standardise it, mix several).
 _CONVOLUTIONS = (nn.Conv1d.forward, nn.Conv2d.forward, timm.layers.Conv2dSame.forward)
@@ -164,23 +163,31 @@ def _refuse_layer(layer: nn.Module, calls: Counter[nn.Module]) -> None:
 
 def _refuse_operation(node: Any, name: str, in_attention: bool) -> None:
     """Raise _WholeError where an operation may mix channels, or is one that the library maps wrongly."""
-    grad_fn, kind = node.grad_fn, node.type.name
     fine = name in _APART or (in_attention and name in _IN_ATTENTION)
     if name in ("Add", "Sub"):
         fine = len(node.inputs) == 1  # a number is added
     elif name in ("Addmm", "Mm"):  # within a linear layer
         fine = all(out.type.name in ("LINEAR", "RESHAPE") for out in node.outputs)
-    elif name == "Mean":  # over height and width
-        fine = len(grad_fn._saved_self_sym_sizes) == 4 and {dim % 2**64 for dim in grad_fn._saved_dim} in _SPATIAL
-    elif name == "ConstantPadNd":
-        fine = len(grad_fn._saved_pad) <= 4  # likewise
-    elif name == "Cat":  # mapped for images' channels alone
-        fine = grad_fn._saved_dim == 1 and node.enable_index_mapping and node.module.offsets is not None
-    elif kind == "RESHAPE" and not in_attention:
-        before, after = grad_fn._saved_self_sym_sizes, tuple(grad_fn._input_metadata[0].shape)
-        fine = _keeps_channels(tuple(before), after)
+    elif name in ("Mean", "ConstantPadNd", "Cat") or (node.type.name == "RESHAPE" and not in_attention):
+        after = _shape(node.grad_fn, 0)
+        given = [_shape(made_by, number) for made_by, number in node.grad_fn.next_functions if made_by is not None]
+        before = given[0] if given else (0,)
+        if name == "Mean":  # over height and width
+            fine = len(before) == 4 and after in (before[:2], (*before[:2], 1, 1))
+        elif name == "ConstantPadNd":
+            fine = len(before) == 4 and before[:2] == after[:2]
+        elif name == "Cat":  # of images; the library maps no others
+            fine = len(after) == 4 and sum(shape[1] for shape in given) == after[1]
+            fine = fine and node.enable_index_mapping and node.module.offsets is not None
+        else:
+            fine = _keeps_channels(before, after)
     if not fine:
         raise _WholeError(f"{name} is among them, which may mix channels")
+
+
+def _shape(grad_fn: Any, number: int) -> tuple[int, ...]:
+    """The shape of an output of the operation that an autograd node is of."""
+    return tuple(grad_fn._input_metadata[number].shape)
 
 
 def _keeps_channels(before: tuple[int, ...], after: tuple[int, ...]) -> bool:
