@@ -171,3 +171,64 @@ def test_two_cuts_are_one():
         "b": {"out": None, "in": [1, 3, 4]},
         "c": {"out": [7], "in": None},
     }
+
+
+def test_a_step_left_out_at_the_last_mask_update_shrinks_nothing_yet(few_digits, tmp_path):
+    """As a GradScaler leaves out a step whose gradients are not finite."""
+    flags = train_flags(few_digits, tmp_path, *CHANNEL, "--opt", "adamwprune", "--prune-shrink", "--experiment", "a")
+    run = build(parse([*flags, "--prune-frequency", "100"]))
+    optimizer, end = run.engine.inner_optimizer, run.schedule.end_step
+    original, calls = optimizer.step, []
+
+    def step(*args, **kwargs):
+        calls.append(None)
+        return None if len(calls) == end else original(*args, **kwargs)
+
+    optimizer.step = step
+    with pytest.raises(ModelShrunkError):
+        train_loop(run)
+    assert newest_checkpoint(run.folder / "checkpoints").name == f"step-{end + 1:08d}"
+    saved = load_state(newest_checkpoint(run.folder / "checkpoints"))["smaller"]
+    zeros, weights = run.sparsity()
+    assert 0 < zeros == saved["removed_weights"] < weights
+
+
+def test_a_shrunk_checkpoint_goes_on_by_its_path_elsewhere(few_digits, tmp_path):
+    flags = train_flags(few_digits, tmp_path, *CHANNEL, "--opt", "adamwprune", "--prune-shrink")
+    why, run = run_to([*flags, "--experiment", "a"])
+    assert why is ModelShrunkError
+    checkpoint = newest_checkpoint(run.folder / "checkpoints")
+    for more in (["--experiment", "b"], []):
+        why, run = run_to([*flags, *more, "--resume", str(checkpoint)])
+        assert why is None
+        assert run.smaller is not None
+        assert is_complete(run.folder)
+
+
+def test_the_off_switch_shrinks_nothing(few_digits, tmp_path):
+    off = ["--prune-pattern", "channel", "--sparsity", "0", "--opt", "adamwprune", "--prune-shrink"]
+    why, run = run_to(train_flags(few_digits, tmp_path, *off, "--experiment", "a"))
+    assert why is None
+    assert run.smaller is None
+
+
+def test_a_budget_stays_as_many_bytes(few_digits, tmp_path):
+    budget = ["--opt", "adamwprune", "--prune-shrink", "--state-budget", "6", "--experiment", "a"]
+    flags = train_flags(few_digits, tmp_path, *CHANNEL, *budget)
+    why, run = run_to(flags)
+    assert why is ModelShrunkError
+    limit = run.engine.inner_optimizer._store.budget.limit_bytes
+    why, run = run_to([*flags, "--resume", "auto"])
+    assert why is None
+    assert abs(run.engine.inner_optimizer._store.budget.limit_bytes - limit) <= 1
+    assert {state["exp_avg"].dtype for state in run.engine.optimizer_state.values()} == {torch.float32}
+
+
+def test_a_start_with_zeros_is_pruned_on_by_channels(few_digits, tmp_path):
+    flags = train_flags(few_digits, tmp_path, *CHANNEL, "--opt", "adamwprune")
+    run_to([*flags, "--experiment", "a"])
+    start = ["--initial-checkpoint", str(tmp_path / "a"), "--experiment"]
+    for name, more in (("sparser", ["--sparsity", "0.5"]), ("denser", ["--sparsity", "0.2"])):
+        why, run = run_to([*flags, *start, name, *more])
+        assert why is None
+        assert is_complete(run.folder)

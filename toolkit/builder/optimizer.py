@@ -148,6 +148,9 @@ def keep_zeros(optimizer: torch.optim.Optimizer, model: nn.Module, config: Confi
     """Have a pruned --initial-checkpoint stay pruned, from the first step on."""
     if not (config.initial_checkpoint and schedule.enabled):
         return
+    if schedule.pattern == CHANNEL:  # they are whole channels only where pruning by channels has made them
+        _log.info("%s: zeros in it are weights like others, until their channels are pruned", config.initial_checkpoint)
+        return
     weights = [weight for _, weight in prunable_weights(model, config)]
     zeros = sum(int((weight == 0).sum()) for weight in weights)
     if zeros:

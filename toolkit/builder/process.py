@@ -63,8 +63,12 @@ def run_folder(config: Config, opt: str, facts: dict[str, Any], world: World) ->
 
 
 def start_of(config: Config, world: World) -> Path | None:
-    """The checkpoint that a run of a name goes on from, before its folder is taken. Raises as `run_folder` does."""
-    return _start_of(config, inside(Path(config.output), config.experiment, "--experiment"), world)
+    """The checkpoint that a run will go on from, before its folder is taken; None where there is none."""
+    if config.resume != "auto" or not config.experiment:
+        return Path(config.resume) if config.resume and config.resume != "auto" else None
+    return _newest_sound_checkpoint(
+        inside(Path(config.output), config.experiment, "--experiment") / "checkpoints", world
+    )
 
 
 def _start_of(config: Config, folder: Path, world: World) -> Path | None:

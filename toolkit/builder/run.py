@@ -28,7 +28,7 @@ from toolkit.builder.optimizer import (
 )
 from toolkit.builder.predict import confirm_batch_size, predict_run, with_automatic_batch_size
 from toolkit.builder.process import run_folder
-from toolkit.builder.smaller import shrink_as_before, smaller_of
+from toolkit.builder.smaller import shrink_as_before, smaller_of, with_budget_of_the_whole
 from toolkit.config import Config
 from toolkit.data.loader import TrainLoader
 from toolkit.dist import World
@@ -68,6 +68,7 @@ def build_run(config: Config) -> Run:
     lr = base_learning_rate(config, opt, plan.global_batch_size)
     schedule = pruning_schedule(config, method, plan.total_steps)
     to_prune = schedule if smaller is None else Schedule()  # after it all that is left stays
+    config = config if smaller is None else with_budget_of_the_whole(config, smaller, module)
     engine, scheduler = _engine(config, opt, lr, accelerator, module, to_prune, train_loader.steps, world)
     prunable = prunable_weights(module, config)
 
@@ -94,12 +95,13 @@ def build_run(config: Config) -> Run:
         to_inputs=to_inputs(inputs, module, config.channels_last),
         augment=augment(config, world, facts["num_classes"]),
         schedule=to_prune,
+        goal=schedule,
         prunable=prunable,
         predict_memory=lambda: predict_run(config, engine, facts["num_classes"], world.num_ranks),
         memory=memory,
         facts=facts,
         resume_from=resume_from,
-        find_smaller=partial(smaller_of, config, engine.module) if config.prune_shrink and smaller is None else None,
+        find_smaller=partial(smaller_of, config, engine.module) if config.prune_shrink and to_prune.enabled else None,
         smaller=None if smaller is None else smaller.saved(),
     )
 

@@ -1,5 +1,6 @@
 """--prune-shrink: from the last mask update on a run goes on with the model that is left."""
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -64,10 +65,16 @@ def _left(model: nn.Module, group: ChannelGroup) -> Tensor:
 
 def shrink_as_before(model: nn.Module, config: Config, world: World) -> Smaller | None:
     """Cut a new model as that of the checkpoint is which the run goes on from; None where that is whole."""
-    if not (config.prune_shrink and config.resume and config.experiment):
-        return None
     checkpoint = start_of(config, world)
     return None if checkpoint is None else cut_as_saved(model, checkpoint)
+
+
+def with_budget_of_the_whole(config: Config, smaller: Smaller, model: nn.Module) -> Config:
+    """Settings whose --state-budget is as many bytes of the smaller model as it was of the whole one."""
+    if not isinstance(config.state_budget, float):
+        return config
+    left = sum(weight.numel() for _, weight in prunable_weights(model, config))
+    return dataclasses.replace(config, state_budget=config.state_budget * (left + smaller.removed_weights) / left)
 
 
 def cut_as_saved(model: nn.Module, checkpoint: Path) -> Smaller | None:

@@ -52,7 +52,7 @@ def train(run: Run) -> History:
     ):
         try:
             while history.epoch < run.plan.epochs:
-                if run.find_smaller is not None and run.pruning_steps >= (run.schedule.end_step or 0):
+                if _may_shrink(run):
                     _go_on_smaller(run, history)
                 train_epoch(run, history, stop, metrics, bar)
                 if run.plan.dist_bn and run.world.num_ranks > 1:
@@ -91,6 +91,11 @@ def _interrupt(run: Run, history: History) -> NoReturn:
         f"stopped at step {update} of {run.plan.total_steps}, {where}; the same command with --experiment "
         f"{run.folder.name} --resume auto goes on from {'here' if saved else 'the one before, if any'}"
     )
+
+
+def _may_shrink(run: Run) -> bool:
+    """Whether the last mask update is made, by the optimizer's count, and the model is still whole."""
+    return run.find_smaller is not None and run.pruning_steps >= (run.schedule.end_step or 0)
 
 
 def _go_on_smaller(run: Run, history: History) -> NoReturn:
@@ -154,7 +159,7 @@ def train_epoch(run: Run, history: History, stop: StopRequest, metrics: Metrics,
         if result.stop and history.step < plan.steps_per_epoch:  # else after the epoch's end, which is here
             account()
             _interrupt(run, history)
-        if run.find_smaller is not None and step == run.schedule.end_step and history.step < plan.steps_per_epoch:
+        if history.step < plan.steps_per_epoch and _may_shrink(run):
             account()
             _go_on_smaller(run, history)
         if plan.checkpoint_interval and update % plan.checkpoint_interval == 0 and history.step < plan.steps_per_epoch:
@@ -245,14 +250,15 @@ def _finish_epoch(run: Run, history: History, stop: StopRequest, metrics: Metric
 
 def _check_sparsity(run: Run) -> None:
     """Fail loudly unless the zeros are those asked for."""
-    if not run.schedule.enabled:
+    goal = run.goal
+    if not goal.enabled:
         return
     zeros, weights = run.sparsity()
-    wanted = run.schedule.num_zeros_at(run.schedule.end_step or 0, weights)
-    if not run.schedule.is_reached(zeros, weights):
+    wanted = goal.num_zeros_at(goal.end_step or 0, weights)
+    if not goal.is_reached(zeros, weights):
         raise SparsityError(
-            f"the model has {zeros} zeros among {weights} prunable weights, --sparsity {run.schedule.sparsity} asks "
-            f"for {wanted}; the last mask update is at step {run.schedule.end_step} of {run.plan.total_steps}"
+            f"the model has {zeros} zeros among {weights} prunable weights, --sparsity {goal.sparsity} asks "
+            f"for {wanted}; the last mask update is at step {goal.end_step} of {run.plan.total_steps}"
         )
     short = f", {wanted - zeros} short of what was asked for: channels go whole" if zeros < wanted else ""
     _log.info("Sparsity: %d zeros among %d prunable weights = %.4f %%%s", zeros, weights, 100 * zeros / weights, short)

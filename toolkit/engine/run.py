@@ -54,7 +54,8 @@ class Run:
     train_loss: Callable[[Tensor, Tensor], Tensor]
     to_inputs: Callable[[Batch], tuple[Tensor, Tensor]]
     augment: Callable[[Tensor, Tensor, int, int], tuple[Tensor, Tensor]]
-    schedule: Schedule
+    schedule: Schedule  # of mask updates that are still to come: off once the model has shrunk
+    goal: Schedule  # what the run is to end at
     prunable: list[tuple[str, Tensor]]
     predict_memory: Callable[[], tuple[dict[str, int], dict[str, dict[str, int]]]]
     memory: MemoryLog

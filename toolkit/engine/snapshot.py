@@ -95,6 +95,8 @@ def load_snapshot(run: Run) -> History:
     if run.resume_from is None:
         return History()
     state = load_checkpoint(run.resume_from)
+    if (state.get("smaller") is None) != (run.smaller is None):
+        raise ValueError(f"{run.resume_from} was replaced while the run was built; start again with --resume")
     run.engine.load_weights(state["model"])
     run.engine.load_optimizer_states(state["optimizer"]["state"], state["optimizer"]["param_groups"])
     if run.scheduler is not None:

@@ -220,8 +220,9 @@ class PackedOptimizer(Optimizer):
                     f"a parameter group has {name}={param_group[name]!r}, the optimizer {own!r}; all are pruned "
                     "together: leave it out of the group, or use two optimizers"
                 )
-        self._packing.channels += param_group.pop("channels", [])
-        super().add_param_group(param_group)
+        if "channels" in param_group:
+            self._packing.channels = [*(self._packing.channels or []), *param_group["channels"]]
+        super().add_param_group({key: value for key, value in param_group.items() if key != "channels"})
         self._packing.note_change()
 
     def __getstate__(self) -> dict[str, Any]:

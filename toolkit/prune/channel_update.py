@@ -9,8 +9,8 @@ Ranks of a sharded model add up sums and counts, and choose alike from them.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed
@@ -22,7 +22,7 @@ from toolkit.prune.distributed import first_weight
 from toolkit.prune.mask import flat_view, unpack_bits
 from toolkit.prune.options import PruningOptions
 from toolkit.prune.patterns import LOWEST
-from toolkit.prune.stores import MaskedStore, Member, cut
+from toolkit.prune.stores import MaskedStore, Member, check_scored, cut
 
 _AXES = (0, 1)
 _Vectors = dict[tuple[str, int], Tensor]  # (member, axis) -> float64 [size of the axis], on the host
@@ -58,11 +58,12 @@ def update_channels(
     Call on all ranks of `group`. Raises ValueError that names a tensor without a score, or where masks of another
     pattern are there.
     """
+    check_scored(members, step)
     by_name = {member.name: member for member in members}
     # 1. What the weights at each place of each axis are worth, and how many there are, over the ranks.
     sums, counts = _sums_and_counts(members, store, group)
     alive = [_channel_sums(counts, own) > 0 for own in groups]
-    sizes = {member.name: _Size(*_shape(member)) for member in members}
+    sizes = {member.name: _Size(*_shape(member.parameter)) for member in members}
     whole = {name: size.rows * size.columns * size.within for name, size in sizes.items()}
     for own, left in zip(groups, alive, strict=True):
         for one in own.slices:
@@ -78,6 +79,11 @@ def update_channels(
     room = options.num_zeros_at(step, sum(whole.values())) - (sum(whole.values()) - survivors)
     chosen = _choose(groups, alive, sums, counts, sizes, room)
     if not any(bool(marks.any()) for marks in chosen):
+        if step == options.end_step and survivors == sum(whole.values()):
+            raise ValueError(
+                f"sparsity={options.sparsity} of {survivors} weights is less than any one channel of them; ask for "
+                "more, or prune by weight"
+            )
         return None
     # 3. Apply tensor by tensor.
     gone = {key: torch.zeros(len(vector), dtype=torch.bool) for key, vector in counts.items()}
@@ -89,6 +95,18 @@ def update_channels(
         if gone[member.name, 0].any() or gone[member.name, 1].any():
             store.apply(member, _drop(member, store, gone[member.name, 0], gone[member.name, 1]), None)
     return sum(size.rows * size.columns * size.within for size in sizes.values())
+
+
+def largest_channel(groups: Sequence[ChannelGroup], parameters: Mapping[str, Tensor]) -> int:
+    """Weights of the largest channel, of the whole model."""
+    sizes = {name: _Size(*_shape(parameter)) for name, parameter in parameters.items()}
+    return max(
+        (
+            sum(replace(sizes[one.name]).lose(one.axis, one.places.shape[1]) for one in own.slices if one.name in sizes)
+            for own in groups
+        ),
+        default=0,
+    )
 
 
 def _choose(
@@ -134,9 +152,9 @@ def _channel_sums(vectors: _Vectors, own: ChannelGroup) -> Tensor:
     return total
 
 
-def _shape(member: Member) -> tuple[int, int, int]:
+def _shape(parameter: Tensor) -> tuple[int, int, int]:
     """(rows, columns, weights within each) of the whole parameter."""
-    rows, columns, *kernel = member.parameter.shape
+    rows, columns, *kernel = parameter.shape
     return rows, columns, math.prod(kernel)
 
 

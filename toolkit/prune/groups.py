@@ -66,7 +66,8 @@ def left_dense(model: nn.Module, pattern: str, *, ends: bool = False) -> dict[st
     kind = n_of_m(pattern)
     if kind is None:
         return {}
-    weights = {name: weight for name, weight in model.named_parameters() if name in prunable_names(model)}
+    prunable = prunable_names(model)
+    weights = {name: weight for name, weight in model.named_parameters() if name in prunable}
     turned = {id(w) for module in model.modules() if _has_inputs_first(module) for _, w in _layer_weights(module)}
     outer = set() if ends else _ends(model, list(weights))
     found: dict[str, list[str]] = {}

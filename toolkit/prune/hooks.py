@@ -144,7 +144,7 @@ def pruned_by_hooks(base: type[Optimizer], method: str) -> type[Optimizer]:
                 raise ValueError(f"regrow is for pruning by state; {method} pruning takes 0")
             pruning = {key: options.pop(key) for key in _OPTIONS if key in options}
             checked = PruningOptions.of(pruning, scores=HOOK_METHODS[method])
-            self._channels: list[ChannelGroup] = []  # taken from the groups while the base class is made
+            self._channels: list[ChannelGroup] | None = None  # taken from the groups while the base class is made
             super().__init__(params, *args, **options)
             # Under one key of its own in defaults: AdamWSPAM as base has a `sparsity` that must stay 0.
             self.defaults["pruning"] = {key: getattr(checked, key) for key in _OPTIONS}
@@ -153,8 +153,9 @@ def pruned_by_hooks(base: type[Optimizer], method: str) -> type[Optimizer]:
             self.pruning.check_prunable()
 
         def add_param_group(self, param_group: dict[str, Any]) -> None:
-            self._channels += param_group.pop("channels", [])
-            super().add_param_group(param_group)
+            if "channels" in param_group:
+                self._channels = [*(self._channels or []), *param_group["channels"]]
+            super().add_param_group({key: value for key, value in param_group.items() if key != "channels"})
             if isinstance(self.__dict__.get("pruning"), Pruner):  # not yet while the base class is made
                 self.pruning.note_change()
 
@@ -168,7 +169,7 @@ def pruned_by_hooks(base: type[Optimizer], method: str) -> type[Optimizer]:
             if not isinstance(self.__dict__.get("pruning"), Pruner):  # a copy, or unpickled
                 self.pruning = Pruner(self, PruningOptions(**self.defaults["pruning"]))
             if keeps_zeros is not None:
-                self.pruning.keeps_zeros, self.pruning.channels = keeps_zeros, channels or []
+                self.pruning.keeps_zeros, self.pruning.channels = keeps_zeros, channels
                 self._channels = self.pruning.channels
 
         def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:

@@ -10,7 +10,7 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from toolkit.prune.budget import budget_for
-from toolkit.prune.channel_update import update_channels
+from toolkit.prune.channel_update import largest_channel, update_channels
 from toolkit.prune.channels import ChannelGroup
 from toolkit.prune.distributed import FlatSlices, memory_order, read_numbers, shard_group, sum_over, to_local
 from toolkit.prune.groups import announce_unmarked, check_fits, prunable_parameters
@@ -42,7 +42,7 @@ class Pruning:
         self.flat_slices: Mapping[Tensor, FlatSlices] = {}
         self.after_repack: Callable[[], None] = lambda: None
         self.keeps_zeros = False
-        self.channels: list[ChannelGroup] = []  # what goes together under pattern channel
+        self.channels: list[ChannelGroup] | None = None  # what goes together under pattern channel; None: not said
         self._arrived = False  # whether the masks are known to be those of end_step
         self._store = store
         self._layouts: dict[Tensor, tuple[int, tuple[int, ...]]] = {}  # of the parameters when their masks were made
@@ -77,6 +77,8 @@ class Pruning:
             raise ValueError(
                 "pattern='channel' needs to know which channels go together; make the groups by toolkit.optim."
                 "param_groups(model, pattern='channel', example_input=images)"
+                if self.channels is None
+                else "no channels of this model can go, the log says why; use pattern='weight' or N:M"
             )
         check_fits(self.optimizer.param_groups, self.options.pattern)
         announce_unmarked(self.optimizer.param_groups, self.options.pattern)
@@ -85,6 +87,8 @@ class Pruning:
         """Take the budget of the parameters there are, as yet whole: an engine cuts them later. Raises ValueError."""
         numels = [parameter.numel() for _, parameter in self.prunable()]
         final_zeros = self.schedule.num_zeros_at(self.schedule.end_step or 0, sum(numels))
+        if self.options.pattern == CHANNEL:  # the last one that has no room any more stays
+            final_zeros = max(1, final_zeros - largest_channel(self.channels or [], dict(self.prunable())))
         self._store.budget = budget_for(self.options.state_budget, numels, num_moments, final_zeros)
         self._store.fit(sum(numels))
 
@@ -162,7 +166,7 @@ class Pruning:
             return False
         group = self._group(members)
         if self.options.pattern == CHANNEL:
-            survivors = update_channels(members, self.channels, self._store, self.options, step, group)
+            survivors = update_channels(members, self.channels or [], self._store, self.options, step, group)
         else:
             survivors = update_masks(members, self._store, self.options, step, group)
         if survivors is not None:

@@ -75,12 +75,12 @@ class Schedule:
     def is_reached(self, zeros: int, weights: int) -> bool:
         """Whether a model's zeros are those of end_step.
 
-        Of single weights exactly; of N:M at least, for a survivor may be 0 too; of channels at most, as many as whole
-        ones make.
+        Of single weights exactly; of N:M at least, for a survivor may be 0 too; of channels any, as whole ones make
+        them, and a start's own zeros may be among them.
         """
         wanted = self.num_zeros_at(self.end_step or 0, weights)
         if self.pattern == CHANNEL:
-            return 0 < zeros <= wanted
+            return zeros > 0
         return zeros == wanted if self.pattern == WEIGHT else zeros >= wanted
 
     def num_units_at(self, step: int, count: int) -> int:

@@ -47,6 +47,16 @@ class Member:
         return sum(last - first for _, first, last in self.ranges)
 
 
+def check_scored(members: Sequence[Member], step: int) -> None:
+    """Raise ValueError that names a member of which nothing is known: no gradient ever came to it."""
+    for member in members:
+        if member.parameter.grad is None and not member.state:
+            raise ValueError(
+                f"{member.name} is prunable but had no gradient by step {step}, so it has no score; freeze it "
+                "(requires_grad=False, out of the optimizer) or mark its group prunable=False"
+            )
+
+
 @dataclass(frozen=True)
 class Piece:
     """Weights `first` to `last` of a member, of which `kept` survive; `before` survive before them."""

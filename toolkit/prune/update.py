@@ -26,7 +26,7 @@ from toolkit.prune.distribution import zero_quotas
 from toolkit.prune.options import PruningOptions
 from toolkit.prune.patterns import n_of_m
 from toolkit.prune.select import Chunks, choose_lowest, find_threshold
-from toolkit.prune.stores import MaskedStore, Member, Piece, batches
+from toolkit.prune.stores import MaskedStore, Member, Piece, batches, check_scored
 from toolkit.prune.units import GroupUnits, WeightUnits
 
 
@@ -88,7 +88,7 @@ def update_masks(
     num_back = _num_regrown(options, step, units.survivors(sum(totals), wanted), sum(done))
     if wanted == (0 if store.pruned_compete else sum(done)) and not num_back:
         return None
-    _check_scored(members, step)
+    check_scored(members, step)
     # 2. Who competes with whom, for how many places: all tensors together, or each for a quota of its own.
     if options.scope == "global":
         contests = [(members, wanted - sum(fixed), num_back)]
@@ -111,15 +111,6 @@ def update_masks(
             drop = units.drops(pieces[member], chosen, grow)
             store.apply(member, drop, None if grow is None else units.grows(pieces[member], grow))
     return units.survivors(sum(totals), wanted)
-
-
-def _check_scored(members: Sequence[Member], step: int) -> None:
-    for member in members:
-        if member.parameter.grad is None and not member.state:
-            raise ValueError(
-                f"{member.name} is prunable but had no gradient by step {step}, so it has no score; freeze it "
-                "(requires_grad=False, out of the optimizer) or mark its group prunable=False"
-            )
 
 
 def _joined(
