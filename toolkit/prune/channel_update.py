@@ -1,10 +1,11 @@
 """The mask update for whole channels: every channel goes with all that depends on it, the cheapest first.
 
 Of all members (prunable tensors) and channel groups together:
-    sums     float64 [size]  of a member and axis: normalised scores of the survivors at each place of the axis
+    sums     float64 [size]  of a member and axis: scores of the survivors at each place of the axis
     counts   float64 [size]  likewise: how many survivors there are
     alive    bool [count]    of a group: channels that are not removed
-A channel's score is the mean over its weights, each layer's scores divided by their mean size, so that layers compare.
+A channel's score is the mean over its weights, of all layers that have a part in it. (Each layer's scores over the mean
+of what it has left were tried: SGD's layers then lost all channels but one, results/LOG.md.)
 Ranks of a sharded model add up sums and counts, and choose alike from them.
 """
 
@@ -161,19 +162,19 @@ def _shape(parameter: Tensor) -> tuple[int, int, int]:
 def _sums_and_counts(
     members: Sequence[Member], store: MaskedStore, group: ProcessGroup | None
 ) -> tuple[_Vectors, _Vectors]:
-    """Of scores over their member's mean size, and of survivors."""
+    """Of scores, and of survivors."""
     device = members[0].part.device
     vectors = []
     for member in members:
         scores, keep = _dense_scores(member, store)
         first = first_weight(member.parameter) // max(1, math.prod(member.parameter.shape[1:]))
-        for values in (scores, scores.abs(), keep):
+        for values in (scores, keep):
             for axis in _AXES:
                 others = [other for other in range(values.ndim) if other != axis]
-                own = values.sum(others, dtype=torch.float64)
+                part = values.sum(others, dtype=torch.float64)
                 whole = torch.zeros(member.parameter.shape[axis], dtype=torch.float64, device=device)
                 begin = first if axis == 0 else 0
-                whole[begin : begin + len(own)] = own
+                whole[begin : begin + len(part)] = part
                 vectors.append(whole)
     together = torch.cat(vectors)
     if group is not None:
@@ -182,13 +183,12 @@ def _sums_and_counts(
     sums: _Vectors = {}
     counts: _Vectors = {}
     for member in members:
-        signed, absolute, kept = ({(member.name, axis): next(parts) for axis in _AXES} for _ in range(3))
-        size = float(absolute[member.name, 0].sum() / kept[member.name, 0].sum().clamp(min=1))
-        if not math.isfinite(size):
+        own, kept = ({(member.name, axis): next(parts) for axis in _AXES} for _ in range(2))
+        if not all(bool(vector.isfinite().all()) for vector in own.values()):
             raise ValueError(
                 f"the pruning score of {member.name} is not finite; its weights, moments or gradients are not"
             )
-        sums |= {key: vector / (size or 1.0) for key, vector in signed.items()}
+        sums |= own
         counts |= kept
     return sums, counts
 
