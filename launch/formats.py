@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from launch.run_model import difference
 from toolkit.errors import blaming
-from toolkit.files import replacing, write_atomically
+from toolkit.files import replacing
 
 # Largest difference from eager torch, as a part of the largest output: another library sums in another order.
 LIMITS = {"onnx": 1e-4, "pt2": 1e-5}
@@ -23,16 +23,19 @@ _BATCH = ({0: torch.export.Dim.DYNAMIC},)
 def write_format(kind: str, model: nn.Module, images: Tensor, path: Path) -> float:
     """Write a model, in eval mode, for batches of any size; returns how far its output is from torch's.
 
-    Raises ValueError where a library is missing, the model cannot be exported, or the file says something else.
+    Raises ValueError where a library is missing, the model cannot be exported, or the file says something else; then
+    what was at `path` before is still there.
     """
     write = {"onnx": _write_onnx, "pt2": _write_pt2}[kind]
-    with torch.no_grad():
+    with torch.no_grad(), replacing(path) as temporary:
         wanted, alone = model(images), model(images[:1])
-        run = write(model, images, path)
+        run = write(model, images, temporary)
         found = max(difference(wanted, run(images)), difference(alone, run(images[:1])))
-    if not found <= LIMITS[kind]:
-        path.unlink()
-        raise ValueError(f"{path} differs from the model by {found:.1e} of its output; use --format safetensors")
+        if not found <= LIMITS[kind]:
+            raise ValueError(
+                f"{path.name} is not written: it differs from the model by {found:.1e} of its output; "
+                "use --format safetensors"
+            )
     return found
 
 
@@ -100,5 +103,5 @@ def _write_pt2(model: nn.Module, images: Tensor, path: Path) -> Any:
     content = io.BytesIO()
     with blaming("--format pt2", "use --format safetensors"), _quiet():
         torch.export.save(torch.export.export(model, (_two(images),), dynamic_shapes=_BATCH), content)
-    write_atomically(path, content.getvalue())
-    return torch.export.load(path).module()
+    path.write_bytes(content.getvalue())
+    return torch.export.load(io.BytesIO(path.read_bytes())).module()  # by a path it wants a name in .pt2

@@ -1,6 +1,7 @@
 """`launch.export --shrink`: a run's model without the channels that are zero throughout, tried on the run's images."""
 
 import dataclasses
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -32,20 +33,29 @@ def plan_of(config: Config, plan: Plan, input_size: tuple[int, ...]) -> Plan:
 
 
 def export_shrunk(checkpoint: Path, weights: dict[str, Tensor], out: Path, kind: str) -> dict[str, Any]:
-    """Write the folder `out`; returns what was removed. Raises ValueError where the smaller model says otherwise."""
+    """Write the folder `out`; returns what was removed.
+
+    Raises ValueError where the smaller model says otherwise, also read back; then `out` is as it was.
+    """
     model, config, before = run_model(checkpoint, weights)
     images, which = some_images(config, model, _IMAGES)
     groups = channel_groups(model, images[:2])
     smaller, plan, dead = remove_dead_channels(model, groups, images[:_FOR_CONSTANTS])
-    found = _check(model, smaller, images, f"{out} is not written: the smaller model")
+    refused = f"{out} is not written: the smaller model"
+    found, apart = _check(model, smaller, images, refused), None
     size = tuple(images.shape[1:])
     plan = dataclasses.replace(plan, layers=both_cuts(before, plan.layers))
-    save_shrunk(out, smaller, plan_of(config, plan, size))
-    found = max(found, _check(model, load_shrunk(out), images, f"{out}, read back,"))
-    file, apart = out / WEIGHTS, None
-    if kind != "safetensors":
-        file = out / f"model.{kind}"
-        apart = write_format(kind, smaller, images[:32], file)
+    file = out / (WEIGHTS if kind == "safetensors" else f"model.{kind}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{out.name}.", suffix=".tmp", dir=out.parent) as beside:
+        folder = Path(beside)
+        save_shrunk(folder, smaller, plan_of(config, plan, size))
+        found = max(found, _check(model, load_shrunk(folder), images, f"{refused}, read back,"))
+        if kind != "safetensors":
+            apart = write_format(kind, smaller, images[:32], folder / file.name)
+        out.mkdir(exist_ok=True)
+        for written in folder.iterdir():
+            written.replace(out / written.name)
     counts = {group.name: group.count for group in groups}
     return {
         "file": str(file),

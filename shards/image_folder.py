@@ -15,6 +15,7 @@ from pathlib import Path
 from shards import sources, splits
 from shards.sources import SourceImage
 from toolkit.command import one_line_errors
+from toolkit.errors import blaming
 
 _SHARD_BYTES, _SHARD_IMAGES = 16 * 2**20, 500  # a shard has as much, or as many, where the data set has
 _MAX_SHARDS = 1024
@@ -25,6 +26,10 @@ def catalogue_of(source: Path, val_share: float) -> sources.Catalogue:
     if not source.is_dir():
         raise ValueError(f"--source {source} is not a folder")
     if (source / "train").is_dir():
+        if val_share:
+            raise ValueError(
+                f"--val-share {val_share:g} is for class folders alone, and --source {source} has train/; leave it out"
+            )
         return sources.from_image_folder(source)
     if not 0.0 < val_share < 1.0:
         raise ValueError(
@@ -39,7 +44,8 @@ def divide(catalogue: sources.Catalogue, val_share: float, tuning: int, train: i
     found = dict(catalogue.splits)
     if "validation" not in found:
         count = round(len(found["train"]) * val_share)
-        found["train"], found["validation"] = splits.hold_out(found["train"], count, seed)
+        with blaming(f"--val-share {val_share:g}"):
+            found["train"], found["validation"] = splits.hold_out(found["train"], count, seed)
     return dataclasses.replace(catalogue, splits=splits.divide(found, tuning, train, seed))
 
 

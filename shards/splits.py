@@ -9,6 +9,8 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 
+from toolkit.errors import blaming
+
 
 class Labelled(Protocol):
     """An image of which the class number is known."""
@@ -29,7 +31,9 @@ def hold_out(images: Sequence[Image], count: int, seed: int) -> tuple[list[Image
     labels = np.array([image.label for image in images])
     classes, sizes = np.unique(labels, return_counts=True)
     if not 0 < count < len(images):
-        raise ValueError(f"{count:,} of {len(images):,} images cannot be held out; give 1 to {len(images) - 1:,}")
+        raise ValueError(
+            f"{count:,} of {len(images):,} images cannot be held out; give 1 to {len(images) - 1:,} images"
+        )
     ideal = sizes * (count / len(images))
     taken = ideal.astype(int)
     taken[np.argsort(taken - ideal, kind="stable")[: count - taken.sum()]] += 1
@@ -52,13 +56,15 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def divide(splits: Mapping[str, list[Image]], tuning: int, train: int, seed: int) -> dict[str, list[Image]]:
     """The splits with `tuning` training images as a split of their own, and `train` of the rest (0: all) to train on.
 
-    Raises ValueError as `hold_out` does.
+    Raises ValueError as `hold_out` does, with the flag.
     """
     splits = dict(splits)
     if tuning:
-        splits["train"], splits["tuning"] = hold_out(splits["train"], tuning, seed)
+        with blaming(f"--tuning {tuning}"):
+            splits["train"], splits["tuning"] = hold_out(splits["train"], tuning, seed)
     if train and train < len(splits["train"]):
-        splits["train"] = hold_out(splits["train"], train, seed)[1]
+        with blaming(f"--train-images {train}"):
+            splits["train"] = hold_out(splits["train"], train, seed)[1]
     return splits
 
 

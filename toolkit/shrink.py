@@ -3,6 +3,7 @@
 On disk it is a folder: `model.safetensors`, and `channels.json`, the plan by which timm's model is cut to its shapes.
 """
 
+import contextlib
 import copy
 import dataclasses
 import itertools
@@ -19,6 +20,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
 from toolkit.errors import blaming, refuse
 from toolkit.files import read_json, replacing, write_json
@@ -32,6 +38,8 @@ MAX_PLACES = 2**20  # of a layer along one axis
 MAX_OF_AN_ARGUMENT = 2**14
 MAX_ENTRIES = 64  # of an argument that is a list
 MAX_TIMES_THE_FILE = 64  # bytes of the whole model
+MAX_TENSORS = 2**13  # in the file; timm's deepest models have 2,500
+MAX_PARTS_OF_A_TENSOR = 8  # modules, parameters and buffers made for each; timm's models make up to 4.3
 _REFUSED_ARGUMENTS = ("pretrained", "checkpoint_path", "cache_dir", "features_only", "num_classes", "scriptable")
 
 
@@ -117,10 +125,12 @@ def load_shrunk(folder: str | Path) -> nn.Module:
     with blaming(f"{file} is not of the model in {PLAN}", "export both again with launch.export --shrink"):
         try:
             with safe_open(file, framework="pt") as opened:
-                stored = {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
+                names = opened.keys()
+                refuse({f"it has {len(names):,} tensors, at most {MAX_TENSORS:,} are taken": len(names) > MAX_TENSORS})
+                stored = {key: tuple(opened.get_slice(key).get_shape()) for key in names}
         except SafetensorError as error:
             raise ValueError(f"it cannot be read: {error}") from None
-        with torch.device("meta"):
+        with torch.device("meta"), _at_most_parts(MAX_PARTS_OF_A_TENSOR * len(stored)):
             model = _built(plan)
         whole_bytes = sum(tensor.nbytes for tensor in model.state_dict().values())
         limit_bytes = MAX_TIMES_THE_FILE * file.stat().st_size
@@ -233,6 +243,25 @@ def _built(plan: Plan) -> nn.Module:
     if plan.img_size is not None and hasattr(model, "set_input_size"):
         model.set_input_size(img_size=plan.img_size)  # type: ignore[operator]
     return model.eval()
+
+
+@contextlib.contextmanager
+def _at_most_parts(limit: int) -> Iterator[None]:
+    """Within, ValueError ends the making of a model of more modules, parameters and buffers: depth has many names."""
+    made = itertools.count(1)
+
+    def count(module: nn.Module, name: str, part: object) -> None:
+        if part is not None and next(made) > limit:
+            raise ValueError(f"its model has more than {limit:,} parts, too many for the file's tensors")
+
+    with contextlib.ExitStack() as stack:
+        for register in (
+            register_module_module_registration_hook,
+            register_module_parameter_registration_hook,
+            register_module_buffer_registration_hook,
+        ):
+            stack.callback(register(count).remove)
+        yield
 
 
 def _try_forward(model: nn.Module, input_size: Sequence[int]) -> None:

@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from shrinking import difference, random_keep, randomise, zeroed
 from torch import nn
+from torch.nn.modules import module
+from torch.nn.modules.module import register_module_module_registration_hook
 
 import toolkit
 from toolkit.prune.channels import channel_groups
@@ -237,6 +239,43 @@ def test_a_strangers_plan_is_an_error_of_one_line(folder, change, said):
         toolkit.load_shrunk(folder)
     assert "\n" not in str(error.value)
     assert "export" in str(error.value)
+
+
+DEEP = [
+    ("vit_tiny_patch16_224", {"depth": 16000}),
+    ("resnet18", {"layers": [16000] * 4, "channels": [1] * 4}),
+    ("convnext_atto", {"depths": [16000] * 4, "dims": [1] * 4}),
+    ("repvit_m0_9", {"depth": [16000] * 4, "embed_dim": [8] * 4}),
+    ("xcit_nano_12_p16_224", {"depth": 16000}),
+    ("swin_tiny_patch4_window7_224", {"depths": [16000] * 4, "embed_dim": 24}),
+    ("densenet121", {"block_config": [16000] * 4, "growth_rate": 1}),
+]
+
+
+@pytest.mark.parametrize(("name", "arguments"), DEEP, ids=[name for name, _ in DEEP])
+def test_a_plan_deeper_than_its_file_costs_no_time(folder, name, arguments):
+    """Whatever the argument is called, the model is not made further than the file's tensors allow."""
+    plan = json.loads((folder / "channels.json").read_text())
+    plan.update(model=name, model_kwargs=arguments, layers={}, input_size=[3, 224, 224])
+    (folder / "channels.json").write_text(json.dumps(plan))
+    tensors = len(load_file(folder / "model.safetensors"))
+    made = []
+    count = register_module_module_registration_hook(lambda module, name, part: made.append(name))
+    try:
+        with pytest.raises(ValueError, match=f"has more than {8 * tensors} parts, too many for the file's tensors"):
+            toolkit.load_shrunk(folder)
+    finally:
+        count.remove()
+    assert len(made) <= 8 * tensors + 1
+    hooks = (module._global_module_registration_hooks, module._global_parameter_registration_hooks)
+    assert not any((*hooks, module._global_buffer_registration_hooks))
+
+
+def test_a_file_of_too_many_tensors_is_refused(folder):
+    weights = {f"{number}": torch.zeros(1) for number in range(2**13 + 1)}
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(ValueError, match="it has 8,193 tensors, at most 8,192 are taken"):
+        toolkit.load_shrunk(folder)
 
 
 @given(

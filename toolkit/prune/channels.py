@@ -13,7 +13,9 @@ from typing import Any
 import timm.layers
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
+from toolkit.errors import blaming
 from toolkit.log import get_logger
 
 _LAYERS = (nn.modules.conv._ConvNd, nn.Linear)
@@ -67,15 +69,16 @@ def channel_groups(model: nn.Module, example_input: Tensor) -> list[ChannelGroup
     """The groups of a bare model, in the order of its modules; deterministic. The log names what stays whole, and why.
 
     Left out are residual streams (channels that are added to others), the classifier's outputs, channels beside a bare
-    parameter, those that a norm mixes, grouped convolutions, and whatever is not known to keep channels apart. The
-    model is traced as a copy without values in eval mode, and stays as it is.
+    parameter, those that a norm mixes, grouped convolutions, shared weights, and whatever is not known to keep channels
+    apart. The model is traced as a copy without values in eval mode, and stays as it is.
 
     Args:
-        model: the bare model, not the wrapper of DDP or `torch.compile`.
+        model: the bare model, not the wrapper of DDP or `torch.compile`, and before `fully_shard`.
         example_input: a batch as the model takes it, float [n, channels, height, width]; its values do not matter.
 
     Raises:
-        ValueError: torch-pruning is not installed, or cannot trace the model.
+        ValueError: torch-pruning is not installed or cannot trace the model, or the model is sharded or cannot be
+            copied.
     """
     twin = _twin(model)
     graph = _trace(twin, example_input)
@@ -139,7 +142,7 @@ def _refuse_mixing(graph: Any, members: Any, attention: nn.Module | None) -> Non
         if node.type.name == "PARAMETER":
             raise _WholeError("a bare parameter stands beside them")
         if node.type.name in _TYPES_OF_LAYERS:
-            _refuse_layer(node.module, graph.calls)
+            _refuse_layer(node.module, graph.calls, graph.owners)
     batch_norms = sum(isinstance(node.module, timm.layers.BatchNormAct2d) for node in nodes)
     if sum(operations.get(node) == "NativeBatchNorm" for node in plain) > batch_norms:
         raise _WholeError("a BatchNorm without parameters is among them")
@@ -147,10 +150,12 @@ def _refuse_mixing(graph: Any, members: Any, attention: nn.Module | None) -> Non
         _refuse_operation(node, operations.get(node, "unknown"), attention is not None)
 
 
-def _refuse_layer(layer: nn.Module, calls: Counter[nn.Module]) -> None:
+def _refuse_layer(layer: nn.Module, calls: Counter[nn.Module], owners: Counter[int]) -> None:
     forward = type(layer).forward
     if calls[layer] > 1:
         raise _WholeError("a layer among them is used twice")
+    if any(owners[id(tensor)] > 1 for tensor in _tensors_of(layer)):
+        raise _WholeError("a weight among them is shared")
     if getattr(layer, "parametrizations", None) or "weight" not in layer._parameters:
         raise _WholeError("a weight among them is computed from others")
     if forward in _CONVOLUTIONS:
@@ -238,12 +243,22 @@ def _places(roots: Iterable[int], places: Iterable[int], count: int, unit: int, 
     return found.values[by_channel.indices].view(count, per)
 
 
+def _tensors_of(module: nn.Module) -> list[Tensor]:
+    """A module's own parameters and buffers, without its children's."""
+    own = (*module._parameters.values(), *module._buffers.values())
+    return [tensor for tensor in own if tensor is not None]
+
+
 def _twin(model: nn.Module) -> nn.Module:
     """A copy on the meta device, in eval mode, that wants all gradients and has no hooks: for tracing."""
+    if any(isinstance(module, FSDPModule) for module in model.modules()):
+        raise ValueError("which channels go together is seen before fully_shard; make the groups first")
     memo: dict[int, Any] = {id(buffer): buffer.detach().to("meta") for buffer in model.buffers()}
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.is_floating_point())
-    twin = copy.deepcopy(model, memo).eval()
+    remedy = "prune it by weight, or make the groups of a copy that has plain modules and tensors"
+    with blaming(f"{type(model).__name__} cannot be copied to see which channels go together", remedy):
+        twin = copy.deepcopy(model, memo).eval()
     for module in twin.modules():
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
@@ -275,4 +290,5 @@ def _trace(twin: nn.Module, example_input: Tensor) -> Any:
                 f"{type(twin).__name__} cannot be traced for its channels ({reason}); prune it by weight"
             ) from error
     graph.calls = calls
+    graph.owners = Counter(id(tensor) for module in twin.modules() for tensor in _tensors_of(module))
     return graph

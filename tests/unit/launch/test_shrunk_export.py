@@ -100,6 +100,64 @@ def test_a_smaller_model_that_says_something_else_is_not_written(run, tmp_path, 
     assert not (tmp_path / "s").exists()
 
 
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("fails", ["smaller", "read back", "onnx", "pt2"])
+@pytest.mark.parametrize("before", [True, False])
+def test_what_fails_a_check_leaves_what_was_there(run, tmp_path, monkeypatch, fails, before):
+    from launch import formats, shrinking
+
+    kind = fails if fails in formats.LIMITS else "safetensors"
+    out = tmp_path / "s"
+    if before:
+        out.mkdir()
+        for name in ("model.safetensors", "channels.json", "model.onnx", "model.pt2", "notes.txt"):
+            (out / name).write_text(name)
+    was = contents(tmp_path)
+    calls = []
+
+    def far(one, other):  # the second difference is that of what was read back
+        calls.append(fails)
+        return 1.0 if (len(calls) > 1) == (fails == "read back") else 0.0
+
+    if kind == "safetensors":
+        monkeypatch.setattr(shrinking, "difference", far)
+    else:
+        monkeypatch.setattr(formats, "difference", lambda one, other: 1.0)
+    checkpoint = newest_checkpoint(run / "checkpoints")
+    with pytest.raises(ValueError, match="is not written: ") as error:
+        export_shrunk(checkpoint, load_checkpoint(checkpoint)["model"], out, kind)
+    assert str(tmp_path / "s.") not in str(error.value)
+    assert (", read back," in str(error.value)) == (fails == "read back")
+    assert contents(tmp_path) == was
+    assert sorted(tmp_path.iterdir()) == [out] * before
+
+
+@pytest.mark.parametrize("kind", ["onnx", "pt2"])
+def test_a_file_that_fails_its_check_leaves_the_one_before(run, tmp_path, monkeypatch, kind, capsys):
+    from launch import formats
+
+    monkeypatch.setattr(formats, "difference", lambda one, other: 1.0)
+    (tmp_path / f"model.{kind}").write_text("good")
+    line = error_of(capsys, main, [str(run), "--out", str(tmp_path / f"model.{kind}"), "--format", kind])
+    assert f"model.{kind} is not written: it differs from the model by 1.0e+00 of its output" in line
+    assert contents(tmp_path) == {f"model.{kind}": b"good"}
+
+
+def test_a_second_export_replaces_the_first_and_leaves_the_rest(run, tmp_path):
+    out = tmp_path / "s"
+    out.mkdir()
+    for name in ("model.safetensors", "channels.json", "notes.txt"):
+        (out / name).write_text("old")
+    assert main([str(run), "--out", str(out), "--shrink"]) == 0
+    toolkit.load_shrunk(out)
+    assert (out / "notes.txt").read_text() == "old"
+    assert sorted(path.name for path in out.iterdir()) == ["channels.json", "model.safetensors", "notes.txt"]
+    assert list(tmp_path.iterdir()) == [out]
+
+
 def error_of(capsys, command, argv):
     with pytest.raises(SystemExit) as stop:
         raise SystemExit(command(argv))

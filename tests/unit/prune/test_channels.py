@@ -2,11 +2,15 @@
 
 import logging
 import sys
+import threading
 
 import pytest
 import timm
 import torch
+from ranks import run_ranks
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from toolkit.prune.channels import channel_groups
 
@@ -150,6 +154,72 @@ def test_what_may_mix_channels_stays_whole_and_is_named(kind, reason, caplog):
     with caplog.at_level(logging.INFO, "toolkit"):
         assert channel_groups(_Odd(kind), torch.zeros(1, 3, 8, 8)) == []
     assert any("(a" in line and reason in line for line in caplog.messages)
+
+
+class _Shared(nn.Module):
+    """Layers one behind the other, of which two may share a tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Conv2d(8 if n else 3, 8, 3, padding=1) for n in range(4))
+        self.a_norm, self.d_norm = nn.BatchNorm2d(8), nn.BatchNorm2d(8)
+        self.kept = nn.Identity()
+
+    def forward(self, x):
+        x = torch.relu(self.b(torch.relu(self.a_norm(self.a(x)))))
+        return self.d_norm(self.d(torch.relu(self.c(x)))).mean((2, 3))
+
+
+# Where a tensor is, where it is once more, and the groups that are left of a, b and c.
+SHARED = [
+    ("d.bias", "a_norm.num_batches", ["b"]),  # d reads c; a_norm is a's
+    ("b.weight", "c.weight", []),
+    ("c.bias", "a.bias", []),  # b reads a
+    ("a_norm.weight", "d_norm.weight", ["b", "c"]),
+    ("a_norm.running_mean", "d_norm.running_mean", ["b", "c"]),
+    ("d.weight", "kept.weight", ["a", "b"]),
+    ("a.weight", "a.another", ["b", "c"]),
+]
+
+
+@pytest.mark.parametrize(("place", "other", "left"), SHARED)
+def test_a_shared_tensor_keeps_its_channels(place, other, left, caplog):
+    model, image = _Shared(), torch.zeros(1, 3, 8, 8)
+    assert [group.name for group in channel_groups(model, image)] == ["a", "b", "c"]
+    (layer, name), (second, attribute) = place.split("."), other.split(".")
+    setattr(model.get_submodule(second), attribute, getattr(model.get_submodule(layer), name))
+    with caplog.at_level(logging.INFO, "toolkit"):
+        groups = channel_groups(model, image)
+    assert [group.name for group in groups] == left
+    assert any("a weight among them is shared" in line for line in caplog.messages)
+    shared = {place, other}
+    assert not shared & {one.name for group in groups for one in group.slices}
+
+
+def test_a_module_of_two_names_that_is_used_once_is_not_shared():
+    model, image = _Shared(), torch.zeros(1, 3, 8, 8)
+    model.kept = model.b
+    assert [group.name for group in channel_groups(model, image)] == ["a", "b", "c"]
+
+
+def test_a_model_that_cannot_be_copied_is_one_line():
+    model, image = _Shared(), torch.zeros(1, 3, 8, 8)
+    for what in (threading.Lock(), torch.ones(1, requires_grad=True) * 2, (number for number in ())):
+        model.odd = what
+        with pytest.raises(ValueError, match=r"_Shared cannot be copied to see which .*; prune it by weight") as error:
+            channel_groups(model, image)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("part", ["", "b"])
+def test_a_sharded_model_is_told_to_come_earlier(part):
+    def work(rank):
+        model = _Shared()
+        fully_shard(model.get_submodule(part), mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(ValueError, match=r"seen before fully_shard; make the groups first$"):
+            channel_groups(model, torch.zeros(1, 3, 8, 8))
+
+    run_ranks(work, 1)
 
 
 def test_the_plain_one_has_a_group():

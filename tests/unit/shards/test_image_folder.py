@@ -85,6 +85,39 @@ def test_class_folders_need_a_share(tmp_path: Path, share: float) -> None:
         image_folder.catalogue_of(tmp_path, share)
 
 
+@pytest.mark.parametrize("share", [0.1, 0.9, -0.5, 3.0])
+def test_a_share_beside_train_is_refused(tmp_path: Path, share: float) -> None:
+    make_tree(tmp_path, {"train/a": 3, "val/a": 2})
+    with pytest.raises(ValueError, match=rf"^--val-share {share:g} is for class folders alone.*; leave it out$"):
+        image_folder.catalogue_of(tmp_path, share)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--val-share", "0.01"], "--val-share 0.01: 0 of 24 images cannot be held out; give 1 to 23 images"),
+        (["--val-share", "0.99"], "--val-share 0.99: 24 of 24 images cannot be held out; give 1 to 23 images"),
+        (
+            ["--val-share", "0.5", "--tuning", "12"],
+            "--tuning 12: 12 of 12 images cannot be held out; give 1 to 11 images",
+        ),
+        (
+            ["--val-share", "0.5", "--tuning", "-1"],
+            "--tuning -1: -1 of 12 images cannot be held out; give 1 to 11 images",
+        ),
+        (["--val-share", "0.5", "--train-images", "-3"], "--train-images -3: -3 of 12 images cannot be held out"),
+    ],
+)
+def test_a_split_that_cannot_be_names_its_flag(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], said: str
+) -> None:
+    make_tree(tmp_path / "birds", {"emu": 20, "gull": 4})
+    with pytest.raises(SystemExit):
+        image_folder.main(["--source", str(tmp_path / "birds"), "--out", str(tmp_path / "out"), *flags])
+    assert said in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
 @given(sizes=st.lists(st.integers(1, 40), min_size=1, max_size=6), seed=st.integers(0, 9), share=st.floats(0.05, 0.95))
 @settings(max_examples=60, deadline=None)
 def test_held_out_images_are_exact_and_alike_of_each_class(sizes: list[int], seed: int, share: float) -> None:
