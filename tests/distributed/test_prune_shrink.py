@@ -54,8 +54,15 @@ def assert_same(smaller, whole):
             assert value.shape == wanted.shape, (name, key)
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
-@pytest.mark.parametrize(("model", "opt"), [("test_vit", "adamwprune"), ("test_resnet", "movement")])
+@pytest.mark.parametrize(
+    ("num_ranks", "model", "opt"),
+    [
+        (2, "test_vit", "adamwprune"),
+        (1, "test_resnet", "movement"),
+        pytest.param(1, "test_vit", "adamwprune", marks=pytest.mark.long),
+        pytest.param(2, "test_resnet", "movement", marks=pytest.mark.long),
+    ],
+)
 def test_the_smaller_model_trains_on_as_the_whole_one_would_have(few_digits, tmp_path, model, opt, num_ranks):
     flags = MODELS[model](few_digits, tmp_path, *CHANNEL, *OPTIMIZERS[opt])
     run_ranks(whole_run, num_ranks, [*flags, "--experiment", "whole"], join_group=False)
@@ -82,7 +89,8 @@ def run_to(flags, batch=None):
     return None, run
 
 
-@pytest.mark.parametrize("end", ["0.5", "0.667"])  # within an epoch, and where one ends
+# Where an epoch ends, and within one.
+@pytest.mark.parametrize("end", ["0.667", pytest.param("0.5", marks=pytest.mark.long)])
 def test_a_run_that_stops_on_either_side_of_the_moment_goes_on(few_digits, tmp_path, end):
     flags = train_flags(few_digits, tmp_path, *CHANNEL, "--opt", "adamwprune", "--prune-end", end, "--prune-shrink")
     command._train_to_the_end(parse([*flags, "--experiment", "at once"]))

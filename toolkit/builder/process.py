@@ -65,7 +65,10 @@ def run_folder(config: Config, opt: str, facts: dict[str, Any], world: World) ->
 def start_of(config: Config, world: World) -> Path | None:
     """The checkpoint that a run will go on from, before its folder is taken; None where there is none."""
     if config.resume != "auto" or not config.experiment:
-        return Path(config.resume) if config.resume and config.resume != "auto" else None
+        if config.resume and config.resume != "auto":
+            refuse_shrunk(Path(config.resume), "--resume")
+            return Path(config.resume)
+        return None
     return _newest_sound_checkpoint(
         inside(Path(config.output), config.experiment, "--experiment") / "checkpoints", world
     )
