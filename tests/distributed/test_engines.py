@@ -118,7 +118,7 @@ PATTERNS = {
 }
 
 
-@pytest.mark.parametrize("pattern", one_of_each_kind(PATTERNS, ["channel"]))
+@pytest.mark.parametrize("pattern", one_of_each_kind(PATTERNS, []))
 def test_patterns_are_alike_on_ddp_and_fsdp2_and_refused_by_zero(flags, pattern):
     short = [*PATTERNS[pattern], "--epochs", "2", "--val-interval", "2"]
     found = {

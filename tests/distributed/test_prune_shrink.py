@@ -116,6 +116,7 @@ def test_a_run_that_stops_on_either_side_of_the_moment_goes_on(few_digits, tmp_p
             assert torch.equal(value, parts["optimizer"]["state"][name][key]), (name, key)
 
 
+@pytest.mark.long
 def test_the_average_shrinks_too(few_digits, tmp_path):
     flags = train_flags(few_digits, tmp_path, *CHANNEL, "--opt", "sgdprune", "--model-ema", "--prune-shrink")
     command._train_to_the_end(parse([*flags, "--experiment", "small"]))
@@ -220,6 +221,7 @@ def test_the_off_switch_shrinks_nothing(few_digits, tmp_path):
     assert run.smaller is None
 
 
+@pytest.mark.long
 def test_a_budget_stays_as_many_bytes(few_digits, tmp_path):
     budget = ["--opt", "adamwprune", "--prune-shrink", "--state-budget", "6", "--experiment", "a"]
     flags = train_flags(few_digits, tmp_path, *CHANNEL, *budget)
@@ -232,6 +234,7 @@ def test_a_budget_stays_as_many_bytes(few_digits, tmp_path):
     assert {state["exp_avg"].dtype for state in run.engine.optimizer_state.values()} == {torch.float32}
 
 
+@pytest.mark.long
 def test_a_start_with_zeros_is_pruned_on_by_channels(few_digits, tmp_path):
     flags = train_flags(few_digits, tmp_path, *CHANNEL, "--opt", "adamwprune")
     run_to([*flags, "--experiment", "a"])

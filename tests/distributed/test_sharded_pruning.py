@@ -124,7 +124,7 @@ def test_fsdp2_prunes_as_one_rank_does(num_ranks, kind, options):
             torch.testing.assert_close(value, dense[key], rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3])
+@pytest.mark.parametrize("num_ranks", [pytest.param(2, marks=pytest.mark.long), 3])
 @pytest.mark.parametrize(
     ("kind", "options"),
     [

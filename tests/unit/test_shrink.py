@@ -38,8 +38,8 @@ def made(name, size, **options):
         ("vit_tiny_patch16_224", 224, {}),
         ("mobilenetv3_small_100", 64, {}),
         ("convnext_atto", 64, {}),
-        ("inception_v3", 139, {}),
-        ("vgg11_bn", 224, {"num_classes": 10, "mlp_ratio": 0.1}),
+        pytest.param("inception_v3", 139, {}, marks=pytest.mark.long),
+        pytest.param("vgg11_bn", 224, {"num_classes": 10, "mlp_ratio": 0.1}, marks=pytest.mark.long),
     ],
 )
 def test_removed_is_zeroed(name, size, options):

@@ -49,7 +49,9 @@ def test_a_shrunk_run_says_the_same_and_is_smaller(run, tmp_path, capsys):
     assert "channels removed, in" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("kind", "shrunk"), [("onnx", True), ("pt2", True), ("pt2", False)])
+@pytest.mark.parametrize(
+    ("kind", "shrunk"), [("onnx", True), pytest.param("pt2", True, marks=pytest.mark.long), ("pt2", False)]
+)
 def test_files_that_need_no_code_of_ours(run, tmp_path, kind, shrunk, capsys):
     out = tmp_path / "s" if shrunk else tmp_path / f"model.{kind}"
     assert main([str(run), "--out", str(out), "--format", kind, "--json", *["--shrink"] * shrunk]) == 0
@@ -105,7 +107,7 @@ def contents(folder):
 
 
 @pytest.mark.parametrize("fails", ["smaller", "read back", "onnx", "pt2"])
-@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("before", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_what_fails_a_check_leaves_what_was_there(run, tmp_path, monkeypatch, fails, before):
     from launch import formats, shrinking
 

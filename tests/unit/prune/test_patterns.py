@@ -26,7 +26,9 @@ PATTERNS = {"weight": {"sparsity": 0.6}, "2:4": {}, "3:8": {}, "channel": {"spar
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize(
+    "pattern", [pytest.param(name, marks=pytest.mark.long) if name == "3:8" else name for name in PATTERNS]
+)
 def test_a_model_ends_at_its_pattern_and_stays_there(pattern, method, model):
     torch.manual_seed(0)
     net, images = MODELS[model](), torch.randn(4, 3, 32, 32)
