@@ -9,14 +9,15 @@ import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from launch.report.html import as_text
 from launch.report.runs import CellRun, Groups, group_by_method
 from launch.report.significance import compare
-from toolkit.engine.checkpoint import load_checkpoint, newest_checkpoint
 from toolkit.markdown import table
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _FLOAT32 = "float32"
 _LOWEST = -0.3  # points that the interval's lower end has to be above
@@ -52,8 +53,12 @@ def _pairs(base: Seeds, other: Seeds) -> list[tuple[CellRun, CellRun]]:
     return [(other[seed], base[seed]) for seed in sorted(base.keys() & other.keys())]
 
 
-def _survivors(run: CellRun) -> np.ndarray | None:
+def _survivors(run: CellRun) -> "np.ndarray | None":
     """Which prunable weights of the last checkpoint are not 0, (n,); None without a checkpoint or masks in it."""
+    import numpy as np  # here: --help loads neither numpy nor torch
+
+    from toolkit.engine.checkpoint import load_checkpoint, newest_checkpoint
+
     path = newest_checkpoint(run.folder / "checkpoints")
     if path is None:
         return None

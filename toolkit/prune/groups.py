@@ -82,7 +82,7 @@ def left_dense(model: nn.Module, pattern: str, *, ends: bool = False) -> dict[st
 
 
 def _has_inputs_first(module: nn.Module) -> bool:
-    return _is_conv1d(module) or isinstance(module, nn.modules.conv._ConvTransposeNd)
+    return _is_conv1d(module) or isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
 
 
 def _ends(model: nn.Module, names: list[str]) -> set[str]:
