@@ -3,13 +3,14 @@
 import dataclasses
 import shutil
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import ModelEmaV3, random_seed
-from torch import nn
+from torch import Tensor, nn
 
 import toolkit.optim  # noqa: F401  registers our optimizers
 from toolkit.builder.accelerator import create_accelerator, create_engine
@@ -28,7 +29,7 @@ from toolkit.builder.optimizer import (
 )
 from toolkit.builder.predict import confirm_batch_size, predict_run, with_automatic_batch_size
 from toolkit.builder.process import run_folder
-from toolkit.builder.smaller import shrink_as_before, smaller_of, with_budget_of_the_whole
+from toolkit.builder.smaller import settings_of_the_rest, shrink_as_before, smaller_of
 from toolkit.config import Config
 from toolkit.data.loader import TrainLoader
 from toolkit.dist import World
@@ -67,9 +68,8 @@ def build_run(config: Config) -> Run:
     plan = _plan(config, train_loader)
     lr = base_learning_rate(config, opt, plan.global_batch_size)
     schedule = pruning_schedule(config, method, plan.total_steps)
-    to_prune = schedule if smaller is None else Schedule()  # after it all that is left stays
-    config = config if smaller is None else with_budget_of_the_whole(config, smaller, module)
-    engine, scheduler = _engine(config, opt, lr, accelerator, module, to_prune, train_loader.steps, world)
+    rest, to_prune = settings_of_the_rest(config, schedule, smaller, module)
+    engine, scheduler = _engine(rest, opt, lr, accelerator, module, to_prune, train_loader.steps, world)
     prunable = prunable_weights(module, config)
 
     # The run's folder, and what the run says of itself
@@ -77,9 +77,7 @@ def build_run(config: Config) -> Run:
     folder, resume_from, lock = run_folder(asked, opt, facts, world)
     torch.manual_seed(config.seed + world.rank)  # each rank draws its own dropout and erasing noise, as in timm
     if world.is_main:
-        shutil.rmtree(folder / RANKS_FOLDER, ignore_errors=True)  # of a run that was killed here
-        write_args(folder, dataclasses.replace(asked, batch_size=config.batch_size))
-        get_logger().info("%s", describe(facts, folder, module, prunable))
+        _begin_folder(folder, dataclasses.replace(asked, batch_size=config.batch_size), facts, module, prunable)
     memory.begin(partial(_owners, engine, ema, world.num_ranks > 1), _phases(config, plan, schedule), folder)
     return Run(
         plan=plan,
@@ -104,6 +102,15 @@ def build_run(config: Config) -> Run:
         find_smaller=partial(smaller_of, config, engine.module) if config.prune_shrink and to_prune.enabled else None,
         smaller=None if smaller is None else smaller.saved(),
     )
+
+
+def _begin_folder(
+    folder: Path, asked: Config, facts: dict[str, Any], module: nn.Module, prunable: list[tuple[str, Tensor]]
+) -> None:
+    """Say what was asked for and what it is, and clear away what a killed run's ranks have left."""
+    shutil.rmtree(folder / RANKS_FOLDER, ignore_errors=True)
+    write_args(folder, asked)
+    get_logger().info("%s", describe(facts, folder, module, prunable))
 
 
 def _engine(

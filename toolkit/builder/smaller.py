@@ -18,6 +18,8 @@ from toolkit.dist import World
 from toolkit.engine.checkpoint import load_state
 from toolkit.errors import blaming
 from toolkit.prune.channels import ChannelGroup, channel_groups
+from toolkit.prune.dead import nonzero_channels
+from toolkit.prune.schedule import Schedule
 from toolkit.shrink import Layers, check_layers, cut, cut_tensor, shrink
 
 
@@ -58,23 +60,29 @@ def _left(model: nn.Module, group: ChannelGroup) -> Tensor:
     left = torch.zeros(group.count, dtype=torch.bool, device="cpu")
     for one in group.slices:
         if one.name in weights:
-            by_place = (weights[one.name].detach() != 0).movedim(one.axis, 0).flatten(1).any(1).cpu()
-            left |= by_place[one.places].any(1)
+            left |= nonzero_channels(weights[one.name], one)
     return left
 
 
 def shrink_as_before(model: nn.Module, config: Config, world: World) -> Smaller | None:
     """Cut a new model as that of the checkpoint is which the run goes on from; None where that is whole."""
+    if config.resume == "auto" and not config.prune_shrink:
+        return None  # a run goes on in its folder with its own settings; its files are read once then
     checkpoint = start_of(config, world)
     return None if checkpoint is None else cut_as_saved(model, checkpoint)
 
 
-def with_budget_of_the_whole(config: Config, smaller: Smaller, model: nn.Module) -> Config:
-    """Settings whose --state-budget is as many bytes of the smaller model as it was of the whole one."""
+def settings_of_the_rest(
+    config: Config, schedule: Schedule, smaller: Smaller | None, model: nn.Module
+) -> tuple[Config, Schedule]:
+    """What goes for the optimizer: a smaller model is pruned no more, and --state-budget is as many bytes as before."""
+    if smaller is None:
+        return config, schedule
     if not isinstance(config.state_budget, float):
-        return config
+        return config, Schedule()
     left = sum(weight.numel() for _, weight in prunable_weights(model, config))
-    return dataclasses.replace(config, state_budget=config.state_budget * (left + smaller.removed_weights) / left)
+    budget = config.state_budget * (left + smaller.removed_weights) / left
+    return dataclasses.replace(config, state_budget=budget), Schedule()
 
 
 def cut_as_saved(model: nn.Module, checkpoint: Path) -> Smaller | None:

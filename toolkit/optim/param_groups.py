@@ -40,7 +40,8 @@ def param_groups(
     keep a layer dense, move its parameters to a group with `prunable=False`.
 
     Args:
-        model: the bare model, not the wrapper of DDP or `torch.compile`; with FSDP2 after `fully_shard`.
+        model: the bare model, not the wrapper of DDP or `torch.compile`; with FSDP2 after `fully_shard`,
+            for pattern channel before.
         weight_decay: of the groups that decay; None leaves it to the optimizer's own argument.
         pattern: the optimizer's. Layers that N:M does not fit, and without `ends` stem and classifier, are not pruned,
             said in the log.
@@ -52,6 +53,27 @@ def param_groups(
         `weight_decay` 0, the others the one given. With pattern channel the last one has `channels`, which the
         optimizers here take out.
     """
+    _announce(model, pattern, ends)
+    prunable = prunable_names(model, pattern, ends=ends)
+    exempt: set[str] = set(getattr(model, "no_weight_decay", set)())
+    groups: dict[tuple[bool, bool], list[tuple[str, Tensor]]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            spared = any(fnmatch.fnmatch(name, spare) for spare in exempt)
+            decays = parameter.ndim > 1 and not name.endswith(".bias") and not spared
+            groups.setdefault((name in prunable, decays), []).append((name, parameter))
+    given = {} if weight_decay is None else {"weight_decay": weight_decay}
+    made = [
+        {"params": named, "prunable": may_prune, **(given if decays else {"weight_decay": 0.0})}
+        for (may_prune, decays), named in sorted(groups.items(), key=lambda item: item[0])
+    ]
+    if pattern == CHANNEL:
+        made[-1]["channels"] = _channels(model, example_input, prunable)
+    return made
+
+
+def _announce(model: nn.Module, pattern: str, ends: bool) -> None:
+    """Say in the log what is not pruned that a user may expect to be."""
     for name, embedding in tied_names(model).items():
         get_logger().info("%s is not pruned: it is the embedding %s", name, embedding)
     if computed := computed_names(model):
@@ -65,25 +87,6 @@ def param_groups(
         )
     for reason, names in left_dense(model, pattern, ends=ends).items():
         get_logger().info("%s leaves dense, %s: %s", pattern, reason, listed(names))
-    prunable = prunable_names(model, pattern, ends=ends)
-    exempt: set[str] = set(getattr(model, "no_weight_decay", set)())
-    groups: dict[tuple[bool, bool], list[tuple[str, Tensor]]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            spared = any(fnmatch.fnmatch(name, pattern) for pattern in exempt)
-            decays = parameter.ndim > 1 and not name.endswith(".bias") and not spared
-            groups.setdefault((name in prunable, decays), []).append((name, parameter))
-    decay: dict[bool, dict[str, float]] = {
-        False: {"weight_decay": 0.0},
-        True: {} if weight_decay is None else {"weight_decay": weight_decay},
-    }
-    made = [
-        {"params": named, "prunable": may_prune, **decay[decays]}
-        for (may_prune, decays), named in sorted(groups.items(), key=lambda item: item[0])
-    ]
-    if pattern == CHANNEL:
-        made[-1]["channels"] = _channels(model, example_input, prunable)
-    return made
 
 
 def _channels(model: nn.Module, example_input: Tensor | None, prunable: set[str]) -> list[ChannelGroup]:

@@ -69,7 +69,7 @@ def _weights(model: nn.Module, group: ChannelGroup, axis: int) -> list[tuple[Cha
     return [(one, layer) for one, layer in found if isinstance(layer, _LAYERS)]
 
 
-def _nonzero(weight: Tensor, one: ChannelSlice) -> Tensor:
+def nonzero_channels(weight: Tensor, one: ChannelSlice) -> Tensor:
     """bool [channels]: whether a weight has anything but zeros in a channel's places."""
     by_place = weight.detach().movedim(one.axis, 0).flatten(1).ne(0).any(1).cpu()
     return by_place[one.places].any(1)
@@ -90,7 +90,7 @@ def _dead(model: nn.Module, groups: Sequence[ChannelGroup], readers: dict[str, _
     for group in groups:
         silent = torch.ones(group.count, dtype=torch.bool, device="cpu")
         for one, layer in _weights(model, group, 0):
-            silent &= ~_nonzero(layer.weight, one)
+            silent &= ~nonzero_channels(layer.weight, one)
         gone = torch.ones_like(silent)
         for one, layer in _weights(model, group, 1):
             reader = readers[one.name]
@@ -98,7 +98,7 @@ def _dead(model: nn.Module, groups: Sequence[ChannelGroup], readers: dict[str, _
             if not _pads(layer) and (layer.bias is not None or reader.follower is not None):
                 spread = _ROUNDING * reader.high.abs().clamp(min=1)
                 zero |= (reader.high - reader.low <= spread)[one.places].all(1)
-            gone &= ~_nonzero(layer.weight, one) | (silent & zero)
+            gone &= ~nonzero_channels(layer.weight, one) | (silent & zero)
         if gone.all():
             gone[0] = False  # no layer loses its last channel
         if gone.any():

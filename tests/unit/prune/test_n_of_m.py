@@ -43,6 +43,16 @@ def weights(pattern, outputs, multiple, kernel, layout, seed):
     return [nn.Parameter(linear), nn.Parameter(conv)]
 
 
+def steps(optimizer, parameters, seed, number):
+    """Steps with random gradients, of which each is told when it is made."""
+    generator = torch.Generator().manual_seed(seed)
+    for step in range(1, number + 1):
+        for parameter in parameters:
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        optimizer.step()
+        yield step
+
+
 def survivors(optimizer, parameter):
     """bool, shaped like the parameter: the mask."""
     keep = torch.empty_like(parameter, dtype=torch.bool)
@@ -73,13 +83,9 @@ def test_every_update_is_exact_in_groups(method, pattern, outputs, multiple, ker
     )
     kind, total = n_of_m(pattern), sum(p.numel() for p in parameters)
     groups = total // kind.size
-    generator = torch.Generator().manual_seed(seed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(select, "CHUNK", chunk)
-        for step in range(1, 12):
-            for parameter in parameters:
-                parameter.grad = torch.randn(parameter.shape, generator=generator)
-            optimizer.step()
+        for step in steps(optimizer, parameters, seed, 11):
             if step not in (3, 6, 9):
                 continue
             keeps = [survivors(optimizer, parameter) for parameter in parameters]
@@ -154,12 +160,8 @@ def test_regrowth_swaps_within_groups(seed, pattern, kernel):
     optimizer = AdamWPrune(
         [{"params": parameters, "prunable": True}], lr=1e-2, pattern=pattern, end_step=9, frequency=3, regrow=0.4
     )
-    generator, swapped = torch.Generator().manual_seed(seed), 0
-    before = {}
-    for step in range(1, 11):
-        for parameter in parameters:
-            parameter.grad = torch.randn(parameter.shape, generator=generator)
-        optimizer.step()
+    swapped, before = 0, {}
+    for step in steps(optimizer, parameters, seed, 10):
         if step not in (3, 6, 9):
             continue
         for parameter in parameters:
