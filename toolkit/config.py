@@ -38,7 +38,7 @@ def _flag(default: Any, help_text: str, **options: Any) -> Any:
 class Config:
     """Every setting of a run. `given` holds the names that a flag or a recipe set, as opposed to defaults."""
 
-    data_dir: str = _flag("", "folder of WebDataset shards, or a URL prefix (http, s3, gs, pipe:)", group="Data")
+    data_dir: str = _flag("", "folder of WebDataset shards, or a URL prefix (http, hf, s3, gs, pipe:)", group="Data")
     train_split: str = _flag("train", "split to train on")
     val_split: str = _flag("validation", "split to evaluate on")
     shuffle_window: int | None = _flag(
