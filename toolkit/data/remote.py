@@ -79,9 +79,14 @@ def _open(url: str) -> Any:
 
     if url.startswith("hf://buckets/"):
         raise RefusedError(f"{url}: buckets are not read; name a repository, hf://datasets/OWNER/NAME")
-    place = HfFileSystem().resolve_path(url)
-    asked = hf_hub_url(place.repo_id, place.path_in_repo, repo_type=place.repo_type, revision=place.revision)
-    given = get_hf_file_metadata(asked).location  # at the Hub, or signed for whoever stores large files for it
+    try:
+        place: Any = HfFileSystem().resolve_path(url)  # a repository's: buckets are refused above
+        asked = hf_hub_url(place.repo_id, place.path_in_repo, repo_type=place.repo_type, revision=place.revision)
+        given = get_hf_file_metadata(asked).location  # at the Hub, or signed for whoever stores large files for it
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # of the HTTP library that this huggingface_hub has; its faults are no OSErrors
+        raise OSError(f"{type(error).__name__}: {error}") from error
     at_hub = urllib.parse.urlsplit(given)[:2] == urllib.parse.urlsplit(asked)[:2]
     request = urllib.request.Request(given, headers=build_hf_headers() if at_hub else {})
     return urllib.request.urlopen(request, timeout=STALL_S)

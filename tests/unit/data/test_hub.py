@@ -158,6 +158,14 @@ def test_the_token_goes_to_the_hub_and_into_no_command(hub, tmp_path, monkeypatc
     assert shown == {("127.0.0.1", "Bearer hf_mine"), ("localhost", None)}
 
 
+def test_a_hub_out_of_reach_is_one_line(hub, tmp_path):
+    hub.http.shutdown()
+    hub.http.server_close()
+    with pytest.raises(ValueError, match=r"_info\.json could not be fetched in 6 tries.*ConnectError") as error:
+        fetch_info(PREFIX, tmp_path / "cache")
+    assert "\n" not in str(error.value)
+
+
 def test_buckets_are_refused(tmp_path, webdataset):
     with pytest.raises(RefusedError, match="buckets are not read; name a repository"):
         fetch_info("hf://buckets/few/digits", tmp_path / "cache")
