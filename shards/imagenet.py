@@ -3,14 +3,13 @@
 --source names a folder with the ILSVRC2012 archives (nothing is unpacked), an ImageFolder tree (train/<wnid>/,
 val/<wnid>/), or existing shards; which of the three is seen from what lies there. Every image is decoded once; PNG and
 CMYK images become RGB JPEGs, nothing else is touched unless --max-short or --max-long ask for smaller ones. A build
-that was stopped goes on where it was with the same command.
+that was stopped goes on where it was with the same command. An incomplete source needs --partial.
 """
 
-import argparse
-import os
 from pathlib import Path
 
 from shards import sources
+from shards.pictures import build_from, picture_parser
 from toolkit.command import one_line_errors
 from toolkit.progress import Progress
 
@@ -36,7 +35,7 @@ def catalogue_of(source: Path) -> sources.Catalogue:
 
 def check_complete(catalogue: sources.Catalogue) -> None:
     """Raise ValueError unless it is all of ImageNet-1k."""
-    found = {split: len(images) for split, images in catalogue.splits.items()}
+    found = {split: len(catalogue.splits[split]) for split in EXPECTED}
     if found != EXPECTED or len(catalogue.classes) != EXPECTED_CLASSES:
         raise ValueError(
             f"found {found['train']:,} training and {found['validation']:,} validation images of "
@@ -47,40 +46,13 @@ def check_complete(catalogue: sources.Catalogue) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Parse the flags and build."""
-    parser = argparse.ArgumentParser(prog="python -m shards.imagenet", description=__doc__)
-    parser.add_argument(
-        "--source", type=Path, required=True, help="folder with archives, an ImageFolder tree or shards"
-    )
-    parser.add_argument("--out", type=Path, default=Path("shards/data/imagenet"), help="default %(default)s")
-    parser.add_argument("--name", default="imagenet1k", help="first part of the shards' names (default %(default)s)")
-    parser.add_argument("--train-shards", type=int, default=1024, help="default %(default)s")
-    parser.add_argument("--validation-shards", type=int, default=64, help="default %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="of the global shuffle (default %(default)s)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
-    parser.add_argument("--max-short", type=int, default=0, metavar="PX", help="shrink to this short side (0: never)")
-    parser.add_argument("--max-long", type=int, default=0, metavar="PX", help="shrink to this long side (0: never)")
-    parser.add_argument("--quality", type=int, default=95, help="of what is encoded anew (default %(default)s)")
-    parser.add_argument(
-        "--partial", action="store_true", help="take an incomplete source, and leave out what cannot be decoded"
-    )
+    parser = picture_parser("shards.imagenet", __doc__, Path("shards/data/imagenet"), "imagenet1k")
     options = parser.parse_args(argv)
-    from shards.dataset import BuildSettings, Cleaning, build
-
-    settings = BuildSettings(
-        options.name,
-        options.train_shards,
-        options.validation_shards,
-        options.seed,
-        Cleaning(options.max_long, options.max_short, options.quality),
-        options.partial,
-    )
     with one_line_errors(parser, "the same command goes on where it was"):
         catalogue = catalogue_of(options.source)
         if not options.partial:
             check_complete(catalogue)
-        info = build(options.out, catalogue, settings, max(1, options.workers))
-    counts = ", ".join(f"{split['num_samples']:,} {name}" for name, split in info["splits"].items())
-    print(f"{options.out}: {counts} images of {info['num_classes']:,} classes")  # noqa: T201
+        build_from(options, catalogue)
 
 
 if __name__ == "__main__":

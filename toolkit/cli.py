@@ -124,7 +124,7 @@ def _checked(item: dataclasses.Field[Any], value: Any, path: str) -> Any:
         return None
     try:
         if many:
-            return [_scalar(meta["kind"], entry) for entry in value]
+            return [_scalar(meta["kind"], entry) for entry in ([value] if isinstance(value, str) else value)]
         return _scalar(meta["kind"], meta["const"] if value is True and "const" in meta else value)
     except (TypeError, ValueError):
         kind = f"{'a list of ' if many else ''}{meta['kind'].__name__}"

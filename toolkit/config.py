@@ -38,7 +38,7 @@ def _flag(default: Any, help_text: str, **options: Any) -> Any:
 class Config:
     """Every setting of a run. `given` holds the names that a flag or a recipe set, as opposed to defaults."""
 
-    data_dir: str = _flag("", "folder of WebDataset shards, or a URL prefix (http, s3, gs, pipe:)", group="Data")
+    data_dir: str = _flag("", "folder of WebDataset shards, or a URL prefix (http, hf, s3, gs, pipe:)", group="Data")
     train_split: str = _flag("train", "split to train on")
     val_split: str = _flag("validation", "split to evaluate on")
     shuffle_window: int | None = _flag(
@@ -194,6 +194,13 @@ class Config:
 
     seed: int = _flag(42, "seed", group="Run", within="[0, 4294967295]")
     log_interval: int = _flag(50, "steps between log lines and scalars", within="[1, inf)")
+    report_to: list[str] = _flag(
+        ["tensorboard"],
+        "where scalars go, one or several",
+        kind=str,
+        nargs="+",
+        choices=("tensorboard", "wandb", "trackio", "none"),
+    )
     val_interval: int = _flag(1, "epochs between evaluations", within="[1, inf)")
     checkpoint_hist: int = _flag(10, "checkpoints kept beside the best", within="[0, inf)")
     checkpoint_interval: int = _flag(
@@ -234,6 +241,9 @@ class Config:
                 f"--prune-end {self.prune_end} with --amp fp16: steps that the gradient scaler skips put the last mask "
                 "update behind the end; use --prune-end 0.9 or less, or --amp bf16": (
                     self.mixed_precision == "fp16" and self.sparsity and self.prune_end > 0.9
+                ),
+                "--report-to none goes with no other; leave one of them out": (
+                    "none" in self.report_to and len(self.report_to) > 1
                 ),
                 "-b and --global-batch-size both set the batch; keep one of them": (
                     self.global_batch_size is not None and "batch_size" in self.given
@@ -276,9 +286,13 @@ def _check_value(item: dataclasses.Field[Any], value: Any) -> None:
     """Raise ValueError unless a flag's value, from wherever, is one of those that the flag declares."""
     meta, flag = item.metadata, flag_name(item)
     choices, many = meta.get("choices"), isinstance(value, (list, tuple))
-    if choices and value not in choices:
-        known = ", ".join(choice for choice in choices if choice not in ("", "default"))
-        raise ValueError(f"{flag} {value!r} is not known; choose one of {known}")
+    known = ", ".join(choice for choice in choices or () if choice not in ("", "default"))
+    refuse(
+        {
+            f"{flag} {one!r} is not known; choose one of {known}": choices and one not in choices
+            for one in (value if many else [value])
+        }
+    )
     if isinstance(value, str) and not meta.get("at_build") and _UNPRINTABLE.search(value):
         raise ValueError(f"{flag} {value!r} has a character that cannot be printed; use plain text on one line")
     if isinstance(value, dict):

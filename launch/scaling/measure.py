@@ -80,6 +80,7 @@ def _row(kind: str, ranks: int, folder: Path) -> dict[str, Any]:
 def _train(file: Path, ranks: int, flags: list[str], batch: int, runs: Path, kind: str) -> dict[str, Any]:
     name = f"{kind}-{ranks}"
     mine = [*flags, "--log-interval", "5", "--global-batch-size", str(batch), "--output", str(runs)]
+    mine += ["--report-to", "tensorboard"]  # `_row` reads it
     check_same_settings(runs / name, parse(mine))
     if not is_complete(runs / name):
         _launch(file, ranks, ["train.py", *mine, "--experiment", name, "--resume", "auto"], runs / f"{name}.log")

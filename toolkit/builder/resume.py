@@ -14,6 +14,7 @@ FREE_ON_RESUME = {
     "workers",
     "pin_mem",
     "log_interval",
+    "report_to",
     "checkpoint_hist",
     "checkpoint_interval",
     "dist_timeout",

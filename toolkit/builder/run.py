@@ -30,6 +30,7 @@ from toolkit.builder.optimizer import (
 from toolkit.builder.predict import confirm_batch_size, predict_run, with_automatic_batch_size
 from toolkit.builder.process import run_folder
 from toolkit.builder.smaller import settings_of_the_rest, shrink_as_before, smaller_of
+from toolkit.builder.trackers import check_trackers, start_trackers
 from toolkit.config import Config
 from toolkit.data.loader import TrainLoader
 from toolkit.dist import World
@@ -44,6 +45,7 @@ from toolkit.prune.schedule import Schedule
 
 def build_run(config: Config) -> Run:
     """See `toolkit.builder.build`."""
+    check_trackers(config)
     opt, method = resolve_optimizer(config)
     asked, config = config, apply_recipe(config, opt)  # args.yaml tells what was asked for
 
@@ -97,6 +99,7 @@ def build_run(config: Config) -> Run:
         prunable=prunable,
         predict_memory=lambda: predict_run(config, engine, facts["num_classes"], world.num_ranks),
         memory=memory,
+        start_trackers=partial(start_trackers, config, facts, folder, resume_from),
         facts=facts,
         resume_from=resume_from,
         find_smaller=partial(smaller_of, config, engine.module) if config.prune_shrink and to_prune.enabled else None,

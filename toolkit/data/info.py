@@ -1,6 +1,7 @@
 """A data set's `_info.json`: its splits, and the shards of each. It may be a stranger's: all of it is checked here."""
 
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -49,10 +50,11 @@ def _info_from_names(folder: Path) -> dict[str, Any]:
     if not splits:
         pictures = next(_pictures(folder), None)
         if pictures is not None:
+            divided = any((folder / name).is_dir() for name in ("val", "validation", "test"))
             raise ValueError(
                 f"--data-dir {folder} is a folder of pictures ({pictures.name}); make shards of it first: "
-                f"python -m shards.image_folder --source {folder} --out {folder.resolve().name}-shards"
-                f"{'' if (folder / 'train').is_dir() else ' --val-share 0.1'}"
+                f"python -m shards.image_folder --source {shlex.quote(str(folder))} "
+                f"--out {shlex.quote(f'{folder.resolve().name}-shards')}{'' if divided else ' --val-share 0.1'}"
             )
         raise ValueError(
             f"--data-dir {folder} has no {INFO_NAME} and no shards named *train*.tar and *val*.tar; "
@@ -62,8 +64,8 @@ def _info_from_names(folder: Path) -> dict[str, Any]:
 
 
 def _pictures(folder: Path) -> Iterator[Path]:
-    """Pictures in class folders, alone or below train/."""
-    paths = (path for pattern in ("train/*/*", "*/*") for path in folder.glob(pattern))
+    """Pictures in class folders, alone or below those of splits."""
+    paths = (path for pattern in ("*/*", "*/*/*") for path in folder.glob(pattern))
     return (path for path in paths if path.suffix[1:].lower() in PIL_SUFFIXES)
 
 

@@ -1,8 +1,9 @@
 """Files behind a URL: fetched whole, checked, tried again; the `_info.json` and the indices of a data set there.
 
-webdataset's `gopen` opens the URL (http, https, s3, gs, `pipe:`). A server that stalls, drops the connection or sends
-something else costs another try with growing pauses; what cannot be had right is an error, never a sample less. The
-server may be a stranger's: names are checked before they become part of a URL, and no more is taken than is expected.
+webdataset's `gopen` opens the URL (http, https, s3, gs, `pipe:`), huggingface_hub finds what is behind hf://.
+A server that stalls, drops the connection or sends something else costs another try with growing pauses; what cannot be
+had right is an error, never a sample less. The server may be a stranger's: names are checked before they become part of
+a URL, and no more is taken than is expected.
 """
 
 import hashlib
@@ -10,6 +11,7 @@ import shlex
 import threading
 import time
 import urllib.parse
+import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -59,13 +61,67 @@ def file_url(prefix: str, name: str) -> str:
     return f"pipe:aws s3 cp {shlex.quote(url)} -" if scheme == "s3" else url  # gopen knows no s3
 
 
+class RefusedError(ValueError):
+    """The Hugging Face Hub does not give a file to this user, however often it is asked."""
+
+
+_FOR_GOOD = (UnsafeNameError, RefusedError)  # what no other try would mend
+
+
+def _open(url: str) -> Any:
+    if not url.startswith("hf:"):
+        from webdataset import gopen
+
+        return gopen(url, "rb")
+    # webdataset's own way would show the user's token to all who may list this host's processes, in curl's command.
+    from huggingface_hub import HfFileSystem, get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.utils import build_hf_headers
+
+    if url.startswith("hf://buckets/"):
+        raise RefusedError(f"{url}: buckets are not read; name a repository, hf://datasets/OWNER/NAME")
+    try:
+        place: Any = HfFileSystem().resolve_path(url)  # a repository's: buckets are refused above
+        asked = hf_hub_url(place.repo_id, place.path_in_repo, repo_type=place.repo_type, revision=place.revision)
+        given = get_hf_file_metadata(asked).location  # at the Hub, or signed for whoever stores large files for it
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # of the HTTP library that this huggingface_hub has; its faults are no OSErrors
+        raise OSError(f"{type(error).__name__}: {error}") from error
+    at_hub = urllib.parse.urlsplit(given)[:2] == urllib.parse.urlsplit(asked)[:2]
+    request = urllib.request.Request(given, headers=build_hf_headers() if at_hub else {})
+    return urllib.request.urlopen(request, timeout=STALL_S)
+
+
+def _raise_refusal(url: str, error: BaseException | None) -> None:
+    """Raise RefusedError where an error comes from a repository that is gated, private or not there."""
+    while url.startswith("hf:") and error is not None:
+        from huggingface_hub.errors import (
+            GatedRepoError,
+            HfHubHTTPError,
+            RepositoryNotFoundError,
+            RevisionNotFoundError,
+        )
+
+        if isinstance(error, GatedRepoError):
+            raise RefusedError(
+                f"{url}: the repository is gated; ask for access on its page of huggingface.co, then log in: "
+                "hf auth login"
+            )
+        forbidden = isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403)
+        if forbidden or isinstance(error, (RepositoryNotFoundError, RevisionNotFoundError)):
+            raise RefusedError(
+                f"{url}: no such repository or revision, or not for you; check the name "
+                "(hf://datasets/OWNER/NAME), for a private or gated one log in: hf auth login"
+            )
+        error = error.__cause__
+
+
 def _transfer(url: str, target: Path, limit_bytes: int) -> None:
     """Copy a URL to a file. Raises OSError where it ends badly, stalls or goes beyond `limit_bytes`."""
-    from webdataset import gopen
-
-    stream = gopen(url, "rb")
+    stream = _open(url)
     process = getattr(stream, "proc", None)
     failed: list[BaseException] = []
+    stalled = threading.Event()
     last_s = time.monotonic()
 
     def copy() -> None:
@@ -73,7 +129,7 @@ def _transfer(url: str, target: Path, limit_bytes: int) -> None:
         taken_bytes = 0
         try:
             with open(target, "wb") as file:
-                while piece := stream.read(_PIECE_BYTES):
+                while (piece := stream.read(_PIECE_BYTES)) and not stalled.is_set():  # the next try has the file
                     taken_bytes += len(piece)
                     if taken_bytes > limit_bytes:
                         raise OSError(f"more came than the {limit_bytes} bytes expected")
@@ -89,6 +145,7 @@ def _transfer(url: str, target: Path, limit_bytes: int) -> None:
         while thread.is_alive():
             thread.join(0.05)
             if thread.is_alive() and time.monotonic() - last_s > STALL_S:
+                stalled.set()
                 raise OSError(f"no data for {STALL_S:g} s")
         if failed:
             raise OSError(f"{type(failed[0]).__name__}: {failed[0]}") from failed[0]
@@ -109,7 +166,7 @@ def fetch(
     """Bring a URL to `target`, atomically, trying again where the transfer fails or `check` raises ValueError.
 
     More than `limit_bytes` are not taken, whatever the server announces. Raises ValueError that names the URL and the
-    last fault when all tries have failed, and UnsafeNameError from `check` at once.
+    last fault when all tries have failed, at once RefusedError, and UnsafeNameError from `check`.
     """
     fault = ""
     with replacing(target, sync=True) as temporary:
@@ -118,10 +175,11 @@ def fetch(
                 _transfer(url, temporary, limit_bytes)
                 check(temporary)
                 return
-            except UnsafeNameError:
+            except _FOR_GOOD:
                 raise
             except (OSError, ValueError) as error:
-                fault = str(error)
+                _raise_refusal(url, error)
+                fault = " ".join(str(error).split())
                 get_logger().warning("%s: try %d of %d failed: %s", url, attempt, attempts, fault)
                 if attempt < attempts:
                     time.sleep(FIRST_PAUSE_S * 2 ** (attempt - 1))
@@ -146,9 +204,10 @@ def fetch_info(prefix: str, folder: Path) -> dict[str, Any]:
             "folder"
         ) from None
     scheme = prefix.partition(":")[0]
-    if scheme not in (*gopen_schemes, "s3"):
-        known = ", ".join(sorted(name for name in gopen_schemes if name != "__default__"))
-        raise ValueError(f"--data-dir {prefix}: the scheme {scheme} is not known; use s3, {known}")
+    schemes = {*gopen_schemes, "hf", "s3"} - {"__default__"}
+    if scheme not in schemes:
+        known = ", ".join(sorted(schemes))
+        raise ValueError(f"--data-dir {prefix}: the scheme {scheme} is not known; use {known}")
     found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if found and "start.lock" not in found:  # the first file that a cache makes
         raise ValueError(f"--shard-cache {folder} holds other files; name a folder of its own, in which it may delete")
@@ -173,7 +232,7 @@ def remote_index(prefix: str, entry: dict[str, Any], folder: Path, limit_bytes: 
     try:
         fetch(file_url(prefix, path.name), path, check, attempts, limit_bytes=INDEX_LIMIT_BYTES)
         return read_index(folder, path)
-    except UnsafeNameError:
+    except _FOR_GOOD:
         raise
     except ValueError:
         if sha256 is not None:  # there is one, so what came instead is a fault

@@ -1,6 +1,6 @@
-"""What a run tells while it goes on: figures reduced over the ranks, log lines, and TensorBoard's scalars.
+"""What a run tells while it goes on: figures reduced over the ranks, log lines, and scalars for its trackers.
 
-Every scalar's name stands here, in one place. Rank 0 writes them into the run folder's tb/.
+Every scalar's name stands here, in one place. Rank 0 writes them; TensorBoard's lie in the run folder's tb/.
 """
 
 import os
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from toolkit.dist import World
-from toolkit.engine.checkpoint import step_of
 from toolkit.engine.history import History
 from toolkit.engine.run import Run
 from toolkit.engine.step import StepResult
@@ -88,14 +87,10 @@ class Metrics:
     def __init__(self, run: Run) -> None:
         self._run = run
         self._advised = False
-        self._writer: Any = None
-        if run.world.is_main:
-            from torch.utils.tensorboard import SummaryWriter
-
-            # A resumed run goes over the steps after its checkpoint again; their first version is dropped.
-            again = None if run.resume_from is None else step_of(run.resume_from) + 1
-            self._writer = SummaryWriter(str(run.folder / "tb"), purge_step=again)
-            self._writer.add_custom_scalars(_LAYOUT)
+        self._trackers = run.start_trackers() if run.world.is_main else []
+        self._tensorboard = next((one.tracker for one in self._trackers if one.name == "tensorboard"), None)
+        if self._tensorboard is not None:
+            self._tensorboard.add_custom_scalars(_LAYOUT)
         self.begin_window()
 
     def begin_window(self) -> None:
@@ -174,24 +169,22 @@ class Metrics:
 
     def write(self, values: Mapping[str, float | None], step: int) -> None:
         """Write the values that are not None. A name outside SCALARS is a mistake in the code."""
-        if self._writer is None:
-            return
-        for name, value in values.items():
+        for name in values:
             assert name in SCALARS or name.startswith("memory/ledger/"), name
-            if value is not None:
-                self._writer.add_scalar(name, float(value), step)
-        self._writer.flush()
+        known = {name: float(value) for name, value in values.items() if value is not None}
+        for tracker in self._trackers:
+            tracker.log(known, step=step)
 
     def write_settings(self, settings: Mapping[str, object]) -> None:
         """One row of TensorBoard's hparams tab: these settings, and the last eval/top1, eval/loss and sparsity."""
-        if self._writer is not None:
+        if self._tensorboard is not None:
             from torch.utils.tensorboard.summary import hparams
 
             plain = {key: value for key, value in settings.items() if isinstance(value, (bool, int, float, str))}
             for summary in hparams(plain, dict.fromkeys(_RESULTS, 0.0)):  # the tab reads the scalars themselves
-                self._writer.file_writer.add_summary(summary)
+                self._tensorboard.file_writer.add_summary(summary)
 
     def close(self) -> None:
-        """Close the event file."""
-        if self._writer is not None:
-            self._writer.close()
+        """Let the trackers write what they still hold."""
+        for tracker in self._trackers:
+            tracker.finish()

@@ -59,6 +59,7 @@ class Run:
     prunable: list[tuple[str, Tensor]]
     predict_memory: Callable[[], tuple[dict[str, int], dict[str, dict[str, int]]]]
     memory: MemoryLog
+    start_trackers: Callable[[], list[Any]]  # Accelerate's, of --report-to
     facts: dict[str, Any]
     resume_from: Path | None
     find_smaller: Callable[[], Any] | None = None  # what is left of the model, where the run is to go on with that

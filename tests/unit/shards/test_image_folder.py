@@ -1,5 +1,6 @@
 """Folders of pictures as shards: layouts, splits that never share an image, and sensible shards."""
 
+import shlex
 from collections import Counter
 from pathlib import Path
 
@@ -8,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from shards import image_folder, sources, splits
+from shards import image_folder, pictures, sources, splits
 from shards.sources import SourceImage
 from toolkit.data.index import load_split
 from toolkit.data.info import read_info
-from toolkit.data.tar import tar_members
+from toolkit.data.tar import ORPHAN, tar_members
 
 
 def make_tree(folder: Path, counts: dict[str, int]) -> None:
@@ -58,8 +59,7 @@ def test_another_seed_holds_out_other_images(tmp_path: Path) -> None:
     make_tree(tmp_path / "birds", {"emu": 20, "gull": 20})
     chosen = []
     for seed in (0, 0, 1):
-        catalogue = image_folder.catalogue_of(tmp_path / "birds", 0.25)
-        images = image_folder.divide(catalogue, 0.25, 0, 0, seed).splits["validation"]
+        images = image_folder.catalogue_of(tmp_path / "birds", 0.25, seed).splits["validation"]
         chosen.append([(image.label, image.name) for image in images])
     assert chosen[0] == chosen[1] != chosen[2]
 
@@ -76,6 +76,43 @@ def test_train_and_a_second_folder_are_taken_as_they_are(tmp_path: Path, name: s
 def test_validation_folders_come_before_test(tmp_path: Path) -> None:
     make_tree(tmp_path, {"train/a": 3, "val/a": 2, "test/a": 1})
     assert len(image_folder.catalogue_of(tmp_path, 0.0).splits["validation"]) == 2
+
+
+def test_test_beside_both_is_a_split_of_its_own(tmp_path: Path) -> None:
+    make_tree(tmp_path / "birds", {"train/a": 3, "val/a": 2, "test/a": 1})
+    image_folder.main(["--source", str(tmp_path / "birds"), "--out", str(tmp_path / "out")])
+    assert {split: entry["num_samples"] for split, entry in read_info(tmp_path / "out")["splits"].items()} == {
+        "train": 3,
+        "validation": 2,
+        "test": 1,
+    }
+
+
+def test_folders_that_are_no_split_are_counted(tmp_path: Path) -> None:
+    make_tree(tmp_path, {"train/a": 3, "val/a": 2, "test": 4, "extra/a": 1})
+    (tmp_path / "README").touch()
+    catalogue = image_folder.catalogue_of(tmp_path, 0.0)
+    assert list(catalogue.splits) == ["train", "validation"]
+    assert catalogue.left_out["train"] == {
+        sources._NO_SPLIT: (2, str(tmp_path / "extra")),
+        ORPHAN: (1, str(tmp_path / "README")),
+    }
+
+
+def test_a_class_may_be_called_train(tmp_path: Path) -> None:
+    make_tree(tmp_path, {"bus": 4, "car": 4, "train": 4})
+    catalogue = image_folder.catalogue_of(tmp_path, 0.25)
+    assert catalogue.classes == ["bus", "car", "train"]
+    assert {split: len(images) for split, images in catalogue.splits.items()} == {"train": 9, "validation": 3}
+
+
+def test_train_alone_is_divided_as_class_folders_are(tmp_path: Path) -> None:
+    make_tree(tmp_path, {"train/a": 6, "train/b": 6})
+    with pytest.raises(ValueError, match=r"has no val/ beside train/; say which.*--val-share 0.1"):
+        image_folder.catalogue_of(tmp_path, 0.0)
+    catalogue = image_folder.catalogue_of(tmp_path, 0.5)
+    assert {split: len(images) for split, images in catalogue.splits.items()} == {"train": 6, "validation": 6}
+    assert catalogue.classes == ["a", "b"]
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0, -0.1, 2.0])
@@ -136,12 +173,23 @@ def test_held_out_images_are_exact_and_alike_of_each_class(sizes: list[int], see
 
 def test_shards_have_enough_images_or_bytes() -> None:
     small, large = SourceImage("", 0, 700, "", 0), SourceImage("", 0, 2**20, "", 0)
-    assert image_folder.number_of_shards([small] * 13_000) == 26
-    assert image_folder.number_of_shards([small] * 499) == 1
-    assert image_folder.number_of_shards([large] * 100) == 6
+    assert pictures.number_of_shards([small] * 13_000) == 26
+    assert pictures.number_of_shards([small] * 499) == 1
+    assert pictures.number_of_shards([large] * 100) == 6
+    # Bytes that change on their way into a shard do not count: 13,000 photos shrunk to 20 KB make no 800 shards.
+    assert pictures.number_of_shards([large] * 13_000) == 812
+    assert pictures.number_of_shards([large] * 13_000, resized=True) == 26
+    assert pictures.number_of_shards([SourceImage("", 0, 2**20, "a.PNG", 0)] * 13_000) == 26
 
 
-def test_a_folder_of_pictures_as_data_dir_is_answered_with_the_command(tmp_path: Path) -> None:
+def test_imagenet_comes_out_in_as_many_shards_as_ever() -> None:
+    for count, size, most, wanted in ((1_281_167, 108_000, {}, 1024), (50_000, 128_000, {"most": 64}, 64)):
+        assert pictures.number_of_shards([SourceImage("", 0, size, "a.JPEG", 0)] * count, **most) == wanted
+
+
+def test_a_folder_of_pictures_as_data_dir_is_answered_with_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make_tree(tmp_path / "mine", {"train/a": 1, "val/a": 1})
     command = r"shards.image_folder --source \S+mine --out mine-shards$"
     with pytest.raises(ValueError, match=f"folder of pictures.*{command}"):
@@ -149,6 +197,13 @@ def test_a_folder_of_pictures_as_data_dir_is_answered_with_the_command(tmp_path:
     make_tree(tmp_path / "flat", {"a": 1})
     with pytest.raises(ValueError, match=r"--out flat-shards --val-share 0.1$"):
         read_info(tmp_path / "flat")
+    make_tree(tmp_path / "it's mine", {"train/a/deep": 1, "train/b": 1})
+    with pytest.raises(ValueError, match="folder of pictures") as error:
+        read_info(tmp_path / "it's mine")
+    words = shlex.split(str(error.value).partition("python -m ")[2])
+    monkeypatch.chdir(tmp_path)
+    image_folder.main([word if word != "0.1" else "0.5" for word in words[1:]])
+    assert read_info(tmp_path / "it's mine-shards")["name"] == "it-s-mine"
 
 
 def test_the_shared_layouts_list_images_as_sources_does(tmp_path: Path) -> None:

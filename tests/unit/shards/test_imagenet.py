@@ -254,6 +254,14 @@ def test_upper_case_suffixes_and_nested_folders(tmp_path):
     assert set(samples(tmp_path / "out", "train")) == {"a.b0.JPG", "a.b1.JPG", "a.b2.JPG"}
 
 
+def test_a_part_of_it_comes_in_shards_of_a_good_size(image_folder, tmp_path):
+    main(["--source", str(image_folder), "--out", str(tmp_path / "out"), "--partial", "--workers", "1"])
+    assert {path.name for path in (tmp_path / "out").glob("*.tar")} == {
+        "imagenet1k-train-0000.tar",
+        "imagenet1k-validation-0000.tar",
+    }
+
+
 def test_incomplete_imagenet_is_refused(archives, tmp_path, capsys):
     with pytest.raises(ValueError, match=r"found 18 training and 8 validation images of 3 classes.*--partial"):
         check_complete(catalogue_of(archives))
