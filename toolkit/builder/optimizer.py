@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2, get_optimizer_info, optimizer_kwargs
+from timm.optim import create_optimizer_v2, get_optimizer_info, optimizer_kwargs, param_groups_layer_decay
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from torch import Tensor, nn
 
@@ -93,10 +93,16 @@ def base_learning_rate(config: Config, opt: str, global_batch_size: int) -> floa
     return config.lr_base * (ratio**0.5 if scale == "sqrt" else ratio)
 
 
+def create_schedule(config: Config, optimizer: torch.optim.Optimizer, steps: int) -> tuple[Any, int]:
+    """timm's schedule of the learning rate, and the epochs it counts. Raises ValueError where it does not fit them."""
+    remedy = "see --epochs, --warmup-epochs, --decay-epochs (below 1: a share) and --lr-stable-timescale"
+    with blaming(f"--sched {config.sched}", remedy):
+        return create_scheduler_v2(optimizer, **scheduler_kwargs(config), updates_per_epoch=steps)
+
+
 def total_epochs(config: Config, steps: int) -> int:
-    """Epochs with cool-down and warm-up prefix, as timm's scheduler factory counts them."""
-    throwaway = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-    return create_scheduler_v2(throwaway, **scheduler_kwargs(config), updates_per_epoch=steps)[1]
+    """Epochs with cool-down, warm-up prefix and cycles, as timm's scheduler factory counts them."""
+    return create_schedule(config, torch.optim.SGD([torch.zeros(1)], lr=1.0), steps)[1]
 
 
 def pruning_schedule(config: Config, method: str, total_steps: int) -> Schedule:
@@ -125,7 +131,7 @@ def create_optimizer(
         if clash:
             raise ValueError(f"--opt-kwargs {clash[0]} is set by the --prune flags here; use them instead")
         arguments |= given
-    remedy = "see --opt-kwargs, --opt-betas and --opt-eps"
+    remedy = "see --opt-kwargs, --opt-betas, --opt-eps and --opt-foreach"
     with blaming(f"--opt {opt} does not take one of its arguments", remedy):
         return create_optimizer_v2(model, **arguments, param_group_fn=partial(_groups, config, schedule.pattern))
 
@@ -135,7 +141,24 @@ def _groups(config: Config, pattern: str, model: nn.Module) -> list[dict[str, An
     if pattern == CHANNEL:
         device = next(model.parameters()).device
         image = torch.empty(1, *input_settings(config, model)["input_size"], device=device)
-    return param_groups(model, config.weight_decay, pattern=pattern, ends=config.prune_ends, example_input=image)
+    scales = layer_scales(config, model)
+    return param_groups(
+        model, config.weight_decay, pattern=pattern, ends=config.prune_ends, example_input=image, lr_scales=scales
+    )
+
+
+def layer_scales(config: Config, model: nn.Module) -> dict[str, float]:
+    """--layer-decay: factor of the learning rate by parameter's name, timm's; layers below -no-opt-scale are frozen."""
+    if config.layer_decay is None:
+        return {}
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = param_groups_layer_decay(
+        model,
+        layer_decay=config.layer_decay,
+        min_scale=config.layer_decay_min_scale,
+        no_opt_scale=config.layer_decay_no_opt_scale,
+    )
+    return {names[parameter]: group["lr_scale"] for group in groups for parameter in group["params"]}
 
 
 def prunable_weights(model: nn.Module, config: Config) -> list[tuple[str, Tensor]]:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import ModelEmaV3, random_seed
 from torch import Tensor, nn
 
@@ -21,6 +20,7 @@ from toolkit.builder.optimizer import (
     apply_recipe,
     base_learning_rate,
     create_optimizer,
+    create_schedule,
     keep_zeros,
     prunable_weights,
     pruning_schedule,
@@ -110,6 +110,8 @@ def _begin_folder(
     """Say what was asked for and what it is, and clear away what a killed run's ranks have left."""
     shutil.rmtree(folder / RANKS_FOLDER, ignore_errors=True)
     write_args(folder, asked)
+    for note in asked.notes:
+        get_logger().info("%s", note)
     get_logger().info("%s", describe(facts, folder, module, prunable))
 
 
@@ -126,7 +128,7 @@ def _engine(
     """The engine with model and optimizer in it, and timm's learning-rate schedule."""
     optimizer = create_optimizer(config, module, opt, lr, schedule)
     keep_zeros(optimizer, module, config, schedule)
-    scheduler, _ = create_scheduler_v2(optimizer, **scheduler_kwargs(config), updates_per_epoch=steps_per_epoch)
+    scheduler, _ = create_schedule(config, optimizer, steps_per_epoch)
     return create_engine(config, opt, accelerator, module, optimizer, world), scheduler
 
 

@@ -1,6 +1,7 @@
 """Parameter groups for the optimizers of this package: what may be pruned, and what decays."""
 
 import fnmatch
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ def param_groups(
     pattern: str = WEIGHT,
     ends: bool = False,
     example_input: Tensor | None = None,
+    lr_scales: Mapping[str, float] | None = None,
 ) -> list[dict[str, Any]]:
     """A model's trainable parameters in groups by two questions: is it pruned, and does it decay?
 
@@ -47,25 +49,28 @@ def param_groups(
             said in the log.
         example_input: a batch of images, for pattern channel: which channels go together is seen from the model's
             forward pass (toolkit.prune.channels).
+        lr_scales: factor of the learning rate by parameter's name, for timm's schedules, which read it off the groups.
 
     Returns:
-        At most four groups `{"params": [(name, parameter), ...], "prunable": bool}`; those that do not decay have
-        `weight_decay` 0, the others the one given. With pattern channel the last one has `channels`, which the
-        optimizers here take out.
+        At most four groups `{"params": [(name, parameter), ...], "prunable": bool}` for each factor, which is their
+        `lr_scale`; those that do not decay have `weight_decay` 0, the others the one given. With pattern channel the
+        last one has `channels`, which the optimizers here take out.
     """
     _announce(model, pattern, ends)
     prunable = prunable_names(model, pattern, ends=ends)
     exempt: set[str] = set(getattr(model, "no_weight_decay", set)())
-    groups: dict[tuple[bool, bool], list[tuple[str, Tensor]]] = {}
+    scales = lr_scales or {}
+    groups: dict[tuple[float, bool, bool], list[tuple[str, Tensor]]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             spared = any(fnmatch.fnmatch(name, spare) for spare in exempt)
             decays = parameter.ndim > 1 and not name.endswith(".bias") and not spared
-            groups.setdefault((name in prunable, decays), []).append((name, parameter))
+            groups.setdefault((scales.get(name, 1.0), name in prunable, decays), []).append((name, parameter))
     given = {} if weight_decay is None else {"weight_decay": weight_decay}
     made = [
         {"params": named, "prunable": may_prune, **(given if decays else {"weight_decay": 0.0})}
-        for (may_prune, decays), named in sorted(groups.items(), key=lambda item: item[0])
+        | ({"lr_scale": scale} if scales else {})
+        for (scale, may_prune, decays), named in sorted(groups.items(), key=lambda item: item[0])
     ]
     if pattern == CHANNEL:
         made[-1]["channels"] = _channels(model, example_input, prunable)

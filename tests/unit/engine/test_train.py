@@ -99,6 +99,23 @@ def test_a_run_leaves_what_the_design_says(flags, tmp_path):
     assert "custom_scalars__config__" in events.Tags()["tensors"]
 
 
+def test_timms_settings_leave_the_zeros_exact_and_are_in_the_log(flags, tmp_path):
+    """Grey images that are no square, three copies of each, a rate for each layer, cycles, and a flag of no effect."""
+    shape = ["--model", "test_vit", "--input-size", "1", "48", "32", "--global-batch-size", "18", "--aug-repeats", "3"]
+    rates = ["--layer-decay", "0.8", "--epochs", "2", "--lr-cycle-limit", "2", "--sched-on-updates"]
+    argv = [part for part in flags if part not in ("--img-size", "32")]
+    argv = [*argv, *PRUNED, *shape, *rates, "--experiment", "r", "--no-prefetcher"]
+    assert train.main(argv) == 0
+    metrics = json.loads((tmp_path / "r" / "metrics.json").read_text())
+    assert (metrics["completed"], metrics["epochs"], metrics["steps_per_epoch"]) == (True, 4, 5)
+    assert metrics["final_sparsity"] == pytest.approx(0.7, abs=1e-4)
+    assert "--no-prefetcher changes nothing: " in (tmp_path / "r" / "train.log").read_text()
+    memory = json.loads((tmp_path / "r" / "memory.json").read_text())
+    assert all(row["measured_bytes"] == row["predicted_bytes"] for row in memory["ledger"]["rows"])
+    groups = final_state(tmp_path / "r")["optimizer"]["param_groups"]
+    assert len({group["lr_scale"] for group in groups if group["prunable"]}) > 2
+
+
 def test_final_zeros_are_exact_in_weights_and_in_their_average(flags, tmp_path):
     run = make(flags, *PRUNED, "--experiment", "r", "--model-ema")
     train_loop(run)
