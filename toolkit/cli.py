@@ -98,21 +98,10 @@ def _build_parser(prog: str) -> _Parser:
 
 def _read_recipe(path: str, notes: list[str]) -> dict[str, Any]:
     """The settings of a recipe; `notes` is told what a timm run's leave out."""
-    import yaml
-
     shipped = {file.name: file for file in sorted(shipped_folder("recipes").glob("*.yaml"))}
     file = Path(path)
-    try:
-        settings = yaml.safe_load((file if file.exists() else shipped.get(path, file)).read_text()) or {}
-    except OSError as error:
-        raise ValueError(
-            f"-c {path} cannot be read ({error.strerror}); check the path, or take a shipped recipe: "
-            f"{', '.join(shipped)}"
-        ) from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"-c {path} is not YAML ({' '.join(str(error).split())})") from None
-    if not isinstance(settings, dict):
-        raise ValueError(f"-c {path} must hold settings as key: value")
+    known_ones = f", or take a shipped recipe: {', '.join(shipped)}"
+    settings = _read_yaml("-c", path, file if file.exists() else shipped.get(path, file), known_ones)
     if settings.keys() & (IDLE.keys() | NOT_OFFERED.keys()):
         settings = _of_timm(settings, path, notes)
     known = {item.name: item for item in flags()}
@@ -123,6 +112,22 @@ def _read_recipe(path: str, notes: list[str]) -> dict[str, Any]:
             raise ValueError(f"{key!r} in {path} is not a setting.{_near(name, known)} Valid: {', '.join(known)}")
         result[name] = _checked(known[name], value, path)
     return result
+
+
+def _read_yaml(flag: str, path: str, file: Path, or_else: str = "") -> dict[str, Any]:
+    """What a flag's YAML file holds. Raises ValueError where it cannot be read or is no mapping."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(file.read_text()) or {}
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{flag} {path} cannot be read ({reason}); check the path{or_else}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{flag} {path} is not YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{flag} {path} must hold settings as key: value")
+    return content
 
 
 def _of_timm(settings: dict[str, Any], path: str, notes: list[str]) -> dict[str, Any]:
@@ -156,6 +161,8 @@ def _checked(item: dataclasses.Field[Any], value: Any, path: str) -> Any:
     if value is None and meta["default"] is None:
         return None
     try:
+        if "in_file" in meta and isinstance(value, dict):
+            return value
         if many:
             return [_scalar(meta["kind"], entry) for entry in value]
         return _scalar(meta["kind"], meta["const"] if value is True and "const" in meta else value)
@@ -200,6 +207,9 @@ def parse(argv: Sequence[str] | None = None, prog: str = "train.py") -> Config:
         if explicit.keys() & _BATCH:  # ways to set the batch: the command line's wins
             settings = {key: value for key, value in settings.items() if key not in _BATCH}
         settings |= explicit
+        for item in flags():
+            if "in_file" in item.metadata and isinstance(file := settings.get(item.name), str):
+                settings[item.name] = _read_yaml(flag_name(item.name), file, Path(file))
         return Config(**settings, given=frozenset(settings), notes=tuple(notes))
     except ValueError as error:
         parser.error(str(error))

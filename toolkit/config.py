@@ -119,6 +119,12 @@ class Config:
     prune_pattern: str = flag("weight", "what goes together: weight, N:M as 2:4, or channel")
     prune_ends: bool = flag(False, "N:M: stem and classifier too, where it fits them")
     prune_shrink: bool = flag(False, "channel: after the last mask update go on with the smaller model")
+    prune_config: dict[str, Any] | None = flag(
+        None,
+        "YAML file: regular expressions on names: skip, a sparsity, or options",
+        kind=str,
+        in_file=True,
+    )
     prune_regrow: float = flag(
         0.0, "share of the survivors exchanged at an update; needs --pruning state", within="[0, 1)"
     )

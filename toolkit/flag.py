@@ -17,7 +17,8 @@ def flag(default: Any, help_text: str, **options: Any) -> Any:
     """A field with its flag's help.
 
     Options: group (once, at its first flag), kind, nargs, const, choices, short; and what `check_value` holds a value
-    against: within (an interval), counts (of values that nargs="+" may have), ordered; at_build: timm judges the text.
+    against: within (an interval), counts (of values that nargs="+" may have), ordered; at_build: timm judges the text;
+    in_file: the flag names a YAML file, and what stands in it is the value.
     """
     kind: Any = str if default is None else type(default)
     metadata = {"help": help_text, "default": default, "kind": kind, **options}
@@ -44,7 +45,7 @@ def check_value(item: Field[Any], value: Any) -> None:
         raise ValueError(f"{name} {value!r} is not known; choose one of {known}")
     if isinstance(value, str) and not meta.get("at_build") and _UNPRINTABLE.search(value):
         raise ValueError(f"{name} {value!r} has a character that cannot be printed; use plain text on one line")
-    if isinstance(value, dict):
+    if isinstance(value, dict) and "in_file" not in meta:
         refuse(
             {
                 f"{name} {key!r} is no argument's name; give key=value": not (

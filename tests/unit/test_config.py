@@ -106,6 +106,8 @@ def bad_values(item):
         return [[f"{name}={value}"] for value in ("yes", "1", "")]
     if isinstance(default, dict):
         return [[name, "x"], [name, "=1"], [name, "a=1", "b-c=2"]]
+    if "in_file" in meta:
+        return [[name, str(Path(__file__).parent / file)] for file in ("nosuch.yaml", "conftest.py", "test_config.py")]
     if "choices" in meta:
         return [[name, "nosuch"], [name, "0"], [name, "a\nb"]]
     kind = meta.get("kind") or (type(default) if isinstance(default, (int, float)) else str)

@@ -1,6 +1,7 @@
 """The optimizer by name: pruning options, parameter groups, learning rate."""
 
 import dataclasses
+from collections import Counter
 from functools import partial
 from typing import Any
 
@@ -15,9 +16,10 @@ from toolkit.errors import blaming, refuse
 from toolkit.log import get_logger
 from toolkit.optim.param_groups import param_groups
 from toolkit.optim.registry import check_optimizer_name, find_spec, resolve_name
-from toolkit.prune.groups import prunable_names
+from toolkit.prune.options import PruningOptions
 from toolkit.prune.patterns import CHANNEL, WEIGHT, n_of_m, sparsity_of
-from toolkit.prune.schedule import Schedule
+from toolkit.prune.rules import own_options, prunable_by_rules
+from toolkit.prune.schedule import PartsSchedule, Schedule
 
 _log = get_logger()
 
@@ -48,6 +50,11 @@ def resolve_optimizer(config: Config) -> tuple[str, str]:
             ),
             f"--prune-pattern {config.prune_pattern} but --opt {config.opt} does not prune; add --pruning magnitude, "
             "movement or state, or use --opt adamwprune": config.prune_pattern != WEIGHT and not prunes,
+            f"--prune-config but --opt {config.opt} does not prune; add --pruning magnitude, movement or state, or use "
+            "--opt adamwprune": config.prune_config and not prunes,
+            "--state-budget auto with --prune-config: the end has no one sparsity; give bytes a weight": (
+                config.prune_config and config.state_budget == "auto"
+            ),
             f"--prune-shrink removes whole channels; add --prune-pattern {CHANNEL}": (
                 config.prune_shrink and not (prunes and config.prune_pattern == CHANNEL)
             ),
@@ -143,7 +150,13 @@ def _groups(config: Config, pattern: str, model: nn.Module) -> list[dict[str, An
         image = torch.empty(1, *input_settings(config, model)["input_size"], device=device)
     scales = layer_scales(config, model)
     return param_groups(
-        model, config.weight_decay, pattern=pattern, ends=config.prune_ends, example_input=image, lr_scales=scales
+        model,
+        config.weight_decay,
+        pattern=pattern,
+        ends=config.prune_ends,
+        example_input=image,
+        lr_scales=scales,
+        rules=config.prune_config,
     )
 
 
@@ -163,8 +176,27 @@ def layer_scales(config: Config, model: nn.Module) -> dict[str, float]:
 
 def prunable_weights(model: nn.Module, config: Config) -> list[tuple[str, Tensor]]:
     """The weights that pruning counts: frozen ones the optimizer does not see, and leaves alone."""
-    names = prunable_names(model, config.prune_pattern, ends=config.prune_ends)
+    names = own_rules(model, config)
     return [(name, weight) for name, weight in model.named_parameters() if name in names and weight.requires_grad]
+
+
+def own_rules(model: nn.Module, config: Config) -> dict[str, dict[str, Any]]:
+    """Each prunable weight's name -> what --prune-config says of it."""
+    with blaming("--prune-config", "see docs/optimizers.md"):
+        return prunable_by_rules(model, config.prune_config, config.prune_pattern, ends=config.prune_ends)
+
+
+def goal_of(config: Config, schedule: Schedule, model: nn.Module) -> Schedule:
+    """The schedule of all that is pruned, --prune-config's parts together. Raises ValueError where one cannot be."""
+    own, weights = own_rules(model, config), dict(prunable_weights(model, config))
+    if not schedule.enabled or not any(own.values()):
+        return schedule
+    sizes: Counter[tuple[Any, ...]] = Counter()
+    for name, weight in weights.items():
+        sizes[tuple(sorted(own[name].items()))] += weight.numel()
+    with blaming("--prune-config", "see docs/optimizers.md"):
+        whole = PruningOptions(**dataclasses.asdict(schedule))
+        return PartsSchedule.of([(own_options(whole, dict(options)), size) for options, size in sizes.items()])
 
 
 def keep_zeros(optimizer: torch.optim.Optimizer, model: nn.Module, config: Config, schedule: Schedule) -> None:

@@ -21,6 +21,7 @@ from toolkit.builder.optimizer import (
     base_learning_rate,
     create_optimizer,
     create_schedule,
+    goal_of,
     keep_zeros,
     prunable_weights,
     pruning_schedule,
@@ -68,12 +69,13 @@ def build_run(config: Config) -> Run:
     plan = _plan(config, train_loader)
     lr = base_learning_rate(config, opt, plan.global_batch_size)
     schedule = pruning_schedule(config, method, plan.total_steps)
+    goal = goal_of(config, schedule, module)
     rest, to_prune = settings_of_the_rest(config, schedule, smaller, module)
     engine, scheduler = _engine(rest, opt, lr, accelerator, module, to_prune, train_loader.steps, world)
     prunable = prunable_weights(module, config)
 
     # The run's folder, and what the run says of itself
-    facts = run_facts(config, data, opt, method, lr, schedule, plan, world)
+    facts = run_facts(config, data, opt, method, lr, goal, plan, world)
     folder, resume_from, lock = run_folder(asked, opt, facts, world)
     torch.manual_seed(config.seed + world.rank)  # each rank draws its own dropout and erasing noise, as in timm
     if world.is_main:
@@ -92,8 +94,8 @@ def build_run(config: Config) -> Run:
         train_loss=train_loss(config),
         to_inputs=to_inputs(inputs, module, config.channels_last),
         augment=augment(config, world, facts["num_classes"]),
-        schedule=to_prune,
-        goal=schedule,
+        schedule=goal if to_prune.enabled else to_prune,
+        goal=goal,
         prunable=prunable,
         predict_memory=lambda: predict_run(config, engine, facts["num_classes"], world.num_ranks),
         memory=memory,
