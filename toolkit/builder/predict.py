@@ -148,8 +148,7 @@ class Prediction:
         left = {own: own_options(whole, dict(own)).num_zeros_at(1, size) for own, size in sizes.items() if sparsity}
         facts = []
         for one, own in pairs:  # zeros to hand out; only their sum matters
-            zeros = min(left.get(own, 0), one.numel)
-            left[own] = left.get(own, 0) - zeros
+            left[own] = left.get(own, 0) - (zeros := min(left.get(own, 0), one.numel))
             facts.append(dataclasses.replace(one, survivors=one.numel - zeros))
         return facts
 

@@ -69,8 +69,7 @@ def build_run(config: Config) -> Run:
     plan = _plan(config, train_loader)
     lr = base_learning_rate(config, opt, plan.global_batch_size)
     schedule = pruning_schedule(config, method, plan.total_steps)
-    goal = goal_of(config, schedule, module)
-    rest, to_prune = settings_of_the_rest(config, schedule, smaller, module)
+    goal, (rest, to_prune) = goal_of(config, schedule, module), settings_of_the_rest(config, schedule, smaller, module)
     engine, scheduler = _engine(rest, opt, lr, accelerator, module, to_prune, train_loader.steps, world)
     prunable = prunable_weights(module, config)
 
