@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from launch.formats import write_format
 from launch.run_model import difference, flops, num_weights, run_model, some_images
+from toolkit.builder.model import model_arguments
 from toolkit.config import Config
 from toolkit.markdown import mib
 from toolkit.prune.channels import channel_groups
@@ -22,12 +23,12 @@ _FOR_CONSTANTS = 8
 
 def plan_of(config: Config, plan: Plan, input_size: tuple[int, ...]) -> Plan:
     """A plan with what it must say of a run's model."""
-    own_size = "img_size" in config.model_kwargs
+    sides = set() if "img_size" in config.model_kwargs else set(config.sides or ())
     return dataclasses.replace(
         plan,
         model=config.model,
-        model_kwargs=dict(config.model_kwargs),
-        img_size=None if own_size else config.img_size,
+        model_kwargs=model_arguments(config),
+        img_size=sides.pop() if len(sides) == 1 else None,
         input_size=tuple(input_size),
     )
 

@@ -11,10 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from toolkit.config import Config, flag_name, flags
+from toolkit.config import Config, flags
 from toolkit.files import shipped_folder
+from toolkit.flag import flag_name
+from toolkit.timm_flags import IDLE, NOT_OFFERED
 
 _BATCH = {"batch_size", "global_batch_size", "auto_batch_size"}
+_NOT_OFFERED_FLAGS = {flag_name(name): reason for name, (_, reason) in NOT_OFFERED.items()}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -69,10 +72,10 @@ def _build_parser(prog: str) -> _Parser:
         if "group" in meta:
             group = parser.add_argument_group(meta["group"])
         default = meta["default"]
-        names = [flag_name(item), *([meta["short"]] if "short" in meta else [])]
+        names = [flag_name(item.name), *([meta["short"]] if "short" in meta else [])]
         shown = f" (default {default})" if default not in (None, "", False) and default != {} else ""
         options: dict[str, Any] = {"dest": item.name, "help": meta["help"].replace("%", "%%") + shown}
-        if isinstance(default, bool):
+        if meta["kind"] is bool:
             negatable = not item.name.startswith("no_")
             options["action"] = argparse.BooleanOptionalAction if negatable else "store_true"
         elif isinstance(default, dict):
@@ -87,25 +90,20 @@ def _build_parser(prog: str) -> _Parser:
             else:
                 options["metavar"] = options["type"].__name__.upper()
         group.add_argument(*names, **options)
+    for name, (has_value, _) in IDLE.items():
+        idle: dict[str, Any] = {} if has_value else {"action": "store_true"}
+        parser.add_argument(flag_name(name), help=argparse.SUPPRESS, **idle)
     return parser
 
 
-def _read_recipe(path: str) -> dict[str, Any]:
-    import yaml
-
+def _read_recipe(path: str, notes: list[str]) -> dict[str, Any]:
+    """The settings of a recipe; `notes` is told what a timm run's leave out."""
     shipped = {file.name: file for file in sorted(shipped_folder("recipes").glob("*.yaml"))}
     file = Path(path)
-    try:
-        settings = yaml.safe_load((file if file.exists() else shipped.get(path, file)).read_text()) or {}
-    except OSError as error:
-        raise ValueError(
-            f"-c {path} cannot be read ({error.strerror}); check the path, or take a shipped recipe: "
-            f"{', '.join(shipped)}"
-        ) from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"-c {path} is not YAML ({' '.join(str(error).split())})") from None
-    if not isinstance(settings, dict):
-        raise ValueError(f"-c {path} must hold settings as key: value")
+    known_ones = f", or take a shipped recipe: {', '.join(shipped)}"
+    settings = _read_yaml("-c", path, file if file.exists() else shipped.get(path, file), known_ones)
+    if settings.keys() & (IDLE.keys() | NOT_OFFERED.keys()):
+        settings = _of_timm(settings, path, notes)
     known = {item.name: item for item in flags()}
     result = {}
     for key, value in settings.items():
@@ -116,6 +114,46 @@ def _read_recipe(path: str) -> dict[str, Any]:
     return result
 
 
+def _read_yaml(flag: str, path: str, file: Path, or_else: str = "") -> dict[str, Any]:
+    """What a flag's YAML file holds. Raises ValueError where it cannot be read or is no mapping."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(file.read_text()) or {}
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{flag} {path} cannot be read ({reason}); check the path{or_else}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{flag} {path} is not YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{flag} {path} must hold settings as key: value")
+    return content
+
+
+def _of_timm(settings: dict[str, Any], path: str, notes: list[str]) -> dict[str, Any]:
+    """The args.yaml of a timm run in our words. Raises ValueError for what it did and is not offered here."""
+    for key, (neutral, reason) in NOT_OFFERED.items():
+        if settings.get(key, neutral) != neutral:
+            raise ValueError(
+                f"{key}: {settings[key]!r} in {path} is timm's and not offered here: {reason}; take the line out to "
+                "train without it (docs/timm.md)"
+            )
+    # None, and an empty folder, are timm's words for the default; its --amp is a switch beside --amp-dtype.
+    absent = {"amp_dtype"} if not settings.get("amp") else set()
+    absent |= {key for key, value in settings.items() if value is None or (key, value) == ("output", "")}
+    absent |= {"amp"} if settings.get("amp") is False else set()
+    strange = IDLE.keys() | NOT_OFFERED.keys() | {"data", "local_rank"}
+    ours = {key: value for key, value in settings.items() if key not in absent | strange}
+    if settings.get("data"):  # as timm: the folder without a flag
+        ours.setdefault("data_dir", settings["data"])
+    left_out = sum(key in settings for key in strange)
+    notes.append(
+        f"-c {path} is of a timm run: {len(ours)} settings are taken, {left_out} that are not offered here left out, "
+        "for timm's values change nothing (docs/timm.md)"
+    )
+    return ours
+
+
 def _checked(item: dataclasses.Field[Any], value: Any, path: str) -> Any:
     """A recipe's value in the type of its field; 1e-3 and 1 are good floats, True is a good bool only."""
     meta = item.metadata
@@ -123,6 +161,8 @@ def _checked(item: dataclasses.Field[Any], value: Any, path: str) -> Any:
     if value is None and meta["default"] is None:
         return None
     try:
+        if "in_file" in meta and isinstance(value, dict):
+            return value
         if many:
             return [_scalar(meta["kind"], entry) for entry in ([value] if isinstance(value, str) else value)]
         return _scalar(meta["kind"], meta["const"] if value is True and "const" in meta else value)
@@ -134,6 +174,8 @@ def _checked(item: dataclasses.Field[Any], value: Any, path: str) -> Any:
 def _scalar(kind: type, value: Any) -> Any:
     if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         return float(value)
+    if kind is int and isinstance(value, float) and value.is_integer():
+        return int(value)
     if not isinstance(kind, type):
         return kind(value)
     if type(value) is not kind:
@@ -152,15 +194,22 @@ def parse(argv: Sequence[str] | None = None, prog: str = "train.py") -> Config:
     known, unknown = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     try:
         if unknown:
-            valid = [flag_name(item) for item in flags()]
+            valid = [flag_name(item.name) for item in flags()]
             name = unknown[0].partition("=")[0]
+            if reason := _NOT_OFFERED_FLAGS.get(name):
+                raise ValueError(f"{name} is timm's and not offered here: {reason}; see docs/timm.md")
             raise ValueError(f"{unknown[0]} is not a flag of {prog}.{_near(name, valid)} Valid: {' '.join(valid)}")
         explicit = vars(known)
         recipe = explicit.pop("config", None)
-        settings = _read_recipe(recipe) if recipe else {}
+        idle = [name for name in IDLE if explicit.pop(name, None) is not None]
+        notes = [f"{flag_name(name)} changes nothing: {IDLE[name][1]}" for name in idle]
+        settings = _read_recipe(recipe, notes) if recipe else {}
         if explicit.keys() & _BATCH:  # ways to set the batch: the command line's wins
             settings = {key: value for key, value in settings.items() if key not in _BATCH}
         settings |= explicit
-        return Config(**settings, given=frozenset(settings))
+        for item in flags():
+            if "in_file" in item.metadata and isinstance(file := settings.get(item.name), str):
+                settings[item.name] = _read_yaml(flag_name(item.name), file, Path(file))
+        return Config(**settings, given=frozenset(settings), notes=tuple(notes))
     except ValueError as error:
         parser.error(str(error))

@@ -7,7 +7,8 @@ import yaml
 
 from toolkit.builder.data import batch_size_per_rank
 from toolkit.cli import parse
-from toolkit.config import Config, flag_name, flags
+from toolkit.config import Config, flags
+from toolkit.flag import flag_name
 
 ROOT = Path(__file__).parents[2]
 
@@ -99,12 +100,14 @@ UNPRINTABLE = ("a\nb", "a\0b", "\ud800")
 
 def bad_values(item):
     """Three lists of arguments, at least, that a flag must refuse."""
-    name, meta = flag_name(item), item.metadata
+    name, meta = flag_name(item.name), item.metadata
     default = item.default_factory() if callable(item.default_factory) else item.default
-    if isinstance(default, bool):
+    if isinstance(default, bool) or meta["kind"] is bool:
         return [[f"{name}={value}"] for value in ("yes", "1", "")]
     if isinstance(default, dict):
         return [[name, "x"], [name, "=1"], [name, "a=1", "b-c=2"]]
+    if "in_file" in meta:
+        return [[name, str(Path(__file__).parent / file)] for file in ("nosuch.yaml", "conftest.py", "test_config.py")]
     if "choices" in meta:
         return [[name, "nosuch"], [name, "0"], [name, "a\nb"]]
     kind = meta.get("kind") or (type(default) if isinstance(default, (int, float)) else str)
@@ -124,13 +127,13 @@ def bad_values(item):
 AT_PARSE = [item for item in flags() if not item.metadata.get("at_build")]  # the others: builder/test_model.py
 
 
-@pytest.mark.parametrize("item", AT_PARSE, ids=flag_name)
+@pytest.mark.parametrize("item", AT_PARSE, ids=lambda item: flag_name(item.name))
 def test_every_flag_refuses_bad_values_in_one_line_that_names_it(capsys, item):
     cases = bad_values(item)
     assert len(cases) >= 3
     for argv in cases:
         message = error_of(capsys, *argv)
-        assert flag_name(item) in message.replace("-b/--batch-size", "--batch-size"), (argv, message)
+        assert flag_name(item.name) in message.replace("-b/--batch-size", "--batch-size"), (argv, message)
         assert "Traceback" not in message
 
 

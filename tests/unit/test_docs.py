@@ -12,6 +12,9 @@ import pytest
 import torch
 from docs_text import PAGES, ROOT, code, links, sentences, table_after, words
 
+from toolkit.flag import flag_name
+from toolkit.timm_flags import IDLE, NOT_OFFERED
+
 README = ROOT / "README.md"
 FOLDERS = ("toolkit", "launch", "shards", "tests", "accelerate_configs", "results", "docs", "examples")
 FOREIGN = {  # flags of others' commands
@@ -19,7 +22,7 @@ FOREIGN = {  # flags of others' commands
     "pip": ("--index-url",),
     "sbatch": ("--nodes",),
     "tensorboard": ("--logdir", "--host"),
-    "timm's train.py": ("--device-modules",),
+    "timm's train.py": tuple(map(flag_name, IDLE | NOT_OFFERED)),
 }
 
 

@@ -18,11 +18,13 @@ LEAVES = {
     "toolkit.markdown",
     "toolkit.process",
     "toolkit.progress",
+    "toolkit.timm_flags",
 }
 # What each room may import of ours, beside itself.
 ALLOWED = {
-    "toolkit.config": {"toolkit.errors", "toolkit.files"},
-    "toolkit.cli": {"toolkit.config", "toolkit.files"},
+    "toolkit.flag": {"toolkit.errors"},
+    "toolkit.config": {"toolkit.errors", "toolkit.files", "toolkit.flag"},
+    "toolkit.cli": {"toolkit.config", "toolkit.files", "toolkit.flag", "toolkit.timm_flags"},
     **{leaf: set() for leaf in LEAVES},
     "toolkit.command": {"toolkit.log"},
     "toolkit.prune": LEAVES | {"toolkit.kernels"},

@@ -24,14 +24,21 @@ from toolkit.dist import World
 from toolkit.errors import blaming
 
 _REMOTE_WINDOW = 16  # shards; a window and the next should fit the cache, and a batch mixes 16 × 1,250 images
+_LUMA = (0.299, 0.587, 0.114)  # grey of red, green and blue by ITU-R BT.601, as PIL's mode L
 
 Augment = Callable[[Tensor, Tensor, int, int], tuple[Tensor, Tensor]]
 
 
 def input_settings(config: Config, model: nn.Module) -> dict[str, Any]:
     """Input size, mean, std, interpolation and crop of the model, by timm, with the flags on top."""
-    given = {key: getattr(config, key) for key in ("img_size", "crop_pct", "mean", "std", "interpolation")}
-    return resolve_data_config({key: value for key, value in given.items() if value}, model=model)
+    flags = ("img_size", "input_size", "in_chans", "crop_pct", "mean", "std", "interpolation")
+    given = {key: getattr(config, key) for key in flags}
+    found = resolve_data_config({key: value for key, value in given.items() if value}, model=model)
+    found["input_size"] = (config.channels, *found["input_size"][1:])  # timm leaves the model's own where it has one
+    for key in ("mean", "std"):
+        if len(found[key]) != config.channels:  # of the colours a model is for
+            found[key] = (sum(found[key]) / len(found[key]),) * config.channels
+    return found
 
 
 @dataclass(frozen=True)
@@ -111,6 +118,7 @@ def create_loaders(
         seed=config.seed,
         batch_size=batch_size,
         accumulation=config.grad_accum_steps,
+        repeats=max(config.aug_repeats, 1),
         window=shuffle_window(config),
         cache=data.train_cache,
         **options,
@@ -139,7 +147,10 @@ def train_transform(config: Config, inputs: dict[str, Any]) -> Transform:
         return eval_transform(inputs)
     height, width = inputs["input_size"][-2:]
     scale, ratio = (config.scale[0], config.scale[1]), (config.ratio[0], config.ratio[1])
-    if not config.aa and not config.color_jitter:
+    chances = {name: getattr(config, name) for name in ("color_jitter_prob", "grayscale_prob", "gaussian_blur_prob")}
+    chances = {name: chance for name, chance in chances.items() if chance is not None}
+    plain = config.train_crop_mode in (None, "rrc") and not any(chances.values())
+    if not config.aa and not config.color_jitter and plain:
         return TrainTransform((height, width), scale, ratio, config.hflip, config.vflip, config.train_interpolation)
     asked = f"--aa {config.aa}" if config.aa else f"--color-jitter {config.color_jitter}"
     with blaming(asked, "see timm's create_transform"):
@@ -151,19 +162,22 @@ def train_transform(config: Config, inputs: dict[str, Any]) -> Transform:
             ratio=ratio,
             hflip=config.hflip,
             vflip=config.vflip,
+            train_crop_mode=config.train_crop_mode,
             color_jitter=config.color_jitter,
+            **chances,
             auto_augment=config.aa,
             interpolation=config.train_interpolation,
-            mean=inputs["mean"],
-            std=inputs["std"],
+            mean=tuple(inputs["mean"]) * (3 // len(inputs["mean"])),  # it fills images still in colour
+            std=tuple(inputs["std"]) * (3 // len(inputs["std"])),
         )
     return partial(timm_transform, transform)
 
 
 def eval_transform(inputs: dict[str, Any]) -> Transform:
-    """timm's evaluation transform, by the fast path for a plain centre crop."""
+    """timm's evaluation transform, by the fast path for a plain square centre crop."""
     height, width = inputs["input_size"][-2:]
-    if inputs["crop_mode"] == "center" and inputs["interpolation"] in ("bilinear", "bicubic"):
+    plain = inputs["crop_mode"] == "center" and height == width
+    if plain and inputs["interpolation"] in ("bilinear", "bicubic"):
         return EvalTransform((height, width), inputs["crop_pct"], inputs["interpolation"])
     options = {key: inputs[key] for key in ("interpolation", "mean", "std", "crop_pct", "crop_mode")}
     return partial(timm_transform, create_transform((height, width), is_training=False, use_prefetcher=True, **options))
@@ -176,12 +190,15 @@ def to_inputs(
     weight = next(model.parameters())
     device, dtype = weight.device, weight.dtype
     mean, std = (
-        torch.tensor(inputs[key], device=device, dtype=dtype).mul(255).view(1, 3, 1, 1) for key in ("mean", "std")
+        torch.tensor(inputs[key], device=device, dtype=dtype).mul(255).view(1, -1, 1, 1) for key in ("mean", "std")
     )
+    luma = torch.tensor(_LUMA, device=device, dtype=dtype).view(1, 3, 1, 1)
     layout = torch.channels_last if channels_last else torch.contiguous_format
 
     def normalise(batch: Batch) -> tuple[Tensor, Tensor]:
         images = batch.images.to(device, non_blocking=True).contiguous(memory_format=layout)
+        if mean.numel() == 1:
+            images = (images * luma).sum(1, keepdim=True)
         # uint8 - mean is computed and stored in the mean's dtype: one pass less than converting first.
         return torch.sub(images, mean).div_(std), batch.labels.to(device, non_blocking=True)
 

@@ -7,22 +7,34 @@ from typing import Any
 
 import timm
 import torch
-from timm.layers import convert_sync_batchnorm
+from timm.layers import convert_sync_batchnorm, set_fast_norm
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from toolkit.builder.data import input_settings
+from toolkit.builder.optimizer import layer_scales
 from toolkit.builder.recompute import checkpoint_activations
 from toolkit.builder.weights import load_initial_weights
 from toolkit.config import Config
 from toolkit.dist import World
 from toolkit.errors import blaming, refuse
+from toolkit.flag import flag_name
+
+# A flag of timm's train.py -> the argument of its models that it sets.
+_ARGUMENTS = {"drop_path": "drop_path_rate", "drop_block": "drop_block_rate", "gp": "global_pool"}
 
 
 def amp_dtype(config: Config) -> torch.dtype | None:
     """The dtype of forward passes under mixed precision, None without it."""
     return {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}[config.mixed_precision]
+
+
+def model_arguments(config: Config) -> dict[str, Any]:
+    """What timm is to make the model with, beside its name and classes, where that is not the model's own default."""
+    given = {argument: getattr(config, name) for name, argument in _ARGUMENTS.items()}
+    given["in_chans"] = None if config.channels == 3 else config.channels  # not every model takes it
+    return {key: value for key, value in given.items() if value is not None} | config.model_kwargs
 
 
 def create_model(config: Config, num_classes: int) -> nn.Module:
@@ -37,30 +49,63 @@ def create_model(config: Config, num_classes: int) -> nn.Module:
             f"{config.data_dir} does not say how many classes it has; add --num-classes": num_classes < 1,
         }
     )
-    options: dict[str, Any] = {"drop_rate": config.drop, **config.model_kwargs}
-    if config.drop_path is not None:
-        options["drop_path_rate"] = config.drop_path
+    options = {"drop_rate": config.drop, **model_arguments(config)}
     more = " ".join(f"{key}={value}" for key, value in config.model_kwargs.items())
     asked = f"--model {config.model}{' --pretrained' * config.pretrained}{more and f' --model-kwargs {more}'}"
+    flagged = [name for name in _ARGUMENTS if getattr(config, name) is not None]
+    asked += "".join(f" {flag_name(name)} {getattr(config, name)}" for name in flagged)
     remedy = "see --model-kwargs" if more else "see timm.list_pretrained()" if config.pretrained else ""
     with blaming(asked, remedy):
         model = timm.create_model(config.model, pretrained=config.pretrained, num_classes=num_classes, **options)
         refuse(
             {
                 f"that is no classifier of {num_classes} classes": getattr(model, "num_classes", None) != num_classes,
-                "images are read with 3 channels": config.model_kwargs.get("in_chans", 3) != 3,
+                f"images are read with {config.channels} channels": (
+                    options.get("in_chans", config.channels) != config.channels
+                ),
             }
         )
-    if config.img_size is not None and hasattr(model, "set_input_size") and "img_size" not in config.model_kwargs:
-        with blaming(f"--img-size {config.img_size} does not suit {config.model}"):
+    if config.sides is not None and hasattr(model, "set_input_size") and "img_size" not in config.model_kwargs:
+        size = f"--input-size {config.input_size}" if config.input_size else f"--img-size {config.img_size}"
+        with blaming(f"{size} does not suit {config.model}"):
             # Vision transformers: the position embeddings follow.
-            model.set_input_size(img_size=config.img_size)  # type: ignore[operator]
-    if config.model_kwargs:  # some values are first looked at in the forward pass
+            model.set_input_size(img_size=config.sides)  # type: ignore[operator]
+    if config.model_kwargs or flagged:  # some values are first looked at in the forward pass
         with blaming(asked, remedy):
             _try_forward(model, input_settings(config, model)["input_size"], num_classes)
     if config.initial_checkpoint:  # after the input size, on which position embeddings depend
         load_initial_weights(model, config)
+    _adjust(model, config)
     return model
+
+
+def _adjust(model: nn.Module, config: Config) -> None:
+    """What timm's train.py sets once a model is made: BatchNorm's numbers (here of any model), the classifier's start.
+
+    Raises ValueError where there is nothing of the kind.
+    """
+    numbers = {"momentum": config.bn_momentum, "eps": config.bn_eps}
+    wanted = {key: value for key, value in numbers.items() if value is not None}
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    heads = model.get_classifier() if hasattr(model, "get_classifier") else None  # type: ignore[operator]
+    scale, bias = config.head_init_scale, config.head_init_bias
+    refuse(
+        {
+            f"--bn-momentum and --bn-eps: {config.model} has no BatchNorm; leave them out": wanted and not norms,
+            f"--head-init-scale and --head-init-bias: {config.model} has no single linear classifier; leave them out": (
+                (scale is not None or bias is not None) and not hasattr(heads, "bias")
+            ),
+        }
+    )
+    for module in norms:
+        vars(module).update(wanted)
+    if scale is not None:
+        for parameter in heads.parameters():  # type: ignore[union-attr]
+            parameter.data.mul_(scale)
+    if bias is not None:
+        nn.init.constant_(heads.bias, bias)  # type: ignore[union-attr]
+    set_fast_norm(config.fast_norm)
+    layer_scales(config, model)  # which freezes what --layer-decay-no-opt-scale leaves out
 
 
 def _try_forward(model: nn.Module, input_size: tuple[int, int, int], num_classes: int) -> None:
@@ -91,14 +136,19 @@ def compile_model(model: nn.Module, config: Config) -> nn.Module:
         raise ValueError(
             f"--torchcompile {config.torchcompile} is not a backend here; choose one of {', '.join(known)}"
         )
-    return torch.compile(model, backend=config.torchcompile)  # type: ignore[return-value]
+    return torch.compile(model, backend=config.torchcompile, mode=config.torchcompile_mode)  # type: ignore[return-value]
 
 
 def train_loss(config: Config) -> Callable[[Tensor, Tensor], Tensor]:
     """timm's choice of loss."""
     if config.bce_loss:
         smoothing = 0.0 if config.mixes else config.smoothing
-        return BinaryCrossEntropy(smoothing=smoothing, target_threshold=config.bce_target_thresh)
+        return BinaryCrossEntropy(
+            smoothing=smoothing,
+            target_threshold=config.bce_target_thresh,
+            sum_classes=config.bce_sum,
+            pos_weight=config.bce_pos_weight,
+        )
     if config.mixes:
         return SoftTargetCrossEntropy()
     return LabelSmoothingCrossEntropy(config.smoothing) if config.smoothing else nn.CrossEntropyLoss()

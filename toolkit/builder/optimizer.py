@@ -1,11 +1,12 @@
 """The optimizer by name: pruning options, parameter groups, learning rate."""
 
 import dataclasses
+from collections import Counter
 from functools import partial
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2, get_optimizer_info, optimizer_kwargs
+from timm.optim import create_optimizer_v2, get_optimizer_info, optimizer_kwargs, param_groups_layer_decay
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from torch import Tensor, nn
 
@@ -15,9 +16,10 @@ from toolkit.errors import blaming, refuse
 from toolkit.log import get_logger
 from toolkit.optim.param_groups import param_groups
 from toolkit.optim.registry import check_optimizer_name, find_spec, resolve_name
-from toolkit.prune.groups import prunable_names
+from toolkit.prune.options import PruningOptions
 from toolkit.prune.patterns import CHANNEL, WEIGHT, n_of_m, sparsity_of
-from toolkit.prune.schedule import Schedule
+from toolkit.prune.rules import own_options, prunable_by_rules
+from toolkit.prune.schedule import PartsSchedule, Schedule
 
 _log = get_logger()
 
@@ -48,6 +50,11 @@ def resolve_optimizer(config: Config) -> tuple[str, str]:
             ),
             f"--prune-pattern {config.prune_pattern} but --opt {config.opt} does not prune; add --pruning magnitude, "
             "movement or state, or use --opt adamwprune": config.prune_pattern != WEIGHT and not prunes,
+            f"--prune-config but --opt {config.opt} does not prune; add --pruning magnitude, movement or state, or use "
+            "--opt adamwprune": config.prune_config and not prunes,
+            "--state-budget auto with --prune-config: the end has no one sparsity; give bytes a weight": (
+                config.prune_config and config.state_budget == "auto"
+            ),
             f"--prune-shrink removes whole channels; add --prune-pattern {CHANNEL}": (
                 config.prune_shrink and not (prunes and config.prune_pattern == CHANNEL)
             ),
@@ -93,10 +100,16 @@ def base_learning_rate(config: Config, opt: str, global_batch_size: int) -> floa
     return config.lr_base * (ratio**0.5 if scale == "sqrt" else ratio)
 
 
+def create_schedule(config: Config, optimizer: torch.optim.Optimizer, steps: int) -> tuple[Any, int]:
+    """timm's schedule of the learning rate, and the epochs it counts. Raises ValueError where it does not fit them."""
+    remedy = "see --epochs, --warmup-epochs, --decay-epochs (below 1: a share) and --lr-stable-timescale"
+    with blaming(f"--sched {config.sched}", remedy):
+        return create_scheduler_v2(optimizer, **scheduler_kwargs(config), updates_per_epoch=steps)
+
+
 def total_epochs(config: Config, steps: int) -> int:
-    """Epochs with cool-down and warm-up prefix, as timm's scheduler factory counts them."""
-    throwaway = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-    return create_scheduler_v2(throwaway, **scheduler_kwargs(config), updates_per_epoch=steps)[1]
+    """Epochs with cool-down, warm-up prefix and cycles, as timm's scheduler factory counts them."""
+    return create_schedule(config, torch.optim.SGD([torch.zeros(1)], lr=1.0), steps)[1]
 
 
 def pruning_schedule(config: Config, method: str, total_steps: int) -> Schedule:
@@ -125,7 +138,7 @@ def create_optimizer(
         if clash:
             raise ValueError(f"--opt-kwargs {clash[0]} is set by the --prune flags here; use them instead")
         arguments |= given
-    remedy = "see --opt-kwargs, --opt-betas and --opt-eps"
+    remedy = "see --opt-kwargs, --opt-betas, --opt-eps and --opt-foreach"
     with blaming(f"--opt {opt} does not take one of its arguments", remedy):
         return create_optimizer_v2(model, **arguments, param_group_fn=partial(_groups, config, schedule.pattern))
 
@@ -135,13 +148,55 @@ def _groups(config: Config, pattern: str, model: nn.Module) -> list[dict[str, An
     if pattern == CHANNEL:
         device = next(model.parameters()).device
         image = torch.empty(1, *input_settings(config, model)["input_size"], device=device)
-    return param_groups(model, config.weight_decay, pattern=pattern, ends=config.prune_ends, example_input=image)
+    scales = layer_scales(config, model)
+    return param_groups(
+        model,
+        config.weight_decay,
+        pattern=pattern,
+        ends=config.prune_ends,
+        example_input=image,
+        lr_scales=scales,
+        rules=config.prune_config,
+    )
+
+
+def layer_scales(config: Config, model: nn.Module) -> dict[str, float]:
+    """--layer-decay: factor of the learning rate by parameter's name, timm's; layers below -no-opt-scale are frozen."""
+    if config.layer_decay is None:
+        return {}
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = param_groups_layer_decay(
+        model,
+        layer_decay=config.layer_decay,
+        min_scale=config.layer_decay_min_scale,
+        no_opt_scale=config.layer_decay_no_opt_scale,
+    )
+    return {names[parameter]: group["lr_scale"] for group in groups for parameter in group["params"]}
 
 
 def prunable_weights(model: nn.Module, config: Config) -> list[tuple[str, Tensor]]:
     """The weights that pruning counts: frozen ones the optimizer does not see, and leaves alone."""
-    names = prunable_names(model, config.prune_pattern, ends=config.prune_ends)
+    names = own_rules(model, config)
     return [(name, weight) for name, weight in model.named_parameters() if name in names and weight.requires_grad]
+
+
+def own_rules(model: nn.Module, config: Config) -> dict[str, dict[str, Any]]:
+    """Each prunable weight's name -> what --prune-config says of it."""
+    with blaming("--prune-config", "see docs/optimizers.md"):
+        return prunable_by_rules(model, config.prune_config, config.prune_pattern, ends=config.prune_ends)
+
+
+def goal_of(config: Config, schedule: Schedule, model: nn.Module) -> Schedule:
+    """The schedule of all that is pruned, --prune-config's parts together. Raises ValueError where one cannot be."""
+    own, weights = own_rules(model, config), dict(prunable_weights(model, config))
+    if not schedule.enabled or not any(own.values()):
+        return schedule
+    sizes: Counter[tuple[Any, ...]] = Counter()
+    for name, weight in weights.items():
+        sizes[tuple(sorted(own[name].items()))] += weight.numel()
+    with blaming("--prune-config", "see docs/optimizers.md"):
+        whole = PruningOptions(**dataclasses.asdict(schedule))
+        return PartsSchedule.of([(own_options(whole, dict(options)), size) for options, size in sizes.items()])
 
 
 def keep_zeros(optimizer: torch.optim.Optimizer, model: nn.Module, config: Config, schedule: Schedule) -> None:

@@ -19,7 +19,7 @@ from torch import nn
 
 from toolkit.builder.data import DataSet, batch_size_per_rank, input_settings
 from toolkit.builder.model import amp_dtype, create_model
-from toolkit.builder.optimizer import final_sparsity, resolve_optimizer
+from toolkit.builder.optimizer import final_sparsity, own_rules, resolve_optimizer
 from toolkit.builder.recompute import checkpoint_activations
 from toolkit.config import Config
 from toolkit.engine.engines.ddp import Engine
@@ -31,8 +31,9 @@ from toolkit.memory.arithmetic import ParameterFacts, predict_optimizer_rows
 from toolkit.memory.ledger import is_optimizer_row
 from toolkit.optim.registry import OptimizerSpec, find_spec
 from toolkit.prune.budget import budget_for
-from toolkit.prune.groups import prunable_names
 from toolkit.prune.mask import unpack_bits
+from toolkit.prune.options import PruningOptions
+from toolkit.prune.rules import own_options
 
 # Reserved over allocated in replays of torch's allocator (12 to 19 %), and a GPU context.
 RESERVED_OVER_ALLOCATED = 1.18
@@ -97,9 +98,8 @@ class Prediction:
         log: Callable[[str], None] = lambda text: None,
     ) -> None:
         config = dataclasses.replace(config, pretrained=False, initial_checkpoint="")  # sizes only
-        self.num_ranks, self.engine = num_ranks, engine
+        self.num_ranks, self.engine, num_classes = num_ranks, engine, config.num_classes or num_classes
         self._take_optimizer(config)
-        num_classes = config.num_classes or num_classes
 
         def make_model() -> nn.Module:
             model = create_model(config, num_classes)
@@ -109,10 +109,12 @@ class Prediction:
 
         model = make_model()
         self.input_size = tuple(input_settings(config, model)["input_size"])
-        prunable = prunable_names(model, config.prune_pattern, ends=config.prune_ends)
+        own, named = own_rules(model, config), list(model.named_parameters())
         self.parameters = [
-            ParameterFacts(p.numel(), name in prunable, p.numel(), p.itemsize, p.requires_grad)
-            for name, p in model.named_parameters()
+            ParameterFacts(p.numel(), name in own, p.numel(), p.itemsize, p.requires_grad) for name, p in named
+        ]
+        self.own: list[Any] = [
+            tuple(sorted(own[name].items())) if name in own and p.requires_grad else None for name, p in named
         ]
         self.buffers_bytes = sum(b.nbytes for b in model.buffers())
         self.step = track_step(
@@ -126,8 +128,7 @@ class Prediction:
         )
 
     def _take_optimizer(self, config: Config) -> None:
-        self.config = config
-        self.opt, self.method = resolve_optimizer(config)
+        self.config, (self.opt, self.method) = config, resolve_optimizer(config)
         self.spec = find_spec(self.opt)
         if self.spec is None:
             raise ValueError(
@@ -142,11 +143,12 @@ class Prediction:
         return other
 
     def _parameters_at(self, sparsity: float) -> list[ParameterFacts]:
-        left = math.floor(sparsity * sum(one.numel for one in self.parameters if one.prunable and one.trained))
+        pairs, whole = list(zip(self.parameters, self.own, strict=True)), PruningOptions(sparsity=sparsity, end_step=1)
+        sizes = {own: sum(one.numel for one, other in pairs if other == own) for own in self.own if own is not None}
+        left = {own: own_options(whole, dict(own)).num_zeros_at(1, size) for own, size in sizes.items() if sparsity}
         facts = []
-        for one in self.parameters:  # zeros to hand out; only their sum matters
-            zeros = min(left, one.numel) if one.prunable and one.trained else 0
-            left -= zeros
+        for one, own in pairs:  # zeros to hand out; only their sum matters
+            left[own] = left.get(own, 0) - (zeros := min(left.get(own, 0), one.numel))
             facts.append(dataclasses.replace(one, survivors=one.numel - zeros))
         return facts
 

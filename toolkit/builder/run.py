@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import ModelEmaV3, random_seed
 from torch import Tensor, nn
 
@@ -21,6 +20,8 @@ from toolkit.builder.optimizer import (
     apply_recipe,
     base_learning_rate,
     create_optimizer,
+    create_schedule,
+    goal_of,
     keep_zeros,
     prunable_weights,
     pruning_schedule,
@@ -70,12 +71,12 @@ def build_run(config: Config) -> Run:
     plan = _plan(config, train_loader)
     lr = base_learning_rate(config, opt, plan.global_batch_size)
     schedule = pruning_schedule(config, method, plan.total_steps)
-    rest, to_prune = settings_of_the_rest(config, schedule, smaller, module)
+    goal, (rest, to_prune) = goal_of(config, schedule, module), settings_of_the_rest(config, schedule, smaller, module)
     engine, scheduler = _engine(rest, opt, lr, accelerator, module, to_prune, train_loader.steps, world)
     prunable = prunable_weights(module, config)
 
     # The run's folder, and what the run says of itself
-    facts = run_facts(config, data, opt, method, lr, schedule, plan, world)
+    facts = run_facts(config, data, opt, method, lr, goal, plan, world)
     folder, resume_from, lock = run_folder(asked, opt, facts, world)
     torch.manual_seed(config.seed + world.rank)  # each rank draws its own dropout and erasing noise, as in timm
     if world.is_main:
@@ -94,8 +95,8 @@ def build_run(config: Config) -> Run:
         train_loss=train_loss(config),
         to_inputs=to_inputs(inputs, module, config.channels_last),
         augment=augment(config, world, facts["num_classes"]),
-        schedule=to_prune,
-        goal=schedule,
+        schedule=goal if to_prune.enabled else to_prune,
+        goal=goal,
         prunable=prunable,
         predict_memory=lambda: predict_run(config, engine, facts["num_classes"], world.num_ranks),
         memory=memory,
@@ -113,6 +114,8 @@ def _begin_folder(
     """Say what was asked for and what it is, and clear away what a killed run's ranks have left."""
     shutil.rmtree(folder / RANKS_FOLDER, ignore_errors=True)
     write_args(folder, asked)
+    for note in asked.notes:
+        get_logger().info("%s", note)
     get_logger().info("%s", describe(facts, folder, module, prunable))
 
 
@@ -129,7 +132,7 @@ def _engine(
     """The engine with model and optimizer in it, and timm's learning-rate schedule."""
     optimizer = create_optimizer(config, module, opt, lr, schedule)
     keep_zeros(optimizer, module, config, schedule)
-    scheduler, _ = create_scheduler_v2(optimizer, **scheduler_kwargs(config), updates_per_epoch=steps_per_epoch)
+    scheduler, _ = create_schedule(config, optimizer, steps_per_epoch)
     return create_engine(config, opt, accelerator, module, optimizer, world), scheduler
 
 

@@ -110,9 +110,10 @@ _DAMAGE = (
 )
 
 
-def sample_generator(seed: int, epoch: int, sample: int) -> np.random.Generator:
-    """Generator of a sample's augmentation: by sample and epoch, not by rank or worker."""
-    return np.random.Generator(np.random.Philox(key=np.array([(seed << 32) + epoch, sample], dtype=np.uint64)))
+def sample_generator(seed: int, epoch: int, sample: int, copy: int = 0) -> np.random.Generator:
+    """Generator of a sample's augmentation: by sample, epoch and copy, not by rank or worker."""
+    key = np.array([(seed << 32) + epoch, (copy << 48) + sample], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key))
 
 
 def resize(image: np.ndarray, size: tuple[int, int], mode: str) -> Tensor:

@@ -27,6 +27,7 @@ from toolkit.data.order import (
     epoch_windows,
     evaluation_slices,
     micro_batch_slice,
+    repeated,
 )
 from toolkit.data.shard_cache import ShardCache
 from toolkit.log import get_logger
@@ -93,22 +94,22 @@ class _Reader:
                 "; further ones are only counted" if self._complaints == _COMPLAINTS else "",
             )
 
-    def pixels(self, sample: int, epoch: int) -> Tensor:
+    def pixels(self, sample: int, epoch: int, copy: int) -> Tensor:
         """uint8 [3, h, w]. Raises BadImageError for bytes that are not those indexed, or no image."""
         data = self.read(sample)
         if self.index.has_checksums and zlib.crc32(data) != int(
             self.index.crc32[sample]
         ):  # 0.06 ms for 107 KB; decoders accept flipped bytes
             raise BadImageError(f"sample {sample} does not match its checksum")
-        return self.transform(decode_rgb(data), sample_generator(self.seed, epoch, sample))
+        return self.transform(decode_rgb(data), sample_generator(self.seed, epoch, sample, copy))
 
-    def images(self, samples: np.ndarray, epoch: int) -> tuple[Tensor, np.ndarray]:
+    def images(self, samples: np.ndarray, epoch: int, copies: np.ndarray | None = None) -> tuple[Tensor, np.ndarray]:
         """(uint8 [b, 3, h, w], bool [b]: which of them are there); padding and the unreadable are left black."""
         images, there = self.empty(len(samples)), np.zeros(len(samples), dtype=bool)
         for place in np.flatnonzero(samples != PADDING).tolist():
             sample = int(samples[place])
             try:
-                images[place] = self.pixels(sample, epoch)
+                images[place] = self.pixels(sample, epoch, 0 if copies is None else int(copies[place]))
                 there[place] = True
             except BadImageError as error:
                 self.complain(sample, error)
@@ -127,12 +128,13 @@ class _Reader:
 class _TrainBatches(Dataset):
     """Item (epoch, step, micro) -> Batch; the order is rebuilt where the epoch changes, 40-85 ms for ImageNet.
 
-    `place`: (step, micro) -> this rank's part of an epoch's order.
+    `place`: (step, micro) -> this rank's positions in an epoch; `repeat`: these -> (places in its order, copies).
     """
 
     reader: _Reader
     window: int | None
     place: Callable[[int, int], slice]
+    repeat: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
     _epoch: int = -1
 
     def __getitem__(self, key: tuple[int, int, int]) -> Batch:
@@ -143,9 +145,10 @@ class _TrainBatches(Dataset):
             self._windows = epoch_windows(lengths, self.reader.seed, epoch, self.window or len(lengths))
             self._epoch, self._ahead = epoch, -1
         place = self.place(step, micro)
-        self._fetch_ahead(place.start)
-        wanted = self._order[place]
-        images, there = self.reader.images(wanted, epoch)
+        places, copies = self.repeat(np.arange(place.start, place.stop))
+        self._fetch_ahead(int(places.min()))
+        wanted = self._order[places]
+        images, there = self.reader.images(wanted, epoch, copies)
         if not there.any():
             raise ValueError(f"no sample of step {step} in epoch {epoch} can be decoded; check the shards")
         # An unreadable sample is replaced by the next readable one of the same slice.
@@ -235,6 +238,7 @@ class TrainLoader:
         accumulation: int,
         rank: int,
         num_ranks: int,
+        repeats: int = 1,
         window: int | None = None,
         cache: ShardCache | None = None,
         workers: int = 0,
@@ -253,7 +257,8 @@ class TrainLoader:
         self._keys: list[tuple[int, int, int]] = []  # (epoch, step, micro) still to be trained in an epoch
         layout = {"batch_size": batch_size, "accumulation": accumulation, "rank": rank, "num_ranks": num_ranks}
         reader = _Reader(index, transform, size, seed, cache)
-        batches = _TrainBatches(reader, window, partial(micro_batch_slice, **layout))
+        repeat = partial(repeated, global_batch_size=self.global_batch_size, repeats=repeats)
+        batches = _TrainBatches(reader, window, partial(micro_batch_slice, **layout), repeat)
         self._loader = DataLoader(batches, sampler=self._keys, **_worker_options(workers, pin_memory))  # type: ignore[arg-type]
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:

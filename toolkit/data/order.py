@@ -49,6 +49,17 @@ def micro_batch_slice(step: int, micro: int, *, batch_size: int, accumulation: i
     return slice(start, start + batch_size)
 
 
+def repeated(positions: np.ndarray, global_batch_size: int, repeats: int) -> tuple[np.ndarray, np.ndarray]:
+    """Repeated augmentation: (places in an epoch's order, number of the copy), int64 [n] each, of n positions.
+
+    A global batch has `repeats` copies of each of its images, so an epoch of as many steps takes that much fewer.
+    Copies lie a round of images apart: on different ranks, where there are as many (as in timm's RepeatAugSampler).
+    """
+    images = -(-global_batch_size // repeats)
+    steps, within = np.divmod(positions, global_batch_size)
+    return steps * images + within % images, within // images
+
+
 def evaluation_slices(num_samples: int, batch_size: int, rank: int, num_ranks: int) -> np.ndarray:
     """int64 [steps, batch_size]: this rank's samples, as many steps on every rank, PADDING at the tail."""
     steps = -(-num_samples // (batch_size * num_ranks))

@@ -218,7 +218,7 @@ class PackedOptimizer(Optimizer):
             if param_group.get(name, own) != own:
                 raise ValueError(
                     f"a parameter group has {name}={param_group[name]!r}, the optimizer {own!r}; all are pruned "
-                    "together: leave it out of the group, or use two optimizers"
+                    "together: leave it out, make groups by param_groups(model, rules=...), or use two optimizers"
                 )
         if "channels" in param_group:
             self._packing.channels = [*(self._packing.channels or []), *param_group["channels"]]

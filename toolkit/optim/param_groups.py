@@ -1,14 +1,16 @@
 """Parameter groups for the optimizers of this package: what may be pruned, and what decays."""
 
 import fnmatch
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from toolkit.log import get_logger
 from toolkit.prune.channels import ChannelGroup, channel_groups
-from toolkit.prune.groups import computed_names, left_dense, listed, prunable_names, recurrent_layers, tied_names
+from toolkit.prune.groups import computed_names, left_dense, listed, recurrent_layers, tied_names
 from toolkit.prune.patterns import CHANNEL, WEIGHT
+from toolkit.prune.rules import prunable_by_rules
 
 
 def param_groups(
@@ -18,6 +20,8 @@ def param_groups(
     pattern: str = WEIGHT,
     ends: bool = False,
     example_input: Tensor | None = None,
+    lr_scales: Mapping[str, float] | None = None,
+    rules: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """A model's trainable parameters in groups by two questions: is it pruned, and does it decay?
 
@@ -47,28 +51,36 @@ def param_groups(
             said in the log.
         example_input: a batch of images, for pattern channel: which channels go together is seen from the model's
             forward pass (toolkit.prune.channels).
+        lr_scales: factor of the learning rate by parameter's name, for timm's schedules, which read it off the groups.
+        rules: regular expressions on parameters' names -> `skip`, a sparsity, or a dict of sparsity, pattern and score
+            (toolkit.prune.rules); raises ValueError for one that matches nothing.
 
     Returns:
-        At most four groups `{"params": [(name, parameter), ...], "prunable": bool}`; those that do not decay have
+        At most four groups `{"params": [(name, parameter), ...], "prunable": bool}` for each factor, which is their
+        `lr_scale`, and for each set of options by a rule, which is their `prune`; those that do not decay have
         `weight_decay` 0, the others the one given. With pattern channel the last one has `channels`, which the
         optimizers here take out.
     """
     _announce(model, pattern, ends)
-    prunable = prunable_names(model, pattern, ends=ends)
+    prunable = prunable_by_rules(model, rules, pattern, ends=ends)
     exempt: set[str] = set(getattr(model, "no_weight_decay", set)())
-    groups: dict[tuple[bool, bool], list[tuple[str, Tensor]]] = {}
+    scales = lr_scales or {}
+    groups: dict[tuple[float, bool, bool, tuple[Any, ...]], list[tuple[str, Tensor]]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             spared = any(fnmatch.fnmatch(name, spare) for spare in exempt)
             decays = parameter.ndim > 1 and not name.endswith(".bias") and not spared
-            groups.setdefault((name in prunable, decays), []).append((name, parameter))
+            own = tuple(sorted(prunable.get(name, {}).items()))
+            groups.setdefault((scales.get(name, 1.0), name in prunable, decays, own), []).append((name, parameter))
     given = {} if weight_decay is None else {"weight_decay": weight_decay}
     made = [
         {"params": named, "prunable": may_prune, **(given if decays else {"weight_decay": 0.0})}
-        for (may_prune, decays), named in sorted(groups.items(), key=lambda item: item[0])
+        | ({"lr_scale": scale} if scales else {})
+        | ({"prune": dict(own)} if own else {})
+        for (scale, may_prune, decays, own), named in sorted(groups.items(), key=lambda item: item[0])
     ]
     if pattern == CHANNEL:
-        made[-1]["channels"] = _channels(model, example_input, prunable)
+        made[-1]["channels"] = _channels(model, example_input, set(prunable))
     return made
 
 

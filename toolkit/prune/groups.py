@@ -1,7 +1,7 @@
 """What may be pruned: in a model by its layers, in an optimizer by the marks of its groups."""
 
 import itertools
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch.distributed
@@ -139,14 +139,30 @@ def prunable_parameters(param_groups: Collection[Mapping[str, Any]], pattern: st
     Groups that carry a `prunable` mark decide by it. Where no group does (timm's own train.py), every parameter with
     more than one dimension and a leading dimension above 1 is prunable, for N:M if it is made of whole groups.
     """
-    marked = _is_marked(param_groups)
-    found, position = [], itertools.count()
+    return [pair for _, pair in _prunable(param_groups, pattern)]
+
+
+def prunable_parts(
+    param_groups: Collection[Mapping[str, Any]], pattern: str = WEIGHT
+) -> list[tuple[dict[str, Any], list[tuple[str, Tensor]]]]:
+    """The prunable parameters by the options of their own that groups say under `prune` (toolkit.prune.rules)."""
+    parts: dict[tuple[Any, ...], tuple[dict[str, Any], list[tuple[str, Tensor]]]] = {}
+    for group, pair in _prunable(param_groups, pattern):
+        own = group.get("prune", {})
+        parts.setdefault(tuple(sorted(own.items())), (own, []))[1].append(pair)
+    return list(parts.values())
+
+
+def _prunable(
+    param_groups: Collection[Mapping[str, Any]], pattern: str
+) -> Iterator[tuple[Mapping[str, Any], tuple[str, Tensor]]]:
+    """(group, (name, parameter)) of all prunable parameters."""
+    marked, position = _is_marked(param_groups), itertools.count()
     for group in param_groups:
         unnamed = (f"parameter {next(position)} of shape {tuple(parameter.shape)}" for parameter in group["params"])
         for name, parameter in zip(group.get("param_names") or unnamed, group["params"], strict=False):
             if group.get("prunable", False) if marked else _looks_prunable(parameter, pattern):
-                found.append((name, parameter))
-    return found
+                yield group, (name, parameter)
 
 
 def _looks_prunable(parameter: Tensor, pattern: str) -> bool:
@@ -157,10 +173,10 @@ def _looks_prunable(parameter: Tensor, pattern: str) -> bool:
     return kind is None or kind.fits(parameter.shape)
 
 
-def check_fits(param_groups: Collection[Mapping[str, Any]], pattern: str) -> None:
+def check_fits(named: Iterable[tuple[str, Tensor]], pattern: str) -> None:
     """Raise ValueError that names a prunable parameter which is not made of whole groups of N:M."""
     kind = n_of_m(pattern)
-    for name, parameter in prunable_parameters(param_groups, pattern):
+    for name, parameter in named:
         if kind is not None and not kind.fits(parameter.shape):
             raise ValueError(
                 f"pattern={pattern} does not fit {name} of shape {tuple(parameter.shape)}: its second dimension is "

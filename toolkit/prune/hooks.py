@@ -47,6 +47,10 @@ class Pruner(Pruning):
         optimizer.register_load_state_dict_pre_hook(self._note_saved_scores)
         optimizer.register_load_state_dict_post_hook(self._masks_to_bits)
 
+    def known_scores(self) -> tuple[str, ...]:
+        """Its own alone, which is what it keeps something for."""
+        return (self._score,)
+
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:

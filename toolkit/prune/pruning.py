@@ -13,12 +13,14 @@ from toolkit.prune.budget import budget_for
 from toolkit.prune.channel_update import largest_channel, update_channels
 from toolkit.prune.channels import ChannelGroup
 from toolkit.prune.distributed import FlatSlices, memory_order, read_numbers, shard_group, sum_over, to_local
-from toolkit.prune.groups import announce_unmarked, check_fits, prunable_parameters
+from toolkit.prune.groups import announce_unmarked, check_fits, prunable_parameters, prunable_parts
 from toolkit.prune.mask import count_zeros, flat_view, pack_bits
 from toolkit.prune.options import PruningOptions
 from toolkit.prune.packing import dense_state
 from toolkit.prune.patterns import CHANNEL, WEIGHT
+from toolkit.prune.rules import own_options
 from toolkit.prune.schedule import Schedule
+from toolkit.prune.scores import STATE_SCORES, check_score
 from toolkit.prune.stores import MaskedStore, Member, cut
 from toolkit.prune.units import num_survivors
 from toolkit.prune.update import update_masks
@@ -51,6 +53,15 @@ class Pruning:
         """(name, parameter) of all prunable parameters, in the order of the groups."""
         return prunable_parameters(self.optimizer.param_groups, self.options.pattern)
 
+    def parts(self) -> list[tuple[PruningOptions, list[tuple[str, Tensor]]]]:
+        """What is pruned each for itself: options, and the prunable parameters whose groups ask for them."""
+        parts = prunable_parts(self.optimizer.param_groups, self.options.pattern)
+        return [(own_options(self.options, own), named) for own, named in parts]
+
+    def known_scores(self) -> tuple[str, ...]:
+        """The scores that a part may have."""
+        return tuple(self.optimizer.SCORES)  # type: ignore[attr-defined]
+
     def is_due(self, step: int) -> bool:
         """Whether optimizer step `step` takes all prunable parameters together: the masks change, or are checked."""
         return self.schedule.is_update_step(step) or self._must_check(step)
@@ -80,13 +91,17 @@ class Pruning:
                 if self.channels is None
                 else "no channels of this model can go, the log says why; use pattern='weight' or N:M"
             )
-        check_fits(self.optimizer.param_groups, self.options.pattern)
+        for options, named in self.parts():
+            check_fits(named, options.pattern)
+            if options.score != self.options.score:
+                check_score(str(options.score), self.known_scores())
         announce_unmarked(self.optimizer.param_groups, self.options.pattern)
 
     def plan_budget(self, num_moments: int) -> None:
         """Take the budget of the parameters there are, as yet whole: an engine cuts them later. Raises ValueError."""
-        numels = [parameter.numel() for _, parameter in self.prunable()]
-        final_zeros = self.schedule.num_zeros_at(self.schedule.end_step or 0, sum(numels))
+        numels, final_zeros = [parameter.numel() for _, parameter in self.prunable()], 0
+        for options, named in self.parts():
+            final_zeros += options.num_zeros_at(options.end_step or 0, sum(parameter.numel() for _, parameter in named))
         if self.options.pattern == CHANNEL:  # the last one that has no room any more stays
             final_zeros = max(1, final_zeros - largest_channel(self.channels or [], dict(self.prunable())))
         self._store.budget = budget_for(self.options.state_budget, numels, num_moments, final_zeros)
@@ -151,24 +166,24 @@ class Pruning:
         Raises ValueError after end_step where the masks miss the target.
         """
         states = self.optimizer.state  # a defaultdict: what has no state yet (SGD keeps none) gets a place for its mask
-        members = [
-            Member(name, parameter, states[parameter], self.flat_slices.get(parameter))
-            for name, parameter in self.prunable()
+        parts = [
+            (options, [Member(name, p, states[p], self.flat_slices.get(p)) for name, p in named])
+            for options, named in self.parts()
         ]
+        members = [member for _, own in parts for member in own]
         if not members:
             return False
-        if self.options.pattern != WEIGHT and self.flat_slices:
+        patterns = {options.pattern for options, _ in parts} - {WEIGHT}
+        if patterns and self.flat_slices:
             raise ValueError(
-                f"pattern={self.options.pattern!r} needs whole tensors, ZeRO's slices cut them; use DDP or FSDP2"
+                f"pattern={patterns.pop()!r} needs whole tensors, ZeRO's slices cut them; use DDP or FSDP2"
             )
         if self._must_check(step):
-            self._check_arrived(members, step)
+            for options, own in parts:
+                self._check_arrived(options, own, step)
+            self._arrived = True
             return False
-        group = self._group(members)
-        if self.options.pattern == CHANNEL:
-            survivors = update_channels(members, self.channels or [], self._store, self.options, step, group)
-        else:
-            survivors = update_masks(members, self._store, self.options, step, group)
+        survivors = self._update_parts(parts, step, self._group(members))
         if survivors is not None:
             self._store.settle(members, survivors)
             self._layouts.update((member.parameter, _layout(member.part)) for member in members)
@@ -176,20 +191,40 @@ class Pruning:
         self._arrived = step == self.schedule.end_step
         return survivors is not None
 
-    def _check_arrived(self, members: list[Member], step: int) -> None:
+    def _update_parts(
+        self, parts: list[tuple[PruningOptions, list[Member]]], step: int, group: ProcessGroup | None
+    ) -> int | None:
+        """Returns the survivors of all parts, None where no mask was changed."""
+        left = []
+        for options, members in parts:
+            if options.pattern == CHANNEL:  # which has no rules, so it is the only part
+                return update_channels(members, self.channels or [], self._store, options, step, group)
+            own_score = options.score != self.options.score
+            store = self._store.scoring(STATE_SCORES[str(options.score)]) if own_score else self._store
+            left.append(update_masks(members, store, options, step, group))
+        if all(count is None for count in left):
+            return None
+        rest = [members for count, (_, members) in zip(left, parts, strict=True) if count is None]
+        return sum(count or 0 for count in left) + sum(self._counts(members, group)[1] for members in rest)
+
+    @staticmethod
+    def _counts(members: list[Member], group: ProcessGroup | None) -> list[int]:
+        """[weights, survivors] over all ranks."""
         counts = [sum(m.num_weights for m in members), sum(map(num_survivors, members, cut(members)))]
-        weights, survivors = sum_over(self._group(members), counts, members[0].part.device)
-        zeros, wanted = weights - survivors, self.schedule.num_zeros_at(step, weights)
-        if self.options.pattern == CHANNEL:
+        return sum_over(group, counts, members[0].part.device)
+
+    def _check_arrived(self, options: PruningOptions, members: list[Member], step: int) -> None:
+        weights, survivors = self._counts(members, self._group(members))
+        zeros, wanted = weights - survivors, options.num_zeros_at(step, weights)
+        if options.pattern == CHANNEL:
             wanted = min(wanted, zeros)  # as many as whole channels make
         if zeros < wanted or (zeros > wanted and not self.keeps_zeros):
             raise ValueError(
                 f"step {step} is past end_step={self.schedule.end_step}, the last mask update, but {zeros} of "
-                f"{weights} weights are pruned where sparsity={self.schedule.sparsity} asks for {wanted}: the state "
+                f"{weights} weights are pruned where sparsity={options.sparsity} asks for {wanted}: the state "
                 "was made under another schedule, or parameters were added since; load one of this schedule, or give a "
                 "later end_step"
             )
-        self._arrived = True
 
     def _group(self, members: list[Member]) -> ProcessGroup | None:
         return self.shard_group or shard_group(member.parameter for member in members)

@@ -2,6 +2,7 @@
 
 import math
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,6 +89,37 @@ class Schedule:
         if n_of_m(self.pattern):
             return math.floor((1.0 - self._share_left_at(step)) * count) if self.enabled else 0
         return math.floor(self.sparsity_at(step) * count)
+
+
+@dataclass(frozen=True)
+class PartsSchedule(Schedule):
+    """Of a model whose layers have schedules of their own: `parts` are (schedule, prunable weights).
+
+    They share their steps; `sparsity` is what they make together in the end.
+    """
+
+    parts: tuple[tuple[Schedule, int], ...] = ()
+
+    @classmethod
+    def of(cls, parts: Sequence[tuple[Schedule, int]]) -> "PartsSchedule":
+        """The schedule of all parts."""
+        one = parts[0][0]
+        zeros = sum(part.num_zeros_at(part.end_step or 0, weights) for part, weights in parts)
+        share = zeros / max(sum(weights for _, weights in parts), 1)
+        return cls(share, one.begin_step, one.end_step, one.frequency, parts=tuple(parts))
+
+    def sparsity_at(self, step: int) -> float:
+        """Of all parts together."""
+        return self.num_zeros_at(step, 0) / max(sum(weights for _, weights in self.parts), 1)
+
+    def num_zeros_at(self, step: int, count: int) -> int:
+        """Of all parts together; `count` is theirs."""
+        return sum(part.num_zeros_at(step, weights) for part, weights in self.parts)
+
+    def is_reached(self, zeros: int, weights: int) -> bool:
+        """As of one schedule: exactly, and with N:M among the parts at least."""
+        wanted = self.num_zeros_at(self.end_step or 0, weights)
+        return zeros == wanted if all(part.pattern == WEIGHT for part, _ in self.parts) else zeros >= wanted
 
 
 def _whole_number(name: str, value: Any) -> int:

@@ -1,5 +1,6 @@
 """What optimizers keep for their prunable weights, as a mask update sees it: packed moments, or masked weights."""
 
+import copy
 import itertools
 from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
@@ -179,6 +180,12 @@ class MaskedStore:
         self._score = score
         self._keys = keys
         self.pruned_compete = pruned_compete
+
+    def scoring(self, score: Score) -> "MaskedStore":
+        """The same for a mask update by another score of what is kept."""
+        other = copy.copy(self)
+        other._score = score
+        return other
 
     def count(self, piece: Piece) -> int:
         """How many of its weights compete to stay."""

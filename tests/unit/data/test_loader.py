@@ -14,7 +14,7 @@ from toolkit.data.loader import EvalLoader, TrainLoader
 SIZE = (16, 16)
 
 
-def train_loader(folder, *, ranks=1, rank=0, workers=0, accumulation=1, global_batch=12):
+def train_loader(folder, *, ranks=1, rank=0, workers=0, accumulation=1, global_batch=12, repeats=1):
     return TrainLoader(
         load_split(folder, "train"),
         TrainTransform(SIZE),
@@ -25,13 +25,14 @@ def train_loader(folder, *, ranks=1, rank=0, workers=0, accumulation=1, global_b
         workers=workers,
         batch_size=global_batch // ranks // accumulation,
         accumulation=accumulation,
+        repeats=repeats,
     )
 
 
-def global_batches(folder, epoch, *, ranks, workers=0, accumulation=1, start=0):
+def global_batches(folder, epoch, *, ranks, workers=0, accumulation=1, start=0, repeats=1):
     """(samples, images, labels) of each global step, put together from all ranks."""
     loaders = [
-        train_loader(folder, ranks=ranks, rank=rank, workers=workers, accumulation=accumulation)
+        train_loader(folder, ranks=ranks, rank=rank, workers=workers, accumulation=accumulation, repeats=repeats)
         for rank in range(ranks)
     ]
     streams = [loader.epoch(epoch, start) for loader in loaders]
@@ -51,6 +52,22 @@ def test_batches_do_not_depend_on_ranks_workers_or_accumulation(few_digits, rank
     got = global_batches(few_digits, 1, ranks=ranks, workers=workers, accumulation=accumulation)
     for a, b in zip(got, wanted, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_copies_are_augmented_anew_lie_on_different_ranks_and_leave_the_steps(few_digits):
+    plain = global_batches(few_digits, 1, ranks=1)
+    wanted = global_batches(few_digits, 1, ranks=1, repeats=3)
+    got = global_batches(few_digits, 1, ranks=3, workers=2, repeats=3)
+    assert len(plain) == len(wanted) == len(got)
+    read = [sample for samples, _, _ in plain for sample in samples.tolist()]
+    for step, (a, b) in enumerate(zip(got, wanted, strict=True)):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+        thirds = a[0].view(3, 4)  # of each rank
+        assert torch.equal(thirds, thirds[:1].expand(3, 4))
+        assert thirds[0].tolist() == read[step * 4 : step * 4 + 4]
+        first, second, third = a[1].split(4)
+        assert not any(torch.equal(x, y) for x, y in zip((*first, *second), (*second, *third), strict=True))
+    assert torch.equal(wanted[0][1][:4], plain[0][1][:4])  # the first copy is that of a run without
 
 
 @pytest.mark.parametrize("workers", [0, 2])

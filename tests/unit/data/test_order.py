@@ -8,6 +8,7 @@ from toolkit.data.order import (
     epoch_windows,
     evaluation_slices,
     micro_batch_slice,
+    repeated,
 )
 
 shards = st.lists(st.integers(0, 30), min_size=1, max_size=12).filter(lambda lengths: sum(lengths) > 0)
@@ -18,6 +19,24 @@ def test_order_is_a_permutation_and_repeats(lengths, seed, epoch, window):
     order = epoch_order(lengths, seed, epoch, window)
     assert sorted(order.tolist()) == list(range(sum(lengths)))
     assert np.array_equal(order, epoch_order(lengths, seed, epoch, window))
+
+
+@given(st.integers(1, 40), st.integers(1, 60), st.integers(1, 4))
+def test_a_global_batch_has_copies_of_its_own_images(repeats, size, steps):
+    places, copies = repeated(np.arange(steps * size), size, repeats)
+    images = -(-size // repeats)
+    assert places.max() == steps * images - 1 < steps * size  # no more than an epoch without copies reads
+    for step in range(steps):
+        batch = slice(step * size, (step + 1) * size)
+        pairs = set(zip(places[batch].tolist(), copies[batch].tolist(), strict=True))
+        assert len(pairs) == size
+        assert {place for place, _ in pairs} == set(range(step * images, (step + 1) * images))
+        assert copies[batch].max() < repeats
+        for place in {place for place, _ in pairs}:
+            numbers = sorted(copy for one, copy in pairs if one == place)
+            assert numbers == list(range(len(numbers)))
+    if repeats == 1:
+        assert places.tolist() == list(range(steps * size))
 
 
 def test_epochs_and_seeds_differ():

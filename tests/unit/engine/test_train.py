@@ -99,6 +99,54 @@ def test_a_run_leaves_what_the_design_says(flags, tmp_path):
     assert "custom_scalars__config__" in events.Tags()["tensors"]
 
 
+def test_timms_settings_leave_the_zeros_exact_and_are_in_the_log(flags, tmp_path):
+    """Grey images that are no square, three copies of each, a rate for each layer, cycles, and a flag of no effect."""
+    shape = ["--model", "test_vit", "--input-size", "1", "48", "32", "--global-batch-size", "18", "--aug-repeats", "3"]
+    rates = ["--layer-decay", "0.8", "--epochs", "2", "--lr-cycle-limit", "2", "--sched-on-updates"]
+    argv = [part for part in flags if part not in ("--img-size", "32")]
+    argv = [*argv, *PRUNED, *shape, *rates, "--experiment", "r", "--no-prefetcher"]
+    assert train.main(argv) == 0
+    metrics = json.loads((tmp_path / "r" / "metrics.json").read_text())
+    assert (metrics["completed"], metrics["epochs"], metrics["steps_per_epoch"]) == (True, 4, 5)
+    assert metrics["final_sparsity"] == pytest.approx(0.7, abs=1e-4)
+    assert "--no-prefetcher changes nothing: " in (tmp_path / "r" / "train.log").read_text()
+    memory = json.loads((tmp_path / "r" / "memory.json").read_text())
+    assert all(row["measured_bytes"] == row["predicted_bytes"] for row in memory["ledger"]["rows"])
+    groups = final_state(tmp_path / "r")["optimizer"]["param_groups"]
+    assert len({group["lr_scale"] for group in groups if group["prunable"]}) > 2
+
+
+def test_rules_for_layers_are_exact_foreseen_and_in_args_yaml(flags, tmp_path):
+    rules = {
+        "^conv1": "skip",
+        r"^layer3\.": 0.9,
+        r"^layer2\.0\.conv2": {"pattern": "2:4"},
+        "^fc": {"score": "magnitude"},
+    }
+    (tmp_path / "rules.yaml").write_text(yaml.safe_dump(rules, sort_keys=False))
+    argv = [*flags, *PRUNED, "--prune-config", str(tmp_path / "rules.yaml"), "--experiment", "r"]
+    run = make(argv)
+    train_loop(run)
+    zeros = {name: int((weight == 0).sum()) for name, weight in run.prunable}
+    counts = {name: weight.numel() for name, weight in run.prunable}
+    assert not any(name.startswith("conv1") for name in zeros)
+
+    def share(start):
+        names = [name for name in zeros if name.startswith(start)]
+        return sum(zeros[name] for name in names), sum(counts[name] for name in names)
+
+    (third, of_third), (second, of_second), (head, of_head) = map(share, ("layer3", "layer2.0.conv2", "fc"))
+    rest, of_rest = sum(zeros.values()) - third - second - head, sum(counts.values()) - of_third - of_second - of_head
+    assert (third, second) == (math.floor(0.9 * of_third), of_second // 2)
+    assert (head, rest) == (math.floor(0.7 * of_head), math.floor(0.7 * of_rest))
+    metrics = json.loads((tmp_path / "r" / "metrics.json").read_text())
+    assert metrics["final_sparsity"] == metrics["target_sparsity"] == sum(zeros.values()) / sum(counts.values())
+    memory = json.loads((tmp_path / "r" / "memory.json").read_text())
+    assert all(row["measured_bytes"] == row["predicted_bytes"] for row in memory["ledger"]["rows"])
+    again = parse(["-c", str(tmp_path / "r" / "args.yaml")])
+    assert list(again.prune_config.items()) == list(rules.items())
+
+
 def test_final_zeros_are_exact_in_weights_and_in_their_average(flags, tmp_path):
     run = make(flags, *PRUNED, "--experiment", "r", "--model-ema")
     train_loop(run)

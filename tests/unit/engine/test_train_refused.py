@@ -45,6 +45,17 @@ def test_a_run_that_ends_with_other_zeros_fails_loudly(flags):
         train_loop(run)
 
 
+@pytest.fixture
+def with_rules(tmp_path):
+    """rules:<YAML> -> a recipe with that prune_config."""
+
+    def write(text):
+        (tmp_path / "recipe.yaml").write_text(f"prune_config: {{{text.removeprefix('rules:')}}}")
+        return str(tmp_path / "recipe.yaml")
+
+    return write
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [
@@ -54,6 +65,10 @@ def test_a_run_that_ends_with_other_zeros_fails_loudly(flags):
         (["--opt", "lookahead_adamw", "--pruning", "movement", "--sparsity", "0.5"], "Lookahead revives"),
         (["--opt", "adamwprune", "--sparsity", "0.5", "--prune-score", "fisher"], "variance, magnitude, obd"),
         (["--opt", "adamwprune", "--sparsity", "0.5", "--opt-kwargs", "sparsity=0.2"], "set by the --prune flags"),
+        ([*PRUNED, "-c", "rules:nosuch: 0.9"], "--prune-config: 'nosuch': it matches no"),
+        ([*PRUNED, "-c", "rules:fc: {score: x}"], "score='x' is not known here"),
+        ([*PRUNED, "-c", "rules:fc: {pattern: weight, sparsity: 2}"], "must be in [0, 1)"),
+        (["-c", "rules:fc: 0.9"], "--prune-config but --opt sgd does not prune"),
         (["--opt", "adamw", "--opt-kwargs", "colour=1"], "does not take one of its arguments"),
         (["--model", "resnet5000"], "not a timm model; did you mean"),
         (["--train-split", "training"], "it has train, validation"),
@@ -70,7 +85,8 @@ def test_a_run_that_ends_with_other_zeros_fails_loudly(flags):
         (["--opt", "adamwprune", "--sparsity", "0.5", "--prune-begin", "0.01", "--prune-end", "0.02"], "too short"),
     ],
 )
-def test_mistakes_say_value_rule_and_remedy(flags, capsys, more, words):
+def test_mistakes_say_value_rule_and_remedy(flags, capsys, more, words, with_rules):
+    more = [with_rules(part) if part.startswith("rules:") else part for part in more]
     assert train.main([*flags, *more]) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
     assert len(lines) == 1
