@@ -83,7 +83,7 @@ def place_model(model: nn.Module, config: Config, world: World) -> None:
 
 
 def compile_model(model: nn.Module, config: Config) -> nn.Module:
-    """torch.compile around DDP, as timm does it."""
+    """torch.compile around DDP, as timm does it, and around FSDP2; DeepSpeed's engine compiles the module within it."""
     if not config.torchcompile:
         return model
     known = torch.compiler.list_backends(exclude_tags=())
@@ -91,6 +91,9 @@ def compile_model(model: nn.Module, config: Config) -> nn.Module:
         raise ValueError(
             f"--torchcompile {config.torchcompile} is not a backend here; choose one of {', '.join(known)}"
         )
+    if hasattr(model, "is_compiled"):
+        model.compile(backend=config.torchcompile)
+        return model
     return torch.compile(model, backend=config.torchcompile)  # type: ignore[return-value]
 
 
