@@ -3,12 +3,11 @@
 import os
 
 import pytest
+from engines import ENGINES
 from flags import train_flags
 from ranks import run_ranks
 
 pytest.importorskip("deepspeed")  # here, once: it takes five seconds
-
-from test_engines import ENGINES
 
 from launch.scaling.collectives import WHAT, count_of_run, formulas, log_line_bytes, traffic_of, wire_bytes
 from toolkit.builder import build

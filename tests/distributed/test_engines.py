@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+from engines import ENGINES
 from flags import vit_flags
 from ranks import run_ranks
 
@@ -14,31 +15,6 @@ from toolkit.builder import build
 from toolkit.cli import parse
 from toolkit.engine.loop import train as train_loop
 from toolkit.errors import NonFiniteLossError
-
-ENGINES = {
-    "ddp": {},
-    "fsdp2": {
-        "ACCELERATE_USE_FSDP": "true",
-        "FSDP_VERSION": "2",
-        "FSDP_RESHARD_AFTER_FORWARD": "true",
-        "FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP",
-        "FSDP_MIN_NUM_PARAMS": "20000",
-        "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
-        "FSDP_OFFLOAD_PARAMS": "false",
-    },
-    **{
-        f"zero{stage}": {
-            "ACCELERATE_USE_DEEPSPEED": "true",
-            "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage),
-            "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false",
-            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1",
-            "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "none",
-            "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none",
-        }
-        for stage in (1, 2, 3)
-    },
-}
-
 
 SETTINGS = ("--epochs", "7", "--log-interval", "10", "--prune-frequency", "5", "--val-interval", "7")
 

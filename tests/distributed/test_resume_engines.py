@@ -6,9 +6,10 @@ import signal
 import pytest
 import torch
 from at_batch import at_batch
+from engines import ENGINES
 from flags import vit_flags
 from ranks import run_ranks
-from test_engines import ENGINES, far
+from test_engines import far
 
 from toolkit.builder import build
 from toolkit.cli import parse
@@ -26,7 +27,8 @@ def flags(few_digits, tmp_path):
 def held(run):
     """Copies: on CPU the tensors are the run's own."""
     weights = {name: tensor.clone() for name, tensor in run.engine.weights()}
-    return weights, {(name, key): value.clone() for name, key, value in run.engine.optimizer_states()}
+    averages = {name: tensor.clone() for name, tensor in run.engine.weights(run.ema.module)}
+    return weights, {(name, key): value.clone() for name, key, value in run.engine.optimizer_states()}, averages
 
 
 def stop_at_11(rank, engine, flags):
@@ -75,7 +77,7 @@ SHORT = [("ddp", 2, [("fsdp2", 2), ("zero2", 2)]), ("zero3", 2, [("ddp", 1)])]
 def test_any_engine_goes_on_from_any_other(flags, tmp_path, saved_by, ranks, ways, method):
     import shutil
 
-    flags = [*flags, *method]
+    flags = [*flags, *method, "--model-ema", "--model-ema-decay", "0.8"]
     wanted, sparsity = run_ranks(whole, 2, [*flags, "--experiment", "whole"], join_group=False)[0]
     run_ranks(stop_at_11, ranks, saved_by, [*flags, "--experiment", "parts"], join_group=False)
     checkpoint = load_checkpoint(newest_checkpoint(tmp_path / "parts" / "checkpoints"))
@@ -87,14 +89,17 @@ def test_any_engine_goes_on_from_any_other(flags, tmp_path, saved_by, ranks, way
             go_on, count, engine, [*flags, "--experiment", name, "--resume", "auto"], join_group=False
         )[0]
         assert position == (1, 3)
-        weights, states = loaded
-        for key, value in checkpoint["model"].items():
-            assert torch.equal(weights[key], value), (name, key)
+        weights, states, averages = loaded
+        for kind, tensors in (("model", weights), ("ema", averages)):
+            assert checkpoint[kind].keys() == tensors.keys()
+            for key, value in checkpoint[kind].items():
+                assert torch.equal(tensors[key], value), (name, kind, key)
         saved = checkpoint["optimizer"]["state"]
         assert {(n, k) for n, state in saved.items() for k in state} == states.keys()
         for (parameter, key), value in states.items():
             assert torch.equal(value, saved[parameter][key]), (name, parameter, key)
         assert zeros == sparsity
-        for key, value in wanted[0].items():
-            if "qkv.bias" not in key:
-                assert far(final[0][key], value) < 1e-3, (name, key)
+        for kind in (0, 2):  # weights and their averages
+            for key, value in wanted[kind].items():
+                if "qkv.bias" not in key:
+                    assert far(final[kind][key], value) < 1e-3, (name, key)

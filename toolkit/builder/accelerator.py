@@ -13,6 +13,8 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 from torch import nn
+from torch.amp import GradScaler
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.optim import Optimizer
 
 from toolkit.builder.model import amp_dtype, compile_model
@@ -24,6 +26,9 @@ from toolkit.engine.engines.fused import FusedEngine
 from toolkit.engine.engines.zero import ZeroEngine, attach, inner_of
 from toolkit.errors import refuse
 from toolkit.optim.registry import find_spec
+
+_TORCH_PAGE = "https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html"
+_DEEPSPEED_PAGE = "https://deepspeed.readthedocs.io/en/latest/zero3.html"
 
 
 def launched_engine() -> str:
@@ -60,21 +65,30 @@ def check_engine(config: Config) -> None:
         }
     )
     engine = launched_engine()
-    lacking = {
-        "--model-ema": config.model_ema,
-        "--amp fp16": config.mixed_precision == "fp16",
-        "--torchcompile": config.torchcompile is not None,
-        "--sync-bn": config.sync_bn,
-        "--fused-backward": config.fused_backward,
-        f"--clip-mode {config.clip_mode}": config.clip_grad is not None and config.clip_mode != "norm",
-        "--channels-last": engine == "fsdp2" and config.channels_last,  # fully_shard wants contiguous weights
-        "--prune-shrink": config.prune_shrink,
-        f"--prune-pattern {config.prune_pattern}": engine == "deepspeed" and config.prune_pattern != "weight",
-        f"--prune-scope {config.prune_scope}": engine == "deepspeed" and config.prune_scope != "global",
+    lacking = {  # flag -> why an engine that splits weights cannot; docs/engines.md has the table
+        "--fused-backward": (config.fused_backward, "gradients are summed over ranks before the update"),
+        "--prune-shrink": (config.prune_shrink, "its shards keep the shapes they were cut with"),
+        "--channels-last": (
+            engine == "fsdp2" and config.channels_last,
+            f"fully_shard splits contiguous weights only, {_TORCH_PAGE}",
+        ),
+        f"--prune-pattern {config.prune_pattern}": (
+            engine == "deepspeed" and config.prune_pattern != "weight",
+            f"its slices cut groups and channels, {_DEEPSPEED_PAGE}",
+        ),
+        f"--prune-scope {config.prune_scope}": (
+            engine == "deepspeed" and config.prune_scope != "global",
+            f"its slices hold parts of many layers, {_DEEPSPEED_PAGE}",
+        ),
     }
     if engine != "ddp":
         remedy = "leave it out, or launch with accelerate_configs/multi_gpu.yaml (DDP)"
-        refuse(lacking, f"{{}} is not offered with {engine}; {remedy}")
+        refuse(
+            {
+                f"{flag} is not offered with {engine}: {reason}; {remedy}": asked
+                for flag, (asked, reason) in lacking.items()
+            }
+        )
 
 
 def stay_on_this_host() -> None:
@@ -104,7 +118,10 @@ def _join_after_restart(backend: str, timeout: datetime.timedelta) -> None:
 
 
 def _join(config: Config) -> Accelerator:
-    """Join the process group by the engine's way."""
+    """Join the process group by the engine's way.
+
+    The loop's own autocast makes the mixed precision (weights stay float32): one meaning of --amp for all engines.
+    """
     on_cpu, engine = not torch.cuda.is_available(), launched_engine()
     timeout = datetime.timedelta(seconds=config.dist_timeout)
     stay_on_this_host()
@@ -113,15 +130,14 @@ def _join(config: Config) -> Accelerator:
     if engine == "ddp":
         return Accelerator(
             cpu=on_cpu,
-            mixed_precision=config.mixed_precision,
+            mixed_precision="no",
             # Without the view DDP keeps a second copy of all gradients.
             kwargs_handlers=[
                 InitProcessGroupKwargs(timeout=timeout),
                 DistributedDataParallelKwargs(gradient_as_bucket_view=True),
             ],
         )
-    # The loop's own autocast makes the mixed precision (weights stay float32): one meaning of --amp for all engines.
-    os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "no"  # what its plugins read
     if engine == "fsdp2":
         if on_cpu:  # Accelerate offers FSDP to accelerators only, and would silently shard nothing
             PartialState(backend="gloo", timeout=timeout)
@@ -150,19 +166,34 @@ def _deepspeed_plugin(config: Config, on_cpu: bool) -> Any:
     plugin.deepspeed_config.update(
         train_micro_batch_size_per_gpu=config.batch_size,  # it only counts with it
         gradient_accumulation_steps=1,  # the loop says at which micro-batch the update is
-        gradient_clipping=config.clip_grad or 0.0,
+        gradient_clipping=0.0,  # the engine's, in float64
         zero_force_ds_cpu_optimizer=False,  # or offloading would replace our optimizer by DeepSpeed's
         steps_per_print=2**31,
     )
     return plugin
 
 
+def _check_device(config: Config) -> None:
+    """Raise ValueError for what this machine cannot do, whatever the engine."""
+    on_cpu, several = not torch.cuda.is_available(), int(os.environ.get("WORLD_SIZE", "1")) > 1
+    refuse(
+        {
+            "--amp fp16 needs a GPU; on CPU use --amp bf16": on_cpu and config.mixed_precision == "fp16",
+            "--sync-bn needs GPUs, torch's SyncBatchNorm has no CPU kernel; leave it out": (
+                on_cpu and several and config.sync_bn
+            ),
+        }
+    )
+
+
 def create_accelerator(config: Config) -> Accelerator:
     """Join the process group. Raises ValueError where Accelerate did not take all processes the launcher started."""
     check_engine(config)
-    if config.mixed_precision == "fp16" and not torch.cuda.is_available():
-        raise ValueError("--amp fp16 needs a GPU (there is no fp16 autocast on CPU); use --amp bf16")
+    _check_device(config)
     accelerator = _join(config)
+    if config.mixed_precision == "fp16":  # before the optimizer is wrapped, which steps through it
+        kind = GradScaler if launched_engine() == "ddp" else ShardedGradScaler
+        accelerator.scaler = kind(accelerator.device.type)
     expected, found = int(os.environ.get("WORLD_SIZE", "1")), accelerator.num_processes
     refuse(
         {

@@ -128,7 +128,7 @@ def place_model(model: nn.Module, config: Config, world: World) -> None:
 
 
 def compile_model(model: nn.Module, config: Config) -> nn.Module:
-    """torch.compile around DDP, as timm does it."""
+    """torch.compile around DDP, as timm does it, and around FSDP2; DeepSpeed's engine compiles the module within it."""
     if not config.torchcompile:
         return model
     known = torch.compiler.list_backends(exclude_tags=())
@@ -136,7 +136,11 @@ def compile_model(model: nn.Module, config: Config) -> nn.Module:
         raise ValueError(
             f"--torchcompile {config.torchcompile} is not a backend here; choose one of {', '.join(known)}"
         )
-    return torch.compile(model, backend=config.torchcompile, mode=config.torchcompile_mode)  # type: ignore[return-value]
+    backend, mode = config.torchcompile, config.torchcompile_mode
+    if hasattr(model, "is_compiled"):
+        model.compile(backend=backend, compile_kwargs={"mode": mode})
+        return model
+    return torch.compile(model, backend=backend, mode=mode)  # type: ignore[return-value]
 
 
 def train_loss(config: Config) -> Callable[[Tensor, Tensor], Tensor]:

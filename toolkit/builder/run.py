@@ -65,7 +65,6 @@ def build_run(config: Config) -> Run:
     train_loader, eval_loader = create_loaders(config, data, inputs, world)
     place_model(module, config, world)
     confirm_batch_size(module, config, inputs["input_size"], world.device)
-    ema = ModelEmaV3(module, config.model_ema_decay, use_warmup=config.model_ema_warmup) if config.model_ema else None
 
     # Optimizer, schedules, engine
     plan = _plan(config, train_loader)
@@ -73,6 +72,8 @@ def build_run(config: Config) -> Run:
     schedule = pruning_schedule(config, method, plan.total_steps)
     goal, (rest, to_prune) = goal_of(config, schedule, module), settings_of_the_rest(config, schedule, smaller, module)
     engine, scheduler = _engine(rest, opt, lr, accelerator, module, to_prune, train_loader.steps, world)
+    decay, warmup = config.model_ema_decay, config.model_ema_warmup
+    ema = ModelEmaV3(engine.held(), decay, use_warmup=warmup) if config.model_ema else None
     prunable = prunable_weights(module, config)
 
     # The run's folder, and what the run says of itself

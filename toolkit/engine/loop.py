@@ -58,7 +58,8 @@ def train(run: Run) -> History:
                 if run.plan.dist_bn and run.world.num_ranks > 1:
                     # Also before a stop: its checkpoint has rank 0's statistics, which are now everyone's.
                     distribute_bn(run.engine.module, run.world.num_ranks, run.plan.dist_bn == "reduce")
-                _stop_if_asked(run, history, stop)
+                if _is_asked(run, stop):
+                    _interrupt(run, history)
                 _finish_epoch(run, history, stop, metrics)
             _check_sparsity(run)
             _write_memory(run)
@@ -75,11 +76,14 @@ def train(run: Run) -> History:
     return history
 
 
-def _stop_if_asked(run: Run, history: History, stop: StopRequest) -> None:
-    """Save and leave, before or in a long evaluation, if any rank was asked to stop. Call on all ranks."""
+def _is_asked(run: Run, stop: StopRequest) -> bool:
+    """Whether any rank was asked to stop. Call on all ranks."""
     asked = torch.tensor(float(stop.asked), device=run.world.device)
-    if run.world.max(asked).item():
-        _interrupt(run, history)
+    return bool(run.world.max(asked).item())
+
+
+class _StopEvaluation(Exception):
+    """Ends an evaluation, so that what is saved next are the weights trained, not the averages evaluated."""
 
 
 def _interrupt(run: Run, history: History) -> NoReturn:
@@ -135,13 +139,12 @@ def train_epoch(run: Run, history: History, stop: StopRequest, metrics: Metrics,
         step = run.optimizer_step(update)
         run.memory.enter_step(step)
         # Watched is one step a phase; of a compiled model none, for under the tracker it would be compiled anew.
-        compiled = hasattr(run.engine.model, "_orig_mod")
-        with contextlib.nullcontext() if compiled else run.memory.probe(step) as probe:
+        with contextlib.nullcontext() if run.engine.is_compiled else run.memory.probe(step) as probe:
             result = train_step(run, batches, update, history.epoch, stop=stop.asked, want_grad_norm=logs, probe=probe)
         if run.scheduler is not None:
             run.scheduler.step_update(num_updates=update)
         if run.ema is not None:
-            run.ema.update(run.engine.module, step=update)
+            run.ema.update(run.engine.held(), step=update)
             average_masks.apply()
         loss_sum += result.loss
         if run.pruning_steps == step and run.schedule.is_update_step(step):
@@ -196,12 +199,23 @@ def _check_bad(bad: int, total: int, share: float, what: str) -> None:
 def _evaluate(run: Run, history: History, stop: StopRequest, metrics: Metrics, update: int) -> EvalResult:
     """The epoch's evaluation, of the average of the weights where there is one; written and logged."""
     plan, begin = run.plan, time.perf_counter()
-    if run.ema is not None and plan.dist_bn and run.world.num_ranks > 1:
-        # Rank 0's statistics, which the checkpoint holds: a mean over ranks would differ after a resume.
-        distribute_bn(run.ema, run.world.num_ranks, reduce=False)
-    with run.memory.during("evaluation"):
-        model = run.engine.module if run.ema is None else run.ema.module
-        result = evaluate(run, model, between=lambda: _stop_if_asked(run, history, stop))
+
+    def stop_if_asked() -> None:
+        if _is_asked(run, stop):
+            raise _StopEvaluation
+
+    result = None
+    with (
+        run.memory.during("evaluation"),
+        run.engine.evaluated(run.ema and run.ema.module) as model,
+        contextlib.suppress(_StopEvaluation),
+    ):
+        if run.ema is not None and plan.dist_bn and run.world.num_ranks > 1:
+            # Rank 0's statistics, which the checkpoint holds: a mean over ranks would differ after a resume.
+            distribute_bn(model, run.world.num_ranks, reduce=False)
+        result = evaluate(run, model, between=stop_if_asked)
+    if result is None:
+        _interrupt(run, history)
     metrics.write({"eval/loss": result.loss, "eval/top1": result.top1, "eval/top5": result.top5}, update)
     _log.info(
         "Test: %d  Loss: %.4f  Acc@1: %.3f  Acc@5: %.3f  (%d images, %d unreadable, %s)",

@@ -57,8 +57,7 @@ class AverageMasks:
         self._run = run
         self._applied: dict[int, Tensor] = {}
         if run.ema is not None:
-            trained = map(id, run.engine.module.parameters())
-            self._averages = dict(zip(trained, run.ema.module.parameters(), strict=True))
+            self._averages = {id(shown): average for shown, average in run.engine.averages(run.ema.module)}
 
     @torch.no_grad()
     def apply(self) -> None:

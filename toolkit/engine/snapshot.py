@@ -52,8 +52,9 @@ def save_snapshot(
                 tensors[f"optimizer.{key}.{name}"] = cut(name, value)
             elif run.world.is_main:
                 plain.setdefault(name, {})[key] = value
-        if run.ema is not None and run.world.is_main:
-            tensors |= {f"ema.{name}": cut(name, tensor.cpu()) for name, tensor in run.ema.module.state_dict().items()}
+        for name, tensor in () if run.ema is None else run.engine.weights(run.ema.module):
+            if run.world.is_main:
+                tensors[f"ema.{name}"] = cut(name, tensor)
         groups = [
             {key: value for key, value in group.items() if key not in ("params", "param_names")}
             for group in run.engine.inner_optimizer.param_groups
@@ -104,7 +105,7 @@ def load_snapshot(run: Run) -> History:
         if state["scheduler"]["inner"] is not None:
             run.scheduler.lr_scheduler.load_state_dict(state["scheduler"]["inner"])
     if run.ema is not None:
-        run.ema.module.load_state_dict(state["ema"])
+        run.engine.load_average(run.ema.module, state["ema"])
     if run.engine.scaler is not None and state["scaler"] is not None:
         run.engine.scaler.load_state_dict(state["scaler"])
     history = History(**state["history"])

@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from timm.models import model_parameters
-from timm.utils import dispatch_clip_grad
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from toolkit.dist import World
+from toolkit.engine.clip import Part, clip, total_norm
 from toolkit.memory.probe import StepProbe
-from toolkit.prune.distributed import to_dtensor, to_local
+from toolkit.prune.distributed import first_weight, to_dtensor, to_local
 from toolkit.prune.mask import count_zeros
 from toolkit.prune.packing import dense_state
 
@@ -27,12 +26,12 @@ def parameter_names(model: nn.Module) -> dict[int, str]:
     return {id(parameter): name for name, parameter in model.named_parameters()}
 
 
-def _gather(tensor: Any) -> Tensor:
+def gather(tensor: Any) -> Tensor:
     """The whole of a DTensor, or the tensor itself."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def _scatter(value: Any, like: Any) -> Any:
+def scatter(value: Any, like: Any) -> Any:
     """A whole tensor laid out as the DTensor `like` of its shape; every rank has the whole, so nothing is sent.
 
     Anything else as it is.
@@ -42,6 +41,25 @@ def _scatter(value: Any, like: Any) -> Any:
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def hold(tensors: Iterable[Tensor]) -> nn.ParameterList:
+    """Tensors as a module, which shares their memory."""
+    return nn.ParameterList(nn.Parameter(tensor.detach(), requires_grad=False) for tensor in tensors)
+
+
+@torch.no_grad()
+def exchange(some: nn.Module, others: nn.Module) -> None:
+    """Swap the values of two modules' parameters."""
+    for one, other in zip(some.parameters(), others.parameters(), strict=True):
+        kept = one.clone()
+        one.copy_(other)
+        other.copy_(kept)
+
+
+def _part_of(parameter: Tensor) -> Part:
+    gradient = None if parameter.grad is None else to_local(parameter.grad)
+    return Part(to_local(parameter.detach()), gradient, first_weight(parameter), parameter.shape)
 
 
 class Engine:
@@ -54,6 +72,7 @@ class Engine:
     model: what is trained: the module as the engine wraps it, perhaps compiled. `optimizer` is wrapped likewise.
     inner_optimizer: ours or timm's; the engine may show it slices instead of parameters.
     scaler: of fp16's gradients, or None.
+    is_compiled: whether the forward pass is torch.compile's.
 
     `amp_dtype` is the dtype of forward passes, None for float32; with `clip_mode` norm, value or agc gradients are
     clipped at `clip_grad`, None for not at all.
@@ -77,6 +96,7 @@ class Engine:
         self.model, self.module, self.inner_optimizer = model, module, inner_optimizer
         self.clip_grad, self.clip_mode = clip_grad, clip_mode
         self.scaler = accelerator.scaler
+        self.is_compiled = hasattr(model, "_orig_mod") or bool(getattr(model, "is_compiled", False))
         self._amp_dtype = amp_dtype
 
     def zero_grad(self) -> None:
@@ -112,31 +132,57 @@ class Engine:
 
     def _clip(self) -> Tensor:
         """The gradients' norm, before they are clipped where that was asked for."""
-        parameters = [parameter for parameter in self.module.parameters() if parameter.grad is not None]
-        if self.clip_grad is not None and self.clip_mode == "norm":
-            return self._accelerator.clip_grad_norm_(parameters, self.clip_grad)
-        self._accelerator.unscale_gradients()
-        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])  # type: ignore[misc]
-        if self.clip_grad is not None:
-            if self.clip_mode == "agc":  # timm leaves the classifier out
-                parameters = list(model_parameters(self.module, exclude_head=True))
-            dispatch_clip_grad(parameters, self.clip_grad, mode=self.clip_mode)
-        return _gather(norm)  # of shards, of which each rank has some
+        parts = self._parts()
+        if self.scaler is not None:
+            self._unscale(parts)
+        norm = total_norm(parts, self._world.device, self._over_ranks)
+        if self.clip_grad is not None and (self.scaler is None or norm.isfinite()):  # else the step is left out
+            clip(parts, norm, self.clip_grad, self.clip_mode, self._over_ranks)
+        return norm
+
+    def _unscale(self, parts: list[Part]) -> None:
+        """Divide gradients by fp16's scale."""
+        self.scaler.unscale_(self.inner_optimizer)
+
+    def _parts(self) -> list[Part]:
+        """What this rank holds of each parameter's gradient, in the module's order."""
+        return [_part_of(parameter) for parameter in self.module.parameters()]
+
+    def _over_ranks(self, values: Tensor) -> Tensor:
+        """The sum over ranks of which each holds a share of the gradients: here each holds them all."""
+        return values
 
     def count_zeros(self, prunable: Iterable[tuple[str, Tensor]]) -> tuple[int, int]:
         """(zeros, weights) over all ranks."""
         weights = [parameter for _, parameter in prunable]
         return count_zeros(map(to_local, weights)), sum(weight.numel() for weight in weights)
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Name and whole tensor of every parameter and buffer."""
-        for name, tensor in self.module.state_dict().items():
-            yield name, _gather(tensor).detach().cpu()
+    def held(self) -> nn.Module:
+        """What ModelEmaV3 is to average: the module, or of a module in parts this rank's, in one order."""
+        return self.module
+
+    def averages(self, ema: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+        """What the optimizer is shown, and its average among what ModelEmaV3 made of `held`."""
+        return zip(self.module.parameters(), ema.parameters(), strict=True)
+
+    @contextlib.contextmanager
+    def evaluated(self, ema: nn.Module | None) -> Iterator[nn.Module]:
+        """The module with the averages in it where there are some; leave it before anything is saved."""
+        yield self.module if ema is None else ema
+
+    def weights(self, ema: nn.Module | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Name and whole tensor of every parameter and buffer, or of their averages."""
+        for name, tensor in (self.module if ema is None else ema).state_dict().items():
+            yield name, gather(tensor).detach().cpu()
+
+    def load_average(self, ema: nn.Module, weights: Mapping[str, Tensor]) -> None:
+        """Take whole averages by name."""
+        ema.load_state_dict(dict(weights))
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Take whole tensors by name. Raises RuntimeError where names or shapes differ."""
         own = self.module.state_dict()
-        self.module.load_state_dict({name: _scatter(tensor, own.get(name)) for name, tensor in weights.items()})
+        self.module.load_state_dict({name: scatter(tensor, own.get(name)) for name, tensor in weights.items()})
 
     @property
     def optimizer_state(self) -> Mapping[Tensor, dict[str, Any]]:
@@ -153,7 +199,7 @@ class Engine:
                 yield names[id(parameter)], key, state[key]
             for key, value in dense_state(to_local(parameter), tensors).items():
                 shaped = value.ndim > 0 and value.shape == to_local(parameter).shape
-                whole = _gather(to_dtensor(value, parameter) if shaped else value)
+                whole = gather(to_dtensor(value, parameter) if shaped else value)
                 yield names[id(parameter)], key, whole.detach().cpu()
 
     def load_optimizer_states(self, states: States, groups: list[dict[str, Any]]) -> None:
@@ -167,5 +213,5 @@ class Engine:
         for number, parameter in enumerate(parameter for group in own for parameter in group["params"]):
             saved = states.get(names[id(parameter)])
             if saved:
-                state[number] = {key: _scatter(value, parameter) for key, value in saved.items()}
+                state[number] = {key: scatter(value, parameter) for key, value in saved.items()}
         self.inner_optimizer.load_state_dict({"state": state, "param_groups": numbered})

@@ -12,8 +12,11 @@ With this map whole tensors are brought together, a parameter at a time, pruning
 parameters, and padding is told apart from weights (under ZeRO-3 it is uninitialised memory).
 """
 
+import contextlib
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,7 +24,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from toolkit.dist import World
-from toolkit.engine.engines.ddp import Engine, States, parameter_names
+from toolkit.engine.clip import Part
+from toolkit.engine.engines.ddp import Engine, States, exchange, hold, parameter_names
 from toolkit.errors import refuse
 from toolkit.memory.probe import StepProbe
 from toolkit.prune.mask import count_zeros
@@ -100,7 +104,7 @@ def _is_shaped(value: Any) -> bool:
 
 
 class ZeroEngine(Engine):
-    """See Engine. `model` is DeepSpeed's engine around the module; it clips as its own settings say."""
+    """See Engine. `model` is DeepSpeed's engine around the module."""
 
     def __init__(self, *parts: Any, **options: Any) -> None:
         super().__init__(*parts, **options)
@@ -109,16 +113,53 @@ class ZeroEngine(Engine):
         self._stage: int = self._deepspeed.zero_optimization_stage()  # type: ignore[operator]
         self.name = f"zero{self._stage}"
         self.slices = slices_of(self._zero, self._stage, self.module, self._world)
+        self._sliced = {name for one in self.slices for name in one.shapes}
 
     def backward(self, loss: Tensor, step: int, *, last: bool, probe: StepProbe | None = None) -> None:
         self._deepspeed.set_gradient_accumulation_boundary(is_boundary=last)
         with self._no_sync(last):
-            self._deepspeed.backward(loss)
+            self._deepspeed.backward(loss if self.scaler is None else self.scaler.scale(loss))
 
     def update(self, step: int, want_norm: bool) -> Tensor | None:
-        self._deepspeed.step()
-        norm = self._deepspeed.get_global_grad_norm() if want_norm else None
-        return None if norm is None else torch.as_tensor(float(norm))
+        norm = self._clip() if want_norm or self.clip_grad is not None or self.scaler is not None else None
+        self._deepspeed.step()  # which leaves a step out where a gradient is not finite, as the scaler would
+        if self.scaler is not None:
+            self.scaler.update()
+        return norm
+
+    def _unscale(self, parts: list[Part]) -> None:
+        shown = []
+        for part in parts:
+            part.weight.grad = part.gradient  # where torch's scaler looks for it
+            shown.append(part.weight)
+        self.scaler.unscale_(SimpleNamespace(param_groups=[{"params": shown}]))
+
+    def _over_ranks(self, values: Tensor) -> Tensor:
+        return self._world.sum(values)
+
+    def _parts(self) -> list[Part]:
+        found: dict[str, Part] = {}
+        for number, one in enumerate(self.slices):
+            places, flat = self._gradients(number), one.flat.detach()
+            for name, shape in one.shapes.items():
+                found[name] = Part(flat[:0], None, 0, shape)
+                if name in one.segments:
+                    segment = one.segments[name]
+                    gradient = places[segment.place].view(-1)[: segment.length]
+                    found[name] = Part(segment.of(flat), gradient, segment.start, shape)
+        frozen = Part(torch.empty(0), None, 0, torch.Size())
+        return [found.get(name, frozen) for name, _ in self.module.named_parameters()]
+
+    def _gradients(self, number: int) -> dict[int, Tensor]:
+        """Where DeepSpeed keeps this rank's gradients of a group, by their place in its slice."""
+        one, pieces = self.slices[number], self._zero.averaged_gradients.get(number)
+        if pieces is None:  # offloaded: flat, on the host, where the copies to it may be under way
+            assert one.flat.grad is not None
+            if self._world.device.type == "cuda":
+                torch.cuda.synchronize(self._world.device)
+            return {segment.place: segment.of(one.flat.grad) for segment in one.segments.values()}
+        places = itertools.accumulate((piece.numel() for piece in pieces[:-1]), initial=0)
+        return dict(zip(places, pieces, strict=True))
 
     def count_zeros(self, prunable: Iterable[tuple[str, Tensor]]) -> tuple[int, int]:
         names = {name for name, _ in prunable}
@@ -140,25 +181,62 @@ class ZeroEngine(Engine):
         self._world.sum(whole.view(torch.uint8))
         return whole.view(one.shapes[name])
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        homes = {name: one for one in self.slices for name in one.shapes}
-        for name, tensor in self.module.state_dict().items():
-            whole = self._whole(homes[name], name, homes[name].flat.detach()) if name in homes else tensor
-            yield name, whole.detach().cpu()
+    def _others(self) -> dict[str, Tensor]:
+        """What is in no slice: buffers, whole on every rank."""
+        return {name: tensor for name, tensor in self.module.state_dict().items() if name not in self._sliced}
+
+    def held(self) -> nn.Module:
+        return hold([*(one.flat for one in self.slices), *self._others().values()])
+
+    def averages(self, ema: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+        return zip((one.flat for one in self.slices), ema.parameters(), strict=False)  # buffers come behind
+
+    @contextlib.contextmanager
+    def evaluated(self, ema: nn.Module | None) -> Iterator[nn.Module]:
+        if ema is not None:
+            self._show(ema, ema)
+        yield self.module
+        if ema is not None:
+            self._show(ema, None)
+
+    def _show(self, ema: nn.Module, shown: nn.Module | None) -> None:
+        """Swap buffers with the averages', and put `shown` into the module, where None is what is trained."""
+        exchange(hold(self._others().values()), hold(list(ema.parameters())[len(self.slices) :]))
+        self._fill((name, whole) for name, whole in self.weights(shown) if name in self._sliced)
+
+    def weights(self, ema: nn.Module | None = None) -> Iterator[tuple[str, Tensor]]:
+        held = [part.detach() for part in (self.held() if ema is None else ema).parameters()]
+        homes = {name: (one, flat) for one, flat in zip(self.slices, held, strict=False) for name in one.shapes}
+        others = dict(zip(self._others(), held[len(self.slices) :], strict=True))
+        for name in self.module.state_dict():
+            yield name, (others[name] if name in others else self._whole(homes[name][0], name, homes[name][1])).cpu()
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         if self._stage == 3:
-            import deepspeed
-
-            for name, parameter in self.module.named_parameters():
-                with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-                    if self._world.is_main:
-                        parameter.data.copy_(weights[name])
-            for name, buffer in self.module.named_buffers():
-                buffer.copy_(weights[name])
+            self._fill(weights.items())
         else:
             self.module.load_state_dict(dict(weights))
         self._zero.refresh_fp32_params()
+
+    @torch.no_grad()
+    def _fill(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Put whole weights and buffers into the module, whose slices stay."""
+        import deepspeed
+
+        own = dict([*self.module.named_parameters(), *self.module.named_buffers()])
+        for name, whole in weights:
+            parts = [own[name]] if self._stage == 3 and isinstance(own[name], nn.Parameter) else []
+            with deepspeed.zero.GatheredParameters(parts, modifier_rank=0):
+                if self._world.is_main or not parts:
+                    own[name].copy_(whole)
+
+    def load_average(self, ema: nn.Module, weights: Mapping[str, Tensor]) -> None:
+        parts = list(ema.parameters())
+        for one, flat in zip(self.slices, parts, strict=False):
+            for name, segment in one.segments.items():
+                segment.of(flat).copy_(segment.within(weights[name]))
+        for name, part in zip(self._others(), parts[len(self.slices) :], strict=True):
+            part.copy_(weights[name])
 
     def optimizer_states(self) -> Iterator[tuple[str, str, Any]]:
         for one in self.slices:

@@ -1,0 +1,164 @@
+"""Clipping, averages, fp16 and compiled models: on FSDP2 and ZeRO-1, 2, 3 as on DDP."""
+
+import functools
+import os
+
+import pytest
+import torch
+from engines import ENGINES
+from flags import train_flags, vit_flags
+from ranks import run_ranks
+from test_engines import SETTINGS, far
+
+pytest.importorskip("deepspeed")
+
+import toolkit.builder.accelerator
+from toolkit.builder import build
+from toolkit.cli import parse
+from toolkit.engine.loop import train as train_loop
+
+LAYER = "blocks.0.attn.qkv.weight"
+SHARDED = [engine for engine in ENGINES if engine != "ddp"]
+PRUNED = ("--opt", "adamwprune", "--sparsity", "0.7")
+SHORT = ("--epochs", "2", "--val-interval", "2")
+# Half precision makes another thousandth of a weight's last bit: an update that is the same bit for bit everywhere.
+EXACT = ("--opt", "momentum", "--pruning", "movement", "--lr", "3e-2")
+FEATURES = {
+    "norm": ("--clip-grad", "1"),  # over all 56 steps, in which rounding grows
+    "value": ("--clip-grad", "0.01", "--clip-mode", "value", *SHORT),
+    "agc": ("--clip-grad", "0.01", "--clip-mode", "agc", *SHORT),
+    "ema": ("--model-ema", "--model-ema-decay", "0.8", *SHORT),
+    "fp16": (*EXACT, "--amp", "fp16", "--clip-grad", "1", "--prune-end", "0.5", "--epochs", "3", "--val-interval", "3"),
+    "bf16": (*EXACT, "--amp", "bf16", *SHORT),
+    "channels last": ("--channels-last", *SHORT),
+    "compiled": ("--torchcompile", "eager", *SHORT),
+}
+
+
+def train(rank, engine, flags):
+    os.environ.update(ENGINES[engine])
+    if engine == "zero3" and "--amp" in flags:  # DeepSpeed's own linear layer rounds before it adds the bias
+        from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses
+
+        InsertPostInitMethodToModuleSubClasses._enable_mem_efficient_linear = lambda self: None
+    run = build(parse(flags))
+    skip = run.engine.scaler
+    if skip is not None:  # so far up that the first steps' gradients overflow, on one rank before the other
+        skip._init_scale = 2.0**20
+    history = train_loop(run)
+    return {
+        "weights": dict(run.engine.weights()),
+        "ema": {} if run.ema is None else dict(run.engine.weights(run.ema.module)),
+        "masks": {name: v for name, key, v in run.engine.optimizer_states() if key == "mask"},
+        "steps": run.pruning_steps,
+        "scale": None if skip is None else skip.get_scale(),
+        "ema_bytes": run.memory.end["ema"],
+        "losses": [*history.train_loss, history.eval_loss[-1]],
+    }
+
+
+@functools.cache
+def on(engine, feature, flags):
+    patched = pytest.MonkeyPatch()
+    patched.setattr(toolkit.builder.accelerator, "_check_device", lambda config: None)  # fp16 is tried on CPU
+    try:
+        more = (*FEATURES[feature], "--experiment", f"{engine}-{feature}")
+        return run_ranks(train, 2, engine, [*flags, *more], join_group=False)[0]
+    finally:
+        patched.undo()
+
+
+@pytest.fixture(scope="module")
+def flags(few_digits, tmp_path_factory):
+    return tuple(vit_flags(few_digits, tmp_path_factory.mktemp("features"), *SETTINGS, *PRUNED))
+
+
+QUICK = {
+    "norm": ["fsdp2"],
+    "agc": ["zero2"],
+    "ema": ["fsdp2", "zero3"],
+    "fp16": ["fsdp2", "zero2"],
+    "compiled": ["zero1"],
+}
+CELLS = [
+    pytest.param(engine, feature, marks=() if engine in QUICK.get(feature, ()) else pytest.mark.long)
+    for feature in FEATURES
+    for engine in SHARDED
+    if (engine, feature) != ("fsdp2", "channels last")  # refused
+]
+
+
+@pytest.mark.parametrize(("engine", "feature"), CELLS)
+def test_as_on_ddp(flags, engine, feature):
+    """The same masks weight by weight, weights and averages to rounding, and as many updates left out by the scaler."""
+    wanted, found = on("ddp", feature, flags), on(engine, feature, flags)
+    assert found["masks"].keys() == wanted["masks"].keys() != set()
+    for name, mask in wanted["masks"].items():
+        assert torch.equal(found["masks"][name], mask), name
+    for kind in ("weights", "ema"):
+        assert found[kind].keys() == wanted[kind].keys()
+        for name, tensor in wanted[kind].items():
+            # A key's bias does nothing in attention: its gradient is rounding, which AdamW makes steps of.
+            assert "qkv.bias" in name or far(found[kind][name], tensor) < 1e-3, (kind, name)
+            assert torch.equal(found[kind][name] == 0, tensor == 0) or "qkv.bias" in name, (kind, name)
+    assert found["ema_bytes"] == pytest.approx(wanted["ema_bytes"] / 2, rel=0.02)  # a share on each of two ranks
+    assert (found["steps"], found["scale"]) == (wanted["steps"], wanted["scale"])
+    assert found["losses"] == pytest.approx(wanted["losses"], rel=1e-3)
+
+
+def test_each_feature_does_something(flags):
+    """What is compared above is not what DDP does anyway."""
+    plain, fp16, averaged = on("ddp", "compiled", flags), on("ddp", "fp16", flags), on("ddp", "ema", flags)
+    assert far(on("ddp", "agc", flags)["weights"][LAYER], plain["weights"][LAYER]) > 1e-2
+    assert 12 <= fp16["steps"] < 24
+    assert far(averaged["ema"][LAYER], averaged["weights"][LAYER]) > 1e-2
+
+
+def show(rank, engine, flags):
+    """Outputs of the module with and without the averages in it, beside those of plain models of the whole weights."""
+    os.environ.update(ENGINES[engine])
+    run = build(parse(flags))
+    train_loop(run)
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    found = []
+    for ema in (run.ema.module, None, run.ema.module, None):
+        plain = toolkit.builder.run.create_model(parse(flags), 10).eval()
+        plain.load_state_dict(dict(run.engine.weights(ema)))
+        with run.engine.evaluated(ema) as module, torch.no_grad():
+            found.append((module.eval()(images), plain(images)))
+    return found
+
+
+@pytest.mark.parametrize(
+    "engine", [name if name in ("fsdp2", "zero3") else pytest.param(name, marks=pytest.mark.long) for name in ENGINES]
+)
+def test_an_evaluation_is_of_the_averages_and_training_goes_on_without_them(few_digits, tmp_path, engine):
+    """Also BatchNorm's statistics, which are averaged too, and on each rank."""
+    more = ("--opt", "adamw", "--model-ema", "--model-ema-decay", "0.8", *SHORT, "--experiment", "r")
+    for outputs in run_ranks(show, 2, engine, train_flags(few_digits, tmp_path, *more), join_group=False):
+        for found, wanted in outputs:
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(outputs[0][0], outputs[1][0], rtol=1e-2)
+
+
+def built(rank, engine, flags):
+    os.environ.update(ENGINES[engine])
+    run = build(parse(flags))
+    kinds = [type(module) for module in run.engine.module.modules()]
+    return sum(issubclass(kind, torch.nn.SyncBatchNorm) for kind in kinds), sum(
+        "BatchNorm" in k.__name__ for k in kinds
+    )
+
+
+@pytest.mark.parametrize(
+    "engine", ["fsdp2", *(pytest.param(name, marks=pytest.mark.long) for name in ("zero2", "zero3"))]
+)
+def test_sync_bn_is_built(few_digits, tmp_path, monkeypatch, engine):
+    """It can run on GPUs only: tests/gpu has that. On CPU it is refused at start."""
+    flags = train_flags(few_digits, tmp_path, "--opt", "adamw", "--sync-bn", "--experiment", "r")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="--sync-bn needs GPUs"):
+        build(parse(flags))
+    monkeypatch.setattr(toolkit.builder.accelerator, "_check_device", lambda config: None)
+    for synchronised, norms in run_ranks(built, 2, engine, flags, join_group=False):
+        assert synchronised == norms > 0
