@@ -18,6 +18,7 @@ from toolkit.cli import parse
 from toolkit.engine.checkpoint import load_checkpoint, load_state, newest_checkpoint
 from toolkit.engine.history import is_complete
 from toolkit.engine.loop import train as train_loop
+from toolkit.engine.metrics import Metrics
 from toolkit.errors import InterruptedRunError, ModelShrunkError
 from toolkit.files import read_json
 from toolkit.shrink import both_cuts, cut_tensor, load_shrunk
@@ -91,9 +92,17 @@ def run_to(flags, batch=None):
 
 # Where an epoch ends, and within one.
 @pytest.mark.parametrize("end", ["0.667", pytest.param("0.5", marks=pytest.mark.long)])
-def test_a_run_that_stops_on_either_side_of_the_moment_goes_on(few_digits, tmp_path, end):
+def test_a_run_that_stops_on_either_side_of_the_moment_goes_on(few_digits, tmp_path, monkeypatch, end):
+    targets, write = [], Metrics.write
+
+    def written(metrics, values, step):
+        targets.append(values.get("pruning/target_sparsity"))
+        write(metrics, values, step)
+
+    monkeypatch.setattr(Metrics, "write", written)
     flags = train_flags(few_digits, tmp_path, *CHANNEL, "--opt", "adamwprune", "--prune-end", end, "--prune-shrink")
     command._train_to_the_end(parse([*flags, "--experiment", "at once"]))
+    assert [target for target in targets if target is not None][-1] == 0.4
     parts = [*flags, "--experiment", "in parts", "--resume", "auto"]
     why, run = run_to(parts, batch=3)
     assert why is InterruptedRunError
