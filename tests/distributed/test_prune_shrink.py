@@ -12,6 +12,7 @@ from ranks import run_ranks
 
 from launch.export import export
 from launch.run_model import run_model
+from launch.shrinking import to_text
 from toolkit import train as command
 from toolkit.builder import build
 from toolkit.cli import parse
@@ -76,6 +77,10 @@ def test_the_smaller_model_trains_on_as_the_whole_one_would_have(few_digits, tmp
     assert found["sparsity"] == wanted["sparsity"]
     assert found["target_sparsity"] == wanted["target_sparsity"] == 0.4
     assert found["train_loss"] == pytest.approx(wanted["train_loss"], rel=1e-3)
+    peaks = {name: read_json(tmp_path / name / "memory.json")["phases"]["final"] for name in ("small", "whole")}
+    assert peaks["small"]["total_bytes"] < peaks["whole"]["total_bytes"]
+    assert peaks["small"]["predicted_total_bytes"] is None
+    assert peaks["whole"]["predicted_total_bytes"]
 
 
 def run_to(flags, batch=None):
@@ -169,6 +174,8 @@ def test_a_shrunk_run_is_exported_by_its_plan(few_digits, tmp_path):
         export(run, tmp_path / "model.safetensors")
     done = export(run, out, shrink=True)
     assert done["difference"] < 1e-5
+    cut = len(last(run)["smaller"]["layers"])
+    assert to_text(done).startswith(f"training has cut {cut} layers already (--prune-shrink)")
     model, state = load_shrunk(out), last(run)["model"]
     assert {name: tensor.shape for name, tensor in model.state_dict().items()} == {
         name: tensor.shape for name, tensor in state.items()
