@@ -64,6 +64,7 @@ def export_shrunk(checkpoint: Path, weights: dict[str, Tensor], out: Path, kind:
         "images": which,
         "difference": found,
         "difference_of_format": apart,
+        "layers_cut_in_training": len(before),
         "channels": {name: [len(gone), counts[name]] for name, gone in dead.items()},
         "channels_in_groups": sum(counts.values()),
         "weights": [num_weights(model), num_weights(smaller)],
@@ -97,7 +98,10 @@ def to_text(done: dict[str, Any]) -> str:
     """What was removed, for people."""
     gone, layers = sum(count for count, _ in done["channels"].values()), done["channels"]
     (weights, fewer), (before, after) = done["weights"], done["flops"]
-    lines = [f"{name}: {count} of {every} channels removed" for name, (count, every) in layers.items()]
+    cut, lines = done["layers_cut_in_training"], []
+    if cut:
+        lines.append(f"training has cut {cut} layers already (--prune-shrink); below is what else goes")
+    lines += [f"{name}: {count} of {every} channels removed" for name, (count, every) in layers.items()]
     apart = done["difference_of_format"]
     lines += [
         f"{gone:,} of {done['channels_in_groups']:,} channels removed, in {len(layers)} layers; "

@@ -168,7 +168,9 @@ def _checked(item: dataclasses.Field[Any], value: Any, path: str) -> Any:
         return _scalar(meta["kind"], meta["const"] if value is True and "const" in meta else value)
     except (TypeError, ValueError):
         kind = f"{'a list of ' if many else ''}{meta['kind'].__name__}"
-        raise ValueError(f"{item.name}: {value!r} in {path} must be {kind}") from None
+        # YAML takes 2:4 for a number to the base of 60, and so for 124.
+        remedy = "; put it in quotes" if meta["kind"] is str and isinstance(value, (int, float)) else ""
+        raise ValueError(f"{item.name}: {value!r} in {path} must be {kind}{remedy}") from None
 
 
 def _scalar(kind: type, value: Any) -> Any:

@@ -20,7 +20,7 @@ def command_parser(module: str, about: str | None, flags: Mapping[str, Mapping[s
 
 @contextlib.contextmanager
 def one_line_errors(parser: argparse.ArgumentParser, left: str = "nothing half-made is left") -> Iterator[None]:
-    """End with status 2 and one line where the user has something to mend (ValueError, OSError).
+    """End with status 2 and one line where the user has something to mend (ValueError, OSError, a missing package).
 
     After Ctrl-C, also while something is imported, with 130 and a line that says what is `left` behind.
     """
@@ -30,6 +30,11 @@ def one_line_errors(parser: argparse.ArgumentParser, left: str = "nothing half-m
         parser.exit(130, f"\n{parser.prog.removeprefix('python -m ')}: stopped; {left}\n")
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog.removeprefix('python -m ')}: error: {error}\n")
+    except ModuleNotFoundError as error:
+        if str(error.name).startswith(("toolkit", "launch", "shards")):  # our own fault
+            raise
+        remedy = "install this package with its [all] extra, or from a checkout by make setup"
+        parser.exit(2, f"{parser.prog.removeprefix('python -m ')}: error: {error.name} is not installed; {remedy}\n")
 
 
 def say(text: str) -> None:

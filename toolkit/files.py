@@ -142,8 +142,11 @@ def replacing(path: Path, sync: bool = False) -> Iterator[Path]:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         temporary.unlink(missing_ok=True)  # whatever lies there: a link would be written through
+        temporary.touch(exist_ok=False)
+        mode = temporary.stat().st_mode  # by the umask; safetensors makes files that nobody else may read
         try:
             yield temporary
+            temporary.chmod(mode)
             if sync:
                 sync_to_disk(temporary)
             temporary.replace(path)

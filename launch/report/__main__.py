@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> int:
         "launch.report",
         __doc__,
         {
-            "runs": {"type": Path, "help": "folder of run folders, for example runs/demo, or a runs.jsonl.gz"},
+            "runs": {"type": Path, "help": "folder of run folders, as runs/demo; one of these; or a runs.jsonl.gz"},
             "--out": {"type": Path, "help": "folder of the report, or a file FILE.md for its tables alone"},
             "--brief": {"action": "store_true", "help": "only report.md, its pictures, summary.json, runs.jsonl.gz"},
             "--unpack": {"type": Path, "metavar": "FOLDER", "help": "write the runs as run folders below FOLDER"},

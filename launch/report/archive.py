@@ -26,16 +26,17 @@ RUNS_FILE = "runs.jsonl.gz"
 
 
 def read_runs(source: Path) -> tuple[list[CellRun], list[str]]:
-    """(complete runs in the order they were started, names of the incomplete ones) of a folder of run folders, or of a
-    file that `write_runs` wrote. Raises ValueError for none.
+    """(complete runs in the order they were started, names of the incomplete ones) of a folder of run folders, of one
+    run folder, or of a file that `write_runs` wrote. Raises ValueError for none.
     """
     if source.is_file():
         return _read_file(source), []
-    folders = sorted(path.parent for path in source.glob("*/args.yaml"))
+    own = (source / "args.yaml").is_file()
+    folders = [source] if own else sorted(path.parent for path in source.glob("*/args.yaml"))
     done = sorted(filter(is_complete, folders), key=lambda path: (path / "args.yaml").stat().st_mtime)
     if not done:
-        raise ValueError(f"{source} holds no complete run; start one with python -m launch.matrix")
-    command = source / COMMAND_FILE
+        raise ValueError(f"{source} holds no complete run; give a finished run folder, or a folder of them")
+    command = (source.parent if own else source) / COMMAND_FILE
     made_by = command.read_text().strip() if command.exists() else ""
     return [_read_folder(path, made_by) for path in done], [path.name for path in folders if path not in done]
 

@@ -12,12 +12,14 @@ from ranks import run_ranks
 
 from launch.export import export
 from launch.run_model import run_model
+from launch.shrinking import to_text
 from toolkit import train as command
 from toolkit.builder import build
 from toolkit.cli import parse
 from toolkit.engine.checkpoint import load_checkpoint, load_state, newest_checkpoint
 from toolkit.engine.history import is_complete
 from toolkit.engine.loop import train as train_loop
+from toolkit.engine.metrics import Metrics
 from toolkit.errors import InterruptedRunError, ModelShrunkError
 from toolkit.files import read_json
 from toolkit.shrink import both_cuts, cut_tensor, load_shrunk
@@ -75,6 +77,10 @@ def test_the_smaller_model_trains_on_as_the_whole_one_would_have(few_digits, tmp
     assert found["sparsity"] == wanted["sparsity"]
     assert found["target_sparsity"] == wanted["target_sparsity"] == 0.4
     assert found["train_loss"] == pytest.approx(wanted["train_loss"], rel=1e-3)
+    peaks = {name: read_json(tmp_path / name / "memory.json")["phases"]["final"] for name in ("small", "whole")}
+    assert peaks["small"]["total_bytes"] < peaks["whole"]["total_bytes"]
+    assert peaks["small"]["predicted_total_bytes"] is None
+    assert peaks["whole"]["predicted_total_bytes"]
 
 
 def run_to(flags, batch=None):
@@ -91,9 +97,17 @@ def run_to(flags, batch=None):
 
 # Where an epoch ends, and within one.
 @pytest.mark.parametrize("end", ["0.667", pytest.param("0.5", marks=pytest.mark.long)])
-def test_a_run_that_stops_on_either_side_of_the_moment_goes_on(few_digits, tmp_path, end):
+def test_a_run_that_stops_on_either_side_of_the_moment_goes_on(few_digits, tmp_path, monkeypatch, end):
+    targets, write = [], Metrics.write
+
+    def written(metrics, values, step):
+        targets.append(values.get("pruning/target_sparsity"))
+        write(metrics, values, step)
+
+    monkeypatch.setattr(Metrics, "write", written)
     flags = train_flags(few_digits, tmp_path, *CHANNEL, "--opt", "adamwprune", "--prune-end", end, "--prune-shrink")
     command._train_to_the_end(parse([*flags, "--experiment", "at once"]))
+    assert [target for target in targets if target is not None][-1] == 0.4
     parts = [*flags, "--experiment", "in parts", "--resume", "auto"]
     why, run = run_to(parts, batch=3)
     assert why is InterruptedRunError
@@ -160,6 +174,8 @@ def test_a_shrunk_run_is_exported_by_its_plan(few_digits, tmp_path):
         export(run, tmp_path / "model.safetensors")
     done = export(run, out, shrink=True)
     assert done["difference"] < 1e-5
+    cut = len(last(run)["smaller"]["layers"])
+    assert to_text(done).startswith(f"training has cut {cut} layers already (--prune-shrink)")
     model, state = load_shrunk(out), last(run)["model"]
     assert {name: tensor.shape for name, tensor in model.state_dict().items()} == {
         name: tensor.shape for name, tensor in state.items()

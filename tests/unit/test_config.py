@@ -179,6 +179,7 @@ def test_the_ends_of_the_ranges_are_taken(argv):
         ("[1, 2]", "key: value"),
         ("a: b: c", "is not YAML"),
         ("opt: 3", "opt: 3"),
+        ("prune_pattern: 2:4", "prune_pattern: 124 in {path} must be str; put it in quotes"),
         ("scale: [0.5]", "--scale 0.5 must be 2 values"),
         ("seed: -1", "--seed -1 must be in"),
         ("model_kwargs: {1: 2}", "--model-kwargs 1 is no argument's name"),
@@ -188,7 +189,7 @@ def test_the_ends_of_the_ranges_are_taken(argv):
 def test_recipes_are_checked(capsys, tmp_path, text, words):
     recipe = tmp_path / "r.yaml"
     recipe.write_text(text)
-    assert words in error_of(capsys, "-c", str(recipe))
+    assert words.format(path=recipe) in error_of(capsys, "-c", str(recipe))
 
 
 def test_batch_on_command_line_replaces_the_recipes(tmp_path):

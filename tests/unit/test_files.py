@@ -127,6 +127,14 @@ def test_locks_and_whole_files_are_not_written_through_a_link(tmp_path):
     assert (tmp_path / "a").read_text() == "new"
 
 
+def test_a_whole_file_is_as_readable_as_any_other(tmp_path):
+    (tmp_path / "plain").touch()
+    with replacing(tmp_path / "a.safetensors") as temporary:
+        temporary.unlink()
+        temporary.touch(0o600)  # as safetensors makes its files
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_json_is_read_whole_or_refused(tmp_path, monkeypatch):
     path = tmp_path / "x.json"
     path.write_text('{"a": [1, "é"]}')

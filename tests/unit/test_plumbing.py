@@ -43,6 +43,16 @@ def test_what_a_user_can_mend_is_one_line(capsys, error):
     assert capsys.readouterr().err == f"launch.thing: error: {error}\n"
 
 
+def test_a_missing_package_is_one_line(capsys):
+    with pytest.raises(SystemExit) as stop, one_line_errors(argparse.ArgumentParser(prog="python -m launch.thing")):
+        import no_such_package  # noqa: F401
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == (
+        "launch.thing: error: no_such_package is not installed; install this package with its [all] extra, or from a "
+        "checkout by make setup\n"
+    )
+
+
 def test_ctrl_c_says_what_is_left(capsys):
     parser = argparse.ArgumentParser(prog="python -m launch.thing")
     with pytest.raises(SystemExit) as stop, one_line_errors(parser, "half of x"):
@@ -80,6 +90,8 @@ def test_ctrl_c_while_importing_is_one_line(module, heavy, flags, tmp_path):
 def test_what_is_our_own_fault_is_not_hidden():
     with pytest.raises(ZeroDivisionError), one_line_errors(argparse.ArgumentParser()):
         raise ZeroDivisionError
+    with pytest.raises(ModuleNotFoundError), one_line_errors(argparse.ArgumentParser()):
+        import toolkit.no_such_module  # noqa: F401
 
 
 def test_a_command_can_be_pasted():

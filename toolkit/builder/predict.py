@@ -202,7 +202,8 @@ def predict_run(
 ) -> tuple[dict[str, int], dict[str, dict[str, int]]]:
     """Ledger rows between steps of a run as it stands, and those of a step's peaks, dense and final, for its report.
 
-    Empty for FSDP2 and ZeRO, whose shares are not predicted; the peaks also, and logged, where they cannot be.
+    Empty for FSDP2 and ZeRO, whose shares are not predicted; the peaks also, and logged, where they cannot be. The
+    final one is left out with --prune-shrink: nobody knows which channels go.
     """
     if engine.name != "ddp":
         return {}, {}
@@ -218,10 +219,11 @@ def predict_run(
         # Making a model draws its initial weights; a run's generator must not move for a report.
         with torch.random.fork_rng(devices=[]):
             prediction = Prediction(config, num_classes, num_ranks)
-        return rows, prediction.ledgers(batch_size_per_rank(config, num_ranks))
+        peaks = prediction.ledgers(batch_size_per_rank(config, num_ranks))
     except (ValueError, RuntimeError, TypeError) as error:
         get_logger().warning("the step's memory is not predicted: %s", str(error).splitlines()[0] or repr(error))
         return rows, {}
+    return rows, {phase: ledger for phase, ledger in peaks.items() if phase == "dense" or not config.prune_shrink}
 
 
 def parse_bytes(text: str) -> int:

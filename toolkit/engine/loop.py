@@ -110,7 +110,9 @@ def _go_on_smaller(run: Run, history: History) -> NoReturn:
     if not save_snapshot(run, history, update, smaller=smaller):
         raise RunError("the smaller model could not be saved (see above); make room, then --resume auto goes on")
     _write(run, history, completed=False)
-    raise ModelShrunkError(f"{smaller.removed_weights} weights of pruned channels are removed at step {update}")
+    raise ModelShrunkError(
+        f"step {update}: the run goes on without the {smaller.removed_weights:,} weights of its pruned channels"
+    )
 
 
 def train_epoch(run: Run, history: History, stop: StopRequest, metrics: Metrics, bar: Progress | None = None) -> None:

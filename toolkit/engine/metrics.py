@@ -131,7 +131,7 @@ class Metrics:
             "train/epoch": update / plan.steps_per_epoch,
             "train/bad_images": bad,
             "pruning/sparsity": zeros / max(weights, 1),
-            "pruning/target_sparsity": run.schedule.sparsity_at(run.pruning_steps),
+            "pruning/target_sparsity": run.target_sparsity,
             **memory_scalars(sums[3:].view_as(columns), on_gpu=run.world.device.type == "cuda"),
             "memory/num_alloc_retries": device["alloc_retries"],
             "memory/num_ooms": device["ooms"],
@@ -154,7 +154,7 @@ class Metrics:
             rate,
             scalars["train/lr"],
             wait,
-            f"  Sparsity: {100 * scalars['pruning/sparsity']:.2f} %" if run.schedule.enabled else "",
+            f"  Sparsity: {100 * scalars['pruning/sparsity']:.2f} %" if run.goal.enabled else "",
             duration((plan.total_steps - update) * step_s),
         )
         if wait > _SLOW_DATA_PERCENT and not self._advised:

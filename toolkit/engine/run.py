@@ -77,6 +77,11 @@ class Run:
         pruning: Pruning | None = getattr(self.engine.inner_optimizer, "pruning", None)
         return 0 if pruning is None else pruning.steps
 
+    @property
+    def target_sparsity(self) -> float:
+        """The share of zeros asked for by now; a smaller model's optimizer prunes no more, and has reached it."""
+        return self.goal.sparsity if self.smaller else self.schedule.sparsity_at(self.pruning_steps)
+
     def optimizer_step(self, update: int) -> int:
         """The number of the step to be made in the loop's `update`: by the optimizer's own count where it prunes."""
         return self.pruning_steps + 1 if self.schedule.enabled else update

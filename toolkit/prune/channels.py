@@ -103,8 +103,8 @@ def channel_groups(model: nn.Module, example_input: Tensor) -> list[ChannelGroup
 def _say_what_stays(groups: list[ChannelGroup], whole: dict[str, list[nn.Module]], names: dict[nn.Module, str]) -> None:
     for reason, layers in whole.items():
         get_logger().info(
-            "%d weights in %d layers (%s) keep their channels: %s",
-            sum(layer.weight.numel() for layer in layers),  # type: ignore[operator,misc]
+            "%s weights in %d layers (%s) keep their channels: %s",
+            f"{sum(layer.weight.numel() for layer in layers):,}",  # type: ignore[operator,misc]
             len(layers),
             ", ".join([names[layer] for layer in layers[:_SHOWN]] + ["…"] * (len(layers) > _SHOWN)),
             reason,

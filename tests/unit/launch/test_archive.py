@@ -45,6 +45,7 @@ def test_unpacked_runs_are_the_same_runs_in_the_same_order(tmp_path):
     kept = RESULTS / "digits" / "resnet50" / RUNS_FILE
     assert main([str(kept), "--unpack", str(tmp_path / "cells")]) == 0
     runs, again = read_runs(kept)[0], read_runs(tmp_path / "cells")[0]
+    assert without_folder(read_runs(again[0].folder)[0]) == without_folder(again[:1])
     assert without_folder(again) == without_folder(runs)
     assert summary(again, group_by_method(again)) == summary(runs, group_by_method(runs))
     write_runs(again, tmp_path / "a.gz")
