@@ -21,10 +21,11 @@ def chart_data(groups: Groups) -> dict[str, Any]:
     taken = {pick.name for pick in picks(groups)}
     dense = dense_reference(groups)
     mean, spread = top1(groups[dense]) if dense else (0.0, None)
+    low, high = range_in_colour(lines)
     return {
         "rows": [_row(line, line.group in taken) for line in lines],
         "levels": sorted({line.sparsity for line in lines}),
-        "range": range_in_colour(lines),
+        "range": (low, max(high, *(top1(line.members)[0] for line in lines))),
         "band": {"name": printable(dense), "low": mean - spread, "high": mean + spread} if spread else None,
     }
 

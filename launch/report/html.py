@@ -47,7 +47,7 @@ def to_html(text: str, charts: Mapping[str, str], data: str = "") -> str:
     """Markdown with tables and pictures -> a page that draws the pictures named in `charts` itself.
 
     `charts`: file name -> text for those who do not see it; `data`: the JSON that page/page.js draws from, without it
-    the page has no script. Sections without a chart are folded, but for the first.
+    the page has no script. Sections without a chart are folded.
     """
     import markdown
 
@@ -83,7 +83,7 @@ def to_html(text: str, charts: Mapping[str, str], data: str = "") -> str:
 
 def _folded(section: str) -> str:
     """A section under its heading; one without a chart opens on demand."""
-    if "<figure>" in section or section.startswith("<h2>In a minute<"):
+    if "<figure>" in section:
         return section
     heading, end, rest = section.partition("</h2>")
     return f"<details><summary>{heading}{end}</summary>{rest}</details>\n"

@@ -142,13 +142,18 @@ function lines(element, shown, curve, x, y, scale = {}) {
   };
 }
 
+/** The lowest accuracy after a third of the epochs, of the rows in colour if there are: where the axis begins. */
+function floor(shown) {
+  const coloured = shown.filter(row => row.colour);
+  return Math.min(...(coloured.length ? coloured : shown).map(row => row.floor));
+}
+
 const CHARTS = {
   pareto,
   memory_timeline: (element, shown) => lines(
     element, shown.filter(row => row.memory.length), row => row.memory, "optimizer step", "state (bytes a weight)", {min: 0}),
   accuracy: (element, shown) => lines(
-    element, shown, row => row.accuracy, "epoch", "top-1 (%)",
-    {min: Math.max(0, Math.floor(Math.min(...shown.filter(row => row.colour).map(row => row.floor)) - 2))}),
+    element, shown, row => row.accuracy, "epoch", "top-1 (%)", {min: Math.max(0, Math.floor(floor(shown) - 2))}),
   sparsity: (element, shown) => lines(
     element, shown.filter(row => row.level), row => row.sparsity, "epoch", "zeros (%)", {min: 0, max: 100}),
 };
