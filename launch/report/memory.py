@@ -7,20 +7,24 @@ from toolkit.files import read_json
 from toolkit.markdown import MIB, mib, table
 
 _LEDGER_NOTE = """\
-Optimizer state: moments and step counters. Masks and scores: bit masks, offset tables, movement scores. The peak lies
-before the pruning ramp, where moments are still dense; the end is what stays from the last mask update on."""
+Optimizer state: moments and step counters. Masks and scores: bit masks, offset tables, movement scores.
+The peak lies before the pruning ramp, where moments are still dense.
+The end is what stays from the last mask update on."""
 _PEAK_NOTE = """\
-Everything that was alive at the fullest moment of one probed step a phase, activations and workspace included, beside
-what was predicted before the run from fake tensors and arithmetic. With several CPU ranks a step may hold more than
-predicted: convolutions take another path on one thread. Where the batch is small the fullest moment lies in the update,
-whose copies (torch's own optimizers make some) are not predicted. Every row of every rank is in runs.jsonl.gz."""
+Measured: all that was alive at the fullest moment of one probed step a phase, activations and workspace included.
+Predicted: before the run, from fake tensors and arithmetic.
+With several CPU ranks a step may hold more than predicted: convolutions take another path on one thread.
+Where the batch is small the fullest moment lies in the update.
+Its copies (torch's own optimizers make some) are not predicted. Every row of every rank is in runs.jsonl.gz."""
 _STUDY_NOTE = """\
-Mean, peak and top-1 per 1,000 MiB of the mean are taken as the study took them: whole-device use, read once a second
-over the process's life, each reading cut down to whole MiB. It counts the allocator's cache and everybody else on the
-card, so it says little about an optimizer; it is here because the study ranks by it. Top-1 per MiB of tensors divides
-by the ledger's peak instead. *As reported* are the study's own figures for its own task (said to be ImageNet; CIFAR-100
-at 224 px by its public code, batch 128, ResNet-50): its AdamWPrune row was not pruned (0 % sparsity reached), and what
-it calls movement is displacement here. See results/reference. Never compare the two halves."""
+Mean and peak are taken as the study took them: whole-device use, read once a second over the process's life.
+Each reading is cut down to whole MiB. Top-1 per 1,000 MiB divides by the mean.
+It counts the allocator's cache and everybody else on the card, so it says little about an optimizer.
+It is here because the study ranks by it. Top-1 per MiB of tensors divides by the ledger's peak instead.
+*As reported* are the study's own figures for its own task, said to be ImageNet.
+By its public code it is CIFAR-100 at 224 px, batch 128, ResNet-50.
+Its AdamWPrune row was not pruned (0 % sparsity reached), and what it calls movement is displacement here.
+See results/reference. Never compare the two halves."""
 _MANY = 8  # methods, above which a step's peak is shown for two phases only
 _REPORTED_SPARSITY = 0.7
 _REFERENCE = ROOT / "results" / "reference" / "original_study.json"

@@ -11,7 +11,6 @@ from matplotlib.figure import Figure
 
 from launch.report.pictures_study import (
     COLOURS,
-    DENSE,
     STYLES,
     Lines,
     accuracy_over_epochs,
@@ -22,7 +21,7 @@ from launch.report.pictures_study import (
     range_in_colour,
     sparsity_over_steps,
 )
-from launch.report.runs import CellRun, Groups, top1
+from launch.report.runs import DENSE, CellRun, Groups, top1
 from toolkit.markdown import MIB
 
 _MANY = 8  # methods; beyond, the memory pictures show ours and the best of the others at one sparsity
@@ -62,26 +61,32 @@ def _pictures(lines: Lines) -> dict[str, _Picture]:
     logged = sorted({run.metrics["seed"] for run in _runs(few) if run.timeline})
     seeds = f"seed{'s' * (len(logged) > 1)} {' '.join(map(str, logged))}"
     pictures: dict[str, _Picture] = {
+        "pareto.png": (
+            pareto,
+            lines,
+            (8.5, 5),
+            "Accuracy against state bytes at the peak; the line is the best for its bytes",
+        ),
+        "memory_timeline.png": (_timeline, few, (7.5, 6.5), f"Memory over training, {seeds} ({where})"),
         "accuracy.png": (
             accuracy_over_epochs,
             lines,
             (max(7.5, 3.2 * levels), 4.8),
             "Validation top-1 over epochs, mean and spread over seeds",
         ),
+        "sparsity.png": (sparsity_over_steps, lines, (7.5, 4.5), "Zeros over training"),
         "accuracy_vs_sparsity.png": (
             accuracy_over_sparsity,
             lines,
             (7.5, 5),
             "Final top-1 against sparsity, spread over seeds",
         ),
-        "pareto.png": (pareto, lines, (7.5, 5), "Accuracy against state bytes; the line is the Pareto front"),
         "memory_vs_accuracy.png": (
             _memory_accuracy,
             few,
             (7.5, 4.5),
             f"Memory against final top-1, mean over seeds ({where})",
         ),
-        "memory_timeline.png": (_timeline, few, (7.5, 6.5), f"Memory over training, {seeds} ({where})"),
         "ledger.png": (_ledger, few, (8.5, 4.5), f"Who owns the memory at the end, mean over seeds ({where})"),
         "ledger_peak.png": (
             _peak_ledger,
@@ -89,7 +94,6 @@ def _pictures(lines: Lines) -> dict[str, _Picture]:
             (8.5, 6.5),
             "A step's peak at final sparsity: predicted and measured, rank 0, mean over seeds",
         ),
-        "sparsity.png": (sparsity_over_steps, lines, (7.5, 4.5), "Sparsity over steps, every seed"),
     }
     nothing_to_see = {
         "accuracy_vs_sparsity.png": levels == 1,

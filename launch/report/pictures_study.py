@@ -14,13 +14,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from launch.report.runs import CellRun, Groups, ours, top1
+from launch.report.runs import DENSE, CellRun, Groups, ours, top1
 from launch.report.significance import mean_and_spread
+from launch.report.verdict import dense_reference
 
 # Okabe & Ito's palette: eight colours that stay apart in the common forms of colour blindness.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999", "#F0E442")
 STYLES = ("-", "--", "-.", ":")
-DENSE = ("adamw", "momentum")  # what ours are without pruning
 _GREY = "#c4c4c4"
 _IN_COLOUR = 6  # without the palette's grey and its yellow
 _ASIDE = 0.4  # percentage points between methods of one sparsity
@@ -118,6 +118,15 @@ def legend(figure: Figure, all_axes: Sequence[Axes], lines: Lines = ()) -> None:
     figure.legend(list(unique.values()), list(unique), loc="outside lower center", ncols=columns, fontsize=8)
 
 
+def epoch_top1(members: Sequence[CellRun]) -> dict[int, tuple[float, float | None]]:
+    """Epoch, from 1 -> mean and spread over the seeds of the top-1 in percent; only epochs that were validated."""
+    tables = [[row for row in run.epochs if row["eval_top1"]] for run in members]
+    return {
+        int(row["epoch"]) + 1: mean_and_spread([float(rows[i]["eval_top1"]) for rows in tables])
+        for i, row in enumerate(tables[0])
+    }
+
+
 def accuracy_over_epochs(figure: Figure, lines: Lines) -> None:
     """A panel a sparsity; lines are means, bands standard deviations over seeds."""
     levels = _levels(lines)
@@ -125,9 +134,8 @@ def accuracy_over_epochs(figure: Figure, lines: Lines) -> None:
     lowest = 100.0  # of those in colour: one that collapses shall not flatten the rest
     for line in lines:
         axes = panels[levels.index(line.sparsity)]
-        tables = [[row for row in run.epochs if row["eval_top1"]] for run in line.members]
-        epochs = [int(row["epoch"]) + 1 for row in tables[0]]
-        columns = [mean_and_spread([float(rows[i]["eval_top1"]) for rows in tables]) for i in range(len(epochs))]
+        curve = epoch_top1(line.members)
+        epochs, columns = list(curve), curve.values()
         means = [mean for mean, _ in columns]
         axes.plot(epochs, means, color=line.colour, linestyle=line.style, marker="o", markersize=3, label=line.label)
         if line.grey:
@@ -169,16 +177,19 @@ def accuracy_over_sparsity(figure: Figure, lines: Lines) -> None:
 
 
 def pareto(figure: Figure, lines: Lines) -> None:
-    """Accuracy against what optimizer and pruning keep, a mark a method and sparsity; the line is the front."""
+    """Accuracy against the peak of optimizer and pruning, a mark a method and sparsity, named where it is in colour.
+
+    The line is the front, the band what dense training scores, give or take its spread.
+    """
     axes = figure.subplots()
     marks = dict(zip(_levels(lines), itertools.cycle("osD^vP"), strict=False))
     points = []
     for line in lines:
-        first = line.members[0]
+        peak = line.members[0].peak_bytes_per_weight
         mean, spread = top1(line.members)
-        points.append((first.bytes_per_weight, mean))
+        points.append((peak, mean))
         axes.errorbar(
-            first.bytes_per_weight,
+            peak,
             mean,
             None if line.grey else spread,
             color=line.colour,
@@ -186,7 +197,7 @@ def pareto(figure: Figure, lines: Lines) -> None:
             markersize=6,
             capsize=2,
             linestyle="none",
-            label=line.label,
+            label=line.group,
         )
     points.sort(key=lambda point: (point[0], -point[1]))
     front = [point for i, point in enumerate(points) if all(point[1] > smaller[1] for smaller in points[:i])]
@@ -196,15 +207,38 @@ def pareto(figure: Figure, lines: Lines) -> None:
     axes.set_xlim(least / 1.1, most * 1.1)
     front.append((most * 1.1, front[-1][1]))
     axes.plot(*zip(*front, strict=True), color="#333333", linewidth=1, drawstyle="steps-post", zorder=0)
+    groups = {line.group: line.members for line in lines}
+    dense = dense_reference(groups)
+    mean, spread = top1(groups[dense]) if dense else (0.0, None)
+    if spread:
+        axes.axhspan(mean - spread, mean + spread, color="#dddddd", zorder=-1, label=f"{dense} ± its spread")
     for level, mark in marks.items():
-        axes.plot([], [], mark, color="#333333", label=f"{100 * level:g} % sparsity" if level else "dense")
+        label = f"{100 * level:g} % sparsity" if level else "dense"
+        axes.plot([], [], mark, color="#333333", linestyle="none", label=label)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set(
-        xlabel="optimizer state and pruning at the end (bytes a weight, logarithmic)",
+        xlabel="optimizer state and pruning at the peak (bytes a weight, logarithmic)",
         ylabel="final top-1 (%)",
         ylim=range_in_colour(lines),
     )
-    legend(figure, [axes], lines)
+    _name_points(axes, [line for line in lines if not line.grey])
+    handles, labels = axes.get_legend_handles_labels()
+    shown = [(handle, label) for handle, label in zip(handles, labels, strict=True) if label not in groups]
+    figure.legend(*zip(*shown, strict=True), loc="outside lower center", ncols=5, fontsize=8)
+
+
+def _name_points(axes: Axes, lines: Lines) -> None:
+    """Each point's label at its right; those of one place above each other, so that none hides another."""
+    low, high = axes.get_ylim()
+    step = 0.035 * (high - low)  # a line of text
+    below: dict[int, float] = {}  # place on the axis, in half octaves -> height of the last label there
+    for line in sorted(lines, key=lambda line: top1(line.members)[0]):
+        peak, mean = line.members[0].peak_bytes_per_weight, top1(line.members)[0]
+        place = round(2 * math.log2(peak))
+        below[place] = max(mean, below.get(place, low) + step)
+        arrow = {"arrowstyle": "-", "color": line.colour, "linewidth": 0.5}
+        place_of_text = (peak * 1.05, below[place])
+        axes.annotate(line.group, (peak, mean), place_of_text, fontsize=7, va="center", arrowprops=arrow)
 
 
 def range_in_colour(lines: Lines) -> tuple[float, float]:

@@ -26,11 +26,13 @@ _AGREEMENT = "mask_agreement"  # in a run's metrics: another run's name -> share
 Seeds = Mapping[int, CellRun]
 
 _NOTE = f"""\
-Final epoch, paired by seed: mean ± spread [95 % interval of the mean]. Above {_LOWEST:g}: whether the interval's lower
-end is. *All* takes all pairs of its rows together, its standard error by pairs; they share seeds (first weights, order
-of images), so pairs of one seed may err alike. Zeros as float32's: of the prunable weights, the share that is zero in
-both final models or in neither; beside it what two float32 runs of different seeds agree to, and what chance would at
-that sparsity, s² + (1 − s)². A dash: dense, or the checkpoints were not there."""
+Final epoch, paired by seed: mean ± spread [95 % interval of the mean].
+Above {_LOWEST:g}: whether the interval's lower end is.
+*All* takes all pairs of its rows together, its standard error by pairs.
+They share seeds (first weights, order of images), so pairs of one seed may err alike.
+Zeros as float32's: of the prunable weights, the share that is zero in both final models or in neither.
+Beside it is what two float32 runs of different seeds agree to, and chance at that sparsity, s² + (1 − s)².
+A dash: dense, or the checkpoints were not there."""
 
 
 def _against_float32(groups: Groups) -> Iterator[tuple[Seeds, dict[str, Seeds]]]:

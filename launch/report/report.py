@@ -5,20 +5,28 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from launch.report.accuracy import accuracy, ranking_section, verdict_section, versus_section
+from launch.report.accuracy import ours_section, ranking_section, versus_section
 from launch.report.archive import RUNS_FILE, unpack, write_runs
 from launch.report.html import as_code, as_text, to_html
 from launch.report.memory import memory_section, study_column
 from launch.report.precision import precision_section, with_agreement
 from launch.report.runs import CellRun, Groups, group_by_method, top1
+from launch.report.verdict import accuracy, verdict_section
 from toolkit.files import csv_text, write_atomically, write_json
 from toolkit.markdown import MIB, mib, page, table
 
 _ON_CPU = """\
-> **Run on CPU. No figure below is GPU memory.** The memory columns are the tensor-byte ledger: the bytes of every
-> weight, gradient, optimizer state, mask and score tensor, counted by storage. They are the same on a GPU, but a GPU
-> also holds activations, workspaces and the allocator's cache, which are not here."""
+> **Run on CPU. No figure below is GPU memory.** Memory is counted in bytes of tensors."""
+_LEDGER = """\
+The memory columns are the tensor-byte ledger of a CPU run.
+It holds the bytes of every weight, gradient, optimizer state, mask and score tensor, counted by storage.
+They are the same on a GPU. There activations, workspaces and the allocator's cache come on top."""
 _SYNTHETIC = "> **SYNTHETIC images**: accuracy says nothing about photographs."
+_SECTIONS = {  # pictures that have one of their own, in this order; the rest follow them
+    "memory_timeline.png": "Memory over training",
+    "accuracy.png": "Accuracy over epochs",
+    "sparsity.png": "Sparsity",
+}
 _SHARED = (
     "model",
     "dataset",
@@ -53,6 +61,7 @@ def write_report(runs: Sequence[CellRun], out: Path, source: Path, *, brief: boo
 
     `brief`: only report.md, its pictures, summary.json and the runs.
     """
+    from launch.report.charts import CHARTS, as_json, chart_data
     from launch.report.pictures import draw_all
 
     runs = with_agreement(runs)
@@ -63,7 +72,7 @@ def write_report(runs: Sequence[CellRun], out: Path, source: Path, *, brief: boo
     out.mkdir(parents=True, exist_ok=True)
     pictures = draw_all(groups, out)
     unpack_again = as_code(f"python -m launch.report {out / RUNS_FILE} --unpack FOLDER")
-    kept = f"Every run's settings, metrics and memory are in {RUNS_FILE}; {unpack_again} makes folders of it again."
+    kept = f"Settings, metrics and memory of every run are in {RUNS_FILE}. Run folders again: {unpack_again}."
     text = page(*_markdown(runs, groups, pictures, out), kept, "", made_by)
     write_atomically(out / "report.md", text)
     write_json(out / "summary.json", summary(runs, groups), indent=1)
@@ -73,7 +82,9 @@ def write_report(runs: Sequence[CellRun], out: Path, source: Path, *, brief: boo
     write_atomically(out / "summary.csv", summary_csv(groups))
     write_json(out / "all_results.json", [original_result(run) for run in runs])
     unpack(runs, out / "cells")
-    write_atomically(out / "report.html", to_html(text, out, _alternative_texts(groups, pictures)))
+    drawn = [(name, caption) for name, caption in pictures if name in CHARTS]
+    text = page(*_markdown(runs, groups, drawn, out), kept, "", made_by)
+    write_atomically(out / "report.html", to_html(text, _alternative_texts(groups, drawn), as_json(chart_data(groups))))
 
 
 def _alternative_texts(groups: Groups, pictures: Sequence[tuple[str, str]]) -> dict[str, str]:
@@ -84,23 +95,42 @@ def _alternative_texts(groups: Groups, pictures: Sequence[tuple[str, str]]) -> d
 
 def _markdown(runs: Sequence[CellRun], groups: Groups, pictures: Sequence[tuple[str, str]], out: Path) -> list[str]:
     shared, groups = environment(runs), {as_text(name): members for name, members in groups.items()}
+    on_cpu = any(run.metrics["device_type"] == "cpu" for run in runs)
+    captions = dict(pictures)
+    rest = [name for name in captions if name not in ("pareto.png", *_SECTIONS)]
     return [
         f"# {as_text(out.name.removesuffix('.md'))}: {_said(shared['model'])} on {_said(shared['dataset'])}",
         "",
-        *([_ON_CPU] if any(run.metrics["device_type"] == "cpu" for run in runs) else []),
+        *([_ON_CPU] if on_cpu else []),
         *(["", _SYNTHETIC] if shared["dataset_synthetic"] else []),
         "",
-        _circumstances(runs, shared),
-        "",
-        *verdict_section(groups),
+        *verdict_section(groups, _figure("pareto.png", captions)),
+        *[
+            line
+            for name, title in _SECTIONS.items()
+            if name in captions
+            for line in (f"## {title}", "", *_figure(name, captions))
+        ],
+        *(["## More pictures", ""] if rest else []),
+        *[line for name in rest for line in _figure(name, captions)],
+        *ours_section(groups),
         *ranking_section(groups),
         *precision_section(groups),
         *versus_section(groups),
         *_speed_section(groups),
         *memory_section(groups),
-        *[line for name, caption in pictures for line in (f"![{caption}]({name})", "", f"*{caption}*", "")],
         *_settings_section(groups),
+        "## How it was measured",
+        "",
+        _circumstances(runs, shared),
+        "",
+        *([_LEDGER, ""] if on_cpu else []),
     ]
+
+
+def _figure(name: str, captions: Mapping[str, str]) -> list[str]:
+    """The lines of a picture that was drawn."""
+    return [f"![{captions[name]}]({name})", "", f"*{captions[name]}*", ""] if name in captions else []
 
 
 def _circumstances(runs: Sequence[CellRun], shared: dict[str, Any]) -> str:
@@ -150,8 +180,8 @@ def _speed_section(groups: Groups) -> list[str]:
             ],
         ),
         "",
-        "Mean and median over the runs as they came, others beside them or not: a rough guide. Steps are timed against "
-        "each other in results/bench.",
+        "Mean and median over the runs as they came, others beside them or not: a rough guide. "
+        "Steps are timed against each other in results/bench.",
         "",
     ]
 
@@ -161,19 +191,8 @@ def _settings_section(groups: Groups) -> list[str]:
         "## Settings",
         "",
         *table(
-            ["method", "lr", "weight decay", "global batch", "epochs", "schedule", "run"],
-            [
-                [
-                    name,
-                    f"{run.lr:g}",
-                    f"{run.arguments['weight_decay']:g}",
-                    as_text(run.metrics["global_batch_size"]),
-                    as_text(run.metrics["epochs"]),
-                    as_text(run.schedule_note),
-                    as_text(run.folder.name),
-                ]
-                for name, (run, *_) in groups.items()
-            ],
+            ["method", *next(iter(groups.values()))[0].main_settings],
+            [[name, *map(as_text, run.main_settings.values())] for name, (run, *_) in groups.items()],
         ),
         "",
     ]

@@ -86,7 +86,17 @@ class CellRun:
     @property
     def bytes_per_weight(self) -> float:
         """Optimizer state and pruning at the end, per weight of the model."""
-        return self.memory["ledger"]["optimizer_bytes"] / (self.row("weights") / 4)
+        return self.memory["ledger"]["optimizer_bytes"] / self.weights
+
+    @property
+    def peak_bytes_per_weight(self) -> float:
+        """`peak_state_bytes` per weight of the model."""
+        return self.peak_state_bytes / self.weights
+
+    @property
+    def weights(self) -> float:
+        """How many weights the model has, by the bytes of its float32 weights."""
+        return self.row("weights") / 4
 
     @property
     def peak_state_bytes(self) -> int:
@@ -121,6 +131,18 @@ class CellRun:
         pruning = f", mask updates from {a['prune_begin']:g} to {a['prune_end']:g} of all steps"
         return f"{a['sched']}, warm-up {a['warmup_epochs']}{pruning if self.metrics['target_sparsity'] else ''}"
 
+    @property
+    def main_settings(self) -> dict[str, str]:
+        """What a reader of a table asks first, by the name of its column."""
+        return {
+            "lr": f"{self.lr:g}",
+            "weight decay": f"{self.arguments['weight_decay']:g}",
+            "global batch": str(self.metrics["global_batch_size"]),
+            "epochs": str(self.metrics["epochs"]),
+            "schedule": self.schedule_note,
+            "run": self.folder.name,
+        }
+
     def phase_steps(self) -> dict[str, int]:
         """The first logged step of each phase after the first, as the timeline has them."""
         begins: dict[str, int] = {}
@@ -131,6 +153,9 @@ class CellRun:
     def row(self, name: str) -> int:
         """Bytes of a ledger row at the end of training."""
         return next((row["measured_bytes"] for row in self.memory["ledger"]["rows"] if row["name"] == name), 0)
+
+
+DENSE = ("adamw", "momentum")  # what ours are without pruning, in the order of `ours`
 
 
 def ours() -> tuple[str, ...]:

@@ -38,10 +38,12 @@ def test_of_many_methods_a_few_are_shown_with_all_seeds_in_their_colour():
     assert "mean over seeds" in caption
     assert 2 < len(shown) < len(groups)
     colours = {name: colour for name, (*_, colour) in points(drawn(pareto, lines)).items()}
+    named = {text.get_text() for text in drawn(pareto, lines).texts}
+    assert named == {line.group for line in lines if not line.grey}
     for line in few:
         _, accuracy, colour = shown[line.group]
         assert accuracy == top1(groups[line.group])[0]
-        assert colour == colours[line.name]
+        assert colour == colours[line.group]
         assert len(line.members) > 1
     assert len({colour for *_, colour in shown.values()}) == len(few)
 
@@ -53,7 +55,11 @@ def test_a_front_of_one_point_is_a_line_between_ticks():
     best = max(top1(members)[0] for members in groups.values())
     least, most = axes.get_xlim()
     assert list(ys) == [best, best]
-    assert list(xs) == [groups["adamwprune 70 %"][0].bytes_per_weight, most]
+    assert list(xs) == [
+        groups["adamwprune budget auto 70 %"][0].peak_bytes_per_weight,
+        groups["adamwprune 70 %"][0].peak_bytes_per_weight,
+        most,
+    ]
     assert [tick for tick in axes.get_xticks() if least <= tick <= most] == [2, 4, 8, 16]
 
 

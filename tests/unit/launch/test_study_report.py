@@ -1,6 +1,9 @@
 """Reports of made-up accuracies around real run folders (results/demo): tables, files, the HTML page."""
 
+import base64
 import csv
+import dataclasses
+import hashlib
 import html.parser
 import itertools
 import json
@@ -11,14 +14,17 @@ from pathlib import Path
 
 import pytest
 import yaml
+from docs_text import sentences, words
 
 from launch.report.__main__ import main
 from launch.report.archive import read_runs, unpack
 from launch.report.pictures_study import series
 from launch.report.runs import group_by_method
+from launch.report.verdict import picks, verdict_section
 
 ROOT = Path(__file__).parents[3]
-DEMO = ROOT / "results" / "demo" / "runs.jsonl.gz"
+RESULTS = ROOT / "results"
+DEMO = RESULTS / "demo" / "runs.jsonl.gz"
 TOP1 = {  # label -> seed -> final top-1
     "resnet18_adamw_none": {0: 99.0, 1: 99.2, 2: 99.1},
     "resnet18_adamw_movement_70": {0: 97.0, 1: 97.2, 2: 97.1},
@@ -56,7 +62,8 @@ def test_methods_are_ranked_only_where_they_differ(report):
     text = (report / "report.md").read_text()
     minute = text[text.index("## In a minute") : text.index("## Ranking")]
     best = "adamwprune 70 % | 99.13 ± 0.15 | 2.53"
-    assert f"| **70 % sparsity** | **{best.replace(' | ', '** | ', 1)} | – | {best} |" in minute
+    taken = "**adamwprune 70 %** | 99.13 ± 0.15 (3) | 8.00 | 2.53 | – | adamwprune 70 %: 99.13 ± 0.15"
+    assert f"| **70 % sparsity** | {taken} | adamw: +0.03 ± 0.06 [-0.11, +0.18] | 1 / 1 / 0 |" in minute
     rival = "adamw + movement 70 % | 97.10 ± 0.10 | 12.12 | +2.03 ± 0.06 [+1.89, +2.18] | beyond noise"
     assert f"| {best} | {rival} | 1 / 1 / 0 |" in minute
     section = text[text.index("### 70 %") : text.index("Final epoch; mean")].splitlines()
@@ -74,8 +81,26 @@ def test_the_cheapest_inside_the_spread_is_recommended(runs, tmp_path):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"final_top1": top1}))
     assert main([str(runs), "--out", str(tmp_path / "study")]) == 0
     text = (tmp_path / "study" / "report.md").read_text()
-    use = "**adamwprune 70 %** | 99.13 ± 0.15 | 2.53 | +0.10 ± 0.20 [-0.40, +0.60]"
-    assert f"| **70 % sparsity** | {use} | momentum + movement 70 % | 99.23 ± 0.35 |" in text
+    use = "**adamwprune 70 %** | 99.13 ± 0.15 (3) | 8.00 | 2.53 | +0.10 ± 0.20 [-0.40, +0.60]"
+    assert f"| **70 % sparsity** | {use} | momentum + movement 70 %: 99.23 ± 0.35 |" in text
+
+
+def test_what_takes_no_more_bytes_and_scores_higher_is_taken_instead(runs, tmp_path):
+    """The cheapest row level with the best scatters widely; another within its bytes scores higher."""
+    scores = {
+        "adamw_movement": (99.2, 99.2, 99.2),
+        "momentum_movement": (98.2, 99.4, 98.8),
+        "adamwprune_state": (99.0,) * 3,
+    }
+    for name, values in scores.items():
+        for seed, top1 in enumerate(values):
+            path = runs / f"resnet18_{name}_70_seed{seed}" / "metrics.json"
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"final_top1": top1}))
+    (pick,) = [pick for pick in picks(group_by_method(read_runs(runs)[0])) if pick.sparsity]
+    assert (pick.name, pick.best) == ("adamwprune 70 %", "adamw + movement 70 %")
+    assert pick.below_best is not None
+    assert pick.below_best.beyond_spread
+    assert (pick.behind, pick.ahead) == (0, 1)
 
 
 def copy_of(folder, name, **settings):
@@ -123,18 +148,22 @@ def test_files_for_others_programs(report):
 
 
 class _Page(html.parser.HTMLParser):
-    def __init__(self):
+    def __init__(self, text):
         super().__init__()
-        self.tags = []
+        self.tags, self.scripts = [], []
+        self.feed(text)
 
     def handle_starttag(self, tag, attributes):
         self.tags.append((tag, dict(attributes)))
 
+    def handle_data(self, data):
+        if self.tags and self.tags[-1][0] == "script" and data.strip():
+            self.scripts.append(data)
+
 
 def test_the_page_needs_no_network_and_is_accessible(report):
     text = (report / "report.html").read_text()
-    page = _Page()
-    page.feed(text)
+    page = _Page(text)
     tags = page.tags
     assert ("html", {"lang": "en"}) in tags
     assert any(tag == "meta" and "width=device-width" in a.get("content", "") for tag, a in tags)
@@ -142,17 +171,85 @@ def test_the_page_needs_no_network_and_is_accessible(report):
     assert len([1 for tag, _ in tags if tag == "main"]) == 1
     levels = [int(tag[1]) for tag, _ in tags if re.fullmatch("h[1-6]", tag)]
     assert all(later - earlier <= 1 for earlier, later in itertools.pairwise(levels))
-    pictures = [a for tag, a in tags if tag == "img"]
-    assert len(pictures) == len(list(report.glob("*.png")))
-    assert all(a["src"].startswith("data:image/png;base64,") and len(a["alt"]) > 30 for a in pictures)
+    charts = [a for _, a in tags if a.get("class") == "chart"]
+    assert [a["id"] for a in charts] == ["pareto", "memory_timeline", "accuracy", "sparsity"]
+    assert all(a["role"] == "img" and len(a["aria-label"]) > 30 for a in charts)
+    assert all((report / f"{a['id']}.png").exists() for a in charts)  # what report.md shows
     assert all(a.get("scope") == "col" for tag, a in tags if tag == "th")
-    assert all(a.get("tabindex") == "0" and a.get("aria-label") for tag, a in tags if a.get("class") == "table")
-    loads = [a.get("src", "") for tag, a in tags if tag != "img" and "src" in a]
-    assert not loads
-    assert not [1 for tag, _ in tags if tag in ("script", "link", "iframe")]
+    regions = [a for _, a in tags if a.get("class") == "table"]
+    assert all(a.get("tabindex") == "0" and a.get("aria-label") for a in regions)
+    assert len({a["aria-label"] for a in regions}) == len(regions)  # landmarks have names of their own
+    assert not [a for _, a in tags if "src" in a]
+    assert not [1 for tag, _ in tags if tag in ("img", "link", "iframe")]
     ids = [a["id"] for _, a in tags if "id" in a]
     assert len(ids) == len(set(ids))
     assert all(a["href"][1:] in ids for tag, a in tags if tag == "a" and a["href"].startswith("#"))
+
+
+def test_the_page_runs_its_own_two_scripts_and_asks_for_nothing(report):
+    text = (report / "report.html").read_text()
+    page = _Page(text)
+    assert [a for tag, a in page.tags if tag == "script"] == [{"type": "application/json", "id": "data"}, {}, {}]
+    data, library, own = page.scripts
+    hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in (library, own)]
+    (policy,) = [a["content"] for _, a in page.tags if a.get("http-equiv") == "Content-Security-Policy"]
+    sources = " ".join(f"'sha256-{one}'" for one in hashes)
+    assert policy == f"default-src 'none'; style-src 'unsafe-inline'; script-src {sources}"
+    folder = ROOT / "launch" / "report" / "page"
+    assert library == (folder / "echarts.min.js").read_text()
+    assert (folder / "echarts.LICENSE").read_text().lstrip().startswith("Apache License")
+    assert not re.search(
+        r"fetch\(|XMLHttpRequest|import\(|innerHTML|eval\(|https?:", own.replace("http://www.w3.org/2000/svg", "")
+    )
+    assert len(library.encode()) <= 2**20
+    assert len(text.encode()) <= 1.5 * 2**20
+    rows = {row["label"]: row for row in json.loads(data)["rows"]}
+    assert rows["adamwprune 70 %"]["runs"][2] == [2, "cells/resnet18_adamwprune_state_70_seed2/"]
+    assert rows["adamwprune 70 %"]["settings"]["lr"]
+    assert rows["adamwprune 70 %"]["top1"] == pytest.approx([99.1333, 0.1528], abs=1e-3)
+    assert rows["adamwprune 70 %"]["memory"][0][0] == 11
+
+
+def test_the_first_screen_is_three_sentences_one_figure_and_one_table(report):
+    text = (report / "report.html").read_text()
+    opening = text[text.index("<main>") : text.index("</main>")].split("<h2>")[1]
+    assert opening.startswith("In a minute</h2>")
+    order = [opening.index(mark) for mark in ("<li>", 'class="chart" id="pareto"', "<table>")]
+    assert order == sorted(order)
+    counts = {mark: opening.count(mark) for mark in ("<li>", "<figure>", "<table>")}
+    assert counts == {"<li>": 3, "<figure>": 1, "<table>": 1}
+    folded = re.findall("<details><summary><h2>(.*?)</h2></summary>", text)
+    assert "Ranking" in folded
+    assert "How it was measured" in folded
+    assert text.count("<h2>") == len(folded) + 4
+    assert opening.count("<tr>") - 1 == 2  # dense and 70 %
+
+
+@pytest.mark.parametrize("study", ["demo", "digits"])
+def test_what_is_kept_opens_with_few_rows_and_short_sentences(study):
+    text = (RESULTS / study / "report.md").read_text()
+    opening = text[text.index("## In a minute") : text.index("## Memory over training")]
+    rows = [line for line in opening.splitlines() if line.startswith("| ")]
+    assert 1 <= len(rows) - 2 <= 8
+    assert sum(line.startswith("- **") for line in opening.splitlines()) == 3
+    assert opening.index("](pareto.png)") < opening.index("| at |")
+    order = [text.index(f"]({name}.png)") for name in ("pareto", "memory_timeline", "accuracy", "sparsity")]
+    assert order == sorted(order)
+    ours = text[: text.index("Data: ")] + text[text.index("Seeds: ") :]  # a data set's note is its maker's
+    assert not [sentence for sentence in sentences(ours) if len(words(sentence)) > 25]
+
+
+def test_a_long_study_shows_eight_sparsities_at_first(runs, tmp_path):
+    groups = group_by_method(read_runs(runs)[0])
+    many = {f"{name} {share}": members for share in range(9) for name, members in groups.items()}
+    for share in range(9):
+        for name in groups:
+            metrics = {"target_sparsity": share / 10, "pruning": "state" if share else "none"}
+            changed = [dataclasses.replace(run, metrics=run.metrics | metrics) for run in groups[name]]
+            many[f"{name} {share}"] = changed
+    lines = verdict_section(many, [])
+    assert sum(line.startswith("| **") for line in lines) == 8
+    assert "The ranking has 1 more sparsities." in lines
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium on this machine: apt-get install chromium")

@@ -1,0 +1,206 @@
+"""The report's opening, written from the runs: three sentences and one table. What decides is the state at its peak."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from launch.report.runs import DENSE, CellRun, Groups, by_level, by_seed, ours, top1
+from launch.report.significance import Difference, compare
+from toolkit.markdown import table
+
+_LARGEST_LOSS = 1.0  # points that saved bytes may cost: a row that scatters widely is not near the best for that
+_ROWS = 8  # of the table
+_SAID = 3  # sparsities in a sentence
+
+_NOTE = """\
+State: bytes a weight that optimizer and pruning keep beside the weights, at the fullest moment and at the end.
+The budget of a sparsity is the smallest peak among the rows not told apart from the highest mean.
+Not told apart: at most a point below, inside the paired spread, and not beyond noise.
+Taken: the highest mean within that budget.
+Differences are paired over common seeds: mean ± spread [95 % interval of the mean].
+Beyond noise: the interval leaves out 0, with at least three seeds. One in twenty equal pairs looks so by luck."""
+_ONE_SEED_NOTE = """\
+State: bytes a weight that optimizer and pruning keep beside the weights, at the fullest moment and at the end.
+Each row ran with one seed, so no difference is more than a hint."""
+
+
+@dataclass(frozen=True)
+class Pick:
+    """The row to take at a sparsity, and what it is held against. A difference is None without a common seed."""
+
+    sparsity: float
+    name: str
+    members: Sequence[CellRun]
+    best: str
+    below_best: Difference | None  # the best's mean minus this one's
+    dense: str  # its optimizer without pruning, empty where that did not run or is the row itself
+    above_dense: Difference | None
+    rivals: Sequence[Difference]  # this minus each other row of the sparsity
+
+    @property
+    def behind(self) -> int:
+        """Rows of its sparsity that it is ahead of beyond noise."""
+        return sum(rival.beyond_noise and rival.mean > 0 for rival in self.rivals)
+
+    @property
+    def ahead(self) -> int:
+        """Rows of its sparsity that are ahead of it beyond noise."""
+        return sum(rival.beyond_noise and rival.mean < 0 for rival in self.rivals)
+
+
+def accuracy(members: Sequence[CellRun], which: str = "final") -> str:
+    """Mean ± spread of the final or the best epoch's top-1, or the one value."""
+    mean, spread = top1(members, which)
+    return f"{mean:.2f}" if spread is None else f"{mean:.2f} ± {spread:.2f}"
+
+
+def level_name(sparsity: float) -> str:
+    """A sparsity as a heading."""
+    return f"{100 * sparsity:g} % sparsity" if sparsity else "Dense"
+
+
+def paired(mine: Sequence[CellRun], other: Sequence[CellRun]) -> Difference | None:
+    """The difference over the seeds that both have; None where there is none."""
+    results, others = by_seed(mine), by_seed(other)
+    return compare(results, others) if results.keys() & others.keys() else None
+
+
+def _inside(best: Sequence[CellRun], other: Sequence[CellRun]) -> bool:
+    """Whether a method is so near the best, over the seeds both have, that nothing tells them apart."""
+    difference = paired(best, other)
+    return (
+        difference is not None
+        and difference.seeds > 1
+        and not difference.beyond_spread
+        and not difference.beyond_noise
+        and difference.mean <= _LARGEST_LOSS
+    )
+
+
+def _highest(groups: Groups) -> str:
+    return max(groups, key=lambda name: top1(groups[name])[0], default="")
+
+
+def _dense_of(groups: Groups, optimizer: str) -> str:
+    return _highest({n: m for n, m in groups.items() if m[0].method == "none" and m[0].optimizer == optimizer})
+
+
+def dense_reference(groups: Groups) -> str:
+    """The dense row that others are held against: AdamW's, else the highest; empty where none is dense."""
+    dense = {name: members for name, members in groups.items() if members[0].method == "none"}
+    return _dense_of(groups, DENSE[0]) or _highest(dense)
+
+
+def picks(groups: Groups) -> list[Pick]:
+    """Of each sparsity the highest mean that takes no more bytes at the peak than need be to be level with the best."""
+    return [_pick(sparsity, level, groups) for sparsity, level in by_level(groups).items()]
+
+
+def _pick(sparsity: float, level: Groups, groups: Groups) -> Pick:
+    best = _highest(level)
+    peaks = {name: round(members[0].peak_bytes_per_weight, 2) for name, members in level.items()}
+    budget = min(peaks[name] for name in level if name == best or _inside(level[best], level[name]))
+    within = [name for name in level if peaks[name] <= budget]
+    name = max(within, key=lambda one: (top1(level[one])[0], -level[one][0].bytes_per_weight))
+    members = level[name]
+    dense = _dense_of(groups, dict(zip(ours(), DENSE, strict=True)).get(members[0].optimizer, members[0].optimizer))
+    dense = dense if sparsity else ""
+    return Pick(
+        sparsity,
+        name,
+        members,
+        best,
+        None if name == best else paired(level[best], members),
+        dense,
+        paired(members, groups[dense]) if dense else None,
+        [found for other, rival in level.items() if other != name and (found := paired(members, rival))],
+    )
+
+
+def verdict_section(groups: Groups, picture: Sequence[str]) -> list[str]:
+    """Three sentences, the picture's lines and the table: of each sparsity what to take, its cost, how sure that is."""
+    found = picks(groups)
+    several = max(len(members) for members in groups.values()) > 1
+    header = [
+        "at",
+        "take" if several else "highest",
+        "top-1 % (seeds)",
+        "state, peak",
+        "state, end",
+        "below the highest mean",
+        "the highest mean",
+        "against its dense self",
+        "others behind / level / ahead",
+    ]
+    rest = len(found) - _ROWS
+    return [
+        "## In a minute",
+        "",
+        *[f"- {sentence}" for sentence in _sentences(found, groups, several)],
+        "",
+        *picture,
+        *table(header, [_cells(pick, groups) for pick in found[:_ROWS]], text=(0, 1, 6)),
+        "",
+        _NOTE if several else _ONE_SEED_NOTE,
+        *([f"The ranking has {rest} more sparsities."] if rest > 0 else []),
+        "",
+    ]
+
+
+def _cells(pick: Pick, groups: Groups) -> list[str]:
+    first = pick.members[0]
+    level = len(pick.rivals) - pick.behind - pick.ahead
+    return [
+        f"**{level_name(pick.sparsity)}**",
+        f"**{pick.name}**",
+        f"{accuracy(pick.members)} ({len(pick.members)})",
+        f"{first.peak_bytes_per_weight:.2f}",
+        f"{first.bytes_per_weight:.2f}",
+        "–" if pick.name == pick.best else str(pick.below_best),
+        f"{pick.best}: {accuracy(groups[pick.best])}",
+        f"{pick.dense}: {pick.above_dense}" if pick.above_dense else "–",
+        f"{pick.behind} / {level} / {pick.ahead}",
+    ]
+
+
+def _sentences(found: Sequence[Pick], groups: Groups, several: bool) -> list[str]:
+    """What to take, what it costs at the peak, how sure that is."""
+    said = [pick for pick in found if pick.sparsity][:_SAID] or found
+    runs = [pick.members[0] for pick in said]
+    dense = dense_reference(groups)
+    # Beside a pruned row only: a dense one may be the reference itself.
+    beside = dense if dense and said[0].sparsity else ""
+    scores = f"; dense {beside} has {top1(groups[beside])[0]:.2f}" if beside else ""
+    bytes_beside = f"; dense {beside} keeps {groups[beside][0].peak_bytes_per_weight:.2f}" if beside else ""
+    names = _joined((f"{pick.name} ({top1(pick.members)[0]:.2f})" for pick in said), "or")
+    peaks = _each(f"{run.peak_bytes_per_weight:.2f}" for run in runs)
+    ends = _each(f"{run.bytes_per_weight:.2f}" for run in runs)
+    return [
+        f"**{'Take' if several else 'Highest'}:** {names}{scores} % top-1.",
+        f"**Cost:** {peaks} bytes a weight of state at the peak, {ends} at the end{bytes_beside}.",
+        f"**How sure:** {_sureness(said, several)}",
+    ]
+
+
+def _sureness(said: Sequence[Pick], several: bool) -> str:
+    if not several:
+        return "one seed a row, so any lead may be luck."
+    counts = sorted({len(pick.members) for pick in said})
+    seeds = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
+    if not any(pick.rivals for pick in said):
+        return f"{seeds} seeds, but there is no other row to compare with."
+    rivals, behind, ahead = (
+        _each(str(value) for value in values)
+        for values in zip(*((len(pick.rivals), pick.behind, pick.ahead) for pick in said), strict=True)
+    )
+    return f"over {seeds} seeds, {behind} of {rivals} other rows are behind beyond noise, and {ahead} ahead."
+
+
+def _each(values: Iterable[str]) -> str:
+    """The values in their order, or the one that all have."""
+    listed = list(values)
+    return listed[0] if len(set(listed)) == 1 else _joined(listed, "and")
+
+
+def _joined(values: Iterable[str], word: str) -> str:
+    *most, last = values
+    return f"{', '.join(most)} {word} {last}" if most else last
