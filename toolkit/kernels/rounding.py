@@ -15,13 +15,18 @@ def hash_of(values: Tensor) -> Tensor:
     return values ^ (values >> 16)
 
 
-def round_to_bfloat16(values: Tensor, seed: int) -> Tensor:
+def moment_seed(step: int, index: int) -> int:
+    """Of the chances by which the first moment of parameter number `index` is rounded; the others' follow."""
+    return (step * 65_537 + index) * 3
+
+
+def round_to_bfloat16(values: Tensor, seed: int, first: int = 0) -> Tensor:
     """float32 [n] -> bfloat16 [n], up or down with the chance that makes the mean exact.
 
-    The chance of element i depends on (seed, i) alone. Plain rounding would drop the small steps of slow averages:
-    bfloat16 keeps 8 bits, a second moment moves by a thousandth.
+    The chance of element i depends on (seed, first + i) alone. Plain rounding would drop the small steps of slow
+    averages: bfloat16 keeps 8 bits, a second moment moves by a thousandth.
     """
-    count = torch.arange(values.numel(), device=values.device, dtype=torch.int64)
+    count = torch.arange(first, first + values.numel(), device=values.device, dtype=torch.int64)
     noise = hash_of(count + (seed & 0xFFFFFFFF) * 0x9E3779B9) & 0xFFFF
     bits = values.float().reshape(-1).view(torch.int32).to(torch.int64) & 0xFFFFFFFF
     rounded = torch.where(values.reshape(-1).isfinite(), bits + noise, bits) & 0xFFFF0000

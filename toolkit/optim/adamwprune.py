@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from toolkit.kernels.reference import adam_update
-from toolkit.optim.buckets import Bucket
-from toolkit.optim.packed import PackedOptimizer, check_ranges, rate_for
+from toolkit.optim.buckets import Bucket, rate_for
+from toolkit.optim.packed import PackedOptimizer
+from toolkit.optim.ranges import check_ranges
 from toolkit.prune.options import PruningKeywords
 
 
@@ -117,7 +118,7 @@ class AdamWPrune(PackedOptimizer):
         fused = torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_
         fused(
             bucket.parameters,
-            self.gradients(bucket, group),
+            bucket.gradients(group),
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [state["max_exp_avg_sq"] for state in states] if group["amsgrad"] else [],

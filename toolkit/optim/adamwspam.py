@@ -20,7 +20,8 @@ from torch import Tensor
 
 from toolkit.log import get_logger
 from toolkit.optim.buckets import Bucket
-from toolkit.optim.packed import PackedOptimizer, check_ranges
+from toolkit.optim.packed import PackedOptimizer
+from toolkit.optim.ranges import check_ranges
 from toolkit.prune.options import PruningKeywords
 from toolkit.prune.pruning import Pruning
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from toolkit.prune.distributed import local_gradient
+
 States = dict[Tensor, dict[str, Tensor]]
 
 
@@ -55,10 +57,22 @@ class Bucket:
                     "size; resize the model before its first step, or give the new weights to a new optimizer"
                 )
 
+    def gradients(self, group: dict[str, Any]) -> list[Tensor]:
+        """The gradients, each in its parameter's memory layout, negated where the group maximizes."""
+        grads = list(map(local_gradient, self.owners, self.parameters))
+        return [-grad for grad in grads] if group["maximize"] else grads
+
     def count_step(self) -> None:
         """One step more, in every parameter's state."""
         self.step_tensor.add_(1)
         self.step = self.step + 1 if self.how == "triton" else int(self.steps[0])
+
+
+def rate_for(bucket: Bucket, group: dict[str, Any]) -> Any:
+    """The learning rate as a number, or as the tensor it is where reading it would wait for the GPU."""
+    lr = group["lr"]
+    at_hand = isinstance(lr, Tensor) and lr.is_cuda and lr.device == bucket.parameters[0].device
+    return lr if at_hand else float(lr)
 
 
 @dataclass

@@ -16,39 +16,26 @@ from torch.optim import Optimizer
 
 from toolkit.kernels import native
 from toolkit.kernels.choice import choose_implementation
+from toolkit.kernels.rounding import moment_seed
 from toolkit.log import get_logger
-from toolkit.optim.buckets import Bucket, BucketCache
-from toolkit.prune.distributed import first_weight, local_gradient, read_numbers, to_local
+from toolkit.optim.buckets import Bucket, BucketCache, rate_for
+from toolkit.prune.distributed import first_weight, in_layout_of, read_numbers, to_local
 from toolkit.prune.mask import flat_view, pack_bits, unpack_bits
-from toolkit.prune.moments import CODED_FROM, STATE_DTYPES, exponents_of, grid, new_moment, read_moment, write_moment
+from toolkit.prune.moments import (
+    CODED_FROM,
+    STATE_DTYPES,
+    exponents_of,
+    grid,
+    new_moment,
+    write_piece,
+)
 from toolkit.prune.options import OPTION_NAMES, PruningOptions
-from toolkit.prune.packing import Packer, block_offsets, pack, survivors_before
+from toolkit.prune.packed_store import PackedStore
+from toolkit.prune.packing import Packer, block_offsets, survivors_before
 from toolkit.prune.pruning import Pruning, dense_states, saved_states
 from toolkit.prune.schedule import Schedule
 from toolkit.prune.scores import STATE_SCORES
-from toolkit.prune.stores import PackedStore
-
-
-def check_ranges(betas: tuple[float, ...] = (), **at_least_0: float) -> None:
-    """Raise ValueError for a hyper-parameter outside its range."""
-    for name, value in at_least_0.items():
-        if not value >= 0:
-            raise ValueError(f"{name}={value} must be 0 or more")
-    for index, beta in enumerate(betas):
-        if not 0 <= beta < 1:
-            raise ValueError(f"betas[{index}]={beta} must be in [0, 1)")
-
-
-def rate_for(bucket: Bucket, group: dict[str, Any]) -> Any:
-    """The learning rate as a number, or as the tensor it is where reading it would wait for the GPU."""
-    lr = group["lr"]
-    at_hand = isinstance(lr, Tensor) and lr.is_cuda and lr.device == bucket.parameters[0].device
-    return lr if at_hand else float(lr)
-
-
-def _seed(step: int, index: int) -> int:
-    """Of the chances by which the first moment of parameter number `index` is rounded; the others' follow."""
-    return (step * 65_537 + index) * 3
+from toolkit.prune.stores import Member, Piece, in_blocks
 
 
 class PackedOptimizer(Optimizer):
@@ -118,7 +105,7 @@ class PackedOptimizer(Optimizer):
         keys, rule = self.moment_keys(group), self.rule(group, bucket.step)
         # A Pruner keeps a mask of its own beside dense moments.
         scaled = [exponents_of(key) for key in keys if exponents_of(key) in bucket.states[0]]
-        grads = self.gradients(bucket, group)
+        grads = bucket.gradients(group)
         columns = (bucket.parameters, grads, bucket.states, bucket.param_indices, bucket.firsts)
         rows = [
             native.PackedTensor(
@@ -128,7 +115,7 @@ class PackedOptimizer(Optimizer):
                 state["offsets"] if bucket.packed else None,
                 [state[key] for key in keys],
                 [state[key] for key in scaled],
-                _seed(bucket.step, index),
+                moment_seed(bucket.step, index),
                 first,
             )
             for parameter, grad, state, index, first in zip(*columns, strict=True)
@@ -252,12 +239,12 @@ class PackedOptimizer(Optimizer):
             self._packing.note_change()  # it may have been appended to a group's list, past add_param_group
             state["step"] = torch.tensor(0.0, dtype=torch.float32)
             like = to_local(parameter)
+            kept = None
             if prunable and self._packing.keeps_zeros:
                 state["mask"] = pack_bits(flat_view(like) != 0)
-                state["offsets"], survivors = block_offsets(state["mask"], like.numel())
-                like = like.new_empty(survivors)
+                state["offsets"], kept = block_offsets(state["mask"], like.numel())
             for key in self.moment_keys(group):
-                new_moment(state, key, like, self._moment_dtype(parameter, prunable), to_local(parameter).numel())
+                new_moment(state, key, like, self._moment_dtype(parameter, prunable), kept)
         return state
 
     def _moment_dtype(self, parameter: Tensor, prunable: bool) -> torch.dtype:
@@ -265,39 +252,57 @@ class PackedOptimizer(Optimizer):
         dtype = parameter.dtype if self._store.precision is None else STATE_DTYPES[self._store.precision]
         return torch.float32 if (dtype is torch.uint8 or self._store.budget is not None) and not coded else dtype
 
-    @staticmethod
-    def gradients(bucket: Bucket, group: dict[str, Any]) -> list[Tensor]:
-        """The gradients, each in its parameter's memory layout, negated where the group maximizes."""
-        grads = list(map(local_gradient, bucket.owners, bucket.parameters))
-        return [-grad for grad in grads] if group["maximize"] else grads
-
     def _update_reference(self, bucket: Bucket, group: dict[str, Any]) -> None:
-        grads = self.gradients(bucket, group)
+        grads = bucket.gradients(group)
         columns = (bucket.parameters, grads, bucket.states, bucket.param_indices, bucket.firsts)
         for parameter, grad, state, index, first in zip(*columns, strict=True):
-            # 1. In the dtype to compute in: the parameter's, as in torch (no copies then), or float32 and wider where a
-            # dtype of the state was asked for; survivors only once packed.
+            # In the dtype to compute in: the parameter's, as in torch, or float32 and wider where a dtype of the state
+            # was asked for. What is all of it is updated in place.
             wider = torch.promote_types(parameter.dtype, torch.float32)
             dtype = parameter.dtype if self._store.precision is None else wider
-            kept = {key: state[key] for key in self.moment_keys(group)}
-            weight, mask, n = parameter, state["mask"] if "offsets" in state else None, parameter.numel()
-            moments = {key: read_moment(state, key, mask, n).to(dtype) for key in kept}
-            if mask is not None:
-                pack = Packer(next(iter(moments.values())).numel(), bits=mask)
-                weight, grad = pack(flat_view(parameter)), pack(flat_view(grad))
-            new = weight.to(dtype)
-            # 2. The rule.
-            self.update(new, grad.to(dtype), moments, group, bucket.step)
-            # 3. Put back what is not updated in place; pruned places become 0 again.
-            if mask is not None:
-                keep = unpack_bits(mask, n)
-                flat_view(parameter).zero_().masked_scatter_(keep, new.to(parameter.dtype))
-            elif new is not parameter:
-                parameter.copy_(new)
-            for number, (key, value) in enumerate(moments.items()):
-                if value is not kept[key]:
-                    seed = _seed(bucket.step, index) + number
-                    write_moment(state, key, flat_view(value), mask, n, seed=seed, first=first)
+            moments = {key: state[key] for key in self.moment_keys(group)}
+            if "offsets" not in state and {dtype} == {one.dtype for one in (parameter, *moments.values())}:
+                self.update(parameter, grad, moments, group, bucket.step)
+                continue
+            # Where there are gaps, a copy without; a stride that torch leaves open is none.
+            dense = in_layout_of(torch.empty_like(parameter, device="meta"), parameter)
+            grad = in_layout_of(dense, grad)
+            member = Member("", dense, state)
+            for piece in in_blocks(member, state.get("offsets"), next(iter(moments.values())).numel()):
+                seed = moment_seed(bucket.step, index)
+                self._update_piece(piece, piece.of(grad), dtype, group, bucket.step, seed, first)
+            if dense is not parameter:
+                parameter.copy_(dense)
+
+    def _update_piece(
+        self,
+        piece: Piece,
+        grad: Tensor,
+        dtype: torch.dtype,
+        group: dict[str, Any],
+        step: int,
+        seed: int,
+        origin: int,
+    ) -> None:
+        """The rule on a piece of a tensor whose moments are packed, or of another dtype than it computes in."""
+        state, place, mask = piece.member.state, piece.of(piece.member.part), None
+        weight, packed = place, "offsets" in state
+        if packed:
+            mask = piece.mask
+            pack = Packer(piece.kept, bits=mask)
+            weight, grad = pack(place), pack(grad)
+        keys = self.moment_keys(group)
+        moments, new = {key: piece.moment(key, packed).to(dtype) for key in keys}, weight.to(dtype)
+        self.update(new, grad.to(dtype), moments, group, step)
+        # Put back what is not updated in place; pruned places become 0 again.
+        if mask is not None:
+            place.zero_().masked_scatter_(unpack_bits(mask, len(place)), new.to(place.dtype))
+        elif new is not place:
+            place.copy_(new)
+        for number, key in enumerate(keys):
+            if state[key].dtype is not dtype:
+                rest = (mask, piece.first, piece.last, piece.before)
+                write_piece(state, key, moments[key], *rest, seed=seed + number, origin=origin)
 
     def state_dict(self) -> dict[str, Any]:
         """The plain optimizer's form: moments dense and shaped like the parameter, the mask as bool."""
@@ -331,18 +336,12 @@ class PackedOptimizer(Optimizer):
         self, parameter: Tensor, state: dict[str, Tensor], saved: Mapping[str, Any], prunable: bool
     ) -> None:
         """The dense form of a parameter's state, `saved` as it came -> what is kept."""
-        part = to_local(parameter)
-        mask, survivors = None, 0
+        member = Member("", parameter, state)
         if "mask" in saved and self.pruning is self._packing:  # a Pruner's mask is its own
-            state["mask"] = mask = self._packing.pack_loaded_mask(parameter, saved["mask"])
-            state["offsets"], survivors = block_offsets(mask, part.numel())
+            state["mask"] = self._packing.pack_loaded_mask(parameter, saved["mask"])
+            state["offsets"], _ = block_offsets(state["mask"], member.part.numel())
         for key in [key for key in self.MOMENTS if key in saved]:
-            # In the parameter's own memory order, whatever the order it was saved in.
-            value = to_local(saved[key])
-            dense = torch.empty_like(part, dtype=value.dtype).copy_(value)
-            kept = dense if mask is None else pack(flat_view(dense), mask, survivors)
-            new_moment(state, key, kept, self._moment_dtype(parameter, prunable), part.numel())
-            write_moment(state, key, flat_view(kept), mask, part.numel())
+            self._store.load(member, key, to_local(saved[key]), self._moment_dtype(parameter, prunable))
 
     def survivors(self, parameter: Tensor) -> int:
         """How many of a parameter's weights are not pruned; of a sharded one, on this rank."""

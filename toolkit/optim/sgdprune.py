@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from toolkit.kernels.reference import sgd_update
-from toolkit.optim.buckets import Bucket
-from toolkit.optim.packed import PackedOptimizer, check_ranges, rate_for
+from toolkit.optim.buckets import Bucket, rate_for
+from toolkit.optim.packed import PackedOptimizer
+from toolkit.optim.ranges import check_ranges
 from toolkit.prune.options import PruningKeywords
 
 
@@ -92,7 +93,7 @@ class SGDPrune(PackedOptimizer):
             torch._foreach_mul_(bucket.parameters, 1 - lr * group["weight_decay"])
         torch._fused_sgd_(
             bucket.parameters,
-            self.gradients(bucket, group),
+            bucket.gradients(group),
             [state["momentum_buffer"] for state in bucket.states],
             weight_decay=0.0 if decoupled else group["weight_decay"],
             momentum=group["momentum"],

@@ -26,11 +26,17 @@ def memory_order(tensor: Tensor) -> tuple[int, ...]:
     return tuple(stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1)
 
 
+def in_layout_of(part: Tensor, tensor: Tensor) -> Tensor:
+    """A tensor of the part's shape in the part's memory layout, where it is: itself, or a copy where it must be."""
+    if memory_order(tensor) == memory_order(part):
+        return tensor
+    return torch.empty_like(part, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
 def local_gradient(parameter: Tensor, part: Tensor) -> Tensor:
     """The gradient of this rank's part of a parameter, in the memory layout of the part."""
     assert parameter.grad is not None
-    grad = to_local(parameter.grad)
-    return grad if memory_order(grad) == memory_order(part) else torch.empty_like(part).copy_(grad)
+    return in_layout_of(part, to_local(parameter.grad))
 
 
 def to_dtensor(part: Tensor, parameter: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ n weights of which k are kept (all while dense), as in toolkit.prune.packing and
     key_exponents  uint8 [ceil(n / 256)]  beside codes only
 """
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ CODED_FROM = 4096
 # Dtypes by the names that options have; uint8 are the codes.
 STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.uint8}
 _SUFFIX = "_exponents"
+
+NewPiece = tuple[Tensor, Tensor | None, int, int, int]  # values, bits, first, last, before: what `write_piece` takes
 
 
 def exponents_of(key: str) -> str:
@@ -49,11 +51,13 @@ def _is_signed(key: str) -> bool:
     return not key.endswith("_sq")
 
 
-def new_moment(state: MutableMapping[str, Tensor], key: str, like: Tensor, dtype: torch.dtype, numel: int) -> None:
-    """Put zeros in the state: of `numel` weights those kept, shaped and laid out as `like` is; uint8 means codes."""
-    state[key] = torch.zeros_like(like, dtype=dtype)
+def new_moment(
+    state: MutableMapping[str, Tensor], key: str, like: Tensor, dtype: torch.dtype, kept: int | None = None
+) -> None:
+    """Put zeros in the state: one for each weight of `like`, laid out as they are, or [kept]; uint8 means codes."""
+    state[key] = torch.zeros_like(like, dtype=dtype) if kept is None else like.new_zeros(kept, dtype=dtype)
     if dtype is torch.uint8:
-        state[exponents_of(key)] = state[key].new_zeros(num_groups(numel))
+        state[exponents_of(key)] = state[key].new_zeros(num_groups(like.numel()))
 
 
 def read_moment(state: Mapping[str, Tensor], key: str, bits: Tensor | None, numel: int) -> Tensor:
@@ -96,54 +100,58 @@ def _widened(codes: Tensor, exponents: Tensor, bits: Tensor | None, numel: int, 
     return widen(codes, exponents, places_of(keep, numel, first, device=codes.device), signed=signed)
 
 
-def write_moment(
+def write_piece(
     state: MutableMapping[str, Tensor],
     key: str,
     values: Tensor,
     bits: Tensor | None,
-    numel: int,
+    first: int,
+    last: int,
+    before: int,
     *,
     seed: int | None = None,
-    first: int = 0,
+    origin: int = 0,
 ) -> None:
-    """Put the kept values of `numel` weights, flat, in the place and the format of those that are there.
+    """Put the kept values of the weights `first` to `last`, flat, where `read_piece` finds them.
 
-    To nearest, or with a `seed` bfloat16 and the codes of squared moments by chance; `bits` as in `read_moment`.
-    `first` is where the first group begins in the whole parameter (see `grid`): the chances are those of an uncut one.
+    To nearest, or with a `seed` bfloat16 and the codes of squared moments by chance. A piece of codes begins where a
+    group does, and ends where one does or with the weights. `origin` is where the weights' first group begins in the
+    whole parameter (see `grid`): the chances are those of an uncut one.
     """
-    there = state[key]
+    flat = flat_view(state[key])[before : before + values.numel()]
     if exponents_of(key) not in state:
-        by_chance = there.dtype is torch.bfloat16 and seed is not None
-        codes = round_to_bfloat16(values, seed or 0) if by_chance else values.to(there.dtype)
-    elif native.fits(values := values.float()) and seed is None:
-        codes = torch.empty(values.numel(), dtype=torch.uint8, device="cpu")
-        exponents = torch.empty(num_groups(numel), dtype=torch.uint8, device="cpu")
+        by_chance = flat.dtype is torch.bfloat16 and seed is not None
+        flat.copy_(round_to_bfloat16(values, seed or 0, before) if by_chance else values)
+        return
+    exponents, values = state[exponents_of(key)][first // GROUP : -(-last // GROUP)], values.float()
+    if native.fits(values) and seed is None:
         mask = None if bits is None else bits.data_ptr()
         native.native_code().narrow_to_nearest(
-            numel, mask, values.data_ptr(), int(_is_signed(key)), codes.data_ptr(), exponents.data_ptr()
+            last - first, mask, values.data_ptr(), int(_is_signed(key)), flat.data_ptr(), exponents.data_ptr()
         )
-        state[exponents_of(key)] = exponents
-    else:
-        keep = None if bits is None else unpack_bits(bits, numel)
-        places, signed = places_of(keep, numel, first, device=values.device), _is_signed(key)
-        codes, state[exponents_of(key)] = narrow(
-            values, places, num_groups(numel), signed=signed, seed=seed, first=first
-        )
-    # In place, but for values that are no longer a weight each: those lie flat.
-    if codes.numel() == there.numel() and (bits is None or there.ndim == 1):
-        flat_view(there).copy_(codes)
-    else:
-        state[key] = codes
-
-
-def recode_moment(
-    state: MutableMapping[str, Tensor], key: str, bits: Tensor | None, numel: int, dtype: torch.dtype
-) -> None:
-    """Keep a moment in another precision: exactly where that is wider, to nearest where it is narrower."""
-    there = state[key]
-    if there.dtype is dtype:
         return
-    values = flat_view(read_moment(state, key, bits, numel))
+    keep, origin = None if bits is None else unpack_bits(bits, last - first), origin + first
+    places = places_of(keep, last - first, origin, device=values.device)
+    own = narrow(values, places, len(exponents), signed=_is_signed(key), seed=seed, first=origin)
+    flat.copy_(own[0])
+    exponents.copy_(own[1])
+
+
+def replace_moment(
+    state: MutableMapping[str, Tensor],
+    key: str,
+    like: Tensor,
+    dtype: torch.dtype,
+    kept: int | None,
+    pieces: Iterable[NewPiece],
+) -> None:
+    """Keep a moment anew, as `new_moment` makes it, and filled piece by piece.
+
+    The old one is there until the last of them is made.
+    """
+    made: dict[str, Tensor] = {}
+    new_moment(made, key, like, dtype, kept)
+    for values, bits, first, last, before in pieces:
+        write_piece(made, key, values, bits, first, last, before)
     state.pop(exponents_of(key), None)
-    new_moment(state, key, there, dtype, numel)
-    write_moment(state, key, values, bits, numel)
+    state.update(made)

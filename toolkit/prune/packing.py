@@ -130,21 +130,23 @@ def dense_state(parameter: Tensor, state: Mapping[str, Any]) -> dict[str, Any]:
     """State of a parameter, packed or not -> the form of checkpoints: of a DTensor too, where it has a value a weight.
 
     Moments of pruned weights are 0, the mask is bool, both shaped like the parameter; the offsets are left out (they
-    follow from the mask). What is dense already is not copied.
+    follow from the mask). What is dense already is not copied; what is made is made on the host, so that a GPU that
+    the state fits needs no room for its dense form (a DTensor's part goes back to its device).
     """
     part, dense = to_local(parameter), {}
+    bits = state["mask"].cpu() if "offsets" in state else None
     for key, value in state.items():
         if key == "offsets" or is_exponents(key):
             continue
         values = None
         if exponents_of(key) in state:
-            value = read_moment(state, key, state["mask"] if "offsets" in state else None, part.numel())
+            value = read_moment({one: state[one].cpu() for one in (key, exponents_of(key))}, key, bits, part.numel())
         if key == "mask" and value.dtype is torch.uint8:  # bits
-            values = unpack_bits(value, part.numel())
-        elif "offsets" in state and value.ndim == 1:
-            values = unpack(value, state["mask"], part.numel())
+            values = unpack_bits(value.cpu(), part.numel())
+        elif bits is not None and value.ndim == 1:
+            values = unpack(value.cpu(), bits, part.numel())
         if values is not None:
-            value = torch.empty_like(part, dtype=values.dtype)
+            value = torch.empty_like(part, dtype=values.dtype, device=values.device)
             flat_view(value).copy_(values)
         is_part = torch.is_tensor(value) and not hasattr(value, "to_local") and value.shape == part.shape
         dense[key] = to_dtensor(value, parameter) if is_part else value

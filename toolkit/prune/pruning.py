@@ -12,7 +12,15 @@ from torch.optim import Optimizer
 from toolkit.prune.budget import budget_for
 from toolkit.prune.channel_update import largest_channel, update_channels
 from toolkit.prune.channels import ChannelGroup
-from toolkit.prune.distributed import FlatSlices, memory_order, read_numbers, shard_group, sum_over, to_local
+from toolkit.prune.distributed import (
+    FlatSlices,
+    in_layout_of,
+    memory_order,
+    read_numbers,
+    shard_group,
+    sum_over,
+    to_local,
+)
 from toolkit.prune.groups import announce_unmarked, check_fits, prunable_parameters, prunable_parts
 from toolkit.prune.mask import count_zeros, flat_view, pack_bits
 from toolkit.prune.options import PruningOptions
@@ -249,7 +257,7 @@ class Pruning:
         """A mask of a checkpoint, shaped like the parameter -> bits, in the parameter's memory order of now."""
         part = to_local(parameter)
         self._layouts[parameter] = _layout(part)
-        return pack_bits(flat_view(torch.empty_like(part).copy_(to_local(mask))) != 0)
+        return pack_bits(flat_view(in_layout_of(part, to_local(mask))).to(torch.bool)).to(part.device)
 
 
 def _layout(part: Tensor) -> tuple[int, tuple[int, ...]]:

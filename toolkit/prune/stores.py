@@ -1,4 +1,4 @@
-"""What optimizers keep for their prunable weights, as a mask update sees it: packed moments, or masked weights."""
+"""Prunable tensors as a mask update sees them: whole, in pieces, and under masks (packed_store: their moments too)."""
 
 import copy
 import itertools
@@ -9,18 +9,10 @@ import torch
 from torch import Tensor
 
 from toolkit.prune.budget import StateBudget
-from toolkit.prune.distributed import FlatSlices, local_gradient, read_numbers, to_local
-from toolkit.prune.mask import drop_survivors, flat_view, pack_bits, unpack_bits, zero_pruned
-from toolkit.prune.moments import CODED_FROM, STATE_DTYPES, read_moment, read_piece, recode_moment, write_moment
-from toolkit.prune.packing import (
-    Packer,
-    block_offsets,
-    count_survivors,
-    join_bits,
-    join_values,
-    range_bits,
-    unpack,
-)
+from toolkit.prune.distributed import FlatSlices, read_numbers, to_local
+from toolkit.prune.mask import drop_survivors, flat_view, pack_bits, zero_pruned
+from toolkit.prune.moments import read_piece
+from toolkit.prune.packing import BLOCK, Packer, count_survivors, join_bits, join_values, range_bits
 from toolkit.prune.scores import Score
 from toolkit.prune.select import chunk_size
 
@@ -118,6 +110,21 @@ def cut(members: Sequence[Member], blocks: Sequence[int] | None = None) -> list[
             pieces.append(Piece(member, first, last, before, kept))
         made.append(pieces)
     return made
+
+
+def in_blocks(member: Member, offsets: Tensor | None, survivors: int) -> list[Piece]:
+    """A member whole in pieces of whole blocks, of which `offsets` counts the survivors; None: all of them survive.
+
+    On a GPU it waits where a tensor has more than one piece.
+    """
+    n, per_piece = member.part.numel(), max(chunk_size(member.part.device) // BLOCK, 1)
+    firsts = range(0, n, per_piece * BLOCK)
+    if offsets is None:
+        starts = list(firsts)
+    else:
+        starts = offsets[::per_piece].tolist() if len(firsts) > 1 else [0] * len(firsts)
+    ends = itertools.pairwise([*zip(firsts, starts, strict=True), (n, survivors)])
+    return [Piece(member, first, last, before, after - before) for (first, before), (last, after) in ends]
 
 
 def batches(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
@@ -227,48 +234,3 @@ class MaskedStore:
 
     def settle(self, members: Sequence[Member], survivors: int) -> None:
         """All masks have changed; so many weights are left, over all ranks."""
-
-
-class PackedStore(MaskedStore):
-    """Weights, and moments in the state (`keys`) that are kept for survivors only."""
-
-    def settle(self, members: Sequence[Member], survivors: int) -> None:
-        """Widen the moments as far as the budget allows now: after all weights have gone, a tensor at a time."""
-        self.fit(survivors)
-        if self.budget is None or self.precision is None:
-            return
-        for member in members:
-            if member.parameter.numel() >= CODED_FROM:
-                bits = member.state["mask"] if "offsets" in member.state else None
-                for key in (key for key in self._keys if key in member.state):
-                    recode_moment(member.state, key, bits, member.part.numel(), STATE_DTYPES[self.precision])
-
-    def apply(self, member: Member, drop: Tensor, grow: Tensor | None) -> None:
-        """Pack the moments again; weights that go become 0, weights that come back start at 0."""
-        part, state, n = member.part, member.state, member.part.numel()
-        stay = ~drop
-        counts = [torch.count_nonzero(marks) for marks in (stay, grow) if marks is not None]  # sum() makes int64 of all
-        left, *more = read_numbers(counts)
-        back = sum(more)
-        old = state["mask"] if "offsets" in state else None
-        mask = after = pack_bits(stay) if member.mask is None else drop_survivors(state["mask"], n, drop)
-        pack, new = Packer(left, keep=stay), None
-        if grow is not None and back:
-            new = ~unpack_bits(state["mask"], n)
-            new.masked_scatter_(new.clone(), grow)
-            after = pack_bits(unpack_bits(mask, n) | new)
-            pack_after = Packer(left + back, bits=after)
-        for key in (key for key in self._keys if key in state):  # one at a time: the old one goes before the next
-            kept = pack(flat_view(read_moment(state, key, old, n)))
-            if new is not None:
-                dense = unpack(kept, mask, n)
-                # Momentum begins at 0, second moments at the gradient's square: with v = 0 the first step would be 3
-                # times a settled one, (1 - beta1) / sqrt(1 - beta2); so it is a tenth.
-                if key.endswith("_sq"):
-                    grad = flat_view(local_gradient(member.parameter, part))
-                    dense = torch.where(new, grad.square().to(dense.dtype), dense)
-                kept = pack_after(dense)
-            write_moment(state, key, kept, after, n)
-        state["mask"] = after
-        state["offsets"], _ = block_offsets(after, n, left + back)
-        zero_pruned(flat_view(part), after)

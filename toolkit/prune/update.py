@@ -101,13 +101,13 @@ def update_masks(
     # 3. Choose, and apply tensor by tensor; what comes back takes places that survivors leave.
     for competing, missing, back in contests:
         cuts = [pieces[member] for member in competing]
-        back, returning = _choose_regrown(units, cuts, back, group, device) if back else (0, {})
+        back, returning = _choose_regrown(units, cuts, back, group, device) if back else (0, None)
         sources = _sources(cuts, units.count, units.scores)
         sizes = [source.last - source.first for source in sources]
         missing += units.places_left(back)
         marks = choose_lowest(*_values_and_names(sources), sizes, missing, group, device, keep_one=units.keep_one)
         for member, chosen in _joined(sources, marks, device, of_padding=True):
-            grow = returning.get(member)
+            grow = None if returning is None else next(returning)
             drop = units.drops(pieces[member], chosen, grow)
             store.apply(member, drop, None if grow is None else units.grows(pieces[member], grow))
     return units.survivors(sum(totals), wanted)
@@ -142,21 +142,24 @@ def _num_regrown(options: PruningOptions, step: int, survivors: int, pruned: int
 
 def _choose_regrown(
     units: WeightUnits, cuts: Sequence[Sequence[Piece]], wanted: int, group: ProcessGroup | None, device: torch.device
-) -> tuple[int, dict[Member, Tensor]]:
-    """How many units come back, and which: those with the largest gradients, member -> marks of its units."""
+) -> tuple[int, Iterator[Tensor] | None]:
+    """How many units come back, and which: those with the largest gradients, marks of each member's units in turn.
+
+    They are made as they are asked for: all at once would be more than the state may be over its budget.
+    """
     sources = _sources(cuts, units.count_back, units.back_scores)
     # Of those that a gradient would move, on any rank; one without would stay a zero.
     moving = [torch.count_nonzero(part) for source in sources for part in source.values()]
     count = min(wanted, *sum_over(group, [sum(read_numbers(moving))], device))
     if not count:
-        return 0, {}
+        return 0, None
     threshold = find_threshold(*_values_and_names(sources), count, group, device=device)
     none = torch.zeros(0, dtype=torch.bool, device=device)
     marks = (
         torch.cat([none, *(threshold.take(values, number) for values in source.values())])
         for number, source in enumerate(sources)
     )
-    return count, dict(_joined(sources, marks, device, of_padding=False))
+    return count, (grown for _, grown in _joined(sources, marks, device, of_padding=False))
 
 
 def _sources(

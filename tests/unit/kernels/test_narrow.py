@@ -14,7 +14,7 @@ from toolkit.kernels.narrow import GROUP, narrow, num_groups, places_of, widen
 from toolkit.kernels.reference import adam_update, sgd_update
 from toolkit.kernels.rounding import round_to_bfloat16
 from toolkit.prune.mask import pack_bits
-from toolkit.prune.moments import exponents_of, read_moment, write_moment
+from toolkit.prune.moments import exponents_of, read_moment, write_piece
 from toolkit.prune.packing import block_offsets, pack
 
 CPU = torch.device("cpu")
@@ -93,7 +93,7 @@ def test_values_that_are_not_finite_stay_loud(bits: int) -> None:
         }  # by native code, where there is any
         state |= {exponents_of(key): torch.zeros(2, dtype=torch.uint8) for key in ("m", "m_sq")}
         key = "m" if signed else "m_sq"
-        write_moment(state, key, values, None, 300)
+        write_piece(state, key, values, None, 0, 300, 0)
         again = read_moment(state, key, None, 300)
         assert not again[280].isfinite()
         assert torch.equal(again[:GROUP], values[:GROUP])

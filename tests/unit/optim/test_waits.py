@@ -14,8 +14,9 @@ import toolkit.optim  # noqa: F401
 from toolkit.kernels import triton_packed
 from toolkit.prune.distributed import local_gradient
 from toolkit.prune.options import PruningOptions
+from toolkit.prune.packed_store import PackedStore
 from toolkit.prune.scores import STATE_SCORES
-from toolkit.prune.stores import Member, PackedStore
+from toolkit.prune.stores import Member
 from toolkit.prune.update import update_masks
 
 PRUNING = {"sparsity": 0.7, "begin_step": 1, "end_step": 6, "frequency": 2}  # dense 1, masks at 3, 5 and 6, packed 4

@@ -255,7 +255,7 @@ class ZeroEngine(Engine):
             # The group's keys and counters, also where this rank's slice is nothing but padding.
             first: Mapping[str, Tensor] = next((states[name] for name in one.shapes if name in states), {})
             made = {
-                key: torch.zeros(one.flat.shape, dtype=value.dtype, device=one.flat.device)
+                key: torch.zeros(one.flat.shape, dtype=value.dtype, device=value.device)  # on the host
                 if _is_shaped(value)
                 else value
                 for key, value in first.items()
