@@ -12,5 +12,7 @@ __all__ = ["build"]
 def build(config: "Config") -> "Run":
     """Make every component of a run. Raises ValueError, one line with value, rule and remedy, for what cannot be."""
     from toolkit.builder.run import build_run  # here: commands that only compare settings load no torch
+    from toolkit.builder.trackers import check_trackers
 
+    check_trackers(config)
     return build_run(config)

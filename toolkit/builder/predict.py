@@ -35,9 +35,8 @@ from toolkit.prune.mask import unpack_bits
 from toolkit.prune.options import PruningOptions
 from toolkit.prune.rules import own_options
 
-# Reserved over allocated in replays of torch's allocator (12 to 19 %), and a GPU context.
-RESERVED_OVER_ALLOCATED = 1.18
-CONTEXT_BYTES = 512 * 2**20
+RESERVED_OVER_ALLOCATED = 1.18  # in replays of torch's allocator 12 to 19 %
+CONTEXT_BYTES = 512 * 2**20  # of a GPU
 NUM_CLASSES = 1000  # ImageNet's, where nothing says how many
 _UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -202,8 +201,8 @@ def predict_run(
 ) -> tuple[dict[str, int], dict[str, dict[str, int]]]:
     """Ledger rows between steps of a run as it stands, and those of a step's peaks, dense and final, for its report.
 
-    Empty for FSDP2 and ZeRO, whose shares are not predicted; the peaks also, and logged, where they cannot be. The
-    final one is left out with --prune-shrink: nobody knows which channels go.
+    Empty for FSDP2 and ZeRO, whose shares are not predicted; the peaks also, and logged, where they cannot be, and the
+    final one with --prune-shrink: nobody knows which channels go.
     """
     if engine.name != "ddp":
         return {}, {}
@@ -218,8 +217,7 @@ def predict_run(
     try:
         # Making a model draws its initial weights; a run's generator must not move for a report.
         with torch.random.fork_rng(devices=[]):
-            prediction = Prediction(config, num_classes, num_ranks)
-        peaks = prediction.ledgers(batch_size_per_rank(config, num_ranks))
+            peaks = Prediction(config, num_classes, num_ranks).ledgers(batch_size_per_rank(config, num_ranks))
     except (ValueError, RuntimeError, TypeError) as error:
         get_logger().warning("the step's memory is not predicted: %s", str(error).splitlines()[0] or repr(error))
         return rows, {}

@@ -31,7 +31,7 @@ from toolkit.builder.optimizer import (
 from toolkit.builder.predict import confirm_batch_size, predict_run, with_automatic_batch_size
 from toolkit.builder.process import run_folder
 from toolkit.builder.smaller import settings_of_the_rest, shrink_as_before, smaller_of
-from toolkit.builder.trackers import check_trackers, start_trackers
+from toolkit.builder.trackers import start_trackers
 from toolkit.config import Config
 from toolkit.data.loader import TrainLoader
 from toolkit.dist import World
@@ -46,7 +46,6 @@ from toolkit.prune.schedule import Schedule
 
 def build_run(config: Config) -> Run:
     """See `toolkit.builder.build`."""
-    check_trackers(config)
     opt, method = resolve_optimizer(config)
     asked, config = config, apply_recipe(config, opt)  # args.yaml tells what was asked for
 
@@ -72,16 +71,14 @@ def build_run(config: Config) -> Run:
     schedule = pruning_schedule(config, method, plan.total_steps)
     goal, (rest, to_prune) = goal_of(config, schedule, module), settings_of_the_rest(config, schedule, smaller, module)
     engine, scheduler = _engine(rest, opt, lr, accelerator, module, to_prune, train_loader.steps, world)
-    decay, warmup = config.model_ema_decay, config.model_ema_warmup
-    ema = ModelEmaV3(engine.held(), decay, use_warmup=warmup) if config.model_ema else None
+    ema = _average(config, engine)
     prunable = prunable_weights(module, config)
 
     # The run's folder, and what the run says of itself
     facts = run_facts(config, data, opt, method, lr, goal, plan, world)
     folder, resume_from, lock = run_folder(asked, opt, facts, world)
     torch.manual_seed(config.seed + world.rank)  # each rank draws its own dropout and erasing noise, as in timm
-    if world.is_main:
-        _begin_folder(folder, dataclasses.replace(asked, batch_size=config.batch_size), facts, module, prunable)
+    _begin_folder(folder, dataclasses.replace(asked, batch_size=config.batch_size), facts, module, prunable, world)
     memory.begin(partial(_owners, engine, ema, world.num_ranks > 1), _phases(config, plan, schedule), folder)
     return Run(
         plan=plan,
@@ -109,10 +106,24 @@ def build_run(config: Config) -> Run:
     )
 
 
+def _average(config: Config, engine: Engine) -> ModelEmaV3 | None:
+    """The moving average of what the engine holds of the weights."""
+    if not config.model_ema:
+        return None
+    return ModelEmaV3(engine.held(), config.model_ema_decay, use_warmup=config.model_ema_warmup)
+
+
 def _begin_folder(
-    folder: Path, asked: Config, facts: dict[str, Any], module: nn.Module, prunable: list[tuple[str, Tensor]]
+    folder: Path,
+    asked: Config,
+    facts: dict[str, Any],
+    module: nn.Module,
+    prunable: list[tuple[str, Tensor]],
+    world: World,
 ) -> None:
-    """Say what was asked for and what it is, and clear away what a killed run's ranks have left."""
+    """On the main rank say what was asked for and what it is, and clear away what a killed run's ranks have left."""
+    if not world.is_main:
+        return
     shutil.rmtree(folder / RANKS_FOLDER, ignore_errors=True)
     write_args(folder, asked)
     for note in asked.notes:

@@ -63,8 +63,23 @@ def param_groups(
     """
     _announce(model, pattern, ends)
     prunable = prunable_by_rules(model, rules, pattern, ends=ends)
+    given = {} if weight_decay is None else {"weight_decay": weight_decay}
+    made = [
+        {"params": named, "prunable": may_prune, **(given if decays else {"weight_decay": 0.0})}
+        | ({"lr_scale": scale} if lr_scales else {})
+        | ({"prune": dict(own)} if own else {})
+        for (scale, may_prune, decays, own), named in _sorted(model, prunable, lr_scales or {})
+    ]
+    if pattern == CHANNEL:
+        made[-1]["channels"] = _channels(model, example_input, set(prunable))
+    return made
+
+
+def _sorted(
+    model: nn.Module, prunable: Mapping[str, Mapping[str, Any]], scales: Mapping[str, float]
+) -> list[tuple[tuple[float, bool, bool, tuple[Any, ...]], list[tuple[str, Tensor]]]]:
+    """Trainable parameters by (lr_scale, pruned, decays, options of their own), in the order of these."""
     exempt: set[str] = set(getattr(model, "no_weight_decay", set)())
-    scales = lr_scales or {}
     groups: dict[tuple[float, bool, bool, tuple[Any, ...]], list[tuple[str, Tensor]]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -72,16 +87,7 @@ def param_groups(
             decays = parameter.ndim > 1 and not name.endswith(".bias") and not spared
             own = tuple(sorted(prunable.get(name, {}).items()))
             groups.setdefault((scales.get(name, 1.0), name in prunable, decays, own), []).append((name, parameter))
-    given = {} if weight_decay is None else {"weight_decay": weight_decay}
-    made = [
-        {"params": named, "prunable": may_prune, **(given if decays else {"weight_decay": 0.0})}
-        | ({"lr_scale": scale} if scales else {})
-        | ({"prune": dict(own)} if own else {})
-        for (scale, may_prune, decays, own), named in sorted(groups.items(), key=lambda item: item[0])
-    ]
-    if pattern == CHANNEL:
-        made[-1]["channels"] = _channels(model, example_input, set(prunable))
-    return made
+    return sorted(groups.items(), key=lambda item: item[0])
 
 
 def _announce(model: nn.Module, pattern: str, ends: bool) -> None:
