@@ -23,13 +23,14 @@ _FOR_CONSTANTS = 8
 
 def plan_of(config: Config, plan: Plan, input_size: tuple[int, ...]) -> Plan:
     """A plan with what it must say of a run's model."""
-    sides = set() if "img_size" in config.model_kwargs else set(config.sides or ())
+    sides = [] if "img_size" in config.model_kwargs else list(config.sides or ())
     return dataclasses.replace(
         plan,
         model=config.model,
         model_kwargs=model_arguments(config),
-        img_size=sides.pop() if len(sides) == 1 else None,
+        img_size=(sides[0] if sides[0] == sides[1] else sides) if sides else None,
         input_size=tuple(input_size),
+        bn_eps=config.bn_eps,
     )
 
 

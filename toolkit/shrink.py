@@ -58,8 +58,9 @@ class Plan:
     model: str = ""  # timm's name
     model_kwargs: dict[str, Any] = field(default_factory=dict)
     num_classes: int = 0
-    img_size: int | None = None  # of `set_input_size`; None: the model's own
+    img_size: int | list[int] | None = None  # side, or height and width, of `set_input_size`; None: the model's own
     input_size: tuple[int, ...] = (3, 224, 224)  # channels, height and width that it was exported for
+    bn_eps: float | None = None  # of all BatchNorms; None: the model's own
 
 
 def shrink(
@@ -178,7 +179,7 @@ def read_plan(path: Path) -> Plan:
     with blaming(f"{path} is no plan of a shrunk model", "export it again with launch.export --shrink"):
         content = read_json(path)
         names = {item.name for item in dataclasses.fields(Plan)} | {"format"}
-        if not isinstance(content, dict) or content.keys() != names or content["format"] != _FORMAT:
+        if not isinstance(content, dict) or content.keys() | {"bn_eps"} != names or content["format"] != _FORMAT:
             raise ValueError(f"it must hold {', '.join(sorted(names))}, of format {_FORMAT}")
         layers = check_layers(content["layers"])
         model, kwargs = content["model"], content["model_kwargs"]
@@ -193,10 +194,14 @@ def read_plan(path: Path) -> Plan:
             refuse({f"argument {key[:80]}={str(value)[:80]} is not taken": not fine})
         sizes = content["input_size"]
         sides: list[Any] = sizes if isinstance(sizes, list) and len(sizes) == 3 else [None]
-        given = [content["num_classes"], *sides, *([] if content["img_size"] is None else [content["img_size"]])]
-        fine = all(type(number) is int and 0 < number <= MAX_PLACES for number in given)
+        img_size, eps = content["img_size"], content.get("bn_eps")
+        size = img_size if isinstance(img_size, list) else [img_size] * 2
+        given = [content["num_classes"], *sides, *([] if img_size is None else size)]
+        fine = len(size) == 2 and all(type(number) is int and 0 < number <= MAX_PLACES for number in given)
         refuse({f"num_classes, img_size and input_size are {str(given)[:80]}, not counts": not fine})
-        return Plan(layers, model, kwargs, content["num_classes"], content["img_size"], tuple(sides))
+        fine = eps is None or (isinstance(eps, float) and 0.0 < eps <= 1.0)
+        refuse({f"bn_eps {str(eps)[:80]} is not in (0, 1]": not fine})
+        return Plan(layers, model, kwargs, content["num_classes"], img_size, tuple(sides), eps)
 
 
 def check_layers(layers: Any) -> Layers:
@@ -242,6 +247,9 @@ def _built(plan: Plan) -> nn.Module:
     model = timm.create_model(plan.model, num_classes=plan.num_classes, **plan.model_kwargs)
     if plan.img_size is not None and hasattr(model, "set_input_size"):
         model.set_input_size(img_size=plan.img_size)  # type: ignore[operator]
+    for module in model.modules():
+        if plan.bn_eps is not None and isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eps = plan.bn_eps
     return model.eval()
 
 

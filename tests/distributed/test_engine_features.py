@@ -2,6 +2,7 @@
 
 import functools
 import os
+import signal
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ import toolkit.builder.accelerator
 from toolkit.builder import build
 from toolkit.cli import parse
 from toolkit.engine.loop import train as train_loop
+from toolkit.errors import InterruptedRunError
 
 LAYER = "blocks.0.attn.qkv.weight"
 SHARDED = [engine for engine in ENGINES if engine != "ddp"]
@@ -129,16 +131,63 @@ def show(rank, engine, flags):
     return found
 
 
+FROZEN = ("--layer-decay", "0.5", "--layer-decay-no-opt-scale", "0.2", "--checkpoint-interval", "1")
+
+
 @pytest.mark.parametrize(
-    "engine", [name if name in ("fsdp2", "zero3") else pytest.param(name, marks=pytest.mark.long) for name in ENGINES]
+    ("engine", "frozen"),
+    [
+        *(
+            (name, ()) if name in ("fsdp2", "zero3") else pytest.param(name, (), marks=pytest.mark.long)
+            for name in ENGINES
+        ),
+        ("zero3", FROZEN),
+        *(pytest.param(name, FROZEN, marks=pytest.mark.long) for name in ("fsdp2", "zero2")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "some frozen" if value else "all trained",
 )
-def test_an_evaluation_is_of_the_averages_and_training_goes_on_without_them(few_digits, tmp_path, engine):
-    """Also BatchNorm's statistics, which are averaged too, and on each rank."""
-    more = ("--opt", "adamw", "--model-ema", "--model-ema-decay", "0.8", *SHORT, "--experiment", "r")
+def test_an_evaluation_is_of_the_averages_and_training_goes_on_without_them(few_digits, tmp_path, engine, frozen):
+    """Also BatchNorm's statistics, which are averaged too, and on each rank; and beside layers that are not trained."""
+    more = ("--opt", "adamw", "--model-ema", "--model-ema-decay", "0.8", *SHORT, *frozen, "--experiment", "r")
     for outputs in run_ranks(show, 2, engine, train_flags(few_digits, tmp_path, *more), join_group=False):
         for found, wanted in outputs:
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
         assert not torch.allclose(outputs[0][0], outputs[1][0], rtol=1e-2)
+
+
+def until_the_stop(rank, engine, flags, stops):
+    """Weights and averages at the end; None after a stop that is asked for in the first evaluation's tenth batch."""
+    os.environ.update(ENGINES[engine])
+    run = build(parse(flags))
+    seen, original = 0, run.to_inputs
+
+    def counting(batch):
+        nonlocal seen
+        seen += not run.engine.module.training
+        if stops and rank == 0 and seen == 10:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(batch)
+
+    run.to_inputs = counting
+    try:
+        train_loop(run)
+    except InterruptedRunError:
+        return None
+    return dict(run.engine.weights()) | {f"ema.{name}": one for name, one in run.engine.weights(run.ema.module)}
+
+
+@pytest.mark.parametrize(
+    "engine", ["zero2", *(pytest.param(name, marks=pytest.mark.long) for name in ("fsdp2", "zero3"))]
+)
+def test_a_stop_while_the_averages_are_evaluated_saves_the_weights(few_digits, tmp_path, engine):
+    more = ("--opt", "adamw", "--model-ema", "--model-ema-decay", "0.8", "--validation-batch-size", "1")
+    flags = [*train_flags(few_digits, tmp_path, *more), "--epochs", "2"]
+    wanted = run_ranks(until_the_stop, 2, engine, [*flags, "--experiment", "whole"], False, join_group=False)[0]
+    parts = [*flags, "--experiment", "parts"]
+    assert run_ranks(until_the_stop, 2, engine, parts, True, join_group=False) == [None, None]
+    found = run_ranks(until_the_stop, 2, engine, [*parts, "--resume", "auto"], False, join_group=False)[0]
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
 
 
 def built(rank, engine, flags):

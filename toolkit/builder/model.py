@@ -55,6 +55,7 @@ def create_model(config: Config, num_classes: int) -> nn.Module:
     flagged = [name for name in _ARGUMENTS if getattr(config, name) is not None]
     asked += "".join(f" {flag_name(name)} {getattr(config, name)}" for name in flagged)
     remedy = "see --model-kwargs" if more else "see timm.list_pretrained()" if config.pretrained else ""
+    set_fast_norm(config.fast_norm)  # norms look it up when they are made
     with blaming(asked, remedy):
         model = timm.create_model(config.model, pretrained=config.pretrained, num_classes=num_classes, **options)
         refuse(
@@ -104,7 +105,6 @@ def _adjust(model: nn.Module, config: Config) -> None:
             parameter.data.mul_(scale)
     if bias is not None:
         nn.init.constant_(heads.bias, bias)  # type: ignore[union-attr]
-    set_fast_norm(config.fast_norm)
     layer_scales(config, model)  # which freezes what --layer-decay-no-opt-scale leaves out
 
 

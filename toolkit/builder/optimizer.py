@@ -189,7 +189,7 @@ def own_rules(model: nn.Module, config: Config) -> dict[str, dict[str, Any]]:
 def goal_of(config: Config, schedule: Schedule, model: nn.Module) -> Schedule:
     """The schedule of all that is pruned, --prune-config's parts together. Raises ValueError where one cannot be."""
     own, weights = own_rules(model, config), dict(prunable_weights(model, config))
-    if not schedule.enabled or not any(own.values()):
+    if not any(own.values()):
         return schedule
     sizes: Counter[tuple[Any, ...]] = Counter()
     for name, weight in weights.items():

@@ -58,6 +58,11 @@ def prunable_by_rules(
 
 def own_options(options: _Options, own: Mapping[str, Any]) -> _Options:
     """The options of a part: the optimizer's, with its own on top. Raises ValueError where these do not go together."""
+    if own and not options.enabled:
+        raise ValueError(
+            "a rule asks for pruning, which sparsity 0 switches off; give a sparsity, or leave the rules out "
+            f"(a last rule '.': {SKIP} prunes only what the rules before it name)"
+        )
     pattern = own.get("pattern", options.pattern)
     asked = own.get("sparsity", options.sparsity if pattern == options.pattern else None)
     if asked is None and n_of_m(pattern) is None:

@@ -44,6 +44,15 @@ def test_batchnorm_and_arguments_are_timms():
     assert torch.equal(ours.eval()(images), theirs.eval()(images))
 
 
+@pytest.mark.parametrize("flags", [[], ["--fast-norm"]], ids=" ".join)
+def test_norms_are_fast_where_it_is_asked_for(flags):
+    norms = [
+        module._fast_norm for module in model_of(*flags, model="test_vit").modules() if hasattr(module, "_fast_norm")
+    ]
+    assert norms
+    assert set(norms) == {bool(flags)}
+
+
 def test_the_classifiers_start():
     torch.manual_seed(0)
     plain = model_of()

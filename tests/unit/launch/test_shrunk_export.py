@@ -85,6 +85,23 @@ def test_a_vit_without_its_data(few_digits, tmp_path, capsys):
     toolkit.load_shrunk(tmp_path / "s")
 
 
+@pytest.mark.parametrize(
+    ("flags", "more"),
+    [(train_flags, ["--bn-eps", "1e-2"]), (vit_flags, ["--input-size", "1", "16", "32"])],
+    ids=["epsilon of BatchNorm", "grey, not square"],
+)
+def test_what_timms_flags_make_of_a_model_is_in_its_plan(few_digits, tmp_path, flags, more):
+    asked = [*flags(few_digits, tmp_path, "--epochs", "1", "--global-batch-size", "24"), *more]
+    if "--input-size" in more:
+        place = asked.index("--img-size")
+        del asked[place : place + 2]
+    assert train.main([*asked, "--experiment", "r"]) == 0
+    assert main([str(tmp_path / "r"), "--out", str(tmp_path / "s"), "--shrink"]) == 0
+    whole, small = model_of(tmp_path / "r"), toolkit.load_shrunk(tmp_path / "s")
+    images = torch.randn(3, *((1, 16, 32) if "--input-size" in more else (3, 32, 32)))
+    assert torch.allclose(whole(images), small(images), atol=1e-5)
+
+
 def test_a_smaller_model_that_says_something_else_is_not_written(run, tmp_path, monkeypatch):
     def wrong(model, groups, images):
         smaller, plan, dead = original(model, groups, images)

@@ -144,6 +144,13 @@ def test_rules_that_cannot_be(rules, words):
         AdamWPrune(param_groups(network(), rules=rules), sparsity=0.5, end_step=3)
 
 
+def test_rules_do_nothing_where_pruning_is_off():
+    AdamWPrune(param_groups(network(), rules={"one": "skip"}), sparsity=0)
+    with pytest.raises(ValueError, match="a rule asks for pruning, which sparsity 0 switches off; give a sparsity"):
+        AdamWPrune(param_groups(network(), rules={"one": 0.9}), sparsity=0)
+    AdamWPrune(param_groups(network(), rules={"one": 0.9, ".": "skip"}), sparsity=0.5, end_step=3)
+
+
 def test_a_method_with_one_score_has_no_other():
     groups = param_groups(network(), rules={"one": {"score": "displacement"}})
     with pytest.raises(ValueError, match="score='displacement' is not known here; choose one of movement"):

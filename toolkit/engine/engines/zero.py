@@ -182,8 +182,9 @@ class ZeroEngine(Engine):
         return whole.view(one.shapes[name])
 
     def _others(self) -> dict[str, Tensor]:
-        """What is in no slice: buffers, whole on every rank."""
-        return {name: tensor for name, tensor in self.module.state_dict().items() if name not in self._sliced}
+        """What is in no slice and may change: buffers, whole on every rank."""
+        parameters = parameter_names(self.module).values()
+        return {name: tensor for name, tensor in self.module.state_dict().items() if name not in parameters}
 
     def held(self) -> nn.Module:
         return hold([*(one.flat for one in self.slices), *self._others().values()])
@@ -208,8 +209,19 @@ class ZeroEngine(Engine):
         held = [part.detach() for part in (self.held() if ema is None else ema).parameters()]
         homes = {name: (one, flat) for one, flat in zip(self.slices, held, strict=False) for name in one.shapes}
         others = dict(zip(self._others(), held[len(self.slices) :], strict=True))
-        for name in self.module.state_dict():
-            yield name, (others[name] if name in others else self._whole(homes[name][0], name, homes[name][1])).cpu()
+        for name, tensor in self.module.state_dict(keep_vars=True).items():
+            if name in homes:
+                whole = self._whole(homes[name][0], name, homes[name][1])
+            else:
+                whole = others[name] if name in others else self._frozen(tensor)
+            yield name, whole.cpu()
+
+    def _frozen(self, parameter: Tensor) -> Tensor:
+        """A parameter that is not trained, and so its own average; ZeRO-3 keeps it in parts all the same."""
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter], enabled=self._stage == 3):
+            return parameter.detach().clone()
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         if self._stage == 3:
