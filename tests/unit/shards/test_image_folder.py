@@ -102,7 +102,7 @@ def test_folders_that_are_no_split_are_counted(tmp_path: Path) -> None:
 def test_a_test_folder_without_classes_does_not_validate(tmp_path: Path) -> None:
     make_tree(tmp_path, {"train/a": 4, "train/b": 4, "test": 3})
     (tmp_path / "labels.csv").touch()
-    with pytest.raises(ValueError, match="--val-share 0.1$"):
+    with pytest.raises(ValueError, match=r"--val-share 0.1$"):
         read_info(tmp_path)
     catalogue = image_folder.catalogue_of(tmp_path, 0.25)
     assert {split: len(images) for split, images in catalogue.splits.items()} == {"train": 6, "validation": 2}
