@@ -51,6 +51,17 @@ def test_of_many_methods_a_few_are_shown_with_all_seeds_in_their_colour():
     assert len({colour for *_, colour in shown.values()}) == len(few)
 
 
+def test_the_sparsity_shown_of_many_methods_is_one_in_colour():
+    """Of these the two worst ran at 95 %, all others at 70 %."""
+    runs, _ = read_runs(RESULTS / "digits" / "runs.jsonl.gz")
+    others = [run for run in runs if not run.is_ours]
+    low = group_by_method([run for run in others if run.sparsity == 0.95])
+    worst = {low[name][0].name for name in sorted(low, key=lambda name: top1(low[name]))[:2]}
+    chosen = [run for run in others if run.sparsity == (0.95 if run.name in worst else 0.7)]
+    _, few, *_ = _pictures(as_lines(group_by_method(chosen)))["memory_vs_accuracy.png"]
+    assert {line.sparsity for line in few} == {0.7}
+
+
 def test_the_front_ends_in_a_line_between_ticks():
     groups = groups_of("demo")
     axes = drawn(pareto, as_lines(groups))
