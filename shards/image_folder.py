@@ -1,9 +1,9 @@
 """`python -m shards.image_folder --source DIR --out DIR`: any folders of pictures as shuffled WebDataset shards.
 
---source has `train/<class>/` and `val/<class>/` (or `validation/`; `test/` validates where neither is there, and is a
-split of its own where one is), or class folders alone: then --val-share of each class validates. Folders' names are the
-classes. --tuning holds out training images to choose settings on, --train-images keeps a part of the rest; both alike
-of each class, by the seed. A build that was stopped goes on where it was with the same command.
+--source has `train/<class>/` and `val/<class>/` (or `validation/`, `valid/`; `test/<class>/` validates where none is
+there, and is a split of its own where one is), or class folders alone: then --val-share of each class validates.
+Folders' names are the classes. --tuning holds out training images to choose settings on, --train-images keeps a part of
+the rest; both alike of each class, by the seed. A build that was stopped goes on where it was with the same command.
 """
 
 import dataclasses
@@ -37,7 +37,10 @@ def catalogue_of(source: Path, val_share: float, seed: int = 0) -> sources.Catal
             f"--source {source} has no {lack}; say which part of each class is to validate, --val-share 0.1 for a "
             f"tenth (between 0 and 1, given {val_share:g})"
         )
-    catalogue = sources.from_class_folders({"train": train or source})
+    if train is None:
+        catalogue = sources.from_class_folders({"train": source})
+    else:
+        catalogue = sources.from_split_folders(source, {"train": train})
     images = catalogue.splits["train"]
     with blaming(f"--val-share {val_share:g}"):
         rest, held_out = splits.hold_out(images, round(len(images) * val_share), seed)

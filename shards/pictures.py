@@ -55,7 +55,7 @@ def build_from(options: argparse.Namespace, catalogue: Catalogue) -> None:
     resized = bool(options.max_short or options.max_long)
     others = (images for split, images in parts.items() if split != "train")
     settings = BuildSettings(
-        options.name or re.sub(r"[^\w.-]", "-", options.source.resolve().name),
+        options.name or re.sub(r"[^\w.-]", "-", options.source.resolve().name).lstrip(".-") or "pictures",
         options.train_shards or number_of_shards(parts["train"], resized=resized),
         options.validation_shards or min(number_of_shards(images, _MAX_SHARDS, resized=resized) for images in others),
         options.seed,

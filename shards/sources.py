@@ -29,7 +29,7 @@ from toolkit.files import read_json
 
 _EMPTY = "folders without images"
 _NO_SPLIT = "folders beside the splits"
-_VALIDATION_FOLDERS = ("validation", "val")
+_VALIDATION_FOLDERS = ("validation", "val", "valid")
 _DEVKIT_BYTES = 2**24  # of a file in the devkit's archive, once unpacked; the larger one has 0.4 MB
 
 
@@ -121,17 +121,20 @@ def _read_devkit(path: Path) -> tuple[dict[int, str], list[int]]:
     return {int(synset["ILSVRC2012_ID"]): str(synset["WNID"]) for synset in leaves}, truth
 
 
+def _has_classes(folder: Path) -> bool:
+    return folder.is_dir() and any(path.is_dir() and not _is_hidden(path) for path in folder.iterdir())
+
+
 def validation_folder(folder: Path) -> Path | None:
-    """Where the images lie that validate: validation/, val/, or where neither is there test/."""
-    return next((folder / name for name in (*_VALIDATION_FOLDERS, "test") if (folder / name).is_dir()), None)
+    """Where the images lie that validate: validation/, val/, valid/, or where none is there test/ with classes."""
+    found = next((folder / name for name in _VALIDATION_FOLDERS if (folder / name).is_dir()), None)
+    return folder / "test" if found is None and _has_classes(folder / "test") else found
 
 
 def training_folder(folder: Path) -> Path | None:
     """train/, unless it is a class of that name: pictures alone, and nothing beside it that validates."""
     train = folder / "train"
-    if train.is_dir() and (validation_folder(folder) or any(path.is_dir() for path in train.iterdir())):
-        return train
-    return None
+    return train if train.is_dir() and (validation_folder(folder) or _has_classes(train)) else None
 
 
 def from_image_folder(folder: Path, on_image: Callable[[], None] = lambda: None) -> Catalogue:
@@ -140,13 +143,21 @@ def from_image_folder(folder: Path, on_image: Callable[[], None] = lambda: None)
     if validation is None or not (folder / "train").is_dir():
         raise ValueError(f"{folder} lacks train/ and val/ (or validation/, test/) with a folder for each class")
     folders = {"train": folder / "train", "validation": validation}
-    if validation != test and test.is_dir() and any(path.is_dir() for path in test.iterdir()):
+    if validation != test and _has_classes(test):
         folders["test"] = test
+    catalogue = from_split_folders(folder, folders, on_image)
+    return replace(catalogue, facts={"note": "its test/ validates here"} if validation == test else {})
+
+
+def from_split_folders(
+    folder: Path, folders: Mapping[str, Path], on_image: Callable[[], None] = lambda: None
+) -> Catalogue:
+    """The class folders of each split's folder below `folder`; what lies beside these is counted."""
     catalogue = from_class_folders(folders, on_image)
     for path in sorted({*folder.iterdir()} - {*folders.values()}):  # such as a test/ whose classes are not known
         reason = HIDDEN if _is_hidden(path) else _NO_SPLIT if path.is_dir() else _reason(path)
         leave_out(catalogue.left_out["train"], reason, str(path))
-    return replace(catalogue, facts={"note": "its test/ validates here"} if validation == test else {})
+    return catalogue
 
 
 def from_class_folders(folders: Mapping[str, Path], on_image: Callable[[], None] = lambda: None) -> Catalogue:

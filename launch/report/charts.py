@@ -41,6 +41,7 @@ def _row(line: Line, taken: bool) -> dict[str, Any]:
         "pick": taken,
         "top1": top1(line.members),
         "peak": first.peak_bytes_per_weight,
+        "place": line.peak,
         "end": first.bytes_per_weight,
         "settings": {name: printable(value) for name, value in first.main_settings.items()},
         "runs": [(run.metrics["seed"], f"cells/{quote(run.folder.name, safe='')}/") for run in line.members],

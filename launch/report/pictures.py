@@ -111,7 +111,7 @@ def _few(lines: Lines) -> Lines:
     """What the memory pictures show: all, or of many methods the dense ones and those at the middle sparsity."""
     if len(lines) <= _MANY:
         return lines
-    levels = sorted({line.sparsity for line in lines if line.sparsity})
+    levels = sorted({line.sparsity for line in lines if line.sparsity and not line.grey})
     level = levels[len(levels) // 2] if levels else 0.0
     dense = [line for line in lines if line.members[0].method == "none" and line.members[0].optimizer in DENSE]
     return [*dense, *(line for line in lines if line.sparsity == level and not line.grey and line not in dense)][:_MANY]

@@ -23,6 +23,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#9
 STYLES = ("-", "--", "-.", ":")
 _GREY = "#c4c4c4"
 _IN_COLOUR = 6  # without the palette's grey and its yellow
+_LEAST_BYTES = 0.01  # a weight, on a logarithmic axis, which has no place for an optimizer without state
 _ASIDE = 0.4  # percentage points between methods of one sparsity
 _LETTERS_AN_INCH, _LETTERS_OF_A_MARK = 16, 7  # of a legend in 8 points
 
@@ -46,6 +47,11 @@ class Line:
     def grey(self) -> bool:
         """Whether it is one of the others, which are not told apart."""
         return self.colour == _GREY
+
+    @property
+    def peak(self) -> float:
+        """Bytes a weight of its state at the peak, where a logarithmic axis has them."""
+        return max(self.members[0].peak_bytes_per_weight, _LEAST_BYTES)
 
     @property
     def label(self) -> str:
@@ -185,11 +191,10 @@ def pareto(figure: Figure, lines: Lines) -> None:
     marks = dict(zip(_levels(lines), itertools.cycle("osD^vP"), strict=False))
     points = []
     for line in lines:
-        peak = line.members[0].peak_bytes_per_weight
         mean, spread = top1(line.members)
-        points.append((peak, mean))
+        points.append((line.peak, mean))
         axes.errorbar(
-            peak,
+            line.peak,
             mean,
             None if line.grey else spread,
             color=line.colour,
@@ -233,12 +238,12 @@ def _name_points(axes: Axes, lines: Lines) -> None:
     step = 0.035 * (high - low)  # a line of text
     below: dict[int, float] = {}  # place on the axis, in half octaves -> height of the last label there
     for line in sorted(lines, key=lambda line: top1(line.members)[0]):
-        peak, mean = line.members[0].peak_bytes_per_weight, top1(line.members)[0]
-        place = round(2 * math.log2(peak))
+        mean = top1(line.members)[0]
+        place = round(2 * math.log2(line.peak))
         below[place] = max(mean, below.get(place, low) + step)
         arrow = {"arrowstyle": "-", "color": line.colour, "linewidth": 0.5}
-        place_of_text = (peak * 1.05, below[place])
-        axes.annotate(line.group, (peak, mean), place_of_text, fontsize=7, va="center", arrowprops=arrow)
+        place_of_text = (line.peak * 1.05, below[place])
+        axes.annotate(line.group, (line.peak, mean), place_of_text, fontsize=7, va="center", arrowprops=arrow)
 
 
 def range_in_colour(lines: Lines) -> tuple[float, float]:

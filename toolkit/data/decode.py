@@ -75,7 +75,7 @@ def decode_rgb(data: bytes) -> np.ndarray:
             _check_pixels(*image.size)
             return _to_rgb(image)
     except _DAMAGE as error:
-        raise BadImageError(str(error)) from error
+        raise BadImageError(str(error).partition(" <_io")[0]) from error  # not PIL's address of the bytes
 
 
 def _to_rgb(image: Image.Image) -> np.ndarray:

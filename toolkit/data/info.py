@@ -50,7 +50,8 @@ def _info_from_names(folder: Path) -> dict[str, Any]:
     if not splits:
         pictures = next(_pictures(folder), None)
         if pictures is not None:
-            divided = any((folder / name).is_dir() for name in ("val", "validation", "test"))
+            splits_there = ("val", "valid", "validation", "test/*")  # a test/ without classes is none
+            divided = any(path.is_dir() for name in splits_there for path in folder.glob(name))
             raise ValueError(
                 f"--data-dir {folder} is a folder of pictures ({pictures.name}); make shards of it first: "
                 f"python -m shards.image_folder --source {shlex.quote(str(folder))} "

@@ -69,24 +69,24 @@ function placed(labelled, place, width) {
 function pareto(element) {
   const narrow = element.clientWidth < NARROW;
   const {axis, options} = common(element, point => rows[point.data.row]);
-  const ordered = [...rows].sort((a, b) => a.peak - b.peak || b.top1[0] - a.top1[0]);
-  const [least, most] = [ordered[0].peak / 1.2, ordered.at(-1).peak * 1.3];
+  const ordered = [...rows].sort((a, b) => a.place - b.place || b.top1[0] - a.top1[0]);
+  const [least, most] = [ordered[0].place / 1.2, ordered.at(-1).place * 1.3];
   const front = [];
   for (const row of ordered)
-    if (!front.length || row.top1[0] > front.at(-1)[1]) front.push([row.peak, row.top1[0]]);
+    if (!front.length || row.top1[0] > front.at(-1)[1]) front.push([row.place, row.top1[0]]);
   front.push([most, front.at(-1)[1]]);
   const seen = row => row.top1[0] >= range[0];
   const coloured = rows.filter(row => row.colour && seen(row));
   const points = level => rows.flatMap((row, index) => row.level === level && seen(row)
-    ? [{value: [row.peak, row.top1[0]], row: index, itemStyle: look(row)}] : []);
+    ? [{value: [row.place, row.top1[0]], row: index, itemStyle: look(row)}] : []);
   const labelled = rows.filter(row => seen(row) && (row.pick || (row.colour && !narrow)));
   const whisker = ({dataIndex}, api) => {
-    const {top1: [mean, spread], peak, colour: stroke} = coloured[dataIndex];
-    const [[x1, y1], [x2, y2]] = [-1, 1].map(side => api.coord([peak, mean + side * spread]));
+    const {top1: [mean, spread], place, colour: stroke} = coloured[dataIndex];
+    const [[x1, y1], [x2, y2]] = [-1, 1].map(side => api.coord([place, mean + side * spread]));
     return {type: "line", shape: {x1, y1, x2, y2}, style: {stroke}};
   };
   const label = (_, api) => ({type: "group", children: placed(
-    labelled, row => api.coord([row.peak, row.top1[0]]), element.clientWidth).flatMap(({row, x, y, left, size, top}) => [
+    labelled, row => api.coord([row.place, row.top1[0]]), element.clientWidth).flatMap(({row, x, y, left, size, top}) => [
     {type: "line", style: {stroke: look(row).color},
       shape: {x1: x, y1: y, x2: left < x ? left + size : left - 2, y2: top}},
     {type: "text", x: left, y: top, style: {
@@ -104,7 +104,7 @@ function pareto(element) {
     series: [
       {type: "line", data: front, step: "end", silent: true, symbol: "none", z: 1,
         lineStyle: {color: colour("faint"), width: 1}},
-      {type: "custom", data: coloured.map(row => [row.peak, row.top1[0]]), silent: true, clip: true, z: 1,
+      {type: "custom", data: coloured.map(row => [row.place, row.top1[0]]), silent: true, clip: true, z: 1,
         renderItem: whisker},
       ...levels.map((level, number) => ({
         type: "scatter", data: points(level), symbol: SHAPES[number % SHAPES.length], symbolSize: 10, z: 2,
@@ -112,7 +112,7 @@ function pareto(element) {
           silent: true, itemStyle: {color: colour("rule"), opacity: .35}, data: [[{yAxis: band.low}, {yAxis: band.high}]],
         },
       })),
-      {type: "custom", data: [[ordered[0].peak, range[0]]], silent: true, z: 3, renderItem: label},
+      {type: "custom", data: [[ordered[0].place, range[0]]], silent: true, z: 3, renderItem: label},
     ],
   };
 }

@@ -64,6 +64,11 @@ def test_broken_images_are_refused(data):
         decode_rgb(data)
 
 
+def test_what_is_said_of_no_image_has_no_address_of_memory():
+    with pytest.raises(BadImageError, match=r"^cannot identify image file$"):
+        decode_rgb(b"no image")
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(kind, monkeypatch):
     buffer = io.BytesIO()

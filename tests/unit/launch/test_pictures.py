@@ -1,5 +1,7 @@
 """Pictures of a report: the figures of its tables, one colour a method, nothing hidden."""
 
+import copy
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -7,6 +9,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from launch.report.archive import read_runs
+from launch.report.charts import chart_data
 from launch.report.pictures import _pictures
 from launch.report.pictures_study import accuracy_over_sparsity, as_lines, pareto
 from launch.report.runs import group_by_method, top1
@@ -48,19 +51,41 @@ def test_of_many_methods_a_few_are_shown_with_all_seeds_in_their_colour():
     assert len({colour for *_, colour in shown.values()}) == len(few)
 
 
-def test_a_front_of_one_point_is_a_line_between_ticks():
+def test_the_sparsity_shown_of_many_methods_is_one_in_colour():
+    """Of these the two worst ran at 95 %, all others at 70 %."""
+    runs, _ = read_runs(RESULTS / "digits" / "runs.jsonl.gz")
+    others = [run for run in runs if not run.is_ours]
+    low = group_by_method([run for run in others if run.sparsity == 0.95])
+    worst = {low[name][0].name for name in sorted(low, key=lambda name: top1(low[name]))[:2]}
+    chosen = [run for run in others if run.sparsity == (0.95 if run.name in worst else 0.7)]
+    _, few, *_ = _pictures(as_lines(group_by_method(chosen)))["memory_vs_accuracy.png"]
+    assert {line.sparsity for line in few} == {0.7}
+
+
+def test_the_front_ends_in_a_line_between_ticks():
     groups = groups_of("demo")
     axes = drawn(pareto, as_lines(groups))
     xs, ys = next(line.get_data() for line in axes.lines if line.get_drawstyle() == "steps-post")
     best = max(top1(members)[0] for members in groups.values())
     least, most = axes.get_xlim()
-    assert list(ys) == [best, best]
-    assert list(xs) == [
-        groups["adamwprune budget auto 70 %"][0].peak_bytes_per_weight,
-        groups["adamwprune 70 %"][0].peak_bytes_per_weight,
-        most,
-    ]
+    smaller, larger = groups["adamwprune budget auto 70 %"][0], groups["adamwprune 70 %"][0]
+    assert list(ys) == [smaller.metrics["final_top1"], best, best]
+    assert list(xs) == [smaller.peak_bytes_per_weight, larger.peak_bytes_per_weight, most]
     assert [tick for tick in axes.get_xticks() if least <= tick <= most] == [2, 4, 8, 16]
+
+
+def test_an_optimizer_without_state_has_a_place_on_the_logarithmic_axis():
+    groups = groups_of("demo")
+    (run,) = groups["momentum"]
+    memory = copy.deepcopy(run.memory)
+    for ledger in ("ledger", "ledger_peak"):
+        memory[ledger]["optimizer_bytes"] = 0
+    groups["momentum"] = [dataclasses.replace(run, memory=memory, timeline=[])]
+    axes = drawn(pareto, as_lines(groups))
+    least, _ = axes.get_xlim()
+    assert least < points(axes)["momentum"][0] < 0.1
+    (row,) = [row for row in chart_data(groups)["rows"] if row["label"] == "momentum"]
+    assert (row["peak"], row["place"]) == (0.0, points(axes)["momentum"][0])
 
 
 @pytest.mark.parametrize("level", [0.0, 0.7])

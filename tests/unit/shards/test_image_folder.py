@@ -64,7 +64,7 @@ def test_another_seed_holds_out_other_images(tmp_path: Path) -> None:
     assert chosen[0] == chosen[1] != chosen[2]
 
 
-@pytest.mark.parametrize("name", ["val", "validation", "test"])
+@pytest.mark.parametrize("name", ["val", "valid", "validation", "test"])
 def test_train_and_a_second_folder_are_taken_as_they_are(tmp_path: Path, name: str) -> None:
     make_tree(tmp_path, {"train/a": 3, "train/b": 2, f"{name}/a": 1, f"{name}/b": 1})
     catalogue = image_folder.catalogue_of(tmp_path, 0.0)
@@ -99,8 +99,30 @@ def test_folders_that_are_no_split_are_counted(tmp_path: Path) -> None:
     }
 
 
+def test_a_test_folder_without_classes_does_not_validate(tmp_path: Path) -> None:
+    make_tree(tmp_path, {"train/a": 4, "train/b": 4, "test": 3})
+    (tmp_path / "labels.csv").touch()
+    with pytest.raises(ValueError, match=r"--val-share 0.1$"):
+        read_info(tmp_path)
+    catalogue = image_folder.catalogue_of(tmp_path, 0.25)
+    assert {split: len(images) for split, images in catalogue.splits.items()} == {"train": 6, "validation": 2}
+    assert catalogue.left_out["train"] == {
+        sources._NO_SPLIT: (1, str(tmp_path / "test")),
+        ORPHAN: (1, str(tmp_path / "labels.csv")),
+    }
+
+
+@pytest.mark.parametrize(("folder", "name"), [("-rf x", "rf-x"), (".hidden", "hidden"), ("--", "pictures")])
+def test_any_folder_makes_a_plain_name(tmp_path: Path, folder: str, name: str) -> None:
+    make_tree(tmp_path / folder, {"a": 2, "b": 2})
+    out = tmp_path / "out"
+    image_folder.main(["--source", str(tmp_path / folder), "--out", str(out), "--val-share", "0.5", "--workers", "1"])
+    assert read_info(out)["splits"]["train"]["filenames"] == [f"{name}-train-0000.tar"]
+
+
 def test_a_class_may_be_called_train(tmp_path: Path) -> None:
     make_tree(tmp_path, {"bus": 4, "car": 4, "train": 4})
+    (tmp_path / "train" / ".thumbnails").mkdir()
     catalogue = image_folder.catalogue_of(tmp_path, 0.25)
     assert catalogue.classes == ["bus", "car", "train"]
     assert {split: len(images) for split, images in catalogue.splits.items()} == {"train": 9, "validation": 3}
