@@ -45,7 +45,7 @@ def _probe(cell: Cell) -> dict[str, Any]:
         evaluation_s = time.perf_counter() - start
         evaluations = len({*range(plan.val_interval, plan.epochs + 1, plan.val_interval), plan.epochs})
         step_s = statistics.median(taken[min(_WARM_UP, len(taken) - 1) :])
-        _, peaks = run.predict_memory()
+        _, peaks = run.predict_memory(run.world.rank)
         run.memory.close()
         run.lock.close()
     return {

@@ -3,21 +3,21 @@
 Forward and backward are tracked on fake tensors, optimizer state, masks, averages and buckets follow by arithmetic. The
 figure is what torch's allocator has given out at its peak in forward and backward; the copies that torch's own
 optimizers make in their update are left out (they decide only where the batch is very small), cache and context come on
-top (see `needed_bytes`). The rows of FSDP2 and ZeRO are arithmetic that was not compared with a measurement.
+top (see `needed_bytes`). The peaks of FSDP2 and ZeRO are arithmetic that was not compared with a measurement.
 """
 
 import bisect
 import copy
 import dataclasses
-import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
 from toolkit.builder.data import DataSet, batch_size_per_rank, input_settings
+from toolkit.builder.ledger_rows import rows_between_steps, rows_of_engine
 from toolkit.builder.model import amp_dtype, create_model
 from toolkit.builder.optimizer import final_sparsity, own_rules, resolve_optimizer
 from toolkit.builder.recompute import checkpoint_activations
@@ -27,11 +27,9 @@ from toolkit.errors import refuse
 from toolkit.log import get_logger
 from toolkit.markdown import MIB
 from toolkit.memory.activations import track_step
-from toolkit.memory.arithmetic import ParameterFacts, predict_optimizer_rows
+from toolkit.memory.arithmetic import ParameterFacts
 from toolkit.memory.ledger import is_optimizer_row
-from toolkit.optim.registry import OptimizerSpec, find_spec
-from toolkit.prune.budget import budget_for
-from toolkit.prune.mask import unpack_bits
+from toolkit.optim.registry import find_spec
 from toolkit.prune.options import PruningOptions
 from toolkit.prune.rules import own_options
 
@@ -39,46 +37,6 @@ RESERVED_OVER_ALLOCATED = 1.18  # in replays of torch's allocator 12 to 19 %
 CONTEXT_BYTES = 512 * 2**20  # of a GPU
 NUM_CLASSES = 1000  # ImageNet's, where nothing says how many
 _UNITS = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
-
-
-def rows_between_steps(
-    config: Config,
-    spec: OptimizerSpec | None,
-    method: str,
-    parameters: Sequence[ParameterFacts],
-    buffers_bytes: int,
-    num_ranks: int,
-) -> dict[str, int]:
-    """Ledger rows of a rank that holds everything (one rank, or DDP), between steps; of the optimizer where `spec` is.
-
-    With several ranks the gradients are views of DDP's buckets, which stand from the second step on.
-    """
-    weights = sum(one.nbytes for one in parameters)
-    trained = [one for one in parameters if one.trained]
-    gradients = sum(one.nbytes for one in trained)
-    rows = {
-        "weights": weights,
-        "buffers": buffers_bytes,
-        "gradients": 0 if num_ranks > 1 or config.fused_backward else gradients,
-        "ddp_buckets": gradients if num_ranks > 1 else 0,
-        "ema": weights + buffers_bytes if config.model_ema else 0,
-    }
-    if spec is None:
-        return rows
-    asked = {key: getattr(config, key) or config.opt_kwargs.get(key) for key in ("state_dtype", "state_budget")}
-    prunable = [one for one in trained if one.prunable]
-    final_zeros = math.floor(final_sparsity(config, spec.method) * sum(one.numel for one in prunable))
-    budget = budget_for(asked["state_budget"], [one.numel for one in prunable], len(spec.moments), final_zeros)
-    dtype = budget.widest(sum(one.survivors for one in prunable)) if budget else asked["state_dtype"]
-    return rows | predict_optimizer_rows(
-        trained,
-        spec.moments,
-        counts_steps=spec.counts_steps,
-        method=method,
-        score=config.prune_score,
-        state_dtype=dtype,
-        budgeted=budget is not None,
-    )
 
 
 class Prediction:
@@ -199,21 +157,19 @@ class Prediction:
 def predict_run(
     config: Config, engine: Engine, num_classes: int, num_ranks: int
 ) -> tuple[dict[str, int], dict[str, dict[str, int]]]:
-    """Ledger rows between steps of a run as it stands, and those of a step's peaks, dense and final, for its report.
+    """Ledger rows of this rank between steps of a run as it stands, and those of a step's peaks, dense and final.
 
-    Empty for FSDP2 and ZeRO, whose shares are not predicted; the peaks also, and logged, where they cannot be, and the
-    final one with --prune-shrink: nobody knows which channels go.
+    The rows are empty, and the reason logged, where an engine offloads. The peaks are empty for FSDP2 and ZeRO, whose
+    steps are not tracked, and, logged, where they cannot be; the final one is left out with --prune-shrink: nobody
+    knows which channels go.
     """
-    if engine.name != "ddp":
+    if engine.name != "ddp" and engine.offloads:
+        get_logger().warning("the memory ledger is not predicted: %s keeps a part on the host", engine.name)
         return {}, {}
     opt, method = resolve_optimizer(config)
-    facts = []
-    for parameter in engine.module.parameters():
-        mask, numel = engine.optimizer_state.get(parameter, {}).get("mask"), parameter.numel()
-        survivors = numel if mask is None else int(unpack_bits(mask, numel).sum())
-        facts.append(ParameterFacts(numel, mask is not None, survivors, parameter.itemsize, parameter.requires_grad))
-    buffers = sum(b.nbytes for b in engine.module.buffers())
-    rows = rows_between_steps(config, find_spec(opt), method, facts, buffers, num_ranks)
+    rows = rows_of_engine(config, find_spec(opt), method, engine, num_ranks)
+    if engine.name != "ddp":
+        return rows, {}
     try:
         # Making a model draws its initial weights; a run's generator must not move for a report.
         with torch.random.fork_rng(devices=[]):

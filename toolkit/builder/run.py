@@ -79,7 +79,11 @@ def build_run(config: Config) -> Run:
     folder, resume_from, lock = run_folder(asked, opt, facts, world)
     torch.manual_seed(config.seed + world.rank)  # each rank draws its own dropout and erasing noise, as in timm
     _begin_folder(folder, dataclasses.replace(asked, batch_size=config.batch_size), facts, module, prunable, world)
-    memory.begin(partial(_owners, engine, ema, world.num_ranks > 1), _phases(config, plan, schedule), folder)
+    memory.begin(
+        partial(_owners, engine, ema, world.num_ranks),
+        _phases(config, plan, schedule),
+        folder,
+    )
     return Run(
         plan=plan,
         engine=engine,
@@ -96,7 +100,7 @@ def build_run(config: Config) -> Run:
         schedule=goal if to_prune.enabled else to_prune,
         goal=goal,
         prunable=prunable,
-        predict_memory=lambda: predict_run(config, engine, facts["num_classes"], world.num_ranks),
+        predict_memory=partial(_predict, config, engine, facts["num_classes"], world),
         memory=memory,
         start_trackers=partial(start_trackers, config, facts, folder, resume_from),
         facts=facts,
@@ -148,9 +152,24 @@ def _engine(
     return create_engine(config, opt, accelerator, module, optimizer, world), scheduler
 
 
-def _owners(engine: Engine, ema: nn.Module | None, in_buckets: bool) -> Owners:
+def _owners(engine: Engine, ema: nn.Module | None, num_ranks: int) -> Owners:
     """Whose tensors the memory ledger counts. (The optimizer's state is looked up anew: a load replaces it.)"""
-    return find_owners(engine.module, engine.optimizer_state, ema=ema, in_buckets=in_buckets)
+    return find_owners(
+        engine.module,
+        engine.optimizer_state,
+        ema=ema,
+        in_buckets=num_ranks > 1 and engine.name == "ddp",
+        beside=engine.beside(),
+    )
+
+
+def _predict(
+    config: Config, engine: Engine, num_classes: int, world: World, rank: int
+) -> tuple[dict[str, int], dict[str, dict[str, int]]]:
+    """See predict_run. Of another rank's share nothing is known here: its masks are its own."""
+    if engine.name != "ddp" and rank != world.rank:
+        return {}, {}
+    return predict_run(config, engine, num_classes, world.num_ranks)
 
 
 def _phases(config: Config, plan: Plan, schedule: Schedule) -> list[Phase]:

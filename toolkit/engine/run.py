@@ -57,7 +57,7 @@ class Run:
     schedule: Schedule  # of mask updates that are still to come: off once the model has shrunk
     goal: Schedule  # what the run is to end at
     prunable: list[tuple[str, Tensor]]
-    predict_memory: Callable[[], tuple[dict[str, int], dict[str, dict[str, int]]]]
+    predict_memory: Callable[[int], tuple[dict[str, int], dict[str, dict[str, int]]]]
     memory: MemoryLog
     start_trackers: Callable[[], list[Any]]  # Accelerate's, of --report-to
     facts: dict[str, Any]

@@ -10,13 +10,22 @@ from toolkit.prune.packing import offset_bytes
 
 @dataclass(frozen=True)
 class ParameterFacts:
-    """A parameter: its weights, how many survive, and whether it may be pruned and is trained at all."""
+    """A parameter: its weights, how many survive, and whether it may be pruned and is trained at all.
+
+    Of a shard, whose `numel` weights are a part only, `whole_numel` are all of the parameter's.
+    """
 
     numel: int
     prunable: bool
     survivors: int
     itemsize: int = 4
     trained: bool = True
+    whole_numel: int | None = None
+
+    @property
+    def may_be_coded(self) -> bool:
+        """Whether it is large enough for 8-bit moments, and prunable."""
+        return self.prunable and (self.numel if self.whole_numel is None else self.whole_numel) >= CODED_FROM
 
     @property
     def nbytes(self) -> int:
@@ -46,11 +55,11 @@ def predict_optimizer_rows(
         rows[f"optim.{key}"] = 0
         for one in parameters:
             kept, itemsize = one.survivors if method == "state" and one.prunable else one.numel, one.itemsize
-            if state_dtype == "int8" and one.prunable and one.numel >= CODED_FROM:
+            if state_dtype == "int8" and one.may_be_coded:
                 exponents = f"optim.{exponents_of(key)}"
                 rows[exponents], itemsize = rows.get(exponents, 0) + exponent_bytes(one.numel), 1
             elif state_dtype is not None:
-                coded = not budgeted or (one.prunable and one.numel >= CODED_FROM)
+                coded = not budgeted or one.may_be_coded
                 itemsize = 2 if state_dtype == "bfloat16" and coded else 4
             rows[f"optim.{key}"] += kept * itemsize
     if counts_steps:

@@ -35,9 +35,10 @@ def find_owners(
     *,
     ema: nn.Module | None = None,
     in_buckets: bool = False,
+    beside: Mapping[str, list[Tensor]] | None = None,
 ) -> Owners:
     """The tensors of each row: weights, buffers, gradients, optim.<key>, masks, offsets, scores, initial_weights,
-    ddp_buckets, ema.
+    ddp_buckets, ema, and those that an engine has `beside` them.
 
     Between backward and the next step the gradients are there. `in_buckets` says that they are views of DDP's buckets,
     which stand from step to step: then they make up the row ddp_buckets.
@@ -56,11 +57,8 @@ def find_owners(
                 states.setdefault(_OPTIMIZER_ROWS.get(key, f"optim.{key}"), []).append(value)
     # In one order, for a loaded state has its keys in another; moments first, which own what a mask may be a view of.
     owners |= {row: states[row] for row in sorted(states, key=lambda row: (not row.startswith("optim."), row))}
-    # ZeRO's optimizer owns flat slices instead of parameters: float32 copies under ZeRO-1 and 2, the weights under 3.
-    parameters = {id(parameter) for parameter in model.parameters()}
-    flat = [owned for owned in optimizer_state if id(owned) not in parameters]
-    if flat:
-        owners["flat_copies"] = flat
+    for row, tensors in (beside or {}).items():
+        owners[row] = [*owners.get(row, []), *tensors]
     owners["ema"] = [] if ema is None else [*ema.parameters(), *ema.buffers()]
     return owners
 

@@ -79,4 +79,5 @@ class StepProbe:
 
     def backward_done(self) -> None:
         """The update begins."""
+        self._name_owners()  # gradients that an engine lets go of in its update
         self._backward_end = self._tracker.events

@@ -26,18 +26,18 @@ STANDIN_NOTE = "NO GPU: tensor-byte ledger and host RSS; not comparable with GPU
 _PREDICTED_AS = {"warm_up": "dense", "dense": "dense", "final": "final"}
 _SETTLE_S = 2.0  # survivors' last words may lie this far apart
 
-Predict = Callable[[], tuple[dict[str, int], dict[str, dict[str, int]]]]
+Predict = Callable[[int], tuple[dict[str, int], dict[str, dict[str, int]]]]
 
 
 def write_report(log: MemoryLog, world: World, folder: Path, run_facts: Mapping[str, Any], predict: Predict) -> None:
     """Gather all ranks' records and write the report on rank 0. All ranks must call it.
 
-    `predict` gives the rows at the end, and those of the phases' peaks; it is asked on rank 0.
+    `predict` gives the rows of a rank at the end, and those of the phases' peaks; it is asked on rank 0, for rank 0.
     """
     records = world.gather(log.record())
     timelines = world.gather(log.timeline)
     if world.is_main:
-        report = merge_ranks(records, run_facts, *predict(), world.device)
+        report = merge_ranks(records, run_facts, *predict(world.rank), world.device)
         _write(report, folder, (row for timeline in timelines for row in timeline))
         shutil.rmtree(folder / RANKS_FOLDER, ignore_errors=True)
 
@@ -64,7 +64,7 @@ def write_report_of_survivors(
         if file.with_suffix(".csv").exists():
             with open(file.with_suffix(".csv"), newline="") as table:
                 rows += list(csv.DictReader(table))
-    report = merge_ranks(records, run_facts, *predict(), world.device, lost=lost)
+    report = merge_ranks(records, run_facts, *predict(records[0]["rank"]), world.device, lost=lost)
     _write(report, folder, rows)
     return lost
 

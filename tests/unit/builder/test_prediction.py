@@ -158,3 +158,9 @@ def test_rows_between_steps_are_those_measured_also_of_frozen_weights_under_ddp(
     final = {row: size for row, size in peaks["final"].items() if row not in step}
     assert final == {row: size for row, size in measured.items() if size}
     assert measured["ddp_buckets"] == sum(p.nbytes for p in model.parameters() if p.requires_grad)
+
+
+def test_nothing_is_predicted_of_an_engine_that_offloads(caplog):
+    engine = SimpleNamespace(name="zero2", offloads=True)
+    assert predict_run(Config(), engine, 10, num_ranks=2) == ({}, {})
+    assert caplog.messages == ["the memory ledger is not predicted: zero2 keeps a part on the host"]

@@ -83,7 +83,7 @@ def _log(rank, folder):
 
 def _write(rank, folder):
     log = _log(rank, folder)
-    write_report(log, World.detect(torch.device("cpu")), folder, {"opt": "adamw"}, lambda: ({"weights": 20}, {}))
+    write_report(log, World.detect(torch.device("cpu")), folder, {"opt": "adamw"}, lambda rank: ({"weights": 20}, {}))
     return log.peak_step
 
 
@@ -114,7 +114,9 @@ def _survive(rank, folder):
     log = _log(rank, folder)
     world = World.detect(torch.device("cpu"))
     if rank != 1:  # rank 1 is killed here
-        write_report_of_survivors(log, world, folder, {}, lambda: ({}, {}), "RuntimeError: connection reset by peer")
+        write_report_of_survivors(
+            log, world, folder, {}, lambda rank: ({}, {}), "RuntimeError: connection reset by peer"
+        )
 
 
 def test_the_survivors_report_names_the_rank_that_was_lost(tmp_path):

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from toolkit.dist import World
 from toolkit.engine.clip import Part, clip, total_norm
+from toolkit.memory.ledger import Owners
 from toolkit.memory.probe import StepProbe
 from toolkit.prune.distributed import first_weight, to_dtensor, to_local
 from toolkit.prune.mask import count_zeros
@@ -189,6 +190,15 @@ class Engine:
         """What the optimizer keeps for each parameter, as this rank has it."""
         optimizer: Any = self.inner_optimizer
         return getattr(optimizer, "_base_optimizer", optimizer).state  # timm's Lookahead has a state apart, unused
+
+    @property
+    def offloads(self) -> bool:
+        """Whether a part of what is trained lies on the host of an accelerator."""
+        return False
+
+    def beside(self) -> Owners:
+        """What this rank holds, by ledger row, beside the module, its gradients and the optimizer's state."""
+        return {}
 
     def optimizer_states(self) -> Iterator[tuple[str, str, Any]]:
         """Parameter name, state key and whole dense tensor of the optimizer's state; numbers as they are."""

@@ -49,6 +49,10 @@ class Fsdp2Engine(Engine):
                 unit.reshard()  # whole weights that an evaluation leaves behind are not these
         exchange(self.held(), ema)
 
+    @property
+    def offloads(self) -> bool:
+        return any(to_local(weight).device.type != self._world.device.type for weight in self.module.parameters())
+
     def weights(self, ema: nn.Module | None = None) -> Iterator[tuple[str, Tensor]]:
         own = self.module.state_dict()
         for (name, tensor), part in zip(own.items(), (self.held() if ema is None else ema).parameters(), strict=True):

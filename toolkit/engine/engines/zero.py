@@ -26,7 +26,9 @@ from torch import Tensor, nn
 from toolkit.dist import World
 from toolkit.engine.clip import Part
 from toolkit.engine.engines.ddp import Engine, States, exchange, hold, parameter_names
+from toolkit.engine.engines.zero_memory import bucket_bytes, kept_beside, offloads, watched
 from toolkit.errors import refuse
+from toolkit.memory.ledger import Owners
 from toolkit.memory.probe import StepProbe
 from toolkit.prune.mask import count_zeros
 from toolkit.prune.packing import dense_state
@@ -117,8 +119,20 @@ class ZeroEngine(Engine):
 
     def backward(self, loss: Tensor, step: int, *, last: bool, probe: StepProbe | None = None) -> None:
         self._deepspeed.set_gradient_accumulation_boundary(is_boundary=last)
-        with self._no_sync(last):
+        with self._no_sync(last), watched(self._zero, self.module, probe):
             self._deepspeed.backward(loss if self.scaler is None else self.scaler.scale(loss))
+
+    @property
+    def offloads(self) -> bool:
+        return offloads(self._zero)
+
+    @property
+    def bucket_bytes(self) -> int:
+        """What ZeRO-3's buckets take between steps."""
+        return bucket_bytes(self._zero)
+
+    def beside(self) -> Owners:
+        return kept_beside(self._zero, self.module, [one.flat for one in self.slices])
 
     def update(self, step: int, want_norm: bool) -> Tensor | None:
         norm = self._clip() if want_norm or self.clip_grad is not None or self.scaler is not None else None
