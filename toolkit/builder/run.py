@@ -79,11 +79,7 @@ def build_run(config: Config) -> Run:
     folder, resume_from, lock = run_folder(asked, opt, facts, world)
     torch.manual_seed(config.seed + world.rank)  # each rank draws its own dropout and erasing noise, as in timm
     _begin_folder(folder, dataclasses.replace(asked, batch_size=config.batch_size), facts, module, prunable, world)
-    memory.begin(
-        partial(_owners, engine, ema, world.num_ranks),
-        _phases(config, plan, schedule),
-        folder,
-    )
+    memory.begin(partial(_owners, engine, ema, world.num_ranks), _phases(config, plan, schedule), folder)
     return Run(
         plan=plan,
         engine=engine,
