@@ -88,8 +88,11 @@ def test_rows_of_a_model_that_three_ranks_cannot_share_evenly(few_digits, tmp_pa
 def test_whole_gradients_are_named_at_a_steps_peak(few_digits, tmp_path):
     """ZeRO-1 lets go of them, and of its bucket, within the step."""
     more = ["--model", "test_vit", "--global-batch-size", "12"]
-    for one in rows_of("zero1", tmp_path, few_digits, *METHODS["adamw"], *more):
+    ranks = rows_of("zero1", tmp_path, few_digits, *METHODS["adamw"], *more)
+    phases = [phase for one in ranks for phase in one["phases"].values()]
+    for one in ranks:
         assert one["measured"]["gradients"] == one["measured"]["zero_buckets"] == 0
-        for phase in one["phases"].values():
-            assert 0 <= phase["weights"] - phase["gradients"] < 32, phase  # two groups are padded to 4 weights each
-            assert phase["zero_buckets"] == BUCKET_BYTES
+    for phase in phases:  # a peak may fall into the sum over the ranks: some are let go of, what is sent is workspace
+        assert phase["gradients"] <= phase["weights"] < phase["gradients"] + phase["workspace"] + 32, phase
+        assert phase["zero_buckets"] == BUCKET_BYTES
+    assert any(phase["weights"] - phase["gradients"] < 32 for phase in phases)  # two groups, padded to 4 weights each
