@@ -8,6 +8,7 @@ from typing import Any
 
 from launch.report.significance import mean_and_spread
 from toolkit.builder.resume import FREE_ON_RESUME
+from toolkit.config import flags
 
 
 @dataclass(frozen=True)
@@ -108,11 +109,17 @@ class CellRun:
     def settings(self) -> dict[str, Any]:
         """All settings but the seed and what a resumed run may change: where it writes, how fast it reads.
 
-        Nor the sparsity that N:M says itself, given or not.
+        Nor the sparsity that N:M says itself, given or not. A setting that came after the run has its default, and 90.0
+        is 90: runs of several versions are one study.
         """
         left_out = FREE_ON_RESUME - {"batch_size", "global_batch_size", "grad_accum_steps"} | {"seed"}
         left_out |= {"sparsity"} if ":" in self.pattern else set()
-        return {key: value for key, value in self.arguments.items() if key not in left_out}
+        given = {item.name: item.metadata["default"] for item in flags()} | self.arguments
+        return {
+            key: int(value) if isinstance(value, float) and value.is_integer() else value
+            for key, value in given.items()
+            if key not in left_out
+        }
 
     @property
     def lr(self) -> float:

@@ -123,6 +123,18 @@ def test_a_setting_is_named_where_it_is_not_the_usual_one(runs):
     }
 
 
+def test_a_setting_that_came_after_a_run_has_its_default(runs):
+    """Seeds of a study that ran over several versions are one row, whether 90 was written as 90 or 90.0."""
+    before = {label: len(members) for label, members in group_by_method(read_runs(runs)[0]).items()}
+    path = runs / "resnet18_adamwprune_state_70_seed0" / "args.yaml"
+    settings = yaml.safe_load(path.read_text())
+    assert settings["decay_epochs"] == 90 and "prune_shrink" not in settings
+    path.write_text(yaml.safe_dump(settings | {"decay_epochs": 90.0, "prune_shrink": False}))
+    assert {label: len(members) for label, members in group_by_method(read_runs(runs)[0]).items()} == before
+    path.write_text(yaml.safe_dump(settings | {"prune_ends": True}))
+    assert len(group_by_method(read_runs(runs)[0])) == len(before) + 1
+
+
 def test_one_run_in_two_folders_is_an_error(runs, tmp_path, capsys):
     copy_of(runs, "again")
     with pytest.raises(SystemExit):
