@@ -128,7 +128,8 @@ def test_a_setting_that_came_after_a_run_has_its_default(runs):
     before = {label: len(members) for label, members in group_by_method(read_runs(runs)[0]).items()}
     path = runs / "resnet18_adamwprune_state_70_seed0" / "args.yaml"
     settings = yaml.safe_load(path.read_text())
-    assert settings["decay_epochs"] == 90 and "prune_shrink" not in settings
+    assert settings["decay_epochs"] == 90
+    assert "prune_shrink" not in settings
     path.write_text(yaml.safe_dump(settings | {"decay_epochs": 90.0, "prune_shrink": False}))
     assert {label: len(members) for label, members in group_by_method(read_runs(runs)[0]).items()} == before
     path.write_text(yaml.safe_dump(settings | {"prune_ends": True}))
