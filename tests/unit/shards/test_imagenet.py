@@ -108,22 +108,8 @@ def image_folder(tmp_path_factory):
 
 
 def build(source, out, *more):
-    main(
-        [
-            "--source",
-            str(source),
-            "--out",
-            str(out),
-            "--name",
-            "tiny",
-            "--partial",
-            "--train-shards",
-            "3",
-            "--validation-shards",
-            "2",
-            *more,
-        ]
-    )
+    settings = ["--name", "tiny", "--partial", "--train-shards", "3", "--validation-shards", "2"]
+    main(["--source", str(source), "--out", str(out), *settings, *more])
     return out
 
 
