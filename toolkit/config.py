@@ -112,6 +112,7 @@ class Config:
         kind=float,
         within="[0, 1)",
     )
+    prune_start: float = flag(0.0, "share of zeros before the first step, which the ramp goes on from", within="[0, 1)")
     prune_begin: float = flag(0.05, "where the ramp begins, as a fraction of all steps", within="[0, 1]")
     prune_end: float = flag(0.6, "where the last mask update is, as a fraction of all steps", within="[0, 1]")
     prune_frequency: int = flag(50, "steps between mask updates", within="[1, inf)")

@@ -65,6 +65,7 @@ def test_rows_of_a_share_are_those_measured(few_digits, tmp_path, engine, method
 
 OTHERS = {
     "budget": ["--opt", "adamwprune", "--sparsity", "0.7", "--state-budget", "auto"],
+    "start": ["--opt", "adamwprune", "--sparsity", "0.9", "--prune-start", "0.5", "--state-budget", "auto"],
     "int8": ["--opt", "adamwprune", "--sparsity", "0.7", "--state-dtype", "int8"],
     "scores": ["--opt", "adamw-movement", "--sparsity", "0.7", "--grad-accum-steps", "2"],
 }

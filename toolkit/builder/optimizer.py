@@ -50,6 +50,8 @@ def resolve_optimizer(config: Config) -> tuple[str, str]:
             ),
             f"--prune-pattern {config.prune_pattern} but --opt {config.opt} does not prune; add --pruning magnitude, "
             "movement or state, or use --opt adamwprune": config.prune_pattern != WEIGHT and not prunes,
+            f"--prune-start {config.prune_start} but --opt {config.opt} does not prune; add --pruning magnitude, "
+            "movement or state, or use --opt adamwprune": config.prune_start and not prunes,
             f"--prune-config but --opt {config.opt} does not prune; add --pruning magnitude, movement or state, or use "
             "--opt adamwprune": config.prune_config and not prunes,
             "--state-budget auto with --prune-config: the end has no one sparsity; give bytes a weight": (
@@ -200,7 +202,12 @@ def goal_of(config: Config, schedule: Schedule, model: nn.Module) -> Schedule:
 
 
 def keep_zeros(optimizer: torch.optim.Optimizer, model: nn.Module, config: Config, schedule: Schedule) -> None:
-    """Have a pruned --initial-checkpoint stay pruned, from the first step on."""
+    """Have a pruned --initial-checkpoint stay pruned, from the first step on; make --prune-start's zeros."""
+    if config.prune_start and schedule.enabled:
+        with blaming(f"--prune-start {config.prune_start}", "see docs/optimizers.md"):
+            optimizer.pruning.start_sparse(config.prune_start)  # type: ignore[attr-defined]
+        zeros, weights = optimizer.pruning.sparsity()  # type: ignore[attr-defined]
+        _log.info("--prune-start: %d of %d prunable weights are 0 from the first step on", zeros, weights)
     if not (config.initial_checkpoint and schedule.enabled):
         return
     if schedule.pattern == CHANNEL:  # they are whole channels only where pruning by channels has made them

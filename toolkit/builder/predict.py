@@ -32,6 +32,7 @@ from toolkit.memory.ledger import is_optimizer_row
 from toolkit.optim.registry import find_spec
 from toolkit.prune.options import PruningOptions
 from toolkit.prune.rules import own_options
+from toolkit.prune.start import start_quotas
 
 RESERVED_OVER_ALLOCATED = 1.18  # in replays of torch's allocator 12 to 19 %
 CONTEXT_BYTES = 512 * 2**20  # of a GPU
@@ -67,6 +68,7 @@ class Prediction:
         model = make_model()
         self.input_size = tuple(input_settings(config, model)["input_size"])
         own, named = own_rules(model, config), list(model.named_parameters())
+        self.shapes = [tuple(p.shape) for _, p in named]
         self.parameters = [
             ParameterFacts(p.numel(), name in own, p.numel(), p.itemsize, p.requires_grad) for name, p in named
         ]
@@ -109,14 +111,26 @@ class Prediction:
             facts.append(dataclasses.replace(one, survivors=one.numel - zeros))
         return facts
 
+    def _parameters_at_start(self) -> list[ParameterFacts]:
+        facts = list(self.parameters)
+        for own in set(self.own) - {None}:
+            numbers = [number for number, other in enumerate(self.own) if other == own]
+            quotas = start_quotas([self.shapes[number] for number in numbers], self.config.prune_start)
+            for number, zeros in zip(numbers, quotas, strict=True):
+                facts[number] = dataclasses.replace(facts[number], survivors=facts[number].numel - zeros)
+        return facts
+
     def ledger(self, batch_size: int, sparsity: float | None) -> dict[str, int]:
-        """Bytes by row at the peak of a step: before masks exist (None), or at a sparsity."""
+        """Bytes by row at the peak of a step: before the ramp (None), or at a sparsity."""
         method, sharded = self.method, self.engine != "ddp"
-        if sparsity is None and method in ("state", "magnitude"):
+        sparse_start = sparsity is None and method != "none" and self.config.prune_start > 0
+        dense = sparsity is None and not sparse_start
+        if dense and method in ("state", "magnitude"):
             method = "none"  # dense until the first mask; movement's scores are there from the first step
-        facts, num_ranks = self._parameters_at(sparsity or 0.0), 1 if sharded else self.num_ranks
+        facts = self._parameters_at_start() if sparse_start else self._parameters_at(sparsity or 0.0)
+        num_ranks = 1 if sharded else self.num_ranks
         rows = rows_between_steps(self.config, self.spec, method, facts, self.buffers_bytes, num_ranks)
-        if sparsity is None:
+        if dense:
             rows.pop("masks", None)
         step = self.step.peak(batch_size)
         if num_ranks > 1:

@@ -45,14 +45,14 @@ class KeptSizes:
 class StateBudget:
     """The most bytes that optimizer and pruning keep for the prunable weights, and the precision it leaves room for.
 
-    `asked` is bytes a weight, or `auto`: what float32 survivors take in the end, or all weights in 8 bits where that is
-    more. Raises ValueError where even those do not fit.
+    `asked` is bytes a weight, or `auto`: what float32 survivors take in the end, or in 8 bits all weights there are at
+    the start (`start_zeros` are none) where that is more. Raises ValueError where even those do not fit.
     """
 
-    def __init__(self, asked: float | str, sizes: KeptSizes, final_zeros: int) -> None:
-        self.sizes = sizes
+    def __init__(self, asked: float | str, sizes: KeptSizes, final_zeros: int, start_zeros: int = 0) -> None:
+        self.sizes, self._asked, self._final_zeros = sizes, asked, final_zeros
         weights = max(1, sizes.num_weights)
-        least = sizes.nbytes("int8", sizes.num_weights)
+        least = sizes.nbytes("int8", sizes.num_weights - start_zeros)
         final = sizes.nbytes("float32", sizes.num_weights - final_zeros)
         self.limit_bytes = max(least, final) if asked == AUTO else math.floor(float(asked) * weights)
         if self.limit_bytes < least:
@@ -61,9 +61,17 @@ class StateBudget:
                 f"{math.ceil(least / weights * 1000) / 1000:.3f}: 8-bit moments, masks and offsets; give that, or auto"
             )
 
+    def starting_with(self, zeros: int) -> "StateBudget":
+        """The budget of a model of which so many weights are pruned from the first step on."""
+        return StateBudget(self._asked, self.sizes, self._final_zeros, zeros)
+
     def widest(self, survivors: int) -> str:
-        """The dtype of the moments, by name, while so many weights are kept."""
-        return next(dtype for dtype in _ITEMSIZES if self.sizes.nbytes(dtype, survivors) <= self.limit_bytes)
+        """The dtype of the moments, by name, while so many weights are kept: of more than there may be the narrowest.
+
+        Those come with a dense state that is loaded where the start is sparse.
+        """
+        fits = (dtype for dtype in _ITEMSIZES if self.sizes.nbytes(dtype, survivors) <= self.limit_bytes)
+        return next(fits, "int8")
 
 
 def check_budget(asked: float | str | None) -> float | str | None:
@@ -80,9 +88,9 @@ def check_budget(asked: float | str | None) -> float | str | None:
 
 
 def budget_for(
-    asked: float | str | None, numels: Sequence[int], num_moments: int, final_zeros: int
+    asked: float | str | None, numels: Sequence[int], num_moments: int, final_zeros: int, start_zeros: int = 0
 ) -> StateBudget | None:
     """The budget where one is asked for, and there is anything to keep."""
     if asked is None or not numels or not num_moments:
         return None
-    return StateBudget(asked, KeptSizes(tuple(numels), num_moments, final_zeros > 0), final_zeros)
+    return StateBudget(asked, KeptSizes(tuple(numels), num_moments, final_zeros > 0), final_zeros, start_zeros)

@@ -29,6 +29,7 @@ from toolkit.prune.patterns import CHANNEL, WEIGHT
 from toolkit.prune.rules import own_options
 from toolkit.prune.schedule import Schedule
 from toolkit.prune.scores import STATE_SCORES, check_score
+from toolkit.prune.start import start_quotas, zero_smallest
 from toolkit.prune.stores import MaskedStore, Member, cut
 from toolkit.prune.units import num_survivors
 from toolkit.prune.update import update_masks
@@ -82,6 +83,31 @@ class Pruning:
         """Weights that are 0 at the first step are pruned from then on: a pruned model goes on."""
         self.keeps_zeros = True
 
+    def start_sparse(self, sparsity: float) -> None:
+        """Prune a fresh model before its first step: what is kept is never dense, and `state_budget=auto` is less.
+
+        Of each part floor(sparsity × weights) by |w| within layers of Erdos-Renyi-Kernel densities; the ramp goes on
+        where it has more zeros. Call it before an engine takes the model, on every rank, and when a run goes on before
+        it loads. Raises ValueError where a part ends below `sparsity` or has another pattern, or training has begun.
+        """
+        sharded = bool(self.flat_slices) or any(to_local(p) is not p for _, p in self.prunable())
+        if sharded or any(self.optimizer.state.values()):
+            raise ValueError("a sparse start is made before the first step, on whole weights; call it earlier")
+        for options, named in self.parts():
+            if options.pattern != WEIGHT or not 0.0 <= sparsity <= options.sparsity:
+                raise ValueError(
+                    f"a start at sparsity {sparsity} does not fit pattern={options.pattern!r} with sparsity="
+                    f"{options.sparsity}; it is for single weights, and no larger than the end"
+                )
+            quotas = start_quotas([tuple(weight.shape) for _, weight in named], sparsity)
+            for (_, weight), zeros in zip(named, quotas, strict=True):
+                zero_smallest(weight, zeros)
+        self.keep_zeros()
+        if self._store.budget is not None:
+            zeros, weights = self.sparsity()
+            self._store.budget = self._store.budget.starting_with(zeros)
+            self._store.fit(weights - zeros)
+
     def check_prunable(self) -> None:
         """Raise ValueError where there is nothing to prune; say what will be pruned where no group is marked."""
         if not self.schedule.enabled:
@@ -120,13 +146,15 @@ class Pruning:
         parameters = [parameter for _, parameter in self.prunable()]
         if self._store.budget is None or not parameters:
             return
-        masks = [saved.get(parameter, {}).get("mask") for parameter in parameters]
-        kept = [
-            to_local(parameter).numel() if mask is None else int(torch.count_nonzero(to_local(mask)))
-            for parameter, mask in zip(parameters, masks, strict=True)
-        ]
+        kept = [self._num_kept(parameter, saved.get(parameter, {})) for parameter in parameters]
         group = self.shard_group or shard_group(parameters)
         self._store.fit(sum_over(group, [sum(kept)], to_local(parameters[0]).device)[0])
+
+    def _num_kept(self, parameter: Tensor, saved: Mapping[str, Any]) -> int:
+        """Weights on this rank that have moments once `saved` is loaded."""
+        begins_pruned = not saved and self.keeps_zeros
+        part = to_local(parameter if begins_pruned else saved.get("mask", parameter))
+        return int(torch.count_nonzero(part)) if begins_pruned or "mask" in saved else part.numel()
 
     def masks(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(parameter, bit mask) of every parameter that has one."""

@@ -299,10 +299,19 @@ def test_data_from_a_url_trains_like_a_folder(flags, few_digits, tmp_path, webda
         Config(shuffle_window=-1)
 
 
-@pytest.mark.parametrize("opt", ["adamwprune", "adamw-movement", "sgd"])
-def test_the_ledger_of_a_steps_peak_is_what_was_predicted(flags, tmp_path, opt):
+@pytest.mark.parametrize(
+    ("opt", "more"),
+    [
+        ("adamwprune", []),
+        ("adamwprune", ["--prune-start", "0.5", "--state-budget", "auto"]),
+        ("adamw-magnitude", ["--prune-start", "0.6"]),
+        ("adamw-movement", []),
+        ("sgd", []),
+    ],
+)
+def test_the_ledger_of_a_steps_peak_is_what_was_predicted(flags, tmp_path, opt, more):
     sparsity = [] if opt == "sgd" else ["--sparsity", "0.7", "--prune-begin", "0.3"]
-    assert train.main([*flags, "--opt", opt, *sparsity, "--experiment", "r", "--smoothing", "0"]) == 0
+    assert train.main([*flags, "--opt", opt, *sparsity, *more, "--experiment", "r", "--smoothing", "0"]) == 0
     report = json.loads((tmp_path / "r" / "memory.json").read_text())
     pruned = ["ramp", "final"] if opt != "sgd" else []
     assert list(report["phases"]) == ["first_step", "dense", *pruned]
@@ -319,6 +328,7 @@ def test_the_ledger_of_a_steps_peak_is_what_was_predicted(flags, tmp_path, opt):
             "gradients",
             "input",
             "optim.exp_avg",
+            "optim.exp_avg_exponents",
             "optim.momentum_buffer",
             "masks",
             "scores",
