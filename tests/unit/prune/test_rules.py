@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from ranks import run_ranks
 from timm.optim import create_optimizer_v2
 from torch import nn
 
@@ -172,23 +171,3 @@ def test_the_schedule_of_parts():
     assert whole.sparsity_at(0) == 0
     assert whole.is_reached(wanted, 134)
     assert not whole.is_reached(wanted + 1, 134)
-
-
-def _sharded(rank):
-    from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor import DTensor
-
-    torch.manual_seed(0)
-    model = network()
-    if rank >= 0:
-        fully_shard(model)
-    rules = {"stem": "skip", "three": {"sparsity": 0.9, "score": "magnitude"}, "two": {"pattern": "2:4"}}
-    optimizer = AdamWPrune(param_groups(model, rules=rules), lr=1e-2, sparsity=0.6, end_step=6, frequency=2)
-    train(model, optimizer, 8)
-    whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters()]
-    return [(p == 0).tolist() for p in whole], optimizer.pruning.sparsity()
-
-
-def test_shards_of_two_ranks_have_the_masks_of_one():
-    wanted = _sharded(-1)
-    assert run_ranks(_sharded, 2) == [wanted, wanted]
