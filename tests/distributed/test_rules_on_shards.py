@@ -1,4 +1,4 @@
-"""Rules for layers on FSDP2's shards. (Forked ranks that run backward must come before what starts autograd's threads.)"""
+"""Rules for layers on FSDP2's shards. (Ranks that run backward are forked before autograd has threads: not in unit.)"""
 
 import torch
 from ranks import run_ranks
