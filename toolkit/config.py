@@ -116,7 +116,9 @@ class Config:
     prune_end: float = flag(0.6, "where the last mask update is, as a fraction of all steps", within="[0, 1]")
     prune_frequency: int = flag(50, "steps between mask updates", within="[1, inf)")
     prune_score: str | None = flag(None, "score of a weight; the method's own by default")
-    prune_scope: str = flag("global", "where weights compete", choices=("global", "layer", "erk"))
+    prune_scope: str = flag(
+        "global", "where weights compete; channels: global or layer", choices=("global", "layer", "erk")
+    )
     prune_pattern: str = flag("weight", "what goes together: weight, N:M as 2:4, or channel")
     prune_ends: bool = flag(False, "N:M: stem and classifier too, where it fits them")
     prune_shrink: bool = flag(False, "channel: after the last mask update go on with the smaller model")

@@ -78,7 +78,7 @@ def update_channels(
         )
     # 2. The cheapest channels, as many as the schedule has room for; no layer loses its last.
     room = options.num_zeros_at(step, sum(whole.values())) - (sum(whole.values()) - survivors)
-    chosen = _choose(groups, alive, sums, counts, sizes, room)
+    chosen = _choose(groups, alive, _turns(groups, alive, sums, counts, options.scope), sizes, room)
     if not any(bool(marks.any()) for marks in chosen):
         if step == options.end_step and survivors == sum(whole.values()):
             raise ValueError(
@@ -110,26 +110,32 @@ def largest_channel(groups: Sequence[ChannelGroup], parameters: Mapping[str, Ten
     )
 
 
+def _turns(
+    groups: Sequence[ChannelGroup], alive: Sequence[Tensor], sums: _Vectors, counts: _Vectors, scope: str
+) -> list[tuple[float, int, int]]:
+    """(rank, group, channel) of all channels that are there, the next to go first."""
+    turns = []
+    for number, (own, left) in enumerate(zip(groups, alive, strict=True)):
+        # Rounded: ranks add up in another order than one does.
+        scores = (_channel_sums(sums, own) / _channel_sums(counts, own).clamp(min=1)).float()
+        if scope == "layer":  # in place of its score the share of the group that is gone when half of the channel is
+            places = scores.masked_fill(~left, -torch.inf).argsort(stable=True).argsort()
+            scores = (places.double() + 0.5) / own.count
+        turns += [(rank, number, channel) for channel, rank in enumerate(scores.tolist()) if left[channel]]
+    return sorted(turns)
+
+
 def _choose(
     groups: Sequence[ChannelGroup],
     alive: Sequence[Tensor],
-    sums: _Vectors,
-    counts: _Vectors,
+    turns: Sequence[tuple[float, int, int]],
     sizes: dict[str, _Size],
     room: int,
 ) -> list[Tensor]:
     """Marks of the channels that go, bool [count] of each group; `sizes` become those after it."""
-    scores = [_channel_sums(sums, own) / _channel_sums(counts, own).clamp(min=1) for own in groups]
-    ranked = sorted(
-        (score, number, channel)
-        for number, own in enumerate(scores)
-        # Rounded: ranks add up in another order than one does.
-        for channel, score in enumerate(own.float().tolist())
-        if alive[number][channel]
-    )
     chosen = [torch.zeros(own.count, dtype=torch.bool) for own in groups]
     left = [int(marks.sum()) for marks in alive]
-    for _, number, channel in ranked:
+    for _, number, channel in turns:
         if left[number] == 1:
             continue
         slices = [one for one in groups[number].slices if one.name in sizes]

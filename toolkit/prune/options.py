@@ -45,7 +45,7 @@ class PruningOptions(Schedule):
     frequency: steps between mask updates.
     pattern: what goes together: weight, N:M as 2:4, or channel (toolkit.prune.patterns).
     score: what a weight is worth (toolkit.prune.scores); None is the optimizer's first.
-    scope: where weights compete: global, layer or erk.
+    scope: where weights compete: global, layer or erk; channels: global, or layer, each giving the same share of them.
     regrow: share of the survivors that make way for pruned weights with the largest gradients, decayed by a cosine.
     state_dtype: of the moments: float32, bfloat16 with stochastic rounding, or int8, which is for prunable parameters
         from 4,096 weights on (toolkit.kernels.narrow; the rest float32); None is the parameter's own.
@@ -76,9 +76,10 @@ class PruningOptions(Schedule):
         if not 0.0 <= self.regrow < 1.0:
             raise ValueError(f"regrow={self.regrow} is a share of the survivors; use 0 (off) to below 1")
         super().__post_init__()
-        if self.pattern == CHANNEL and (self.regrow or self.scope != "global"):
+        if self.pattern == CHANNEL and (self.regrow or self.scope == "erk"):
             raise ValueError(
-                f"pattern={CHANNEL!r} ranks channels of all layers and brings none back; leave out regrow and scope"
+                f"pattern={CHANNEL!r} brings nothing back, and erk is for shapes of single weights; leave out regrow, "
+                "and choose scope global or layer"
             )
 
     @classmethod
