@@ -61,15 +61,16 @@ def random_family(name: str) -> Family:
 
 
 def run_family(run: Path) -> Family:
-    """What a run ended with: as it is, and without its dead channels; top-1 on its evaluation split."""
+    """What a run ended with: as it is, and without its dead channels if any; top-1 on its evaluation split."""
     say(f"{run}: loading, top-1")
     checkpoint, weights, _ = run_weights(run)
-    model, config, _ = run_model(checkpoint, weights)
+    model, config, cut = run_model(checkpoint, weights)
     size = tuple(int(side) for side in _input_size(config, model))
     images = torch.randn(8, *size, generator=torch.Generator().manual_seed(0))
     smaller, _, dead = remove_dead_channels(model, channel_groups(model, images), images)
-    gone = sum(len(channels) for channels in dead.values())
-    made = [Candidate("as trained", model, "weight"), Candidate(f"without {gone} dead channels", smaller, "channel")]
+    made = [Candidate("as trained (--prune-shrink)" if cut else "as trained", model, "channel" if cut else "weight")]
+    if gone := sum(len(channels) for channels in dead.values()):
+        made.append(Candidate(f"without {gone} dead channels", smaller, "channel"))
     note = ""
     for one in made:
         try:

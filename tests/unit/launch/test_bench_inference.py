@@ -10,7 +10,7 @@ from flags import train_flags
 import train
 from launch.bench.__main__ import main
 from launch.bench.inference import BARS, _prepared, to_markdown
-from launch.bench.pruned import kept_channels, random_family, two_of_four
+from launch.bench.pruned import kept_channels, random_family, run_family, two_of_four
 from toolkit.prune.channels import channel_groups
 
 
@@ -96,6 +96,21 @@ def test_a_measurement(run, tmp_path, capsys):
     assert f"{said}resnet50 1.00 ×." in text
     assert "| resnet50, channel 50%, batch 2, eager | 1.35 × | 1.50 × | 2.20 × | yes |" in text
     assert "| resnet50, channel 70%, batch 2, eager | 1.90 × | 1.50 × | 2.20 × | **no** |" in text
+
+
+def test_a_run_without_dead_channels_is_one_row(few_digits, tmp_path):
+    channel = ("--prune-pattern", "channel", "--prune-scope", "layer", "--sparsity", "0.5", "--prune-shrink")
+    flags = train_flags(few_digits, tmp_path, "--opt", "adamwprune", *channel)
+    assert train.main([*flags, "--experiment", "r"]) == 0
+    (row,) = run_family(tmp_path / "r").candidates
+    assert row.name == "as trained (--prune-shrink)"
+    assert (
+        row.facts["weights"]
+        == row.facts["not_zero"]
+        < sum(p.numel() for p in timm.create_model("test_resnet", num_classes=10).parameters())
+    )
+    metrics = json.loads((tmp_path / "r" / "metrics.json").read_text())
+    assert row.facts["top1"] == pytest.approx(metrics["final_top1"])
 
 
 def test_onnx_runtime_runs_the_model(tmp_path):
