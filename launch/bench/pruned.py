@@ -133,7 +133,7 @@ def kept_channels(groups: Iterable[ChannelGroup], share: float, multiple: int = 
     """
     kept = {}
     for group in groups:
-        step = multiple // math.gcd(multiple, min(one.places.shape[1] for one in group.slices))  # heads have many rows
+        step = group.channels_in(multiple)
         width = max(1, round((group.count - round(share * group.count)) / step)) * step
         kept[group.name] = torch.arange(min(width, group.count))
     return kept

@@ -136,7 +136,10 @@ def test_fsdp2_prunes_as_one_rank_does(num_ranks, kind, options):
         (AdamWPrune, {"pattern": "channel", "sparsity": 0.4, "scope": "layer"}),
         (pruned_by_hooks(torch.optim.AdamW, "magnitude"), {"pattern": "channel", "sparsity": 0.4}),
         (pruned_by_hooks(torch.optim.AdamW, "movement"), {"pattern": "channel", "sparsity": 0.4}),
-        (pruned_by_hooks(torch.optim.SGD, "movement"), {"pattern": "channel", "sparsity": 0.4, "scope": "layer"}),
+        (
+            pruned_by_hooks(torch.optim.SGD, "movement"),
+            {"pattern": "channel", "sparsity": 0.4, "scope": "layer", "channel_multiple": 3},
+        ),
     ],
     ids=str,
 )

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import statistics
 from fractions import Fraction
 from itertools import pairwise, product
 
@@ -188,45 +189,57 @@ def mlp(widths, seed=0):
     return parameters, groups
 
 
-@settings(max_examples=60, deadline=None)
+def ranked_by_hand(groups, keep, whole, scope, multiple):
+    """(rank, group, channels before, channels) in turn: fractions by layer, else means of scores over what is left."""
+    turns = []
+    for number, group in enumerate(groups):
+        scores = {}
+        for channel in range(group.count):
+            parts = [whole[one.name].select(one.axis, channel) for one in group.slices]
+            marks = [keep[one.name].select(one.axis, channel) for one in group.slices]
+            left = torch.cat([part[mark] for part, mark in zip(parts, marks, strict=True)])
+            if len(left):
+                scores[channel] = left.double().abs().mean().float().item()
+        order = sorted(scores, key=scores.get)
+        over = len(order) % multiple
+        for begin in [*([0] if over else []), *range(over, len(order), multiple)]:
+            channels = order[begin : begin + (over if begin < over else multiple)]
+            rank = statistics.fmean(scores[channel] for channel in channels)
+            if scope == "layer":
+                rank = Fraction(2 * (group.count - len(order) + begin) + len(channels), 2 * group.count)
+            turns.append((rank, number, begin, channels))
+    return sorted(turns)
+
+
+@settings(max_examples=100, deadline=None)
 @given(
-    st.lists(st.integers(1, 12), min_size=3, max_size=6), st.floats(0.02, 0.98), st.integers(1, 4), st.integers(0, 9)
+    st.lists(st.integers(1, 12), min_size=3, max_size=6),
+    st.floats(0.02, 0.98),
+    st.integers(1, 4),
+    st.sampled_from(["global", "layer"]),
+    st.integers(1, 4),
+    st.integers(0, 9),
 )
-def test_layers_take_turns_as_in_a_plain_loop_whatever_the_ramp(widths, sparsity, end_step, seed):
-    """The order of layers is one of fractions; the weights that are gone are counted in whole masks."""
+def test_every_choice_is_that_of_a_plain_loop(widths, sparsity, end_step, scope, multiple, seed):
+    """Channels go in turn until one lacks room; the weights that are gone are counted in whole masks."""
     parameters, groups = mlp(widths, seed)
     whole = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     total = sum(weight.numel() for weight in whole.values())
-    turns = sorted(
-        (Fraction(2 * place + 1, 2 * group.count), number)
-        for number, group in enumerate(groups)
-        for place in range(group.count - 1)
-    )
-    optimizer = make(parameters, groups, sparsity=sparsity, end_step=end_step, scope="layer")
+    options = {"sparsity": sparsity, "end_step": end_step, "scope": scope, "channel_multiple": multiple}
+    optimizer = make(parameters, groups, **options)
     keep = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in whole.items()}
+    left = [group.count for group in groups]
     for step in range(1, end_step + 1):
-        scores = []
-        for group in groups:  # of this update: means over what was left before it
-            planes = {(one.axis, one.name): keep[one.name] for one in group.slices}
-            scored = [
-                torch.cat(
-                    [whole[name].select(axis, c)[plane.select(axis, c)] for (axis, name), plane in planes.items()]
-                )
-                for c in range(group.count)
-            ]
-            means = [values.double().abs().mean().float().item() for values in scored]
-            scores.append([math.inf if math.isnan(mean) else mean for mean in means])
         wanted = optimizer.pruning.schedule.num_zeros_at(step, total)
-        while turns:
-            number = turns[0][1]
-            channel = min(range(groups[number].count), key=lambda c, number=number: scores[number][c])
+        for _, number, _, channels in ranked_by_hand(groups, keep, whole, scope, multiple):
+            if left[number] == len(channels):
+                continue
             trial = {name: mask.clone() for name, mask in keep.items()}
             for one in groups[number].slices:
-                trial[one.name].select(one.axis, channel).fill_(False)
+                trial[one.name].index_fill_(one.axis, torch.tensor(channels), False)
             if sum(int((~mask).sum()) for mask in trial.values()) > wanted:
                 break
-            keep, scores[number][channel] = trial, math.inf
-            turns.pop(0)
+            keep, left[number] = trial, left[number] - len(channels)
         gradients(parameters.values(), step)
         if step == end_step and all(mask.all() for mask in keep.values()):
             with pytest.raises(ValueError, match=r"is less than any one channel"):
@@ -235,6 +248,20 @@ def test_layers_take_turns_as_in_a_plain_loop_whatever_the_ramp(widths, sparsity
         optimizer.step()
         for name, parameter in parameters.items():
             assert torch.equal(parameter != 0, keep[name]), name
+    assert all(count % multiple == 0 or count == group.count for count, group in zip(left, groups, strict=True))
+
+
+def test_heads_are_multiples_by_their_rows():
+    torch.manual_seed(0)
+    net = MODELS["vit_tiny_patch16_224"]()  # 3 heads of 16 rows, 192 hidden units
+    groups = param_groups(net, pattern="channel", example_input=torch.randn(1, 3, 32, 32))
+    channels = groups[-1]["channels"]
+    options = {"pattern": "channel", "sparsity": 0.4, "end_step": 1, "scope": "layer", "channel_multiple": 32}
+    optimizer = METHODS["magnitude"](groups, **options)
+    gradients(net.parameters(), 0)
+    optimizer.step()
+    left = {group.name: group.count - int(removed(net, group).sum()) for group in channels}
+    assert left == {"blocks.0.attn.qkv": 2, "blocks.0.mlp.fc1": 96, "blocks.1.attn.qkv": 2, "blocks.1.mlp.fc1": 96}
 
 
 def test_how_many_each_layer_loses_is_not_a_matter_of_scores_or_of_the_ramp():
@@ -308,6 +335,9 @@ def test_errors_say_what_to_do():
         AdamWPrune(list(parameters.items()), pattern="channel", sparsity=0.5, end_step=1)
     with pytest.raises(ValueError, match=r"needs example_input"):
         param_groups(MODELS["resnet10t"](), pattern="channel")
+    for multiple, pattern in ((0, "channel"), (2.5, "channel"), (8, "weight")):
+        with pytest.raises(ValueError, match=f"channel_multiple={multiple} with pattern='{pattern}': it is 1"):
+            AdamWPrune(parameters.values(), pattern=pattern, sparsity=0.5, end_step=1, channel_multiple=multiple)
     for option in ({"regrow": 0.1}, {"scope": "erk"}):
         with pytest.raises(ValueError, match="leave out regrow, and choose scope global or layer"):
             AdamWPrune(list(parameters.items()), pattern="channel", sparsity=0.5, end_step=1, **option)
