@@ -117,9 +117,10 @@ class Config:
     prune_end: float = flag(0.6, "where the last mask update is, as a fraction of all steps", within="[0, 1]")
     prune_frequency: int = flag(50, "steps between mask updates", within="[1, inf)")
     prune_score: str | None = flag(None, "score of a weight; the method's own by default")
-    prune_scope: str = flag("global", "where weights compete", choices=("global", "layer", "erk"))
+    prune_scope: str = flag("global", "where weights or channels compete", choices=("global", "layer", "erk"))
     prune_pattern: str = flag("weight", "what goes together: weight, N:M as 2:4, or channel")
     prune_ends: bool = flag(False, "N:M: stem and classifier too, where it fits them")
+    prune_channel_multiple: int = flag(1, "channel: each layer keeps a multiple of so many", within="[1, inf)")
     prune_shrink: bool = flag(False, "channel: after the last mask update go on with the smaller model")
     prune_config: dict[str, Any] | None = flag(
         None,

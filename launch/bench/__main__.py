@@ -18,7 +18,7 @@ _NEEDS = {
     "memory": ("model", "batch_size"),
     "kernels": (),
     "shrunk": ("model", "rounds", "batch_size"),
-    "inference": ("run", "models", "rounds", "batches", "engines", "threads"),
+    "inference": ("run", "models", "rounds", "batches", "engines", "threads", "channel_multiple"),
 }
 
 
@@ -46,6 +46,11 @@ def main(argv: list[str] | None = None) -> int:
                 "help": "of inference, on the CPU, default %(default)s",
             },
             "--threads": {"type": int, "default": 2, "help": "of inference, default %(default)s"},
+            "--channel-multiple": {
+                "type": int,
+                "default": 1,
+                "help": "of inference: rows whose widths are the nearest multiples of this too, for example 16",
+            },
             "--json": {"action": "store_true", "help": "one JSON object on one line on stdout"},
             "--out": {"type": Path, "help": "folder for the .json and .md files, for example results/bench"},
         },

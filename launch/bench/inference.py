@@ -48,17 +48,24 @@ def bench_inference(
     batches: Sequence[int],
     engines: Sequence[str],
     threads: int,
+    channel_multiple: int,
 ) -> dict[str, Any]:
     """All rows of all models; `run` are run folders."""
     if unknown := [engine for engine in engines if engine not in ENGINES]:
         raise ValueError(f"--engines {unknown[0]} is not known; choose from {', '.join(ENGINES)}")
-    if rounds < 1 or threads < 1 or min(batches, default=0) < 1:
-        raise ValueError(f"--rounds {rounds}, --threads {threads}, --batches {list(batches)} must be 1 or more")
+    if min(rounds, threads, channel_multiple, min(batches, default=0)) < 1:
+        raise ValueError(
+            f"--rounds {rounds}, --threads {threads}, --channel-multiple {channel_multiple}, --batches {list(batches)} "
+            "must be 1 or more"
+        )
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     ways = [*engines, *(["gpu"] if DEVICE == "cuda" else [])]
     try:
-        makers = [*(partial(random_family, name) for name in models), *(partial(run_family, one) for one in run)]
+        makers = [
+            *(partial(random_family, name, channel_multiple) for name in models),
+            *(partial(run_family, one) for one in run),
+        ]
         families = [_measured(make(), rounds, sorted(batches), ways, threads) for make in makers]
     finally:
         torch.set_num_threads(before)
@@ -160,7 +167,7 @@ def _peak_bytes(model: nn.Module, images: Tensor) -> int:
 def _bars(family: Mapping[str, Any], batch: int) -> list[dict[str, Any]]:
     found = []
     for row in family["rows"]:
-        bar = BARS.get((family["name"], row["name"]))
+        bar = BARS.get((family["name"], row["name"].partition(" by ")[0]))
         if bar is not None and "eager" in row["times"]:
             reached = row["times"]["eager"][str(batch)]["times_dense"]
             entry = {"model": family["name"], "row": row["name"], "batch": batch, "bar": bar, "times_dense": reached}
@@ -176,8 +183,9 @@ def to_markdown(result: dict[str, Any], command: str) -> str:
         f"Made by `{command}` on {result['date']}: {result['device']}, {result['threads']} threads, torch "
         f"{result['torch']}, ONNX Runtime {result['onnxruntime'] or 'not asked'}. Float32, medians of "
         f"{result['rounds']} rounds in which every row is run in turn, in one process.",
-        "`channel X%`: that share of each inner width is removed (of heads, to the nearest). `weight X%`: the smallest "
-        "of each layer are zero. × dense: images/s against the dense row of the same round.",
+        "`channel X%`: that share of each inner width is removed (of heads, to the nearest), `by N`: then the "
+        "nearest multiple of N stays. `weight X%`: the smallest of each layer are zero. × dense: images/s against the "
+        "dense row of the same round.",
     ]
     if result["kind"] != "cuda":
         lines += ["", "**No GPU was at hand: there are no GPU columns.**"]
@@ -236,6 +244,17 @@ def _section(family: Mapping[str, Any], ways: Sequence[str], batches: Sequence[i
         for row in family["rows"]
     ]
     lines += ["", *table(sizes, cells)]
+    kept = [
+        [
+            row["name"],
+            ", ".join(f"{whole} → {kept}" for whole, kept in row["widths"]),
+            f"{100 * row['channels_gone']:.1f} %",
+        ]
+        for row in family["rows"]
+        if "widths" in row
+    ]
+    if kept:
+        lines += ["", *table(["row", "inner widths", "of all inner channels gone"], kept, text=(0, 1))]
     for way in ways:
         header = ["row", "FLOP bound"]
         for batch in batches:

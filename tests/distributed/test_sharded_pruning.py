@@ -133,8 +133,13 @@ def test_fsdp2_prunes_as_one_rank_does(num_ranks, kind, options):
         (pruned_by_hooks(torch.optim.AdamW, "movement"), {"pattern": "3:4", "sparsity": None}),
         (AdamWPrune, {"pattern": "channel", "sparsity": 0.4}),
         (SGDPrune, {"pattern": "channel", "sparsity": 0.4, "score": "magnitude"}),
+        (AdamWPrune, {"pattern": "channel", "sparsity": 0.4, "scope": "layer"}),
         (pruned_by_hooks(torch.optim.AdamW, "magnitude"), {"pattern": "channel", "sparsity": 0.4}),
         (pruned_by_hooks(torch.optim.AdamW, "movement"), {"pattern": "channel", "sparsity": 0.4}),
+        (
+            pruned_by_hooks(torch.optim.SGD, "movement"),
+            {"pattern": "channel", "sparsity": 0.4, "scope": "layer", "channel_multiple": 3},
+        ),
     ],
     ids=str,
 )

@@ -133,6 +133,7 @@ def create_optimizer(
     spec = find_spec(opt)
     if spec is not None and spec.method != "none":
         given = {"score": config.prune_score, "scope": config.prune_scope, "regrow": config.prune_regrow}
+        given["channel_multiple"] = config.prune_channel_multiple
         given |= dataclasses.asdict(schedule)
         moments = {"state_dtype": config.state_dtype, "state_budget": config.state_budget}
         given |= {key: value for key, value in moments.items() if value is not None}

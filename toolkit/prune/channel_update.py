@@ -12,6 +12,7 @@ Ranks of a sharded model add up sums and counts, and choose alike from them.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 import torch.distributed
@@ -78,12 +79,12 @@ def update_channels(
         )
     # 2. The cheapest channels, as many as the schedule has room for; no layer loses its last.
     room = options.num_zeros_at(step, sum(whole.values())) - (sum(whole.values()) - survivors)
-    chosen = _choose(groups, alive, sums, counts, sizes, room)
+    chosen = _choose(groups, alive, _turns(groups, alive, sums, counts, options), sizes, room)
     if not any(bool(marks.any()) for marks in chosen):
         if step == options.end_step and survivors == sum(whole.values()):
             raise ValueError(
-                f"sparsity={options.sparsity} of {survivors} weights is less than any one channel of them; ask for "
-                "more, or prune by weight"
+                f"sparsity={options.sparsity} of {survivors} weights is less than any one channel of them, or so many "
+                f"as go at once (channel_multiple={options.channel_multiple}); ask for more, or prune by weight"
             )
         return None
     # 3. Apply tensor by tensor.
@@ -98,49 +99,61 @@ def update_channels(
     return sum(size.rows * size.columns * size.within for size in sizes.values())
 
 
-def largest_channel(groups: Sequence[ChannelGroup], parameters: Mapping[str, Tensor]) -> int:
-    """Weights of the largest channel, of the whole model."""
+def most_at_once(groups: Sequence[ChannelGroup], parameters: Mapping[str, Tensor], multiple: int) -> int:
+    """The most weights that go at once, of the whole model: a channel's, or those of so many that make a multiple."""
     sizes = {name: _Size(*_shape(parameter)) for name, parameter in parameters.items()}
     return max(
         (
             sum(replace(sizes[one.name]).lose(one.axis, one.places.shape[1]) for one in own.slices if one.name in sizes)
+            * own.channels_in(multiple)
             for own in groups
         ),
         default=0,
     )
 
 
+def _turns(
+    groups: Sequence[ChannelGroup], alive: Sequence[Tensor], sums: _Vectors, counts: _Vectors, options: PruningOptions
+) -> list[tuple[float, int, int, list[int]]]:
+    """(rank, group, channels of it that go before, channels that go at once), the next to go first."""
+    turns = []
+    for number, (own, present) in enumerate(zip(groups, alive, strict=True)):
+        # Rounded: ranks add up in another order than one does.
+        scores = (_channel_sums(sums, own) / _channel_sums(counts, own).clamp(min=1)).float().double()
+        order = [channel for channel in scores.argsort(stable=True).tolist() if present[channel]]
+        step = own.channels_in(options.channel_multiple)
+        ends = range(len(order) % step or step, len(order) + 1, step)
+        for begin, end in pairwise([0, *ends]):
+            channels = order[begin:end]
+            rank = float(scores[channels].mean())
+            if options.scope == "layer":  # the share of the group that is gone when half of them is
+                rank = (own.count - len(order) + (begin + end) / 2) / own.count
+            turns.append((rank, number, begin, channels))
+    return sorted(turns)
+
+
 def _choose(
     groups: Sequence[ChannelGroup],
     alive: Sequence[Tensor],
-    sums: _Vectors,
-    counts: _Vectors,
+    turns: Sequence[tuple[float, int, int, list[int]]],
     sizes: dict[str, _Size],
     room: int,
 ) -> list[Tensor]:
     """Marks of the channels that go, bool [count] of each group; `sizes` become those after it."""
-    scores = [_channel_sums(sums, own) / _channel_sums(counts, own).clamp(min=1) for own in groups]
-    ranked = sorted(
-        (score, number, channel)
-        for number, own in enumerate(scores)
-        # Rounded: ranks add up in another order than one does.
-        for channel, score in enumerate(own.float().tolist())
-        if alive[number][channel]
-    )
     chosen = [torch.zeros(own.count, dtype=torch.bool) for own in groups]
     left = [int(marks.sum()) for marks in alive]
-    for _, number, channel in ranked:
-        if left[number] == 1:
+    for _, number, _, channels in turns:
+        if left[number] == len(channels):
             continue
         slices = [one for one in groups[number].slices if one.name in sizes]
-        lost = sum(sizes[one.name].lose(one.axis, one.places.shape[1]) for one in slices)
+        lost = sum(sizes[one.name].lose(one.axis, one.places.shape[1] * len(channels)) for one in slices)
         if lost > room:
             for one in reversed(slices):
-                sizes[one.name].lose(one.axis, -one.places.shape[1])
+                sizes[one.name].lose(one.axis, -one.places.shape[1] * len(channels))
             break
         room -= lost
-        left[number] -= 1
-        chosen[number][channel] = True
+        left[number] -= len(channels)
+        chosen[number][channels] = True
     return chosen
 
 

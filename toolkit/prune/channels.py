@@ -5,6 +5,7 @@ rows that make it, its BatchNorm, the input slices of those that read it. Residu
 """
 
 import copy
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -59,6 +60,10 @@ class ChannelGroup:
     name: str  # the layer that makes the channels, for example layer1.0.conv1
     count: int  # channels; of attention, heads
     slices: tuple[ChannelSlice, ...]
+
+    def channels_in(self, multiple: int) -> int:
+        """The fewest channels whose rows are a multiple of this number; a head has many rows."""
+        return multiple // math.gcd(multiple, min(one.places.shape[1] for one in self.slices))
 
 
 class _WholeError(Exception):

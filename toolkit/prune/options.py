@@ -29,6 +29,7 @@ class PruningKeywords(TypedDict, total=False):
     pattern: str
     score: str | None
     scope: str
+    channel_multiple: int
     regrow: float
     state_dtype: str | None
     state_budget: float | str | None
@@ -45,7 +46,8 @@ class PruningOptions(Schedule):
     frequency: steps between mask updates.
     pattern: what goes together: weight, N:M as 2:4, or channel (toolkit.prune.patterns).
     score: what a weight is worth (toolkit.prune.scores); None is the optimizer's first.
-    scope: where weights compete: global, layer or erk.
+    scope: where weights compete: global, layer or erk; channels: global, or layer, each giving the same share of them.
+    channel_multiple: with pattern channel each layer keeps a multiple of so many channels, or all where it has fewer.
     regrow: share of the survivors that make way for pruned weights with the largest gradients, decayed by a cosine.
     state_dtype: of the moments: float32, bfloat16 with stochastic rounding, or int8, which is for prunable parameters
         from 4,096 weights on (toolkit.kernels.narrow; the rest float32); None is the parameter's own.
@@ -57,6 +59,7 @@ class PruningOptions(Schedule):
 
     score: str | None = None
     scope: str = "global"
+    channel_multiple: int = 1
     regrow: float = 0.0
     state_dtype: str | None = None
     state_budget: float | str | None = None
@@ -76,9 +79,16 @@ class PruningOptions(Schedule):
         if not 0.0 <= self.regrow < 1.0:
             raise ValueError(f"regrow={self.regrow} is a share of the survivors; use 0 (off) to below 1")
         super().__post_init__()
-        if self.pattern == CHANNEL and (self.regrow or self.scope != "global"):
+        multiple = self.channel_multiple
+        if not isinstance(multiple, int) or multiple < 1 or (multiple > 1 and self.pattern != CHANNEL):
             raise ValueError(
-                f"pattern={CHANNEL!r} ranks channels of all layers and brings none back; leave out regrow and scope"
+                f"channel_multiple={multiple} with pattern={self.pattern!r}: it is 1 (off), and with pattern="
+                f"{CHANNEL!r} any whole number above; leave it out, or give for example 8"
+            )
+        if self.pattern == CHANNEL and (self.regrow or self.scope == "erk"):
+            raise ValueError(
+                f"pattern={CHANNEL!r} brings nothing back, and erk is for shapes of single weights; leave out regrow, "
+                "and choose scope global or layer"
             )
 
     @classmethod

@@ -10,7 +10,7 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from toolkit.prune.budget import budget_for
-from toolkit.prune.channel_update import largest_channel, update_channels
+from toolkit.prune.channel_update import most_at_once, update_channels
 from toolkit.prune.channels import ChannelGroup
 from toolkit.prune.distributed import (
     FlatSlices,
@@ -137,7 +137,8 @@ class Pruning:
         for options, named in self.parts():
             final_zeros += options.num_zeros_at(options.end_step or 0, sum(parameter.numel() for _, parameter in named))
         if self.options.pattern == CHANNEL:  # the last one that has no room any more stays
-            final_zeros = max(1, final_zeros - largest_channel(self.channels or [], dict(self.prunable())))
+            step = most_at_once(self.channels or [], dict(self.prunable()), self.options.channel_multiple)
+            final_zeros = max(1, final_zeros - step)
         self._store.budget = budget_for(self.options.state_budget, numels, num_moments, final_zeros)
         self._store.fit(sum(numels))
 

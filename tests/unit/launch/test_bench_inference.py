@@ -9,8 +9,8 @@ from flags import train_flags
 
 import train
 from launch.bench.__main__ import main
-from launch.bench.inference import BARS, _prepared, to_markdown
-from launch.bench.pruned import kept_channels, random_family, two_of_four
+from launch.bench.inference import BARS, _bars, _prepared, to_markdown
+from launch.bench.pruned import kept_channels, random_family, run_family, two_of_four
 from toolkit.prune.channels import channel_groups
 
 
@@ -55,6 +55,35 @@ def test_a_share_of_each_width():
         assert all(len(kept[group.name]) == wanted[group.count] for group in groups)
 
 
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.7, 0.9])
+def test_widths_to_the_nearest_multiple(share):
+    for name, size in (("resnet50", 64), ("vit_tiny_patch16_224", 224)):
+        groups = channel_groups(timm.create_model(name), torch.zeros(1, 3, size, size))
+        plain, rounded = (kept_channels(groups, share, multiple) for multiple in (1, 16))
+        for group in groups:
+            rows = min(one.places.shape[1] for one in group.slices)
+            before, after = len(plain[group.name]), len(rounded[group.name])
+            assert after * rows % 16 == 0
+            assert abs(after - before) * rows <= 8 or after * rows == 16
+            assert before == after or rows == 1  # heads of 64 rows are whole blocks
+
+
+def test_rows_of_multiples_say_what_they_kept():
+    rows = {one.name: one.facts for one in random_family("test_resnet", 16).candidates}
+    assert rows["channel 70%"]["widths"] == [[16, 5], [32, 10], [48, 14], [96, 29]]
+    rounded = rows["channel 70% by 16"]
+    assert rounded["widths"] == [[16, 16], [32, 16], [48, 16], [96, 32]]
+    assert rounded["weights"] > rows["channel 70%"]["weights"]
+    assert [name for name in rows if " by " in name] == [f"channel {n}% by 16" for n in (30, 50, 70)]
+
+
+def test_the_bar_of_a_share_is_asked_of_its_multiples_too_by_their_own_name():
+    name = "channel 70% by 16"
+    row = {"name": name, "times": {"eager": {"32": {"times_dense": 1.8}}}, "flop_bound": 4.06}
+    (bar,) = _bars({"name": "resnet50", "rows": [row]}, 32)
+    assert (bar["row"], bar["bar"], bar["met"]) == (name, 1.9, False)
+
+
 @pytest.fixture(scope="module")
 def run(few_digits, tmp_path_factory):
     output = tmp_path_factory.mktemp("runs")
@@ -96,6 +125,19 @@ def test_a_measurement(run, tmp_path, capsys):
     assert f"{said}resnet50 1.00 ×." in text
     assert "| resnet50, channel 50%, batch 2, eager | 1.35 × | 1.50 × | 2.20 × | yes |" in text
     assert "| resnet50, channel 70%, batch 2, eager | 1.90 × | 1.50 × | 2.20 × | **no** |" in text
+
+
+def test_a_run_without_dead_channels_is_one_row(few_digits, tmp_path):
+    channel = ("--prune-pattern", "channel", "--prune-scope", "layer", "--sparsity", "0.5", "--prune-shrink")
+    flags = train_flags(few_digits, tmp_path, "--opt", "adamwprune", *channel)
+    assert train.main([*flags, "--experiment", "r"]) == 0
+    (row,) = run_family(tmp_path / "r").candidates
+    assert row.name == "as trained (--prune-shrink)"
+    whole = sum(p.numel() for p in timm.create_model("test_resnet", num_classes=10).parameters())
+    assert row.facts["weights"] < whole
+    assert row.facts["not_zero"] == row.facts["weights"]
+    metrics = json.loads((tmp_path / "r" / "metrics.json").read_text())
+    assert row.facts["top1"] == pytest.approx(metrics["final_top1"])
 
 
 def test_onnx_runtime_runs_the_model(tmp_path):

@@ -2,10 +2,15 @@
 
 import copy
 import math
+import statistics
+from fractions import Fraction
+from itertools import pairwise, product
 
 import pytest
 import timm
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from toolkit.optim import AdamWPrune, param_groups
@@ -32,10 +37,12 @@ MODELS = {
 }
 
 ONE_OF_EACH = {
-    ("resnet10t", "state"),
-    ("resnet10t", "movement"),
-    ("vit_tiny_patch16_224", "sgd-state"),
-    ("vit_tiny_patch16_224", "magnitude"),
+    ("resnet10t", "state", "global"),
+    ("resnet10t", "movement", "global"),
+    ("resnet10t", "sgd-state", "layer"),
+    ("vit_tiny_patch16_224", "sgd-state", "global"),
+    ("vit_tiny_patch16_224", "magnitude", "global"),
+    ("vit_tiny_patch16_224", "movement", "layer"),
 }
 
 
@@ -57,19 +64,18 @@ def removed(model, group):
 
 
 @pytest.mark.parametrize(
-    ("model", "method"),
+    ("model", "method", "scope"),
     [
-        pytest.param(model, method, marks=() if (model, method) in ONE_OF_EACH else pytest.mark.long)
-        for model in MODELS
-        for method in METHODS
+        pytest.param(*case, marks=() if case in ONE_OF_EACH else pytest.mark.long)
+        for case in product(MODELS, METHODS, ("global", "layer"))
     ],
 )
-def test_every_update_takes_as_many_whole_channels_as_the_target_has_room_for(model, method):
+def test_every_update_takes_as_many_whole_channels_as_the_target_has_room_for(model, method, scope):
     torch.manual_seed(0)
     net = MODELS[model]()
     groups = param_groups(net, pattern="channel", example_input=torch.randn(1, 3, 32, 32))
     channels = groups[-1]["channels"]
-    optimizer = METHODS[method](groups, pattern="channel", sparsity=0.5, end_step=6, frequency=2)
+    optimizer = METHODS[method](groups, pattern="channel", sparsity=0.5, end_step=6, frequency=2, scope=scope)
     assert all("channels" not in group for group in optimizer.param_groups)
     before = None
     for step in range(1, 9):
@@ -84,6 +90,12 @@ def test_every_update_takes_as_many_whole_channels_as_the_target_has_room_for(mo
         # Another channel, whichever, is larger than the room that is left.
         largest = max(_weights_of(net, group) for group in channels)
         assert wanted - largest < zeros <= wanted
+        if scope == "layer":  # there is a share from which no layer is more than half a channel away
+            least, most = (
+                [(int(marks.sum()) + half) / len(marks) for marks in gone if int(marks.sum()) < len(marks) - 1]
+                for half in (0.5, -0.5)
+            )
+            assert max(most) <= min(least)
         # Nothing else is zero: what is not of a removed channel is as large as the model without them.
         alive = {name: torch.ones_like(p, dtype=torch.bool) for name, p in net.named_parameters() if p.ndim > 1}
         for group, marks in zip(channels, gone, strict=True):
@@ -161,6 +173,113 @@ def test_the_choice_is_that_of_a_plain_loop_in_float64(sparsity):
     assert optimizer.pruning.sparsity() == (zeros, total)
 
 
+def mlp(widths, seed=0):
+    """Layers of these widths in a row, the inner ones in groups; each weight once."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = {str(n): torch.randn(out, into, generator=generator) for n, (into, out) in enumerate(pairwise(widths))}
+    parameters = {name: nn.Parameter(weight) for name, weight in weights.items()}
+    groups = [
+        ChannelGroup(
+            str(n),
+            width,
+            tuple(ChannelSlice(str(n + axis), axis, torch.arange(width).unsqueeze(1)) for axis in (0, 1)),
+        )
+        for n, width in enumerate(widths[1:-1])
+    ]
+    return parameters, groups
+
+
+def ranked_by_hand(groups, keep, whole, scope, multiple):
+    """(rank, group, channels before, channels) in turn: fractions by layer, else means of scores over what is left."""
+    turns = []
+    for number, group in enumerate(groups):
+        scores = {}
+        for channel in range(group.count):
+            parts = [whole[one.name].select(one.axis, channel) for one in group.slices]
+            marks = [keep[one.name].select(one.axis, channel) for one in group.slices]
+            left = torch.cat([part[mark] for part, mark in zip(parts, marks, strict=True)])
+            if len(left):
+                scores[channel] = left.double().abs().mean().float().item()
+        order = sorted(scores, key=scores.get)
+        over = len(order) % multiple
+        for begin in [*([0] if over else []), *range(over, len(order), multiple)]:
+            channels = order[begin : begin + (over if begin < over else multiple)]
+            rank = statistics.fmean(scores[channel] for channel in channels)
+            if scope == "layer":
+                rank = Fraction(2 * (group.count - len(order) + begin) + len(channels), 2 * group.count)
+            turns.append((rank, number, begin, channels))
+    return sorted(turns)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(st.integers(1, 12), min_size=3, max_size=6),
+    st.floats(0.02, 0.98),
+    st.integers(1, 4),
+    st.sampled_from(["global", "layer"]),
+    st.integers(1, 4),
+    st.integers(0, 9),
+)
+def test_every_choice_is_that_of_a_plain_loop(widths, sparsity, end_step, scope, multiple, seed):
+    """Channels go in turn until one lacks room; the weights that are gone are counted in whole masks."""
+    parameters, groups = mlp(widths, seed)
+    whole = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    total = sum(weight.numel() for weight in whole.values())
+    options = {"sparsity": sparsity, "end_step": end_step, "scope": scope, "channel_multiple": multiple}
+    optimizer = make(parameters, groups, **options)
+    keep = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in whole.items()}
+    left = [group.count for group in groups]
+    for step in range(1, end_step + 1):
+        wanted = optimizer.pruning.schedule.num_zeros_at(step, total)
+        for _, number, _, channels in ranked_by_hand(groups, keep, whole, scope, multiple):
+            if left[number] == len(channels):
+                continue
+            trial = {name: mask.clone() for name, mask in keep.items()}
+            for one in groups[number].slices:
+                trial[one.name].index_fill_(one.axis, torch.tensor(channels), False)
+            if sum(int((~mask).sum()) for mask in trial.values()) > wanted:
+                break
+            keep, left[number] = trial, left[number] - len(channels)
+        gradients(parameters.values(), step)
+        if step == end_step and all(mask.all() for mask in keep.values()):
+            with pytest.raises(ValueError, match=r"is less than any one channel"):
+                optimizer.step()
+            return
+        optimizer.step()
+        for name, parameter in parameters.items():
+            assert torch.equal(parameter != 0, keep[name]), name
+    assert all(count % multiple == 0 or count == group.count for count, group in zip(left, groups, strict=True))
+
+
+def test_heads_are_multiples_by_their_rows():
+    torch.manual_seed(0)
+    net = MODELS["vit_tiny_patch16_224"]()  # 3 heads of 16 rows, 192 hidden units
+    groups = param_groups(net, pattern="channel", example_input=torch.randn(1, 3, 32, 32))
+    channels = groups[-1]["channels"]
+    options = {"pattern": "channel", "sparsity": 0.4, "end_step": 1, "scope": "layer", "channel_multiple": 32}
+    optimizer = METHODS["magnitude"](groups, **options)
+    gradients(net.parameters(), 0)
+    optimizer.step()
+    left = {group.name: group.count - int(removed(net, group).sum()) for group in channels}
+    assert left == {"blocks.0.attn.qkv": 2, "blocks.0.mlp.fc1": 96, "blocks.1.attn.qkv": 2, "blocks.1.mlp.fc1": 96}
+
+
+def test_how_many_each_layer_loses_is_not_a_matter_of_scores_or_of_the_ramp():
+    counts = set()
+    for end_step, make_optimizer in enumerate(METHODS.values(), 1):
+        torch.manual_seed(end_step)
+        net = MODELS["resnet10t"]()
+        groups = param_groups(net, pattern="channel", example_input=torch.randn(1, 3, 32, 32))
+        channels = groups[-1]["channels"]
+        options = {"pattern": "channel", "sparsity": 0.6, "end_step": end_step, "frequency": 1, "scope": "layer"}
+        optimizer = make_optimizer(groups, **options)
+        for step in range(end_step):
+            gradients(net.parameters(), step)
+            optimizer.step()
+        counts.add(tuple(int(removed(net, group).sum()) for group in channels))
+    assert len(counts) == 1
+
+
 def test_no_layer_loses_its_last_channel():
     parameters, groups = chain()
     with torch.no_grad():
@@ -216,8 +335,12 @@ def test_errors_say_what_to_do():
         AdamWPrune(list(parameters.items()), pattern="channel", sparsity=0.5, end_step=1)
     with pytest.raises(ValueError, match=r"needs example_input"):
         param_groups(MODELS["resnet10t"](), pattern="channel")
-    with pytest.raises(ValueError, match="leave out regrow and scope"):
-        AdamWPrune(list(parameters.items()), pattern="channel", sparsity=0.5, end_step=1, regrow=0.1)
+    for multiple, pattern in ((0, "channel"), (2.5, "channel"), (8, "weight")):
+        with pytest.raises(ValueError, match=f"channel_multiple={multiple} with pattern='{pattern}': it is 1"):
+            AdamWPrune(parameters.values(), pattern=pattern, sparsity=0.5, end_step=1, channel_multiple=multiple)
+    for option in ({"regrow": 0.1}, {"scope": "erk"}):
+        with pytest.raises(ValueError, match="leave out regrow, and choose scope global or layer"):
+            AdamWPrune(list(parameters.items()), pattern="channel", sparsity=0.5, end_step=1, **option)
     with pytest.raises(ValueError, match="no channels of this model can go"):
         make(parameters, [], sparsity=0.5, end_step=3)
     optimizer = make(parameters, groups, sparsity=0.05, end_step=1)
