@@ -125,7 +125,7 @@ def damage_of(path: Path) -> str | None:
 def _checksum(path: Path) -> int:
     checksum = 0
     with open(path, "rb") as file:
-        while block := file.read(1 << 22):
+        while block := file.read(1 << 20):
             checksum = zlib.crc32(block, checksum)
     return checksum
 
@@ -206,9 +206,9 @@ def _write_tensors(
                 save_file(_apart(held), temporary, {"DCP_SHARDING_INFO": json.dumps(places)})
         except SafetensorError as error:  # as it calls what the system says
             raise OSError(str(error)) from None
-        sums[f"{_TENSORS}/{file.name}"] = _checksum(file)
         held.clear()
         places.clear()
+        sums[f"{_TENSORS}/{file.name}"] = _checksum(file)
 
     for key, part in tensors:
         if isinstance(part, Shard):
