@@ -1,4 +1,4 @@
-"""The launcher's environment of each engine, by name."""
+"""The launcher's environment of each engine, by name, and whole tensors of whichever it is; on all ranks."""
 
 ENGINES = {
     "ddp": {},
@@ -23,3 +23,13 @@ ENGINES = {
         for stage in (1, 2, 3)
     },
 }
+
+
+def whole_weights(engine, ema=None):
+    """Weights and buffers by name, or their averages."""
+    return {name: engine.whole(part) for name, part in engine.weights(ema)}
+
+
+def whole_states(engine):
+    """The optimizer's dense state by (name, key)."""
+    return {(name, key): engine.whole(value) for name, key, value in engine.optimizer_states()}

@@ -6,7 +6,7 @@ import signal
 
 import pytest
 import torch
-from engines import ENGINES
+from engines import ENGINES, whole_states, whole_weights
 from flags import train_flags, vit_flags
 from ranks import run_ranks
 from test_engines import SETTINGS, far
@@ -49,9 +49,9 @@ def train(rank, engine, flags):
         skip._init_scale = 2.0**20
     history = train_loop(run)
     return {
-        "weights": dict(run.engine.weights()),
-        "ema": {} if run.ema is None else dict(run.engine.weights(run.ema.module)),
-        "masks": {name: v for name, key, v in run.engine.optimizer_states() if key == "mask"},
+        "weights": whole_weights(run.engine),
+        "ema": {} if run.ema is None else whole_weights(run.engine, run.ema.module),
+        "masks": {name: v for (name, key), v in whole_states(run.engine).items() if key == "mask"},
         "steps": run.pruning_steps,
         "scale": None if skip is None else skip.get_scale(),
         "ema_bytes": run.memory.end["ema"],
@@ -125,7 +125,7 @@ def show(rank, engine, flags):
     found = []
     for ema in (run.ema.module, None, run.ema.module, None):
         plain = toolkit.builder.run.create_model(parse(flags), 10).eval()
-        plain.load_state_dict(dict(run.engine.weights(ema)))
+        plain.load_state_dict(whole_weights(run.engine, ema))
         with run.engine.evaluated(ema) as module, torch.no_grad():
             found.append((module.eval()(images), plain(images)))
     return found
@@ -173,7 +173,8 @@ def until_the_stop(rank, engine, flags, stops):
         train_loop(run)
     except InterruptedRunError:
         return None
-    return dict(run.engine.weights()) | {f"ema.{name}": one for name, one in run.engine.weights(run.ema.module)}
+    averages = whole_weights(run.engine, run.ema.module)
+    return whole_weights(run.engine) | {f"ema.{name}": one for name, one in averages.items()}
 
 
 @pytest.mark.parametrize(

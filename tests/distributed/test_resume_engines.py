@@ -6,7 +6,7 @@ import signal
 import pytest
 import torch
 from at_batch import at_batch
-from engines import ENGINES
+from engines import ENGINES, whole_states, whole_weights
 from flags import vit_flags
 from ranks import run_ranks
 from test_engines import far
@@ -26,9 +26,9 @@ def flags(few_digits, tmp_path):
 
 def held(run):
     """Copies: on CPU the tensors are the run's own."""
-    weights = {name: tensor.clone() for name, tensor in run.engine.weights()}
-    averages = {name: tensor.clone() for name, tensor in run.engine.weights(run.ema.module)}
-    return weights, {(name, key): value.clone() for name, key, value in run.engine.optimizer_states()}, averages
+    weights = {name: tensor.clone() for name, tensor in whole_weights(run.engine).items()}
+    averages = {name: tensor.clone() for name, tensor in whole_weights(run.engine, run.ema.module).items()}
+    return weights, {key: value.clone() for key, value in whole_states(run.engine).items()}, averages
 
 
 def stop_at_11(rank, engine, flags):

@@ -1,12 +1,12 @@
 """Checkpoints that are whole or not there: written to a temporary folder, synced, marked complete, renamed.
 
 Only then are older ones removed. The newest complete one is what `--resume auto` takes. One format for all engines:
-`tensors/` holds whole, parameter-shaped tensors by name (torch.distributed.checkpoint with safetensors files), state.pt
-the rest, read with `weights_only=True`: a checkpoint cannot run code. (torch.distributed.checkpoint's own file format
+`tensors/` holds tensors by name in safetensors files, each rank's part of those that are cut in files of its own, flat
+(their shapes are in the mark), with the places that torch.distributed.checkpoint's reader goes by. state.pt has the
+rest, read with `weights_only=True`: a checkpoint cannot run code. (torch.distributed.checkpoint's own file format
 keeps its index as a pickle, which can.)
 """
 
-import contextlib
 import io
 import json
 import pickle
@@ -16,22 +16,28 @@ import stat
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 from toolkit.dist import World
-from toolkit.files import inside, read_json, sync_to_disk, write_json
+from toolkit.engine.shard import Shard
+from toolkit.errors import blaming
+from toolkit.files import inside, read_json, replacing, sync_to_disk, write_json
 from toolkit.log import get_logger
-from toolkit.memory.ledger import storage_key
+
+T = TypeVar("T")
 
 _STATE, _TENSORS, _COMPLETE, _BEST = "state.pt", "tensors", "COMPLETE", "best.json"
 _NAME = re.compile("step-[0-9]+")
+_FILE_BYTES = 2**26  # of tensors in a file, but for one that is larger; a rank has one file's on the host at a time
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
@@ -80,18 +86,21 @@ def read_identity(path: Path) -> dict[str, Any]:
     """What a checkpoint says it belongs to. Raises ValueError where the folder is not a complete checkpoint."""
     if not (path / _COMPLETE).is_file() or not _NAME.fullmatch(path.name):
         raise ValueError(f"{path} is not a complete checkpoint, a step-<number> folder; --resume auto finds the newest")
-    return _read_mark(path)[0]
+    return dict(_read_mark(path)["identity"])
 
 
-def _read_mark(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
-    """(identity, file -> checksum) by a checkpoint's mark. Raises ValueError for other shapes and unsafe names."""
+def _read_mark(path: Path) -> dict[str, dict[str, Any]]:
+    """A checkpoint's identity, files (with checksums) and shapes of cut tensors, by its mark.
+
+    Raises ValueError for other content and unsafe names.
+    """
     mark = read_json(path / _COMPLETE)
-    identity, files = (mark.get("identity"), mark.get("files", {})) if isinstance(mark, dict) else (None, None)
-    if not isinstance(identity or {}, dict) or not isinstance(files, dict):
+    found = {key: mark.get(key) or {} for key in ("identity", "files", "shapes")} if isinstance(mark, dict) else {}
+    if not found or not all(isinstance(part, dict) for part in found.values()):
         raise ValueError(f"{path / _COMPLETE} is not the mark of a checkpoint; take another one")
-    for name in files:
+    for name in found["files"]:
         inside(path, name, f"{path / _COMPLETE}: file")
-    return identity or {}, files
+    return found
 
 
 def discard_after(folder: Path, step: int) -> list[str]:
@@ -105,7 +114,7 @@ def discard_after(folder: Path, step: int) -> list[str]:
 def damage_of(path: Path) -> str | None:
     """What is wrong with a complete checkpoint's files, None where they are as they were written."""
     try:
-        for name, checksum in _read_mark(path)[1].items():
+        for name, checksum in _read_mark(path)["files"].items():
             if not stat.S_ISREG((path / name).stat().st_mode) or _checksum(path / name) != checksum:
                 return f"{name} is not as it was written"
     except (OSError, ValueError) as error:
@@ -116,7 +125,7 @@ def damage_of(path: Path) -> str | None:
 def _checksum(path: Path) -> int:
     checksum = 0
     with open(path, "rb") as file:
-        while block := file.read(1 << 22):
+        while block := file.read(1 << 20):
             checksum = zlib.crc32(block, checksum)
     return checksum
 
@@ -126,9 +135,12 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
     Raises ValueError where it is not a complete one, or holds what could run code or take more memory than its files.
     """
-    state = load_state(path)
+    state, shapes = load_state(path), _read_mark(path)["shapes"]
     for key, tensor in _read_tensors(path / _TENSORS).items():
         kind, _, name = key.partition(".")
+        if key in shapes:
+            with blaming(f"{path / _COMPLETE}: the shape of {key} does not fit", "take another checkpoint"):
+                tensor = tensor.view(shapes[key])
         if kind == "optimizer":
             state_key, _, name = name.partition(".")
             state["optimizer"]["state"].setdefault(name, {})[state_key] = tensor
@@ -154,37 +166,75 @@ def load_state(path: Path) -> dict[str, Any]:
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
     if not folder.is_dir():
         return {}
+    for path in folder.glob("*.safetensors"):
+        inside(folder, path.name, f"{folder}:")
     metadata: dict[str, Any] = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-    claimed = sum(facts.size.numel() * facts.properties.dtype.itemsize for facts in metadata.values())
-    stored = sum(inside(folder, path.name, f"{folder}:").stat().st_size for path in folder.glob("*.safetensors"))
-    if claimed > stored:  # parts of a tensor may say where in it they lie
-        raise ValueError(
-            f"{folder} claims {claimed:,} bytes of tensors in files of {stored:,}; take another checkpoint"
+    for key, facts in metadata.items():  # parts of a tensor say where in it they lie
+        claimed, stored = (
+            sum(size.numel() for size in sizes) * facts.properties.dtype.itemsize
+            for sizes in ([facts.size], [chunk.sizes for chunk in facts.chunks])
         )
+        if claimed != stored:
+            raise ValueError(
+                f"{folder}: {key} claims {claimed:,} bytes of tensors in files of {stored:,}; take another checkpoint"
+            )
     tensors = {key: torch.empty(facts.size, dtype=facts.properties.dtype) for key, facts in metadata.items()}
-    with _quiet():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process reads, on purpose
         dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
     return tensors
 
 
-def _write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    seen: set[int] = set()
-    apart = {}
-    for key, tensor in tensors.items():  # safetensors takes contiguous tensors that share no memory
-        tensor = tensor.contiguous()
-        shares = storage_key(tensor) in seen or tensor.untyped_storage().nbytes() != tensor.nbytes
-        apart[key] = tensor.clone() if shares else tensor
-        seen.add(storage_key(tensor))
-    with _quiet():
-        dcp.save(apart, storage_writer=HuggingFaceStorageWriter(str(folder)), no_dist=True)
+def _write_tensors(
+    folder: Path, tensors: Iterable[tuple[str, Tensor | Shard]], world: World
+) -> tuple[dict[str, int], dict[str, list[int]]]:
+    """Write this rank's parts of the tensors. Returns checksums by file, and the whole shapes of what is cut.
+
+    So much as a file holds is on the host at a time; torch.distributed.checkpoint's writer has all of a rank's parts
+    there, and twice more as bytes, and takes no parts that begin within a row. Raises OSError.
+    """
+    sums: dict[str, int] = {}
+    shapes: dict[str, list[int]] = {}
+    held: dict[str, Tensor] = {}
+    places: dict[str, dict[str, list[int]]] = {}
+    size_bytes = 0
+
+    def write() -> None:
+        file = folder / f"rank{world.rank:05d}-{len(sums):05d}.safetensors"
+        try:
+            with replacing(file, sync=True) as temporary:
+                save_file(_apart(held), temporary, {"DCP_SHARDING_INFO": json.dumps(places)})
+        except SafetensorError as error:  # as it calls what the system says
+            raise OSError(str(error)) from None
+        held.clear()
+        places.clear()
+        sums[f"{_TENSORS}/{file.name}"] = _checksum(file)
+
+    for key, part in tensors:
+        if isinstance(part, Shard):
+            shapes[key], values, place = list(part.shape), part.values, [part.start]
+        else:
+            values, place = part, [0] * part.ndim
+        if not (values.numel() if key in shapes else world.is_main):
+            continue
+        values = values.contiguous().cpu()
+        if held and size_bytes + values.nbytes > _FILE_BYTES:
+            write()
+            size_bytes = 0
+        held[key], places[key] = values, {"saved_offsets": place}
+        size_bytes += values.nbytes
+    if held:
+        write()
+    return sums, shapes
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """One process reads and writes, on purpose; torch warns of it."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors, but for copies of those that share memory with another, which safetensors refuses."""
+    made, end = {}, 0
+    for key, tensor in sorted(tensors.items(), key=lambda item: item[1].data_ptr()):
+        made[key] = tensor.clone() if tensor.data_ptr() < end else tensor
+        end = max(end, tensor.data_ptr() + tensor.nbytes)
+    return made
 
 
 def save_checkpoint(
@@ -194,28 +244,38 @@ def save_checkpoint(
     *,
     world: World,
     history: int,
-    tensors: Mapping[str, Tensor] | None = None,
+    tensors: Iterable[tuple[str, Tensor | Shard]] = (),
     identity: dict[str, Any] | None = None,
     metric: float | None = None,
     best: bool = False,
 ) -> bool:
     """Write `step-<step>/` below `folder`; keep the newest `history` (one at least) and the best.
 
-    Call on all ranks; rank 0 writes, its `state` counts. Where the disk refuses, the earlier checkpoints stay, the log
-    says so, and False is returned on all ranks.
+    Call on all ranks. Each writes its shards of `tensors`, all at the same time; of the rest, and of `state`, rank 0's
+    count. `state` is written when `tensors` has come to its end. Where a disk refuses, the earlier checkpoints stay,
+    the log says so, and False is returned on all ranks.
     """
-    written = True
-    if world.is_main:
-        facts = {"step": step, "metric": metric, "identity": identity}
-        try:
-            final = _write(folder, state, tensors or {}, step, facts)
-            if best:
-                write_json(folder / _BEST, {"checkpoint": final.name, "metric": metric})
-            sync_to_disk(folder)
-            _prune(folder, max(1, history))
-        except (OSError, dcp.api.CheckpointException) as error:
-            refusal, written = _refusal_of_the_disk(error), False
-            shutil.rmtree(folder / f"tmp-{step:08d}", ignore_errors=True)
+    temporary, facts = folder / f"tmp-{step:08d}", {"step": step, "metric": metric, "identity": identity}
+
+    def begin() -> None:
+        shutil.rmtree(temporary, ignore_errors=True)
+        (temporary / _TENSORS).mkdir(parents=True)
+
+    def finish() -> None:
+        sums = {name: checksum for part, _ in written for name, checksum in part.items()}
+        final = _complete(temporary, state, folder / f"step-{step:08d}", facts | {"shapes": written[0][1]}, sums)
+        if best:
+            write_json(folder / _BEST, {"checkpoint": final.name, "metric": metric})
+        sync_to_disk(folder)
+        _prune(folder, max(1, history))
+
+    try:
+        _together(world, begin if world.is_main else None)
+        written = _together(world, lambda: _write_tensors(temporary / _TENSORS, tensors, world))
+        _together(world, finish if world.is_main else None)
+    except OSError as refusal:
+        if world.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
             kept = newest_checkpoint(folder)
             get_logger().error(
                 "the checkpoint of step %d could not be written (%s); %s",
@@ -223,27 +283,35 @@ def save_checkpoint(
                 refusal,
                 f"{kept.name} stays the newest" if kept else "there is none yet",
             )
-    return all(world.gather(written))
+        return False
+    return True
 
 
-def _write(
-    folder: Path, state: dict[str, Any], tensors: Mapping[str, Tensor], step: int, facts: dict[str, Any]
-) -> Path:
-    final, temporary = folder / f"step-{step:08d}", folder / f"tmp-{step:08d}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+def _together(world: World, write: Callable[[], T] | None) -> list[T]:
+    """What each rank's `write` returned, on all ranks. Raises the OSError of the lowest rank that had one, on all."""
+    result: Any = None
+    try:
+        result = write and write()
+    except OSError as error:
+        result = error
+    results = world.gather(result)
+    for one in results:
+        if isinstance(one, OSError):
+            raise one
+    return results
+
+
+def _complete(temporary: Path, state: dict[str, Any], final: Path, facts: dict[str, Any], sums: dict[str, int]) -> Path:
+    """Give a folder with every rank's tensors its state, mark and name."""
     content = io.BytesIO()  # written in one go: torch's own writer does not say that a disk is full
     torch.save(state, content)
     (temporary / _STATE).write_bytes(content.getbuffer())
-    if tensors:
-        _write_tensors(temporary / _TENSORS, tensors)
-    files = sorted(path for path in temporary.rglob("*") if path.is_file())
-    sums = {str(path.relative_to(temporary)): _checksum(path) for path in files}
-    (temporary / _COMPLETE).write_text(json.dumps({**facts, "files": sums}) + "\n")
-    for path in (*temporary.rglob("*"), temporary):
+    files = {_STATE: _checksum(temporary / _STATE), **sums}
+    (temporary / _COMPLETE).write_text(json.dumps({**facts, "files": files}) + "\n")
+    for path in (temporary / _STATE, temporary / _COMPLETE, temporary / _TENSORS, temporary):
         sync_to_disk(path)
     if final.exists():  # out of the way whole: a half-removed folder must not look complete
-        final.rename(folder / f"tmp-old-{step:08d}")
+        final.rename(final.with_name(f"tmp-old-{final.name}"))
     temporary.rename(final)
     return final
 
@@ -255,11 +323,3 @@ def _prune(folder: Path, history: int) -> None:
             shutil.rmtree(path)
     for path in folder.glob("tmp-*"):
         shutil.rmtree(path, ignore_errors=True)
-
-
-def _refusal_of_the_disk(error: OSError | dcp.api.CheckpointException) -> OSError:
-    """The OSError in it; torch.distributed.checkpoint wraps what each rank raised. Anything else is raised."""
-    inner = error if isinstance(error, OSError) else next(iter(error.failures.values()))[0]
-    if not isinstance(inner, OSError):
-        raise inner
-    return inner

@@ -1,5 +1,6 @@
 """A run as a checkpoint: everything that makes the next step what it would have been, saved and loaded."""
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -8,6 +9,7 @@ from torch import Tensor
 from toolkit.engine.checkpoint import load_checkpoint, random_state, restore_random_state, save_checkpoint
 from toolkit.engine.history import History
 from toolkit.engine.run import Run
+from toolkit.engine.shard import Shard
 from toolkit.log import get_logger
 
 _log = get_logger()
@@ -38,33 +40,16 @@ def save_snapshot(
         random_states = run.world.gather(random_state(run.world.device))
         memory_states = run.world.gather(run.memory.state_dict())
         bad_so_far = sum(run.world.gather(history.bad_so_far))
-        # Whole tensors one at a time, through all ranks; only rank 0, which writes, keeps them.
-        tensors: dict[str, Tensor] = {}
-        cut = (lambda name, tensor: tensor) if smaller is None else smaller.cut
-        for name, tensor in run.engine.weights():
-            if run.world.is_main:
-                tensors[f"model.{name}"] = cut(name, tensor)
-        plain: dict[str, dict[str, Any]] = {}  # what some of timm's optimizers keep as numbers
-        for name, key, value in run.engine.optimizer_states():
-            if smaller is not None and key == "mask":
-                continue
-            if run.world.is_main and isinstance(value, Tensor):
-                tensors[f"optimizer.{key}.{name}"] = cut(name, value)
-            elif run.world.is_main:
-                plain.setdefault(name, {})[key] = value
-        for name, tensor in () if run.ema is None else run.engine.weights(run.ema.module):
-            if run.world.is_main:
-                tensors[f"ema.{name}"] = cut(name, tensor)
         groups = [
             {key: value for key, value in group.items() if key not in ("params", "param_names")}
             for group in run.engine.inner_optimizer.param_groups
         ]
         plateau = getattr(run.scheduler, "lr_scheduler", None)  # timm's own state leaves out how long it has waited
-        state = {
+        state: dict[str, Any] = {
             "history": {**asdict(history), "bad_so_far": bad_so_far},
             "model": {},
             "ema": None if run.ema is None else {},
-            "optimizer": {"state": plain, "param_groups": groups},
+            "optimizer": {"state": {}, "param_groups": groups},
             "scheduler": run.scheduler and {"outer": run.scheduler.state_dict(), "inner": _state_of(plateau)},
             "scaler": _state_of(run.engine.scaler),
             "random": random_states,
@@ -80,11 +65,28 @@ def save_snapshot(
             update,
             world=run.world,
             history=run.plan.checkpoint_hist,
-            tensors=tensors,
+            tensors=_tensors(run, smaller, state["optimizer"]["state"]),
             identity=identity,
             metric=metric,
             best=best,
         )
+
+
+def _tensors(run: Run, smaller: Any, plain: dict[str, dict[str, Any]]) -> Iterator[tuple[str, Tensor | Shard]]:
+    """Key and this rank's part of every tensor; what some of timm's optimizers keep as numbers goes to `plain`."""
+
+    def cut(name: str, part: Any) -> Tensor | Shard:
+        return part if smaller is None else smaller.cut(name, part.cpu())  # of whole ones: others are not made smaller
+
+    for name, part in run.engine.weights():
+        yield f"model.{name}", cut(name, part)
+    for name, key, value in run.engine.optimizer_states():
+        if not isinstance(value, Tensor | Shard):
+            plain.setdefault(name, {})[key] = value
+        elif smaller is None or key != "mask":
+            yield f"optimizer.{key}.{name}", cut(name, value)
+    for name, part in () if run.ema is None else run.engine.weights(run.ema.module):
+        yield f"ema.{name}", cut(name, part)
 
 
 def _state_of(part: Any) -> dict[str, Any] | None:

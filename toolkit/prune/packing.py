@@ -15,7 +15,7 @@ from torch import Tensor
 
 from toolkit.kernels import native
 from toolkit.prune.distributed import to_dtensor, to_local
-from toolkit.prune.mask import flat_view, pack_bits, unpack_bits
+from toolkit.prune.mask import pack_bits, unpack_bits
 from toolkit.prune.moments import exponents_of, is_exponents, read_moment
 
 # Weights a table entry covers. One int32 for 1,024 weights costs 0.0039 bytes a weight, and lets a kernel start at
@@ -146,8 +146,7 @@ def dense_state(parameter: Tensor, state: Mapping[str, Any]) -> dict[str, Any]:
         elif bits is not None and value.ndim == 1:
             values = unpack(value.cpu(), bits, part.numel())
         if values is not None:
-            value = torch.empty_like(part, dtype=values.dtype, device=values.device)
-            flat_view(value).copy_(values)
+            value = values.as_strided(part.shape, part.stride())  # in memory order as they are
         is_part = torch.is_tensor(value) and not hasattr(value, "to_local") and value.shape == part.shape
         dense[key] = to_dtensor(value, parameter) if is_part else value
     return dense

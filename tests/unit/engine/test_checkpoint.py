@@ -82,7 +82,7 @@ def test_saving_a_step_again_replaces_it_whole(save, tmp_path):
 
 
 def test_a_damaged_file_is_noticed(save, tmp_path):
-    save({"step": 1}, 10, tensors={"model.w": torch.arange(1000.0)})
+    save({"step": 1}, 10, tensors={"model.w": torch.arange(1000.0)}.items())
     folder = newest_checkpoint(tmp_path)
     assert damage_of(folder) is None
     assert torch.equal(load_checkpoint_with(folder)["w"], torch.arange(1000.0))
@@ -108,11 +108,11 @@ def _on_a_full_disk(folder):
     import resource
 
     save = partial(save_checkpoint, folder, world=World(), history=2)
-    assert save({"good": 1}, 10, tensors={"model.w": torch.zeros(10)})
+    assert save({"good": 1}, 10, tensors={"model.w": torch.zeros(10)}.items())
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
-    assert not save({"bad": 1}, 20, tensors={"model.w": torch.zeros(1 << 20)})
+    assert not save({"bad": 1}, 20, tensors={"model.w": torch.zeros(1 << 20)}.items())
     assert not save({"bad": torch.zeros(1 << 20)}, 30)
-    return save({"good": 2}, 40, tensors={"model.w": torch.ones(10)})
+    return save({"good": 2}, 40, tensors={"model.w": torch.ones(10)}.items())
 
 
 def test_a_full_disk_leaves_the_last_good_checkpoint_and_the_run_goes_on(tmp_path):
@@ -127,7 +127,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint_and_the_run_goes_on(tmp_pat
 def test_tensors_that_share_memory_or_have_gaps_are_saved_apart(save, tmp_path):
     shared = torch.arange(12.0)
     tensors = {"model.a": shared[:6], "model.b": shared[3:9], "model.c": shared.view(3, 4).t(), "model.d": shared}
-    save({}, 10, tensors=tensors)
+    save({}, 10, tensors=tensors.items())
     from toolkit.engine.checkpoint import _read_tensors
 
     found = _read_tensors(tmp_path / "step-00000010" / "tensors")

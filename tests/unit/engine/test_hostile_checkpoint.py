@@ -29,7 +29,7 @@ from toolkit.files import UnsafeNameError
 def checkpoint(tmp_path):
     state = {"model": {}, "ema": None, "optimizer": {"state": {}}}
     folder, tensors = tmp_path / "run" / "checkpoints", {"model.w": torch.arange(6.0).view(2, 3)}
-    save_checkpoint(folder, state, 10, world=World(), history=2, tensors=tensors, identity={"seed": 1})
+    save_checkpoint(folder, state, 10, world=World(), history=2, tensors=tensors.items(), identity={"seed": 1})
     return newest_checkpoint(folder)
 
 
@@ -50,7 +50,7 @@ def test_a_file_list_that_leads_out_is_an_error_that_shows_the_name(checkpoint, 
         assert repr(name) in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["state.pt", "tensors/model-00001-of-00001.safetensors"])
+@pytest.mark.parametrize("name", ["state.pt", "tensors/rank00000-00000.safetensors"])
 def test_a_checkpoints_files_are_no_links_out_and_no_devices(checkpoint, tmp_path, name):
     (checkpoint / name).rename(tmp_path / "elsewhere")
     (checkpoint / name).symlink_to(tmp_path / "elsewhere")

@@ -54,7 +54,7 @@ def through_a_checkpoint(engine, other, folder):
         for group in engine.inner_optimizer.param_groups
     ]
     state = {"model": {}, "ema": None, "optimizer": {"state": plain, "param_groups": groups}}
-    assert save_checkpoint(folder, state, 2, world=World(), history=1, tensors=tensors)
+    assert save_checkpoint(folder, state, 2, world=World(), history=1, tensors=tensors.items())
     saved = load_checkpoint(folder / "step-00000002")
     other.load_weights(saved["model"])
     other.load_optimizer_states(saved["optimizer"]["state"], saved["optimizer"]["param_groups"])

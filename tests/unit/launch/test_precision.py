@@ -34,7 +34,9 @@ def save_weights(cell, zeros):
     for name, mask in (("a", kept[:4].view(2, 2)), ("c", kept[4:])):
         tensors |= {f"model.{name}": mask.float(), f"optimizer.mask.{name}": mask}
     state = {"model": {}, "optimizer": {"state": {"b": {}}}}
-    save_checkpoint(cell / "checkpoints", state, 8, world=World(0, 1, torch.device("cpu")), history=1, tensors=tensors)
+    save_checkpoint(
+        cell / "checkpoints", state, 8, world=World(0, 1, torch.device("cpu")), history=1, tensors=tensors.items()
+    )
 
 
 @pytest.fixture

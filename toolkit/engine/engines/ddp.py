@@ -13,9 +13,10 @@ from torch.optim import Optimizer
 
 from toolkit.dist import World
 from toolkit.engine.clip import Part, clip, total_norm
+from toolkit.engine.shard import Shard
 from toolkit.memory.ledger import Owners
 from toolkit.memory.probe import StepProbe
-from toolkit.prune.distributed import first_weight, to_dtensor, to_local
+from toolkit.prune.distributed import first_weight, to_local
 from toolkit.prune.mask import count_zeros
 from toolkit.prune.packing import dense_state
 
@@ -27,9 +28,9 @@ def parameter_names(model: nn.Module) -> dict[int, str]:
     return {id(parameter): name for name, parameter in model.named_parameters()}
 
 
-def gather(tensor: Any) -> Tensor:
-    """The whole of a DTensor, or the tensor itself."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+def part_of(values: Tensor, like: Tensor) -> Tensor | Shard:
+    """What this rank holds of a tensor laid out as `like`: its part of one that is cut, else all of it."""
+    return Shard(like.shape, first_weight(like), values.reshape(-1)) if hasattr(like, "to_local") else values
 
 
 def scatter(value: Any, like: Any) -> Any:
@@ -66,8 +67,9 @@ def _part_of(parameter: Tensor) -> Part:
 class Engine:
     """An engine's way to train `module`; as it stands here that of one rank or DDP, where every rank has everything.
 
-    A step is `zero_grad`, then `forward` and `backward` for each micro-batch, then `update`. From `count_zeros` on all
-    methods are collectives; whole tensors are on CPU, on rank 0 at least.
+    A step is `zero_grad`, then `forward` and `backward` for each micro-batch, then `update`. From `count_zeros` on
+    methods are collectives. Of what is saved each rank gives its part, as it lies there, and waits for nobody: a Shard
+    of a tensor that is cut, or all of it, of which rank 0's counts.
 
     name: ddp, fsdp2, zero1, zero2 or zero3.
     model: what is trained: the module as the engine wraps it, perhaps compiled. `optimizer` is wrapped likewise.
@@ -171,10 +173,19 @@ class Engine:
         """The module with the averages in it where there are some; leave it before anything is saved."""
         yield self.module if ema is None else ema
 
-    def weights(self, ema: nn.Module | None = None) -> Iterator[tuple[str, Tensor]]:
-        """Name and whole tensor of every parameter and buffer, or of their averages."""
+    def whole(self, part: Tensor | Shard) -> Tensor:
+        """Bring a tensor together from every rank's part: bits are added where others have none."""
+        if isinstance(part, Tensor):
+            return part
+        whole = torch.zeros(part.shape.numel(), dtype=part.values.dtype, device=self._world.device)
+        whole[part.start : part.start + part.values.numel()] = part.values
+        self._world.sum(whole.view(torch.uint8))
+        return whole.view(part.shape)
+
+    def weights(self, ema: nn.Module | None = None) -> Iterator[tuple[str, Tensor | Shard]]:
+        """Name and this rank's part of every parameter and buffer, or of their averages."""
         for name, tensor in (self.module if ema is None else ema).state_dict().items():
-            yield name, gather(tensor).detach().cpu()
+            yield name, tensor.detach()
 
     def load_average(self, ema: nn.Module, weights: Mapping[str, Tensor]) -> None:
         """Take whole averages by name."""
@@ -201,7 +212,7 @@ class Engine:
         return {}
 
     def optimizer_states(self) -> Iterator[tuple[str, str, Any]]:
-        """Parameter name, state key and whole dense tensor of the optimizer's state; numbers as they are."""
+        """Parameter name, state key and this rank's part of the dense optimizer state; numbers as they are."""
         names = parameter_names(self.module)
         for parameter, state in self.optimizer_state.items():
             tensors = {key: to_local(value) for key, value in state.items() if torch.is_tensor(value)}
@@ -209,8 +220,7 @@ class Engine:
                 yield names[id(parameter)], key, state[key]
             for key, value in dense_state(to_local(parameter), tensors).items():
                 shaped = value.ndim > 0 and value.shape == to_local(parameter).shape
-                whole = gather(to_dtensor(value, parameter) if shaped else value)
-                yield names[id(parameter)], key, whole.detach().cpu()
+                yield names[id(parameter)], key, part_of(value, parameter) if shaped else value
 
     def load_optimizer_states(self, states: States, groups: list[dict[str, Any]]) -> None:
         """Take whole dense states by name, and the groups' settings."""

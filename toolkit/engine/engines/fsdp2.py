@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from toolkit.engine.engines.ddp import Engine, exchange, gather, hold, scatter
+from toolkit.engine.engines.ddp import Engine, exchange, hold, part_of, scatter
+from toolkit.engine.shard import Shard
 from toolkit.memory.probe import StepProbe
-from toolkit.prune.distributed import to_dtensor, to_local
+from toolkit.prune.distributed import to_local
 
 
 class Fsdp2Engine(Engine):
@@ -53,10 +54,10 @@ class Fsdp2Engine(Engine):
     def offloads(self) -> bool:
         return any(to_local(weight).device.type != self._world.device.type for weight in self.module.parameters())
 
-    def weights(self, ema: nn.Module | None = None) -> Iterator[tuple[str, Tensor]]:
+    def weights(self, ema: nn.Module | None = None) -> Iterator[tuple[str, Tensor | Shard]]:
         own = self.module.state_dict()
         for (name, tensor), part in zip(own.items(), (self.held() if ema is None else ema).parameters(), strict=True):
-            yield name, gather(to_dtensor(part.detach(), tensor)).cpu()
+            yield name, part_of(part.detach(), tensor)
 
     def load_average(self, ema: nn.Module, weights: Mapping[str, Tensor]) -> None:
         for (name, tensor), part in zip(self.module.state_dict().items(), ema.parameters(), strict=True):

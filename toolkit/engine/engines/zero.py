@@ -8,7 +8,7 @@ each parameter first, and a slice is the parts' row). With P parameters in the g
     FlatSlice.ranges  (name, first, stop) for each of the P parameters in order, (name, 0, 0) where this rank has none
     moments  [s] while dense, so a parameter's part of one is moment[place : place + length]
 
-With this map whole tensors are brought together, a parameter at a time, pruning ranks weights in the order of the
+With this map a checkpoint knows which part of which parameter a rank holds, pruning ranks weights in the order of the
 parameters, and padding is told apart from weights (under ZeRO-3 it is uninitialised memory).
 """
 
@@ -27,6 +27,7 @@ from toolkit.dist import World
 from toolkit.engine.clip import Part
 from toolkit.engine.engines.ddp import Engine, States, exchange, hold, parameter_names
 from toolkit.engine.engines.zero_memory import bucket_bytes, kept_beside, offloads, watched
+from toolkit.engine.shard import Shard
 from toolkit.errors import refuse
 from toolkit.memory.ledger import Owners
 from toolkit.memory.probe import StepProbe
@@ -63,6 +64,11 @@ class FlatSlice:
         """First and last place in the slice of each of the group's parameters; 0, 0 where it has nothing of it."""
         held = [(name, self.segments.get(name, Segment(0, 0, 0))) for name in self.shapes]
         return [(name, segment.place, segment.place + segment.length) for name, segment in held]
+
+    def shard(self, name: str, values: Tensor) -> Shard:
+        """This rank's part of a parameter in the slice, or in a moment or an average laid out like it."""
+        segment = self.segments.get(name, Segment(0, 0, 0))
+        return Shard(self.shapes[name], segment.start, segment.of(values))
 
 
 def slices_of(optimizer: Any, stage: int, model: nn.Module, world: World) -> list[FlatSlice]:
@@ -187,14 +193,6 @@ class ZeroEngine(Engine):
         zeros, weights = self._world.sum(torch.tensor(counts, dtype=torch.int64, device=self._world.device)).tolist()
         return zeros, weights
 
-    def _whole(self, one: FlatSlice, name: str, values: Tensor) -> Tensor:
-        """Bring a parameter-shaped tensor together from every rank's part: bits are added where others have none."""
-        whole = torch.zeros(one.shapes[name].numel(), dtype=values.dtype, device=self._world.device)
-        if name in one.segments:
-            one.segments[name].within(whole).copy_(one.segments[name].of(values))
-        self._world.sum(whole.view(torch.uint8))
-        return whole.view(one.shapes[name])
-
     def _others(self) -> dict[str, Tensor]:
         """What is in no slice and may change: buffers, whole on every rank."""
         parameters = parameter_names(self.module).values()
@@ -217,25 +215,24 @@ class ZeroEngine(Engine):
     def _show(self, ema: nn.Module, shown: nn.Module | None) -> None:
         """Swap buffers with the averages', and put `shown` into the module, where None is what is trained."""
         exchange(hold(self._others().values()), hold(list(ema.parameters())[len(self.slices) :]))
-        self._fill((name, whole) for name, whole in self.weights(shown) if name in self._sliced)
+        self._fill((name, self.whole(part)) for name, part in self.weights(shown) if name in self._sliced)
 
-    def weights(self, ema: nn.Module | None = None) -> Iterator[tuple[str, Tensor]]:
+    def weights(self, ema: nn.Module | None = None) -> Iterator[tuple[str, Tensor | Shard]]:
         held = [part.detach() for part in (self.held() if ema is None else ema).parameters()]
         homes = {name: (one, flat) for one, flat in zip(self.slices, held, strict=False) for name in one.shapes}
         others = dict(zip(self._others(), held[len(self.slices) :], strict=True))
         for name, tensor in self.module.state_dict(keep_vars=True).items():
             if name in homes:
-                whole = self._whole(homes[name][0], name, homes[name][1])
+                yield name, homes[name][0].shard(name, homes[name][1])
             else:
-                whole = others[name] if name in others else self._frozen(tensor)
-            yield name, whole.cpu()
+                yield name, others[name] if name in others else self._frozen(tensor)
 
-    def _frozen(self, parameter: Tensor) -> Tensor:
+    def _frozen(self, parameter: Any) -> Tensor | Shard:
         """A parameter that is not trained, and so its own average; ZeRO-3 keeps it in parts all the same."""
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters([parameter], enabled=self._stage == 3):
-            return parameter.detach().clone()
+        if self._stage < 3:
+            return parameter.detach()
+        start = parameter.partition_numel() * self._world.rank
+        return Shard(parameter.ds_shape, start, parameter.ds_tensor[: max(0, parameter.ds_numel - start)])
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         if self._stage == 3:
@@ -272,8 +269,7 @@ class ZeroEngine(Engine):
             dense = {**numbers, **dense_state(one.flat.detach(), tensors)}
             for name in one.shapes:
                 for key, value in dense.items():
-                    whole = self._whole(one, name, value) if _is_shaped(value) else value
-                    yield name, key, whole.detach().cpu() if torch.is_tensor(whole) else whole
+                    yield name, key, one.shard(name, value) if _is_shaped(value) else value
 
     def load_optimizer_states(self, states: States, groups: list[dict[str, Any]]) -> None:
         flats: dict[int, dict[str, Tensor]] = {}
