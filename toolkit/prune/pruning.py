@@ -88,11 +88,13 @@ class Pruning:
 
         Of each part floor(sparsity × weights) by |w| within layers of Erdos-Renyi-Kernel densities; the ramp goes on
         where it has more zeros. Call it before an engine takes the model, on every rank, and when a run goes on before
-        it loads. Raises ValueError where a part ends below `sparsity` or has another pattern, or training has begun.
+        it loads. Raises ValueError, and changes nothing, where a part ends below `sparsity` or has another pattern, where
+        training has begun, or where a weight has more zeros of its own than it is to have; after `keep_zeros` they stay.
         """
         sharded = bool(self.flat_slices) or any(to_local(p) is not p for _, p in self.prunable())
-        if sharded or any(self.optimizer.state.values()):
+        if sharded or self.steps or any(self.optimizer.state.values()):
             raise ValueError("a sparse start is made before the first step, on whole weights; call it earlier")
+        to_zero: list[tuple[Tensor, int]] = []
         for options, named in self.parts():
             if options.pattern != WEIGHT or not 0.0 <= sparsity <= options.sparsity:
                 raise ValueError(
@@ -100,8 +102,17 @@ class Pruning:
                     f"{options.sparsity}; it is for single weights, and no larger than the end"
                 )
             quotas = start_quotas([tuple(weight.shape) for _, weight in named], sparsity)
-            for (_, weight), zeros in zip(named, quotas, strict=True):
-                zero_smallest(weight, zeros)
+            for (name, weight), zeros in zip(named, quotas, strict=True):
+                own = count_zeros([weight.detach()])
+                if own > zeros and not self.keeps_zeros:
+                    raise ValueError(
+                        f"{name} has {own} zeros of its own, a start at {sparsity} asks for {zeros} of it: which of them "
+                        "are to stay |w| cannot say; initialise it, leave it out (prunable=False, a rule skip), or "
+                        "call keep_zeros() first where they are pruned"
+                    )
+                to_zero.append((weight, zeros))
+        for weight, zeros in to_zero:
+            zero_smallest(weight, zeros)
         self.keep_zeros()
         if self._store.budget is not None:
             zeros, weights = self.sparsity()

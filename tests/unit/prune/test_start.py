@@ -122,6 +122,34 @@ def test_bad_starts_are_one_line():
     train(net, optimizer, 1, 1)
     with pytest.raises(ValueError, match="before the first step"):
         optimizer.pruning.start_sparse(0.6)
+    net, optimizer = build("sgd-magnitude", start=0, momentum=0.0, nesterov=False)  # keeps no state till it prunes
+    train(net, optimizer, 1, 1)
+    with pytest.raises(ValueError, match="before the first step"):
+        optimizer.pruning.start_sparse(0.6)
     optimizer = AdamWPrune(param_groups(net, pattern="2:4"), pattern="2:4", end_step=5)
     with pytest.raises(ValueError, match="single weights"):
         optimizer.pruning.start_sparse(0.3)
+
+
+def test_a_start_that_is_refused_has_changed_nothing():
+    """Its first part would fit, the second ends below it."""
+    net, _ = build("adamwprune", start=0)
+    before = copy.deepcopy(net.state_dict())
+    optimizer = AdamWPrune(param_groups(net, rules={"^4": 0.4}), **SCHEDULE)
+    with pytest.raises(ValueError, match=r"sparsity=0\.4"):
+        optimizer.pruning.start_sparse(0.5)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+
+
+def test_weights_that_begin_at_0_are_not_taken_for_pruned_unaware():
+    """As timm's heads that begin at 0: pruned from the first step on they would never learn."""
+    net, _ = build("adamwprune", start=0)
+    with torch.no_grad():
+        net[4].weight.zero_()
+    with pytest.raises(ValueError, match=r"4\.weight has 26400 zeros of its own, a start at 0\.5 asks for \d+ of it"):
+        build("adamwprune", net)
+    optimizer = create_optimizer_v2(param_groups(net), "adamwprune", lr=2e-3, **SCHEDULE)
+    optimizer.pruning.keep_zeros()  # a pruned model's
+    optimizer.pruning.start_sparse(0.5)
+    train(net, optimizer, 1, 1)
+    assert not net[4].weight.any()
