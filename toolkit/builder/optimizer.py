@@ -52,8 +52,8 @@ def resolve_optimizer(config: Config) -> tuple[str, str]:
             "movement or state, or use --opt adamwprune": config.prune_pattern != WEIGHT and not prunes,
             f"--prune-start {config.prune_start} but --opt {config.opt} does not prune; add --pruning magnitude, "
             "movement or state, or use --opt adamwprune": config.prune_start and not prunes,
-            f"--prune-start {config.prune_start} is for single weights, and at most the --sparsity of the end; lower it, "
-            "or leave it out": not config.prune_config
+            f"--prune-start {config.prune_start} is for single weights, and at most the --sparsity of the end; lower "
+            "it, or leave it out": not config.prune_config
             and (config.prune_pattern != WEIGHT or config.prune_start > (config.sparsity or 0))
             and config.prune_start,
             f"--prune-config but --opt {config.opt} does not prune; add --pruning magnitude, movement or state, or use "

@@ -88,8 +88,8 @@ class Pruning:
 
         Of each part floor(sparsity × weights) by |w| within layers of Erdos-Renyi-Kernel densities; the ramp goes on
         where it has more zeros. Call it before an engine takes the model, on every rank, and when a run goes on before
-        it loads. Raises ValueError, and changes nothing, where a part ends below `sparsity` or has another pattern, where
-        training has begun, or where a weight has more zeros of its own than it is to have; after `keep_zeros` they stay.
+        it loads. Raises ValueError, and changes nothing, where a part ends below `sparsity` or has another pattern,
+        training has begun, or a tensor has more zeros of its own than it is to have; after `keep_zeros` they stay.
         """
         sharded = bool(self.flat_slices) or any(to_local(p) is not p for _, p in self.prunable())
         if sharded or self.steps or any(self.optimizer.state.values()):
@@ -106,7 +106,7 @@ class Pruning:
                 own = count_zeros([weight.detach()])
                 if own > zeros and not self.keeps_zeros:
                     raise ValueError(
-                        f"{name} has {own} zeros of its own, a start at {sparsity} asks for {zeros} of it: which of them "
+                        f"{name} has {own} zeros of its own, a start at {sparsity} asks for {zeros} of it: which "
                         "are to stay |w| cannot say; initialise it, leave it out (prunable=False, a rule skip), or "
                         "call keep_zeros() first where they are pruned"
                     )

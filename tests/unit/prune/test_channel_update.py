@@ -15,6 +15,7 @@ from torch import nn
 
 from toolkit.optim import AdamWPrune, param_groups
 from toolkit.optim.sgdprune import SGDPrune
+from toolkit.prune.channel_update import most_at_once
 from toolkit.prune.channels import ChannelGroup, ChannelSlice
 from toolkit.prune.hooks import pruned_by_hooks
 
@@ -278,6 +279,14 @@ def test_how_many_each_layer_loses_is_not_a_matter_of_scores_or_of_the_ramp():
             optimizer.step()
         counts.add(tuple(int(removed(net, group).sum()) for group in channels))
     assert len(counts) == 1
+
+
+def test_layers_that_lose_nothing_do_not_widen_an_automatic_budget():
+    """Of 6 channels none go where a multiple of 16 stays; the others go 16 at once."""
+    parameters, groups = mlp([64, 128, 6, 64])
+    assert most_at_once(groups[1:], parameters, 16) == 0
+    assert most_at_once(groups, parameters, 16) == 16 * (64 + 6)
+    assert most_at_once(groups, parameters, 1) == 128 + 64
 
 
 def test_no_layer_loses_its_last_channel():
