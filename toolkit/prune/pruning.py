@@ -101,10 +101,11 @@ class Pruning:
                     f"a start at sparsity {sparsity} does not fit pattern={options.pattern!r} with sparsity="
                     f"{options.sparsity}; it is for single weights, and no larger than the end"
                 )
-            quotas = start_quotas([tuple(weight.shape) for _, weight in named], sparsity)
-            for (name, weight), zeros in zip(named, quotas, strict=True):
-                own = count_zeros([weight.detach()])
-                if own > zeros and not self.keeps_zeros:
+            owns = [count_zeros([weight.detach()]) for _, weight in named]
+            shapes = [tuple(weight.shape) for _, weight in named]
+            quotas = start_quotas(shapes, sparsity, owns if self.keeps_zeros else None)
+            for (name, weight), own, zeros in zip(named, owns, quotas, strict=True):
+                if own > zeros:
                     raise ValueError(
                         f"{name} has {own} zeros of its own, a start at {sparsity} asks for {zeros} of it: which "
                         "are to stay |w| cannot say; initialise it, leave it out (prunable=False, a rule skip), or "

@@ -148,8 +148,20 @@ def test_weights_that_begin_at_0_are_not_taken_for_pruned_unaware():
         net[4].weight.zero_()
     with pytest.raises(ValueError, match=r"4\.weight has 26400 zeros of its own, a start at 0\.5 asks for \d+ of it"):
         build("adamwprune", net)
-    optimizer = create_optimizer_v2(param_groups(net), "adamwprune", lr=2e-3, **SCHEDULE)
-    optimizer.pruning.keep_zeros()  # a pruned model's
-    optimizer.pruning.start_sparse(0.5)
+
+
+@pytest.mark.parametrize("start", [0.3, 0.5, 0.7])
+def test_a_pruned_models_own_zeros_are_among_those_of_the_start(start):
+    """Layers that have more than Erdos-Renyi-Kernel densities leave them: the others get less."""
+    net, optimizer = build("adamwprune", start=0)
+    with torch.no_grad():
+        net[0].weight[:30] = 0
+        net[2].weight[:8] = 0
+        net[4].weight[:15] = 0
+    gone = [weight == 0 for weight in weights(net)]
+    own = sum(int(marks.sum()) for marks in gone)
+    optimizer.pruning.keep_zeros()
+    optimizer.pruning.start_sparse(start)
     train(net, optimizer, 1, 1)
-    assert not net[4].weight.any()
+    assert optimizer.pruning.sparsity()[0] == max(own, int(start * sum(SIZES)))
+    assert all(bool((weight[marks] == 0).all()) for weight, marks in zip(weights(net), gone, strict=True))
