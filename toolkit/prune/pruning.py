@@ -137,6 +137,13 @@ class Pruning:
                 if self.channels is None
                 else "no channels of this model can go, the log says why; use pattern='weight' or N:M"
             )
+        if self.options.pattern == CHANNEL:
+            multiple = self.options.channel_multiple
+            if all(one.channels_in(multiple) >= one.count for one in self.channels or []):
+                raise ValueError(
+                    f"channel_multiple={multiple}: no layer has more channels than that, so none can go; give less, or "
+                    "prune by weight"
+                )
         for options, named in self.parts():
             check_fits(named, options.pattern)
             if options.score != self.options.score:

@@ -227,6 +227,10 @@ def test_every_choice_is_that_of_a_plain_loop(widths, sparsity, end_step, scope,
     whole = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     total = sum(weight.numel() for weight in whole.values())
     options = {"sparsity": sparsity, "end_step": end_step, "scope": scope, "channel_multiple": multiple}
+    if max(widths[1:-1]) <= multiple:
+        with pytest.raises(ValueError, match="no layer has more channels"):
+            make(parameters, groups, **options)
+        return
     optimizer = make(parameters, groups, **options)
     keep = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in whole.items()}
     left = [group.count for group in groups]
@@ -352,6 +356,8 @@ def test_errors_say_what_to_do():
             AdamWPrune(list(parameters.items()), pattern="channel", sparsity=0.5, end_step=1, **option)
     with pytest.raises(ValueError, match="no channels of this model can go"):
         make(parameters, [], sparsity=0.5, end_step=3)
+    with pytest.raises(ValueError, match="channel_multiple=512: no layer has more channels"):
+        make(parameters, groups, sparsity=0.5, end_step=3, channel_multiple=512)
     optimizer = make(parameters, groups, sparsity=0.05, end_step=1)
     gradients(parameters.values(), 0)
     with pytest.raises(ValueError, match=r"sparsity=0.05 of 69 weights is less than any one channel"):
