@@ -58,7 +58,7 @@ def random_family(name: str, multiple: int = 1) -> Family:
     classifier = dense.get_classifier()  # type: ignore[operator]
     made.append(Candidate("2:4", _with_zeros(dense, two_of_four, [classifier]), "N:M"))
     groups = channel_groups(dense, torch.zeros(2, *size))
-    for share, number in product(CHANNEL, dict.fromkeys((1, multiple))):
+    for share, number in product(CHANNEL if groups else (), dict.fromkeys((1, multiple))):
         one = _without_channels(dense, groups, share, number)
         if number == 1 or one.facts != made[-1].facts:  # 50 % of resnet50's widths are multiples of 16 as they are
             made.append(one)

@@ -219,7 +219,8 @@ def test_a_step_left_out_at_the_last_mask_update_shrinks_nothing_yet(few_digits,
 
 
 def test_a_shrunk_checkpoint_goes_on_by_its_path_elsewhere(few_digits, tmp_path):
-    flags = train_flags(few_digits, tmp_path, *CHANNEL, "--opt", "adamwprune", "--prune-shrink")
+    widths = ["--prune-scope", "layer", "--prune-channel-multiple", "4"]
+    flags = train_flags(few_digits, tmp_path, *CHANNEL, *widths, "--opt", "adamwprune", "--prune-shrink")
     why, run = run_to([*flags, "--experiment", "a"])
     assert why is ModelShrunkError
     checkpoint = newest_checkpoint(run.folder / "checkpoints")
@@ -232,6 +233,7 @@ def test_a_shrunk_checkpoint_goes_on_by_its_path_elsewhere(few_digits, tmp_path)
 
 def test_the_off_switch_shrinks_nothing(few_digits, tmp_path):
     off = ["--prune-pattern", "channel", "--sparsity", "0", "--opt", "adamwprune", "--prune-shrink"]
+    off += ["--prune-channel-multiple", "4"]
     why, run = run_to(train_flags(few_digits, tmp_path, *off, "--experiment", "a"))
     assert why is None
     assert run.smaller is None

@@ -65,9 +65,9 @@ def _optimizer_rows(
         prunable = [one for one in trained if one.prunable]
         final_zeros = math.floor(final_sparsity(config, spec.method) * sum(one.numel for one in prunable))
         start_zeros = math.floor(config.prune_start * sum(one.numel for one in prunable))
-        numels = [one.numel for one in prunable]
-        budget = budget_for(asked["state_budget"], numels, len(spec.moments), final_zeros, start_zeros)
+        budget = budget_for(asked["state_budget"], [one.numel for one in prunable], len(spec.moments), final_zeros)
         if budget is not None:
+            budget = budget.starting_with(start_zeros)
             dtype, budgeted = budget.widest(sum(one.survivors for one in prunable)), True
     return predict_optimizer_rows(
         trained,

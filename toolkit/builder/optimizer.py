@@ -52,6 +52,10 @@ def resolve_optimizer(config: Config) -> tuple[str, str]:
             "movement or state, or use --opt adamwprune": config.prune_pattern != WEIGHT and not prunes,
             f"--prune-start {config.prune_start} but --opt {config.opt} does not prune; add --pruning magnitude, "
             "movement or state, or use --opt adamwprune": config.prune_start and not prunes,
+            f"--prune-start {config.prune_start} is for single weights, and at most the --sparsity of the end; lower "
+            "it, or leave it out": not config.prune_config
+            and (config.prune_pattern != WEIGHT or config.prune_start > (config.sparsity or 0))
+            and config.prune_start,
             f"--prune-config but --opt {config.opt} does not prune; add --pruning magnitude, movement or state, or use "
             "--opt adamwprune": config.prune_config and not prunes,
             "--state-budget auto with --prune-config: the end has no one sparsity; give bytes a weight": (
@@ -204,13 +208,18 @@ def goal_of(config: Config, schedule: Schedule, model: nn.Module) -> Schedule:
 
 def keep_zeros(optimizer: torch.optim.Optimizer, model: nn.Module, config: Config, schedule: Schedule) -> None:
     """Have a pruned --initial-checkpoint stay pruned, from the first step on; make --prune-start's zeros."""
-    if config.prune_start and schedule.enabled:
+    if config.initial_checkpoint and schedule.enabled:
+        _keep_zeros_of_start(optimizer, model, config, schedule)
+    if config.prune_start:
         with blaming(f"--prune-start {config.prune_start}", "see docs/optimizers.md"):
             optimizer.pruning.start_sparse(config.prune_start)  # type: ignore[attr-defined]
         zeros, weights = optimizer.pruning.sparsity()  # type: ignore[attr-defined]
         _log.info("--prune-start: %d of %d prunable weights are 0 from the first step on", zeros, weights)
-    if not (config.initial_checkpoint and schedule.enabled):
-        return
+
+
+def _keep_zeros_of_start(
+    optimizer: torch.optim.Optimizer, model: nn.Module, config: Config, schedule: Schedule
+) -> None:
     if schedule.pattern == CHANNEL:  # they are whole channels only where pruning by channels has made them
         _log.info("%s: zeros in it are weights like others, until their channels are pruned", config.initial_checkpoint)
         return

@@ -88,9 +88,9 @@ def check_budget(asked: float | str | None) -> float | str | None:
 
 
 def budget_for(
-    asked: float | str | None, numels: Sequence[int], num_moments: int, final_zeros: int, start_zeros: int = 0
+    asked: float | str | None, numels: Sequence[int], num_moments: int, final_zeros: int
 ) -> StateBudget | None:
     """The budget where one is asked for, and there is anything to keep."""
     if asked is None or not numels or not num_moments:
         return None
-    return StateBudget(asked, KeptSizes(tuple(numels), num_moments, final_zeros > 0), final_zeros, start_zeros)
+    return StateBudget(asked, KeptSizes(tuple(numels), num_moments, final_zeros > 0), final_zeros)

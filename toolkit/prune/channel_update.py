@@ -107,6 +107,7 @@ def most_at_once(groups: Sequence[ChannelGroup], parameters: Mapping[str, Tensor
             sum(replace(sizes[one.name]).lose(one.axis, one.places.shape[1]) for one in own.slices if one.name in sizes)
             * own.channels_in(multiple)
             for own in groups
+            if own.channels_in(multiple) < own.count  # the others keep all
         ),
         default=0,
     )

@@ -80,7 +80,7 @@ class PruningOptions(Schedule):
             raise ValueError(f"regrow={self.regrow} is a share of the survivors; use 0 (off) to below 1")
         super().__post_init__()
         multiple = self.channel_multiple
-        if not isinstance(multiple, int) or multiple < 1 or (multiple > 1 and self.pattern != CHANNEL):
+        if not isinstance(multiple, int) or multiple < 1 or (self.enabled and multiple > 1 and self.pattern != CHANNEL):
             raise ValueError(
                 f"channel_multiple={multiple} with pattern={self.pattern!r}: it is 1 (off), and with pattern="
                 f"{CHANNEL!r} any whole number above; leave it out, or give for example 8"

@@ -88,20 +88,32 @@ class Pruning:
 
         Of each part floor(sparsity × weights) by |w| within layers of Erdos-Renyi-Kernel densities; the ramp goes on
         where it has more zeros. Call it before an engine takes the model, on every rank, and when a run goes on before
-        it loads. Raises ValueError where a part ends below `sparsity` or has another pattern, or training has begun.
+        it loads. Raises ValueError, and changes nothing, where a part ends below `sparsity` or has another pattern,
+        training has begun, or a tensor has more zeros of its own than it is to have; after `keep_zeros` they stay.
         """
         sharded = bool(self.flat_slices) or any(to_local(p) is not p for _, p in self.prunable())
-        if sharded or any(self.optimizer.state.values()):
+        if sharded or self.steps or any(self.optimizer.state.values()):
             raise ValueError("a sparse start is made before the first step, on whole weights; call it earlier")
+        to_zero: list[tuple[Tensor, int]] = []
         for options, named in self.parts():
             if options.pattern != WEIGHT or not 0.0 <= sparsity <= options.sparsity:
                 raise ValueError(
                     f"a start at sparsity {sparsity} does not fit pattern={options.pattern!r} with sparsity="
                     f"{options.sparsity}; it is for single weights, and no larger than the end"
                 )
-            quotas = start_quotas([tuple(weight.shape) for _, weight in named], sparsity)
-            for (_, weight), zeros in zip(named, quotas, strict=True):
-                zero_smallest(weight, zeros)
+            owns = [count_zeros([weight.detach()]) for _, weight in named]
+            shapes = [tuple(weight.shape) for _, weight in named]
+            quotas = start_quotas(shapes, sparsity, owns if self.keeps_zeros else None)
+            for (name, weight), own, zeros in zip(named, owns, quotas, strict=True):
+                if own > zeros:
+                    raise ValueError(
+                        f"{name} has {own} zeros of its own, a start at {sparsity} asks for {zeros} of it: which "
+                        "are to stay |w| cannot say; initialise it, leave it out (prunable=False, a rule skip), or "
+                        "call keep_zeros() first where they are pruned"
+                    )
+                to_zero.append((weight, zeros))
+        for weight, zeros in to_zero:
+            zero_smallest(weight, zeros)
         self.keep_zeros()
         if self._store.budget is not None:
             zeros, weights = self.sparsity()
@@ -125,6 +137,13 @@ class Pruning:
                 if self.channels is None
                 else "no channels of this model can go, the log says why; use pattern='weight' or N:M"
             )
+        if self.options.pattern == CHANNEL:
+            multiple = self.options.channel_multiple
+            if all(one.channels_in(multiple) >= one.count for one in self.channels or []):
+                raise ValueError(
+                    f"channel_multiple={multiple}: no layer has more channels than that, so none can go; give less, or "
+                    "prune by weight"
+                )
         for options, named in self.parts():
             check_fits(named, options.pattern)
             if options.score != self.options.score:

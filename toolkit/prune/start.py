@@ -9,13 +9,14 @@ from torch import Tensor
 from toolkit.prune.distribution import zero_quotas
 
 
-def start_quotas(shapes: Sequence[Sequence[int]], sparsity: float) -> list[int]:
+def start_quotas(shapes: Sequence[Sequence[int]], sparsity: float, zeros_now: Sequence[int] | None = None) -> list[int]:
     """Zeros of each tensor at the start: floor(sparsity × weights) of all, by Erdos-Renyi-Kernel densities.
 
+    Where there are `zeros_now` that stay, no tensor gets less, and all together no more unless these are more.
     As RigL starts (arXiv 1911.11134, section 3) and GraNet (2106.10404, section 3.2).
     """
     weights = sum(math.prod(shape) for shape in shapes)
-    return zero_quotas("erk", shapes, [0] * len(shapes), math.floor(sparsity * weights))
+    return zero_quotas("erk", shapes, zeros_now or [0] * len(shapes), math.floor(sparsity * weights))
 
 
 @torch.no_grad()

@@ -77,6 +77,11 @@ def test_rows_of_multiples_say_what_they_kept():
     assert [name for name in rows if " by " in name] == [f"channel {n}% by 16" for n in (30, 50, 70)]
 
 
+def test_a_model_no_channel_of_which_can_go_has_the_other_rows(monkeypatch):
+    monkeypatch.setattr("launch.bench.pruned.channel_groups", lambda model, images: [])
+    assert [one.pattern for one in random_family("test_resnet", 16).candidates][-2:] == ["weight", "N:M"]
+
+
 def test_the_bar_of_a_share_is_asked_of_its_multiples_too_by_their_own_name():
     name = "channel 70% by 16"
     row = {"name": name, "times": {"eager": {"32": {"times_dense": 1.8}}}, "flop_bound": 4.06}

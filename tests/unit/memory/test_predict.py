@@ -58,6 +58,9 @@ def test_the_command(capsys):
     assert "peak allocated" in said
 
 
+START = ["--opt", "adamwprune", "--sparsity", "0.9", "--prune-start", "0.5"]
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -68,6 +71,9 @@ def test_the_command(capsys):
         (["-b", "0"], "at least 1"),
         (["--ranks", "0"], "at least 1"),
         (["--opt", "adamwprune"], "needs --sparsity"),
+        (["--opt", "adamwprune", "--sparsity", "0.5", "--prune-start", "0.6"], "at most the --sparsity of the end"),
+        # As the run does: its budget is planned before the start.
+        ([*START, "--state-budget", "1.5"], "smallest possible, 2.1"),
         (["--auto-batch-size", "48GiB"], "--max-batch-size"),
         (["--global-batch-size", "10", "--ranks", "4"], "use 8 or 12"),
     ],

@@ -15,6 +15,7 @@ from torch import nn
 
 from toolkit.optim import AdamWPrune, param_groups
 from toolkit.optim.sgdprune import SGDPrune
+from toolkit.prune.channel_update import most_at_once
 from toolkit.prune.channels import ChannelGroup, ChannelSlice
 from toolkit.prune.hooks import pruned_by_hooks
 
@@ -226,6 +227,10 @@ def test_every_choice_is_that_of_a_plain_loop(widths, sparsity, end_step, scope,
     whole = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     total = sum(weight.numel() for weight in whole.values())
     options = {"sparsity": sparsity, "end_step": end_step, "scope": scope, "channel_multiple": multiple}
+    if max(widths[1:-1]) <= multiple:
+        with pytest.raises(ValueError, match="no layer has more channels"):
+            make(parameters, groups, **options)
+        return
     optimizer = make(parameters, groups, **options)
     keep = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in whole.items()}
     left = [group.count for group in groups]
@@ -278,6 +283,14 @@ def test_how_many_each_layer_loses_is_not_a_matter_of_scores_or_of_the_ramp():
             optimizer.step()
         counts.add(tuple(int(removed(net, group).sum()) for group in channels))
     assert len(counts) == 1
+
+
+def test_layers_that_lose_nothing_do_not_widen_an_automatic_budget():
+    """Of 6 channels none go where a multiple of 16 stays; the others go 16 at once."""
+    parameters, groups = mlp([64, 128, 6, 64])
+    assert most_at_once(groups[1:], parameters, 16) == 0
+    assert most_at_once(groups, parameters, 16) == 16 * (64 + 6)
+    assert most_at_once(groups, parameters, 1) == 128 + 64
 
 
 def test_no_layer_loses_its_last_channel():
@@ -343,6 +356,8 @@ def test_errors_say_what_to_do():
             AdamWPrune(list(parameters.items()), pattern="channel", sparsity=0.5, end_step=1, **option)
     with pytest.raises(ValueError, match="no channels of this model can go"):
         make(parameters, [], sparsity=0.5, end_step=3)
+    with pytest.raises(ValueError, match="channel_multiple=512: no layer has more channels"):
+        make(parameters, groups, sparsity=0.5, end_step=3, channel_multiple=512)
     optimizer = make(parameters, groups, sparsity=0.05, end_step=1)
     gradients(parameters.values(), 0)
     with pytest.raises(ValueError, match=r"sparsity=0.05 of 69 weights is less than any one channel"):

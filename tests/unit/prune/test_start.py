@@ -122,6 +122,46 @@ def test_bad_starts_are_one_line():
     train(net, optimizer, 1, 1)
     with pytest.raises(ValueError, match="before the first step"):
         optimizer.pruning.start_sparse(0.6)
+    net, optimizer = build("sgd-magnitude", start=0, momentum=0.0, nesterov=False)  # keeps no state till it prunes
+    train(net, optimizer, 1, 1)
+    with pytest.raises(ValueError, match="before the first step"):
+        optimizer.pruning.start_sparse(0.6)
     optimizer = AdamWPrune(param_groups(net, pattern="2:4"), pattern="2:4", end_step=5)
     with pytest.raises(ValueError, match="single weights"):
         optimizer.pruning.start_sparse(0.3)
+
+
+def test_a_start_that_is_refused_has_changed_nothing():
+    """Its first part would fit, the second ends below it."""
+    net, _ = build("adamwprune", start=0)
+    before = copy.deepcopy(net.state_dict())
+    optimizer = AdamWPrune(param_groups(net, rules={"^4": 0.4}), **SCHEDULE)
+    with pytest.raises(ValueError, match=r"sparsity=0\.4"):
+        optimizer.pruning.start_sparse(0.5)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+
+
+def test_weights_that_begin_at_0_are_not_taken_for_pruned_unaware():
+    """As timm's heads that begin at 0: pruned from the first step on they would never learn."""
+    net, _ = build("adamwprune", start=0)
+    with torch.no_grad():
+        net[4].weight.zero_()
+    with pytest.raises(ValueError, match=r"4\.weight has 26400 zeros of its own, a start at 0\.5 asks for \d+ of it"):
+        build("adamwprune", net)
+
+
+@pytest.mark.parametrize("start", [0.3, 0.5, 0.7])
+def test_a_pruned_models_own_zeros_are_among_those_of_the_start(start):
+    """Layers that have more than Erdos-Renyi-Kernel densities leave them: the others get less."""
+    net, optimizer = build("adamwprune", start=0)
+    with torch.no_grad():
+        net[0].weight[:30] = 0
+        net[2].weight[:8] = 0
+        net[4].weight[:15] = 0
+    gone = [weight == 0 for weight in weights(net)]
+    own = sum(int(marks.sum()) for marks in gone)
+    optimizer.pruning.keep_zeros()
+    optimizer.pruning.start_sparse(start)
+    train(net, optimizer, 1, 1)
+    assert optimizer.pruning.sparsity()[0] == max(own, int(start * sum(SIZES)))
+    assert all(bool((weight[marks] == 0).all()) for weight, marks in zip(weights(net), gone, strict=True))
