@@ -164,6 +164,9 @@ class PackedOptimizer(Optimizer):
 
     def _sort(self, group: dict[str, Any], ready: list[Tensor]) -> Iterable[Bucket]:
         """Sort the parameters of a group that have a gradient by the code that updates them."""
+        every = [parameter for group in self.param_groups for parameter in group["params"]]
+        if len(every) == len(self._indices) and self._indices.keys().isdisjoint(every):  # FSDP2's, in their places
+            self._number_parameters()
         prunable = {id(parameter) for _, parameter in self._packing.prunable()}
         asked = self.defaults["implementation"] if self.FAST else "reference"
         buckets: dict[tuple[Any, ...], Bucket] = {}
