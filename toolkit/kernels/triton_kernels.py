@@ -154,7 +154,7 @@ def adam_kernel(
     )
     rate = tl.load(lr_on_device).to(tl.float32) if LR_ON_DEVICE else lr
     step, shrink = tl.load(counter), 1 - rate * weight_decay
-    seed = chance(row, step)
+    seed = chance(row, step, STATE)
     exp_avg, exp_avg_sq = moment(row, slots, 0, STATE), moment(row, slots, 1, STATE)
     first, second = load_moment(exp_avg, slots, True, STATE), load_moment(exp_avg_sq, slots, False, STATE)
     if SPAM:
@@ -166,12 +166,12 @@ def adam_kernel(
         grad = grad + weight_decay * weight
     first = first + (grad - first) * one_minus_beta1
     second = second * beta2 + grad * grad * one_minus_beta2
-    store_moment(row, exp_avg, slots, first, seed, 0, True, STATE, STOCHASTIC)
-    store_moment(row, exp_avg_sq, slots, second, seed, 1, False, STATE, STOCHASTIC)
+    store_moment(exp_avg, slots, first, seed, 0, True, STATE, STOCHASTIC)
+    store_moment(exp_avg_sq, slots, second, seed, 1, False, STATE, STOCHASTIC)
     if AMSGRAD:
         highest = moment(row, slots, 2, STATE)
         second = tl.maximum(load_moment(highest, slots, False, STATE), second)
-        store_moment(row, highest, slots, second, seed, 2, False, STATE, STOCHASTIC)
+        store_moment(highest, slots, second, seed, 2, False, STATE, STOCHASTIC)
     # Bias corrections are one number a program.
     step_size = scale * rate / _one_minus_power(log_beta1, step)
     correction = 1 / tl.sqrt(_one_minus_power(log_beta2, step))
@@ -180,7 +180,7 @@ def adam_kernel(
     else:
         weight = weight - step_size * _ratio(first, tl.sqrt(second) * correction + eps)
     weight = tl.where(alive, weight, 0.0)  # pruned places are 0 again
-    store_weight(weights, position, weight, inside, row, start, seed, WEIGHT, STOCHASTIC_WEIGHTS)
+    store_weight(weights, position, weight, inside, row, start, step, WEIGHT, STOCHASTIC_WEIGHTS)
 
 
 @triton.jit
@@ -211,7 +211,6 @@ def sgd_kernel(
     )
     rate = tl.load(lr_on_device).to(tl.float32) if LR_ON_DEVICE else lr
     step = tl.load(counter)
-    seed = chance(row, step)
     if DECOUPLED:
         weight = weight * (1 - rate * weight_decay)
     else:
@@ -219,7 +218,7 @@ def sgd_kernel(
     buffers = moment(row, slots, 0, STATE)
     buffer = load_moment(buffers, slots, True, STATE)
     buffer = tl.where(step == 1, grad, buffer * momentum + grad * one_minus_dampening)
-    store_moment(row, buffers, slots, buffer, seed, 0, True, STATE, STOCHASTIC)
+    store_moment(buffers, slots, buffer, chance(row, step, STATE), 0, True, STATE, STOCHASTIC)
     weight = weight - rate * (grad + momentum * buffer if NESTEROV else buffer)
     weight = tl.where(alive, weight, 0.0)  # pruned places are 0 again
-    store_weight(weights, position, weight, inside, row, start, seed, WEIGHT, STOCHASTIC_WEIGHTS)
+    store_weight(weights, position, weight, inside, row, start, step, WEIGHT, STOCHASTIC_WEIGHTS)

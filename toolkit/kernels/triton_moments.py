@@ -63,19 +63,22 @@ def store(pointer, at, values, mask, TYPE: tl.constexpr) -> None:
 
 
 @triton.jit
-def store_weight(weights, position, new, inside, row, start, seed, WEIGHT: tl.constexpr, STOCHASTIC: tl.constexpr):
+def store_weight(weights, position, new, inside, row, start, step, WEIGHT: tl.constexpr, STOCHASTIC: tl.constexpr):
     """Store a block's weights, bfloat16 ones by chance where STOCHASTIC: to the bit as the reference."""
     if WEIGHT == tl.float32 or not STOCHASTIC:
         store(weights, position, new, inside, WEIGHT)
     else:
-        place = (tl.load(row + 12) + start).to(tl.uint32) + position.to(tl.uint32)
-        _store_bfloat16(weights, position, new, inside, _hash(place + (seed + 0x80000000)) & 0xFFFF)
+        first = (tl.load(row + 12) + start).to(tl.uint32) + chance(row, step, WEIGHT) + 0x80000000
+        _store_bfloat16(weights, position, new, inside, _hash(position.to(tl.uint32) + first) & 0xFFFF)
 
 
 @triton.jit
-def chance(row, step):
-    """Where the chances of a step begin by which weights and moments are rounded: the reference's, to the same bits."""
-    return (step.to(tl.uint32) * 65537 + tl.load(row + 8).to(tl.uint32)) * 3 * 0x9E3779B9
+def chance(row, step, TYPE: tl.constexpr):
+    """Where the chances of a step begin by which what is of this type is rounded: the reference's, to the same bits."""
+    start = (step.to(tl.uint32) * 65537 + tl.load(row + 8).to(tl.uint32)) * 3 * 0x9E3779B9
+    if TYPE == tl.uint8:
+        start += (tl.load(row + 12) // 256 * 256).to(tl.uint32)
+    return start
 
 
 @triton.jit
@@ -117,7 +120,6 @@ def _load_codes(moment, slots, SIGNED: tl.constexpr):
 
 @triton.jit
 def store_moment(
-    row,
     moment,
     slots,
     new,
@@ -132,8 +134,7 @@ def store_moment(
     start, at, alive, _, _, _ = slots
     seed += NUMBER * 0x9E3779B9 & 0xFFFFFFFF
     if STATE == tl.uint8:
-        place = tl.load(row + 12) // 256 * 256
-        _store_codes(moment, slots, new, seed + place.to(tl.uint32), SIGNED, STOCHASTIC)
+        _store_codes(moment, slots, new, seed, SIGNED, STOCHASTIC)
     elif STATE == tl.float32 or not STOCHASTIC:
         store(values, at, new, alive, STATE)
     else:

@@ -103,6 +103,7 @@ class PackedOptimizer(Optimizer):
     def update_by_kernel(self, bucket: Bucket, group: dict[str, Any]) -> None:
         """One step by the kernels of KERNEL, all tensors in one call: pruned ones, and dense ones on a GPU."""
         keys, rule = self.moment_keys(group), self.rule(group, bucket.step)
+        rule["stochastic_weights"] = self._store.precision is not None
         # A Pruner keeps a mask of its own beside dense moments.
         scaled = [exponents_of(key) for key in keys if exponents_of(key) in bucket.states[0]]
         grads = bucket.gradients(group)
@@ -126,7 +127,7 @@ class PackedOptimizer(Optimizer):
             bucket.addresses = bucket.addresses or triton_packed.AddressTable()
             table = bucket.addresses.update(rows, bucket.param_indices)
             kernel = triton_packed.KERNELS[self.KERNEL]
-            rule["stochastic"] = rule["stochastic_weights"] = self._store.precision is not None
+            rule["stochastic"] = rule["stochastic_weights"]
             kernel(rows, table, bucket.step_tensor, lr=rate_for(bucket, group), **rule)
         else:
             native.KERNELS[self.KERNEL](rows, step=bucket.step, lr=float(group["lr"]), **rule)
