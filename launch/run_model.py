@@ -47,7 +47,7 @@ def _checkpoint_of(run: Path, which: str) -> Path:
 
 
 def run_model(checkpoint: Path, weights: dict[str, Tensor]) -> tuple[nn.Module, Config, Layers]:
-    """The model of a checkpoint of a run with these weights, in eval mode on the CPU, and the run's settings.
+    """The model of a checkpoint of a run with these weights, in eval mode on CPU in float32, and the run's settings.
 
     Third, what is left of the layers of timm's model, where the run has gone on with a smaller one (--prune-shrink).
 
@@ -58,7 +58,7 @@ def run_model(checkpoint: Path, weights: dict[str, Tensor]) -> tuple[nn.Module, 
     if not (run / "args.yaml").is_file():
         raise ValueError(f"{run} has no args.yaml, which says what the model is; give a run folder as train.py left it")
     settings = parse(["-c", str(run / "args.yaml")], prog="launch.export")
-    config = dataclasses.replace(settings, pretrained=False, initial_checkpoint="", workers=0)
+    config = dataclasses.replace(settings, pretrained=False, initial_checkpoint="", workers=0, model_dtype=None)
     # The number of classes is what the weights say it is: the data may be elsewhere.
     facts = read_json(run / "metrics.json") if (run / "metrics.json").is_file() else {}
     num_classes = int(facts.get("num_classes") or 0) or open_data(config).num_classes

@@ -81,6 +81,7 @@ class Config:
         choices=("default", "fp16", "bf16", "float16", "bfloat16"),
     )
     amp_dtype: str | None = flag(None, "dtype of a bare --amp", choices=("float16", "bfloat16"))
+    model_dtype: str | None = flag(None, "of weights and gradients; without --amp", choices=("float32", "bfloat16"))
 
     opt: str = flag("sgd", "optimizer; python -m toolkit.optim --list shows ours, timm's work too", group="Optimizer")
     opt_eps: float | None = flag(None, "epsilon; the optimizer's own by default", kind=float, within="[0, inf)")

@@ -42,7 +42,6 @@ NOT_OFFERED: dict[str, tuple[object, str]] = {
     "kd_temperature": (4.0, _KD),
     "kd_token_distill_type": ("soft", _KD),
     "log_wandb": (False, _WANDB),
-    "model_dtype": (None, "weights are float32; --amp computes in fewer bits, --state-dtype keeps moments in fewer"),
     "model_ema_force_cpu": (False, "the average is evaluated where the model is; leave it out"),
     "naflex_loader": (False, _NAFLEX),
     "naflex_loss_scale": ("linear", _NAFLEX),

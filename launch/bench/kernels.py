@@ -88,7 +88,7 @@ def _amd(text: str) -> dict[str, int]:
 def read(name: str, target: str) -> dict[str, int]:
     """What a compiled kernel is made of: instructions a thread per 8 weights, registers, spilled bytes, barriers."""
     kernel, own, weight, state, dense, _ = KERNELS[name]
-    constants = triton_packed.flags(weight, state, dense=dense)
+    constants = triton_packed.flags(weight, state, dense=dense, stochastic_weights=True)
     built = _compile(kernel, own, constants, target)
     facts = _nvidia(built.asm["cubin"]) if target == "sm_90" else _amd(built.asm["amdgcn"])
     weights = triton_kernels.BLOCK.value // (32 * int(constants["num_warps"]))

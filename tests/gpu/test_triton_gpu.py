@@ -99,6 +99,14 @@ def test_equals_the_reference_at_the_shapes_of_resnet50(kind, state_dtype, dtype
     compare(*made, *limits)
 
 
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16", "int8"])
+def test_bfloat16_weights_are_rounded_to_the_bits_of_the_reference(state_dtype):
+    """By a rule without rounding of its own: at step 1 the buffer is the gradient."""
+    options = {"shapes": RESNET50, "dtype": torch.bfloat16, "state_dtype": state_dtype, "lr": 0.5, "momentum": 0.5}
+    (_, mine), (_, wanted) = (make(SGDPrune, how, 1, **options) for how in ("triton", "reference"))
+    assert all(map(torch.equal, mine, wanted))
+
+
 @pytest.mark.parametrize("options", [{}, {"state_dtype": "bfloat16"}, {"state_dtype": "int8"}, {"amsgrad": True}])
 def test_twenty_steps_do_not_wait_for_the_gpu(options):
     """Gradients anew each step, at other addresses: the table is copied, and nobody waits for it."""

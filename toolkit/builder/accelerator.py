@@ -68,6 +68,10 @@ def check_engine(config: Config) -> None:
     lacking = {  # flag -> why an engine that splits weights cannot; docs/engines.md has the table
         "--fused-backward": (config.fused_backward, "gradients are summed over ranks before the update"),
         "--prune-shrink": (config.prune_shrink, "its shards keep the shapes they were cut with"),
+        "--model-dtype bfloat16": (
+            engine == "deepspeed" and config.model_dtype == "bfloat16",
+            f"it trains float32 copies and rounds those to the nearest, {_DEEPSPEED_PAGE}",
+        ),
         "--channels-last": (
             engine == "fsdp2" and config.channels_last,
             f"fully_shard splits contiguous weights only, {_TORCH_PAGE}",

@@ -183,6 +183,12 @@ def eval_transform(inputs: dict[str, Any]) -> Transform:
     return partial(timm_transform, create_transform((height, width), is_training=False, use_prefetcher=True, **options))
 
 
+def example_input(config: Config, model: nn.Module) -> Tensor:
+    """An image for a forward pass, of the model's dtype and on its device; its values are left open."""
+    weight = next(model.parameters())
+    return weight.new_empty(1, *input_settings(config, model)["input_size"])
+
+
 def to_inputs(
     inputs: dict[str, Any], model: nn.Module, channels_last: bool
 ) -> Callable[[Batch], tuple[Tensor, Tensor]]:

@@ -43,8 +43,14 @@ def create_model(config: Config, num_classes: int) -> nn.Module:
         near = difflib.get_close_matches(config.model, timm.list_models(), n=3)
         raise ValueError(f"--model {config.model} is not a timm model; did you mean {', '.join(near) or 'resnet50'}?")
     num_classes, start = config.num_classes or num_classes, config.initial_checkpoint
+    half = config.model_dtype == "bfloat16"
     refuse(
         {
+            "--model-dtype bfloat16 and --amp: as in timm, all is computed in bfloat16 anyway; leave one out": (
+                half and config.amp
+            ),
+            "--model-dtype bfloat16 and --model-ema: an average in bfloat16 stands still, for its steps are below half "
+            "an ulp; leave one out": half and config.model_ema,
             f"--initial-checkpoint {start} does not exist; check the path": start and not Path(start).exists(),
             f"{config.data_dir} does not say how many classes it has; add --num-classes": num_classes < 1,
         }
@@ -106,6 +112,8 @@ def _adjust(model: nn.Module, config: Config) -> None:
     if bias is not None:
         nn.init.constant_(heads.bias, bias)  # type: ignore[union-attr]
     layer_scales(config, model)  # which freezes what --layer-decay-no-opt-scale leaves out
+    if config.model_dtype:
+        model.to(getattr(torch, config.model_dtype))
 
 
 def _try_forward(model: nn.Module, input_size: tuple[int, int, int], num_classes: int) -> None:

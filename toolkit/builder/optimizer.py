@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections import Counter
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -10,12 +11,12 @@ from timm.optim import create_optimizer_v2, get_optimizer_info, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from torch import Tensor, nn
 
-from toolkit.builder.data import input_settings
+from toolkit.builder.data import example_input
 from toolkit.config import Config
 from toolkit.errors import blaming, refuse
 from toolkit.log import get_logger
 from toolkit.optim.param_groups import param_groups
-from toolkit.optim.registry import check_optimizer_name, find_spec, resolve_name
+from toolkit.optim.registry import OptimizerSpec, check_optimizer_name, find_spec, resolve_name
 from toolkit.prune.options import PruningOptions
 from toolkit.prune.patterns import CHANNEL, WEIGHT, n_of_m, sparsity_of
 from toolkit.prune.rules import own_options, prunable_by_rules
@@ -145,16 +146,31 @@ def create_optimizer(
         if clash:
             raise ValueError(f"--opt-kwargs {clash[0]} is set by the --prune flags here; use them instead")
         arguments |= given
+    arguments |= _dtype_by_chance(config, spec, arguments)
     remedy = "see --opt-kwargs, --opt-betas, --opt-eps and --opt-foreach"
     with blaming(f"--opt {opt} does not take one of its arguments", remedy):
         return create_optimizer_v2(model, **arguments, param_group_fn=partial(_groups, config, schedule.pattern))
 
 
+def _dtype_by_chance(config: Config, spec: OptimizerSpec | None, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Of --model-dtype bfloat16: the dtype of the moments, without which ours would round weights to the nearest."""
+    if config.model_dtype != "bfloat16":
+        return {}
+    if spec is None or not spec.keeps_state_dtype:
+        _log.info(
+            "--model-dtype bfloat16: %s rounds weights to the nearest, so updates below half an ulp are lost; "
+            "adamwprune, sgdprune and plain adamwspam round them by chance",
+            arguments["opt"],
+        )
+        return {}
+    given = arguments.get("state_dtype") or arguments.get("state_budget")
+    return {} if given else {"state_dtype": "bfloat16"}
+
+
 def _groups(config: Config, pattern: str, model: nn.Module) -> list[dict[str, Any]]:
     image = None
     if pattern == CHANNEL:
-        device = next(model.parameters()).device
-        image = torch.empty(1, *input_settings(config, model)["input_size"], device=device)
+        image = example_input(config, model)
     scales = layer_scales(config, model)
     return param_groups(
         model,

@@ -234,10 +234,10 @@ def confirm_batch_size(model: nn.Module, config: Config, size: tuple[int, ...], 
     if not config.auto_batch_size or device.type != "cuda":
         return
     kept = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    amp = amp_dtype(config)
+    amp, weight = amp_dtype(config), next(model.parameters())
     try:
         with torch.random.fork_rng([device]), torch.autocast("cuda", dtype=amp, enabled=amp is not None):
-            model.train()(torch.zeros(config.batch_size, *size, device=device)).float().sum().backward()
+            model.train()(weight.new_zeros(config.batch_size, *size)).float().sum().backward()
     except torch.cuda.OutOfMemoryError as error:
         raise ValueError(
             f"a step with the predicted {config.batch_size} images per rank does not fit this GPU "

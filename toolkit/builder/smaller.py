@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from toolkit.builder.data import input_settings
+from toolkit.builder.data import example_input
 from toolkit.builder.optimizer import prunable_weights
 from toolkit.builder.process import start_of
 from toolkit.config import Config
@@ -45,8 +45,7 @@ class Smaller:
 
 def smaller_of(config: Config, model: nn.Module) -> Smaller:
     """The bare model of a run without the channels all whose weights are zero."""
-    device = next(model.parameters()).device
-    groups = channel_groups(model, torch.empty(1, *input_settings(config, model)["input_size"], device=device))
+    groups = channel_groups(model, example_input(config, model))
     left = {group.name: _left(model, group) for group in groups}
     keep = {name: marks.nonzero().view(-1) for name, marks in left.items() if not marks.all()}
     less, plan = shrink(model, groups, keep)

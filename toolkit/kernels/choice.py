@@ -11,19 +11,22 @@ from toolkit.kernels.compiled import available
 IMPLEMENTATIONS = ("auto", "reference", "native", "triton")
 
 _NEEDS = {
-    "native": "float32 parameters on CPU and a C++ compiler",
+    "native": "float32 parameters (bfloat16 with a dtype for their moments) on CPU and a C++ compiler",
     "triton": "float32 or bfloat16 parameters on a GPU (or TRITON_INTERPRET=1) and the triton package",
 }
 
 
-def choose_implementation(asked: str, parameter: Tensor, moment_dtype: torch.dtype, offered: Collection[str]) -> str:
+def choose_implementation(
+    asked: str, parameter: Tensor, moment_dtype: torch.dtype, offered: Collection[str], by_chance: bool = False
+) -> str:
     """`reference`, or what is `offered` beside it, for one parameter whose moments are of `moment_dtype`.
 
-    Raises ValueError where an implementation is asked for by name and cannot run.
+    `by_chance` says how bfloat16 weights are rounded: native code does not to the nearest. Raises ValueError where an
+    implementation is asked for by name and cannot run.
     """
     if asked == "reference":
         return "reference"
-    if "native" in offered and asked != "triton" and _native_fits(parameter, moment_dtype):
+    if "native" in offered and asked != "triton" and _native_fits(parameter, moment_dtype, by_chance):
         return "native"
     if "triton" in offered and asked != "native" and _triton_fits(asked, parameter, moment_dtype):
         return "triton"
@@ -35,8 +38,9 @@ def choose_implementation(asked: str, parameter: Tensor, moment_dtype: torch.dty
     return "reference"
 
 
-def _native_fits(parameter: Tensor, moment_dtype: torch.dtype) -> bool:
-    fits = parameter.dtype is torch.float32 and moment_dtype in (torch.float32, torch.bfloat16, torch.uint8)
+def _native_fits(parameter: Tensor, moment_dtype: torch.dtype, by_chance: bool) -> bool:
+    fits = parameter.dtype is torch.float32 or (parameter.dtype is torch.bfloat16 and by_chance)
+    fits = fits and moment_dtype in (torch.float32, torch.bfloat16, torch.uint8)
     return parameter.device.type == "cpu" and fits and available()
 
 

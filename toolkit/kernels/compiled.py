@@ -25,10 +25,10 @@ _HEADER = Path(__file__).with_name("packed.h")
 _FLAGS = ("-O3", "-fno-math-errno", "-fopenmp")
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _ARGUMENTS = {
-    "packed_adam": [_INT, _INT, _LONG, _POINTER, _POINTER],
-    "packed_sgd": [_INT, _INT, _LONG, _POINTER, _POINTER, _INT, _INT],
-    "narrow_adam": [_INT, _INT, _LONG, _POINTER, _POINTER, _INT],
-    "narrow_sgd": [_INT, _INT, _LONG, _POINTER, _POINTER, _INT, _INT, _INT],
+    "packed_adam": [_INT, _INT, _LONG, _POINTER, _POINTER, _INT],
+    "packed_sgd": [_INT, _INT, _LONG, _POINTER, _POINTER, _INT, _INT, _INT],
+    "narrow_adam": [_INT, _INT, _LONG, _POINTER, _POINTER, _INT, _INT],
+    "narrow_sgd": [_INT, _INT, _LONG, _POINTER, _POINTER, _INT, _INT, _INT, _INT],
     "narrow_widen": [_LONG, _POINTER, _POINTER, _POINTER, _INT, _POINTER],
     "narrow_to_nearest": [_LONG, _POINTER, _POINTER, _INT, _POINTER, _POINTER],
     "bits_pack_bits": [_LONG, _POINTER, _POINTER],

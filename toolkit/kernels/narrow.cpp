@@ -14,22 +14,6 @@ constexpr int GROUP = 256;  // weights that share an exponent
 constexpr int CHUNK = 64;   // values that loops over 8 and 16 bits take at a time, whatever is behind the last one
 constexpr int PAD = CHUNK;
 
-// weights, addresses of weight, grad, mask (0: dense), offsets, three moments and their exponents, seed, first position
-constexpr int64_t ROW = 13;
-constexpr int MOMENT = 5, EXPONENTS = 8, SEED = 11, FIRST = 12;
-
-INLINE uint32_t bits_of_float(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  return bits;
-}
-
-INLINE float float_of_bits(uint32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, 4);
-  return x;
-}
-
 // LANES values at a time, as vectors of GCC and clang: each instruction set has the same code in its own instructions.
 template <int LANES>
 struct Vectors {
@@ -69,12 +53,6 @@ INLINE int largest(const typename Vectors<LANES>::Ints& x) {
     using Half = typename Vectors<LANES / 2>::Ints;
     return largest<LANES / 2>(larger(load<Half>(&x), load<Half>(reinterpret_cast<const char*>(&x) + sizeof(Half))));
   }
-}
-
-INLINE uint32_t hash(uint32_t x) {  // lowbias32, as toolkit.kernels.rounding
-  x = (x ^ x >> 16) * 0x7FEB352Du;
-  x = (x ^ x >> 15) * 0x846CA68Bu;
-  return x ^ x >> 16;
 }
 
 // A format says how the upper 16 bits of a float become a code, and back: in 16 bits twice as many fit into a vector.
@@ -123,9 +101,7 @@ struct Bfloat16 {  // rounded by chance; infinity and NaN stay what they are
   static INLINE uint16_t low(int) { return 0; }
   static INLINE uint16_t widen(uint16_t code, uint16_t) { return code; }
   static INLINE uint16_t narrow(uint16_t upper, uint16_t) { return upper; }
-  static INLINE uint32_t round(uint32_t bits, uint32_t noise) {
-    return bits + ((bits & 0x7F800000u) == 0x7F800000u ? 0u : noise);
-  }
+  static INLINE uint32_t round(uint32_t bits, uint32_t noise) { return with_noise(bits, noise); }
   static INLINE uint32_t begin(uint32_t seed) { return seed; }
   static INLINE uint32_t noise(uint32_t state) { return hash(state) & 0xFFFFu; }
 };
@@ -191,7 +167,7 @@ struct Moment {
   }
 
   INLINE void write(const int64_t* row, int number, const Group& s, const Ints& highest) {
-    const auto place = static_cast<uint32_t>(Format::SHARED ? row[FIRST] + s.number * GROUP : s.at);
+    const auto place = static_cast<uint32_t>(Format::SHARED ? (row[FIRST] / GROUP + s.number) * GROUP : s.at);
     write(highest, Format::BY_CHANCE, static_cast<uint32_t>(row[SEED] + number) * 0x9E3779B9u + place);
   }
 };
@@ -244,8 +220,7 @@ INLINE int group_size(int64_t begin, int64_t count) {
 #define FOR_GROUPS(GATHER, SCATTER, ...)                                                                \
   constexpr int STRIDE = GROUP + PAD, GROUPS = BLOCK / GROUP;                                           \
   alignas(64) float ws[GROUPS * STRIDE], gs[GROUPS * STRIDE];                                           \
-  float *w = address<float>(row, 1) + start, *g = address<float>(row, 2) + start;                       \
-  const uint8_t* mask = row[3] ? address<uint8_t>(row, 3) + start / 8 : nullptr;                        \
+  const uint8_t* mask = mask_of(row, start);                                                            \
   int kept[GROUPS];                                                                                     \
   for (int j = 0, begin = 0; begin < count; ++j, begin += GROUP) {                                      \
     const int n = group_size(begin, count);                                                             \
@@ -256,7 +231,7 @@ INLINE int group_size(int64_t begin, int64_t count) {
     std::memset(own_w + kept[j], 0, PAD * sizeof(float));                                               \
     std::memset(own_g + kept[j], 0, PAD * sizeof(float));                                               \
   }                                                                                                     \
-  int64_t at = row[4] ? address<int32_t>(row, 4)[start / BLOCK] : start;                                \
+  int64_t at = moments_at(row, start);                                                                  \
   for (int j = 0, begin = 0; begin < count; ++j, begin += GROUP) {                                      \
     const bool in_place = !mask && kept[j] == GROUP;                                                    \
     const Group s{in_place ? w + begin : ws + j * STRIDE, in_place ? g + begin : gs + j * STRIDE,       \
@@ -272,55 +247,59 @@ INLINE int group_size(int64_t begin, int64_t count) {
 
 #if defined(__x86_64__)
 template <template <bool> class Format>
-TARGET_AVX512 void adam_block_avx512(const Adam& a, const int64_t* row, int64_t start, int64_t count) {
+TARGET_AVX512 void adam_block_avx512(const Adam& a, const int64_t* row, int64_t start, int64_t count, float* w,
+                                     float* g) {
   FOR_GROUPS(gather_avx512, scatter_avx512, adam_group<Format, 16>(a, row, s))
 }
 
 template <template <bool> class Format>
-TARGET_AVX2 void adam_block_avx2(const Adam& a, const int64_t* row, int64_t start, int64_t count) {
+TARGET_AVX2 void adam_block_avx2(const Adam& a, const int64_t* row, int64_t start, int64_t count, float* w, float* g) {
   FOR_GROUPS(gather_avx2, scatter_avx2, adam_group<Format, 8>(a, row, s))
 }
 
 template <template <bool> class Format>
-TARGET_AVX512 void sgd_block_avx512(const Sgd& r, const int64_t* row, int64_t start, int64_t count) {
+TARGET_AVX512 void sgd_block_avx512(const Sgd& r, const int64_t* row, int64_t start, int64_t count, float* w,
+                                     float* g) {
   FOR_GROUPS(gather_avx512, scatter_avx512, sgd_group<Format, 16>(r, row, s))
 }
 
 template <template <bool> class Format>
-TARGET_AVX2 void sgd_block_avx2(const Sgd& r, const int64_t* row, int64_t start, int64_t count) {
+TARGET_AVX2 void sgd_block_avx2(const Sgd& r, const int64_t* row, int64_t start, int64_t count, float* w, float* g) {
   FOR_GROUPS(gather_avx2, scatter_avx2, sgd_group<Format, 8>(r, row, s))
 }
 #endif
 
 template <template <bool> class Format>
-void adam_block(const Adam& a, const int64_t* row, int64_t start, int64_t count) {
+void adam_block(const Adam& a, const int64_t* row, int64_t start, int64_t count, float* w, float* g) {
   FOR_GROUPS(gather_bits, scatter_bits, adam_group<Format, 4>(a, row, s))
 }
 
 template <template <bool> class Format>
-void sgd_block(const Sgd& r, const int64_t* row, int64_t start, int64_t count) {
+void sgd_block(const Sgd& r, const int64_t* row, int64_t start, int64_t count, float* w, float* g) {
   FOR_GROUPS(gather_bits, scatter_bits, sgd_group<Format, 4>(r, row, s))
 }
 
 template <template <bool> class Format>
-void adam_all(int isa, int threads, int64_t tensors, const int64_t* table, const Adam& a) {
-  for_all_blocks<ROW>(threads, tensors, table, [&](const int64_t* row, int64_t start, int64_t count) {
+void adam_all(int isa, int threads, int64_t tensors, const int64_t* table, int weight_bytes, const Adam& a) {
+  for_all_blocks(isa, threads, tensors, table, weight_bytes,
+                 [&](const int64_t* row, int64_t start, int64_t count, float* w, float* g) {
 #if defined(__x86_64__)
-    if (isa == AVX512) return adam_block_avx512<Format>(a, row, start, count);
-    if (isa == AVX2) return adam_block_avx2<Format>(a, row, start, count);
+    if (isa == AVX512) return adam_block_avx512<Format>(a, row, start, count, w, g);
+    if (isa == AVX2) return adam_block_avx2<Format>(a, row, start, count, w, g);
 #endif
-    adam_block<Format>(a, row, start, count);
+    adam_block<Format>(a, row, start, count, w, g);
   });
 }
 
 template <template <bool> class Format>
-void sgd_all(int isa, int threads, int64_t tensors, const int64_t* table, const Sgd& r) {
-  for_all_blocks<ROW>(threads, tensors, table, [&](const int64_t* row, int64_t start, int64_t count) {
+void sgd_all(int isa, int threads, int64_t tensors, const int64_t* table, int weight_bytes, const Sgd& r) {
+  for_all_blocks(isa, threads, tensors, table, weight_bytes,
+                 [&](const int64_t* row, int64_t start, int64_t count, float* w, float* g) {
 #if defined(__x86_64__)
-    if (isa == AVX512) return sgd_block_avx512<Format>(r, row, start, count);
-    if (isa == AVX2) return sgd_block_avx2<Format>(r, row, start, count);
+    if (isa == AVX512) return sgd_block_avx512<Format>(r, row, start, count, w, g);
+    if (isa == AVX2) return sgd_block_avx2<Format>(r, row, start, count, w, g);
 #endif
-    sgd_block<Format>(r, row, start, count);
+    sgd_block<Format>(r, row, start, count, w, g);
   });
 }
 
@@ -360,22 +339,23 @@ void for_each_group(int64_t n, const uint8_t* mask, int is_signed, const uint8_t
 
 extern "C" {
 
-// `hyper` as in packed.cpp; `bytes` of a moment: 1 or 2.
-void narrow_adam(int isa, int threads, int64_t tensors, const int64_t* table, const float* hyper, int bytes) {
+// `hyper` and `weight_bytes` as in packed.cpp; `bytes` of a moment: 1 or 2.
+void narrow_adam(int isa, int threads, int64_t tensors, const int64_t* table, const float* hyper, int weight_bytes,
+                 int bytes) {
   Adam a;
   std::memcpy(&a, hyper, sizeof(a));
-  if (bytes == 1) adam_all<Int8>(isa, threads, tensors, table, a);
-  else adam_all<Bfloat16>(isa, threads, tensors, table, a);
+  if (bytes == 1) adam_all<Int8>(isa, threads, tensors, table, weight_bytes, a);
+  else adam_all<Bfloat16>(isa, threads, tensors, table, weight_bytes, a);
 }
 
 void narrow_sgd(int isa, int threads, int64_t tensors, const int64_t* table, const float* hyper, int nesterov,
-                int first, int bytes) {
+                int first, int weight_bytes, int bytes) {
   Sgd r;
   std::memcpy(&r, hyper, 5 * sizeof(float));
   r.nesterov = nesterov;
   r.first = first;
-  if (bytes == 1) sgd_all<Int8>(isa, threads, tensors, table, r);
-  else sgd_all<Bfloat16>(isa, threads, tensors, table, r);
+  if (bytes == 1) sgd_all<Int8>(isa, threads, tensors, table, weight_bytes, r);
+  else sgd_all<Bfloat16>(isa, threads, tensors, table, weight_bytes, r);
 }
 
 // The 8-bit codes of `n` weights, which begin where a group does, as floats; without a mask all are kept.

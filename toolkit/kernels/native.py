@@ -7,6 +7,7 @@ packing, select), where `fits` says so.
 import array
 import ctypes
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -19,11 +20,11 @@ from toolkit.kernels.compiled import library
 class PackedTensor(NamedTuple):
     """What a kernel is told of one tensor.
 
-    weight, grad: float32, n elements in the same memory order without gaps; on a GPU bfloat16 too
-    mask, offsets: as toolkit.prune.packing makes them; None for a dense tensor (on CPU of 8- or 16-bit moments only)
+    weight, grad: float32 or bfloat16, n elements in the same memory order without gaps
+    mask, offsets: as toolkit.prune.packing makes them; None for a dense tensor
     moments: float32, bfloat16 or, as 8-bit codes, uint8 [survivors] each; all of one dtype
     exponents: uint8 [ceil(n / 256)] for each moment of 8 bits (toolkit.kernels.narrow)
-    seed: of the chances by which narrow moments are rounded
+    seed: of the chances by which narrow moments and bfloat16 weights are rounded
     first: place of the first weight in the whole parameter, where this is a shard of it
     """
 
@@ -88,7 +89,7 @@ def best_isa() -> str:
 
 
 def address_row(tensor: PackedTensor) -> list[int]:
-    """A tensor's row of eight numbers, as packed.cpp and the Triton kernels read it."""
+    """A tensor's row of eight numbers, as packed.h and the Triton kernels read it."""
     weight, grad, mask, offsets, moments = tensor[:5]
     addresses = [0 if one is None else one.data_ptr() for one in (weight, grad, mask, offsets)]
     return [weight.numel(), *addresses, *three_addresses(moments)]
@@ -99,19 +100,25 @@ def three_addresses(tensors: Sequence[Tensor]) -> list[int]:
     return [tensor.data_ptr() for tensor in tensors] + [0] * (3 - len(tensors))
 
 
-def _launch(name: str, tensors: Sequence[PackedTensor], hyper: Sequence[float], isa: str | None, *more: int) -> None:
+def _launch(
+    name: str,
+    tensors: Sequence[PackedTensor],
+    hyper: Sequence[float],
+    isa: str | None,
+    stochastic_weights: bool,
+    *more: int,
+) -> None:
     """Run `packed_` or `narrow_` code of this name, whichever the moments' dtype asks for, on all tensors."""
-    check_memory(tensors, (torch.float32,), (torch.float32, torch.bfloat16, torch.uint8))
-    width = tensors[0][4][0].element_size()
+    floats = (torch.float32, torch.bfloat16)
+    check_memory(tensors, floats if stochastic_weights else floats[:1], (*floats, torch.uint8))
+    width, weight_width = tensors[0][4][0].element_size(), tensors[0][0].element_size()
     rows = array.array("q")
-    for tensor in tensors:
-        rows.extend(address_row(tensor))
-        if width < 4:
-            rows.extend((*three_addresses(tensor.exponents), tensor.seed, tensor.first))
+    for tensor in itertools.starmap(PackedTensor, tensors):
+        rows.extend((*address_row(tensor), *three_addresses(tensor.exponents), tensor.seed, tensor.first))
     call = getattr(native_code(), f"{'packed' if width == 4 else 'narrow'}_{name}")
-    numbers = (ctypes.c_float * len(hyper))(*hyper)
-    which = ISAS.index(isa or best_isa())
-    call(which, torch.get_num_threads(), len(tensors), rows.buffer_info()[0], numbers, *more, *[width] * (width < 4))
+    numbers, which = (ctypes.c_float * len(hyper))(*hyper), ISAS.index(isa or best_isa())
+    sizes = [weight_width, *[width] * (width < 4)]
+    call(which, torch.get_num_threads(), len(tensors), rows.buffer_info()[0], numbers, *more, *sizes)
 
 
 def packed_adam(
@@ -124,11 +131,13 @@ def packed_adam(
     eps: float,
     weight_decay: float,
     decoupled: bool,
+    stochastic_weights: bool = False,
     isa: str | None = None,
 ) -> None:
-    """`adam_update` for the survivors of pruned tensors on CPU, in place, all tensors in one call.
+    """`adam_update` for the survivors of pruned tensors, or for dense ones, on CPU, in place, all tensors in one call.
 
-    Moments are exp_avg, exp_avg_sq and, for AMSGrad, max_exp_avg_sq. `isa` picks the code (tests, benchmarks); None is
+    Moments are exp_avg, exp_avg_sq and, for AMSGrad, max_exp_avg_sq. Weights may be bfloat16, which are then rounded by
+    chance, where `stochastic_weights` says so. `isa` picks the code (tests, benchmarks); None is
     the processor's best.
     """
     hyper = (
@@ -141,7 +150,7 @@ def packed_adam(
         lr / (1 - beta1**step),
         0.0 if decoupled else weight_decay,
     )
-    _launch("adam", tensors, hyper, isa)
+    _launch("adam", tensors, hyper, isa, stochastic_weights)
 
 
 def packed_sgd(
@@ -154,12 +163,13 @@ def packed_sgd(
     weight_decay: float,
     nesterov: bool,
     decoupled: bool,
+    stochastic_weights: bool = False,
     isa: str | None = None,
 ) -> None:
     """`sgd_update` for the survivors of pruned tensors; the only moment is momentum_buffer. See `packed_adam`."""
     decay = 1 - lr * weight_decay if decoupled else 1.0
     hyper = (decay, momentum, 1 - dampening, lr, 0.0 if decoupled else weight_decay)
-    _launch("sgd", tensors, hyper, isa, int(nesterov), int(step == 1))
+    _launch("sgd", tensors, hyper, isa, stochastic_weights, int(nesterov), int(step == 1))
 
 
 KERNELS: dict[str, Callable[..., None]] = {"adam": packed_adam, "sgd": packed_sgd}

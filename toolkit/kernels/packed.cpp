@@ -1,55 +1,58 @@
-// Packed updates on CPU with float32 moments: one step for the survivors of pruned tensors. See packed.h.
+// Updates on CPU with float32 moments: one step for the survivors of pruned tensors, or for dense ones. See packed.h.
 
 #include "packed.h"
 
 namespace {
 
-// A table row is one tensor: weights, then addresses of weight, grad, mask, offsets and up to three moments.
-constexpr int64_t ROW = 8;
-
 #if defined(__x86_64__)
-TARGET_AVX512 void adam_block_avx512(const Adam& a, float* w, const float* g, const uint8_t* mask, int64_t n, float* m,
+TARGET_AVX512 void adam_block_avx512(const Adam& a, float* w, float* g, const uint8_t* mask, int64_t n, float* m,
                                      float* v, float* vmax) {
+  if (!mask) return adam_on(a, static_cast<int>(n), w, g, m, v, vmax);
   alignas(64) float ws[BLOCK + 16], gs[BLOCK + 16];
-  int k = gather_avx512(w, g, mask, n, ws, gs);
+  const int k = gather_avx512(w, g, mask, n, ws, gs);
   adam_on(a, k, ws, gs, m, v, vmax);
   scatter_avx512(w, mask, n, ws);
 }
 
-TARGET_AVX2 void adam_block_avx2(const Adam& a, float* w, const float* g, const uint8_t* mask, int64_t n, float* m,
+TARGET_AVX2 void adam_block_avx2(const Adam& a, float* w, float* g, const uint8_t* mask, int64_t n, float* m,
                                  float* v, float* vmax) {
+  if (!mask) return adam_on(a, static_cast<int>(n), w, g, m, v, vmax);
   alignas(64) float ws[BLOCK + 16], gs[BLOCK + 16];
-  int k = gather_avx2(w, g, mask, n, ws, gs);
+  const int k = gather_avx2(w, g, mask, n, ws, gs);
   adam_on(a, k, ws, gs, m, v, vmax);
   scatter_avx2(w, mask, n, ws);
 }
 
-TARGET_AVX512 void sgd_block_avx512(const Sgd& s, float* w, const float* g, const uint8_t* mask, int64_t n, float* m) {
+TARGET_AVX512 void sgd_block_avx512(const Sgd& s, float* w, float* g, const uint8_t* mask, int64_t n, float* m) {
+  if (!mask) return sgd_rule(s, static_cast<int>(n), w, g, m);
   alignas(64) float ws[BLOCK + 16], gs[BLOCK + 16];
-  int k = gather_avx512(w, g, mask, n, ws, gs);
+  const int k = gather_avx512(w, g, mask, n, ws, gs);
   sgd_rule(s, k, ws, gs, m);
   scatter_avx512(w, mask, n, ws);
 }
 
-TARGET_AVX2 void sgd_block_avx2(const Sgd& s, float* w, const float* g, const uint8_t* mask, int64_t n, float* m) {
+TARGET_AVX2 void sgd_block_avx2(const Sgd& s, float* w, float* g, const uint8_t* mask, int64_t n, float* m) {
+  if (!mask) return sgd_rule(s, static_cast<int>(n), w, g, m);
   alignas(64) float ws[BLOCK + 16], gs[BLOCK + 16];
-  int k = gather_avx2(w, g, mask, n, ws, gs);
+  const int k = gather_avx2(w, g, mask, n, ws, gs);
   sgd_rule(s, k, ws, gs, m);
   scatter_avx2(w, mask, n, ws);
 }
 #endif
 
-void adam_block(const Adam& a, float* w, const float* g, const uint8_t* mask, int64_t n, float* m, float* v,
+void adam_block(const Adam& a, float* w, float* g, const uint8_t* mask, int64_t n, float* m, float* v,
                 float* vmax) {
+  if (!mask) return adam_on(a, static_cast<int>(n), w, g, m, v, vmax);
   float ws[BLOCK], gs[BLOCK];
-  int k = gather_bits(w, g, mask, n, ws, gs);
+  const int k = gather_bits(w, g, mask, n, ws, gs);
   adam_on(a, k, ws, gs, m, v, vmax);
   scatter_bits(w, mask, n, ws);
 }
 
-void sgd_block(const Sgd& s, float* w, const float* g, const uint8_t* mask, int64_t n, float* m) {
+void sgd_block(const Sgd& s, float* w, float* g, const uint8_t* mask, int64_t n, float* m) {
+  if (!mask) return sgd_rule(s, static_cast<int>(n), w, g, m);
   float ws[BLOCK], gs[BLOCK];
-  int k = gather_bits(w, g, mask, n, ws, gs);
+  const int k = gather_bits(w, g, mask, n, ws, gs);
   sgd_rule(s, k, ws, gs, m);
   scatter_bits(w, mask, n, ws);
 }
@@ -69,17 +72,16 @@ int packed_best_isa() {
   return PORTABLE;
 }
 
-// `hyper` is struct Adam as 8 floats; the third moment's address may be 0.
-void packed_adam(int isa, int threads, int64_t tensors, const int64_t* table, const float* hyper) {
+// `hyper` is struct Adam as 8 floats; the third moment's address may be 0; `weight_bytes`: 4, or 2 for bfloat16.
+void packed_adam(int isa, int threads, int64_t tensors, const int64_t* table, const float* hyper, int weight_bytes) {
   Adam a;
   std::memcpy(&a, hyper, sizeof(a));
-  for_all_blocks<ROW>(threads, tensors, table, [&](const int64_t* row, int64_t start, int64_t count) {
-    float* w = address<float>(row, 1) + start;
-    const float* g = address<float>(row, 2) + start;
-    const uint8_t* mask = address<uint8_t>(row, 3) + start / 8;
-    const int32_t at = address<int32_t>(row, 4)[start / BLOCK];
-    float *m = address<float>(row, 5) + at, *v = address<float>(row, 6) + at;
-    float* vmax = row[7] ? address<float>(row, 7) + at : nullptr;
+  for_all_blocks(isa, threads, tensors, table, weight_bytes,
+                 [&](const int64_t* row, int64_t start, int64_t count, float* w, float* g) {
+    const uint8_t* mask = mask_of(row, start);
+    const int64_t at = moments_at(row, start);
+    float *m = address<float>(row, MOMENT) + at, *v = address<float>(row, MOMENT + 1) + at;
+    float* vmax = row[MOMENT + 2] ? address<float>(row, MOMENT + 2) + at : nullptr;
 #if defined(__x86_64__)
     if (isa == AVX512) return adam_block_avx512(a, w, g, mask, count, m, v, vmax);
     if (isa == AVX2) return adam_block_avx2(a, w, g, mask, count, m, v, vmax);
@@ -90,16 +92,15 @@ void packed_adam(int isa, int threads, int64_t tensors, const int64_t* table, co
 
 // `hyper` is the five floats of struct Sgd.
 void packed_sgd(int isa, int threads, int64_t tensors, const int64_t* table, const float* hyper, int nesterov,
-                int first) {
+                int first, int weight_bytes) {
   Sgd s;
   std::memcpy(&s, hyper, 5 * sizeof(float));
   s.nesterov = nesterov;
   s.first = first;
-  for_all_blocks<ROW>(threads, tensors, table, [&](const int64_t* row, int64_t start, int64_t count) {
-    float* w = address<float>(row, 1) + start;
-    const float* g = address<float>(row, 2) + start;
-    const uint8_t* mask = address<uint8_t>(row, 3) + start / 8;
-    float* m = address<float>(row, 5) + address<int32_t>(row, 4)[start / BLOCK];
+  for_all_blocks(isa, threads, tensors, table, weight_bytes,
+                 [&](const int64_t* row, int64_t start, int64_t count, float* w, float* g) {
+    const uint8_t* mask = mask_of(row, start);
+    float* m = address<float>(row, MOMENT) + moments_at(row, start);
 #if defined(__x86_64__)
     if (isa == AVX512) return sgd_block_avx512(s, w, g, mask, count, m);
     if (isa == AVX2) return sgd_block_avx2(s, w, g, mask, count, m);

@@ -1,10 +1,13 @@
-// What the packed updates share: rules, gathering survivors and putting them back, and the walk over all blocks.
+// What the updates share: rules, gathering survivors and putting them back, and the walk over all blocks.
 //
 // A block of 1,024 weights is worked on in three passes: the survivors' weights and gradients are gathered side by side
 // (their moments already lie so), updated as plain vectors, and put back. Arithmetic then costs what the survivors cost,
 // whatever the density; a gather costs a few cycles per 16 weights. Above 85 % density blocks are mostly full and the
 // gather is still the cheaper half of the work, so one code serves all densities. Putting back writes whole lines, zeros
 // at the pruned places: weights written from outside (a loaded model, an average) are pruned again by the next step.
+//
+// Weights and gradients in bfloat16 are floats while their block is worked on, and are then rounded by chance: the same
+// bits as toolkit.kernels.rounding.
 //
 // Plain C interface, no torch headers: builds in about 2 s. OpenMP shares torch's thread pool (same libgomp).
 #pragma once
@@ -23,6 +26,11 @@ constexpr int64_t BLOCK = 1024;
 // with it the update at 90 % sparsity went from 0.64 to 0.53 of fused AdamW's time (512, 1024 and 2048 are alike).
 constexpr int64_t AHEAD = 2048;
 enum Isa { PORTABLE = 0, AVX2 = 1, AVX512 = 2 };
+
+// A table row is one tensor: weights, addresses of weight, grad, mask (0: dense), offsets, three moments and, where they
+// are codes, their exponents; the seed of what is rounded by chance, the first weight's place in the whole parameter.
+constexpr int64_t ROW = 13;
+constexpr int WEIGHT = 1, GRAD = 2, MASK = 3, OFFSETS = 4, MOMENT = 5, EXPONENTS = 8, SEED = 11, FIRST = 12;
 
 struct Adam {
   float decay, one_minus_beta1, beta2, one_minus_beta2, inv_bias2_sqrt, eps, step_size, coupled;
@@ -82,6 +90,39 @@ INLINE void adam_rule(const Adam& a, int n, float* __restrict w, const float* __
 
 INLINE void sgd_rule(const Sgd& s, int n, float* __restrict w, const float* __restrict g, float* __restrict m) {
   for (int i = 0; i < n; ++i) w[i] = sgd_value(s, w[i], g[i], m[i]);
+}
+
+INLINE uint32_t bits_of_float(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+
+INLINE float float_of_bits(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
+INLINE uint32_t hash(uint32_t x) {  // lowbias32, as toolkit.kernels.rounding
+  x = (x ^ x >> 16) * 0x7FEB352Du;
+  x = (x ^ x >> 15) * 0x846CA68Bu;
+  return x ^ x >> 16;
+}
+
+INLINE uint32_t with_noise(uint32_t bits, uint32_t noise) {  // infinity and NaN stay what they are
+  return bits + ((bits & 0x7F800000u) == 0x7F800000u ? 0u : noise);
+}
+
+INLINE void widen_bfloat16(float* to, const uint16_t* from, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) to[i] = float_of_bits(static_cast<uint32_t>(from[i]) << 16);
+}
+
+INLINE void round_bfloat16(uint16_t* to, const float* from, int64_t n, uint32_t seed) {
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t noise = hash(seed + static_cast<uint32_t>(i)) & 0xFFFFu;
+    to[i] = static_cast<uint16_t>(with_noise(bits_of_float(from[i]), noise) >> 16);
+  }
 }
 
 INLINE uint64_t bits_of(const uint8_t* mask, int64_t count) {
@@ -214,18 +255,66 @@ TARGET_AVX2 inline void scatter_avx2(float* w, const uint8_t* mask, int64_t n, c
 }
 #endif
 
+#if defined(__x86_64__)
+TARGET_AVX512 inline void round_avx512(uint16_t* to, const float* from, int64_t n, uint32_t seed) {
+  round_bfloat16(to, from, n, seed);
+}
+
+TARGET_AVX2 inline void round_avx2(uint16_t* to, const float* from, int64_t n, uint32_t seed) {
+  round_bfloat16(to, from, n, seed);
+}
+#endif
+
 // Below this many blocks a second thread costs more than it saves.
 constexpr int64_t SERIAL_BELOW = 64;
 
 // Adam's rule inlined once with and once without AMSGrad's third moment.
-INLINE void adam_on(const Adam& a, int k, float* w, float* g, float* m, float* v, float* vmax) {
+INLINE void adam_on(const Adam& a, int k, float* w, const float* g, float* m, float* v, float* vmax) {
   if (vmax) adam_rule(a, k, w, g, m, v, vmax);
   else adam_rule(a, k, w, g, m, v, nullptr);
 }
 
-// Runs `update(row, start, count)` on every block of every tensor, each thread on one contiguous share of the blocks.
-template <int64_t ROW, class Update>
-void for_all_blocks(int threads, int64_t tensors, const int64_t* table, const Update& update) {
+template <class T>
+INLINE T* address(const int64_t* row, int column) {
+  return reinterpret_cast<T*>(row[column]);
+}
+
+// The bits of the block that begins at `start`, null where all of it survives, and where its moments begin.
+INLINE const uint8_t* mask_of(const int64_t* row, int64_t start) {
+  return row[MASK] ? address<uint8_t>(row, MASK) + start / 8 : nullptr;
+}
+
+INLINE int64_t moments_at(const int64_t* row, int64_t start) {
+  return row[OFFSETS] ? address<int32_t>(row, OFFSETS)[start / BLOCK] : start;
+}
+
+// Where the chances begin by which the weights from `start` on are rounded: half the numbers away from a moment's.
+INLINE uint32_t weight_seed(const int64_t* row, int64_t start) {
+  return static_cast<uint32_t>(row[SEED]) * 0x9E3779B9u + 0x80000000u + static_cast<uint32_t>(row[FIRST] + start);
+}
+
+// `update(row, start, count, weights, gradients)` on one block, as floats.
+template <class Update>
+void on_block(int isa, int weight_bytes, const int64_t* row, int64_t start, int64_t count, const Update& update) {
+  if (weight_bytes == 4)
+    return update(row, start, count, address<float>(row, WEIGHT) + start, address<float>(row, GRAD) + start);
+  alignas(64) float w[BLOCK], g[BLOCK];
+  uint16_t* weights = address<uint16_t>(row, WEIGHT) + start;
+  widen_bfloat16(w, weights, count);
+  widen_bfloat16(g, address<uint16_t>(row, GRAD) + start, count);
+  update(row, start, count, w, g);
+  const uint32_t seed = weight_seed(row, start);
+#if defined(__x86_64__)
+  if (isa == AVX512) return round_avx512(weights, w, count, seed);
+  if (isa == AVX2) return round_avx2(weights, w, count, seed);
+#endif
+  round_bfloat16(weights, w, count, seed);
+}
+
+// Runs `update` as above on every block of every tensor, each thread on one contiguous share of the blocks.
+template <class Update>
+void for_all_blocks(int isa, int threads, int64_t tensors, const int64_t* table, int weight_bytes,
+                    const Update& update) {
   int64_t total = 0;
   for (int64_t t = 0; t < tensors; ++t) total += (table[t * ROW] + BLOCK - 1) / BLOCK;
   if (total < SERIAL_BELOW) threads = 1;
@@ -239,16 +328,11 @@ void for_all_blocks(int threads, int64_t tensors, const int64_t* table, const Up
       const int64_t from = first > at ? first - at : 0, to = last - at < blocks ? last - at : blocks;
       for (int64_t b = from; b < to; ++b) {
         const int64_t start = b * BLOCK;
-        update(row, start, row[0] - start < BLOCK ? row[0] - start : BLOCK);
+        on_block(isa, weight_bytes, row, start, row[0] - start < BLOCK ? row[0] - start : BLOCK, update);
       }
       at += blocks;
     }
   }
-}
-
-template <class T>
-INLINE T* address(const int64_t* row, int column) {
-  return reinterpret_cast<T*>(row[column]);
 }
 
 }  // namespace

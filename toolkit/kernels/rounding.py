@@ -20,6 +20,11 @@ def moment_seed(step: int, index: int) -> int:
     return (step * 65_537 + index) * 3
 
 
+def weight_seed(seed: int) -> int:
+    """Of the chances by which a parameter's weights are rounded, beside the `seed` of its first moment's."""
+    return seed + 2**31  # times an odd number: half of all numbers away from the moments' of this step
+
+
 def round_to_bfloat16(values: Tensor, seed: int, first: int = 0) -> Tensor:
     """float32 [n] -> bfloat16 [n], up or down with the chance that makes the mean exact.
 

@@ -15,13 +15,13 @@ of each. So a warp's weights lie side by side, and no warp waits for another.
 import triton
 import triton.language as tl
 
-from toolkit.kernels.triton_moments import addresses, chance, load, load_moment, moment, store, store_moment
+from toolkit.kernels.triton_moments import addresses, chance, load, load_moment, moment, store_moment, store_weight
 
 BLOCK = tl.constexpr(1024)  # as toolkit.prune.packing; a table entry of the offsets covers one
 # numel, weight, grad, mask, offsets, three moments, the parameter's index
 ROW = tl.constexpr(9)
-# and beside 8-bit codes three addresses of exponents, the first weight's place in the whole parameter
-CODED_ROW = tl.constexpr(13)
+# and with 8-bit codes or bfloat16 weights three addresses of exponents, the first weight's place in the whole parameter
+LONG_ROW = tl.constexpr(13)
 
 
 @triton.jit
@@ -49,10 +49,10 @@ def _ratio(values, above_0):
 
 
 @triton.jit
-def _block(rows, programs, ROWS: tl.constexpr, WARPS: tl.constexpr, STATE: tl.constexpr):
+def _block(rows, programs, ROWS: tl.constexpr, WARPS: tl.constexpr, WEIGHT: tl.constexpr, STATE: tl.constexpr):
     """(row of the tensor, block, its first weight, each weight's place in it, how many there are)."""
     program = programs + 2 * tl.program_id(0)
-    row = rows + tl.load(program) * (CODED_ROW if STATE == tl.uint8 else ROW)
+    row = rows + tl.load(program) * (LONG_ROW if STATE == tl.uint8 or WEIGHT == tl.bfloat16 else ROW)
     block = tl.load(program + 1)
     start = block.to(tl.int64) * BLOCK
     word = tl.arange(0, WARPS)[None, :, None] * ROWS + tl.arange(0, ROWS)[:, None, None]
@@ -96,8 +96,8 @@ def _read(
     DENSE: tl.constexpr,
     EAGER: tl.constexpr,
 ):
-    """(row, addresses of weights, place of each in the block, inside, alive, where moments are, weight, gradient)."""
-    row, block, start, position, left = _block(rows, programs, ROWS, WARPS, STATE)
+    """(row, first weight, addresses of weights, places of each, inside, alive, where moments are, weight, gradient)."""
+    row, block, start, position, left = _block(rows, programs, ROWS, WARPS, WEIGHT, STATE)
     weights = tl.load(row + 1).to(tl.pointer_type(WEIGHT)) + start
     grads = tl.load(row + 2).to(tl.pointer_type(WEIGHT)) + start
     inside = position < left
@@ -116,7 +116,7 @@ def _read(
             weight, grad = load(weights, position, alive), load(grads, position, alive)
     group = block * WARPS + warp + (tl.arange(0, 32)[None, None, :] >> 5)  # + 0, which Triton would drop with the axis
     exists = warp * ROWS * 32 < left
-    return row, weights, position, inside, alive, (first, at, alive, begin, group, exists), weight, grad
+    return row, start, weights, position, inside, alive, (first, at, alive, begin, group, exists), weight, grad
 
 
 @triton.jit
@@ -142,13 +142,14 @@ def adam_kernel(
     DENSE: tl.constexpr,
     EAGER: tl.constexpr,
     STOCHASTIC: tl.constexpr,
+    STOCHASTIC_WEIGHTS: tl.constexpr,
     DECOUPLED: tl.constexpr,
     LR_ON_DEVICE: tl.constexpr,
     AMSGRAD: tl.constexpr,
     SPAM: tl.constexpr,
 ) -> None:
     """Adam(W)'s step, or with SPAM its own; computed in float32."""
-    row, weights, position, inside, alive, slots, weight, grad = _read(
+    row, start, weights, position, inside, alive, slots, weight, grad = _read(
         rows, programs, ROWS, WARPS, WEIGHT, STATE, DENSE, EAGER
     )
     rate = tl.load(lr_on_device).to(tl.float32) if LR_ON_DEVICE else lr
@@ -178,7 +179,8 @@ def adam_kernel(
         weight = (weight - step_size * _ratio(first, (tl.sqrt(second) + eps) * correction)) * shrink
     else:
         weight = weight - step_size * _ratio(first, tl.sqrt(second) * correction + eps)
-    store(weights, position, tl.where(alive, weight, 0.0), inside, WEIGHT)  # pruned places are 0 again
+    weight = tl.where(alive, weight, 0.0)  # pruned places are 0 again
+    store_weight(weights, position, weight, inside, row, start, step, WEIGHT, STOCHASTIC_WEIGHTS)
 
 
 @triton.jit
@@ -198,12 +200,13 @@ def sgd_kernel(
     DENSE: tl.constexpr,
     EAGER: tl.constexpr,
     STOCHASTIC: tl.constexpr,
+    STOCHASTIC_WEIGHTS: tl.constexpr,
     DECOUPLED: tl.constexpr,
     LR_ON_DEVICE: tl.constexpr,
     NESTEROV: tl.constexpr,
 ) -> None:
     """SGD's step; computed in float32."""
-    row, weights, position, inside, alive, slots, weight, grad = _read(
+    row, start, weights, position, inside, alive, slots, weight, grad = _read(
         rows, programs, ROWS, WARPS, WEIGHT, STATE, DENSE, EAGER
     )
     rate = tl.load(lr_on_device).to(tl.float32) if LR_ON_DEVICE else lr
@@ -217,4 +220,5 @@ def sgd_kernel(
     buffer = tl.where(step == 1, grad, buffer * momentum + grad * one_minus_dampening)
     store_moment(buffers, slots, buffer, chance(row, step, STATE), 0, True, STATE, STOCHASTIC)
     weight = weight - rate * (grad + momentum * buffer if NESTEROV else buffer)
-    store(weights, position, tl.where(alive, weight, 0.0), inside, WEIGHT)  # pruned places are 0 again
+    weight = tl.where(alive, weight, 0.0)  # pruned places are 0 again
+    store_weight(weights, position, weight, inside, row, start, step, WEIGHT, STOCHASTIC_WEIGHTS)

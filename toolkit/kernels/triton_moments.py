@@ -63,11 +63,21 @@ def store(pointer, at, values, mask, TYPE: tl.constexpr) -> None:
 
 
 @triton.jit
-def chance(row, step, STATE: tl.constexpr):
-    """Where the chances of a step begin by which moments are rounded: the reference's, to the same bits."""
+def store_weight(weights, position, new, inside, row, start, step, WEIGHT: tl.constexpr, STOCHASTIC: tl.constexpr):
+    """Store a block's weights, bfloat16 ones by chance where STOCHASTIC: to the bit as the reference."""
+    if WEIGHT == tl.float32 or not STOCHASTIC:
+        store(weights, position, new, inside, WEIGHT)
+    else:
+        first = (tl.load(row + 12) + start).to(tl.uint32) + chance(row, step, WEIGHT) + 0x80000000
+        _store_bfloat16(weights, position, new, inside, _hash(position.to(tl.uint32) + first) & 0xFFFF)
+
+
+@triton.jit
+def chance(row, step, TYPE: tl.constexpr):
+    """Where the chances of a step begin by which what is of this type is rounded: the reference's, to the same bits."""
     start = (step.to(tl.uint32) * 65537 + tl.load(row + 8).to(tl.uint32)) * 3 * 0x9E3779B9
-    if STATE == tl.uint8:
-        start += tl.load(row + 12).to(tl.uint32)
+    if TYPE == tl.uint8:
+        start += (tl.load(row + 12) // 256 * 256).to(tl.uint32)
     return start
 
 

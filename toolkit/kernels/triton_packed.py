@@ -6,6 +6,7 @@ itself. What runs there is toolkit.kernels.triton_kernels.
 
 import array
 import contextlib
+import itertools
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -60,9 +61,9 @@ class AddressTable:
         check_memory(tensors, tuple(_WEIGHTS), tuple(_MOMENTS))
         device, sizes = tensors[0][0].device, [tensor[0].numel() for tensor in tensors]
         numbers = array.array("q")
-        for tensor, index in zip(tensors, param_indices, strict=True):
+        for tensor, index in zip(itertools.starmap(PackedTensor, tensors), param_indices, strict=True):
             numbers.extend((*address_row(tensor), index))
-            if tensor[4][0].dtype is torch.uint8:
+            if tensor[4][0].dtype is torch.uint8 or tensor[0].dtype is torch.bfloat16:
                 numbers.extend((*three_addresses(tensor.exponents), tensor.first))
         capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         if capturing and sizes != self._sizes:
@@ -118,6 +119,7 @@ def flags(
     *,
     dense: bool = False,
     stochastic: bool = True,
+    stochastic_weights: bool = False,
     decoupled: bool = True,
     lr_on_device: bool = False,
 ) -> dict[str, Any]:
@@ -131,6 +133,7 @@ def flags(
         "STATE": _MOMENTS[state_dtype],
         "DENSE": dense,
         "STOCHASTIC": stochastic,
+        "STOCHASTIC_WEIGHTS": stochastic_weights,
         "DECOUPLED": decoupled,
         "LR_ON_DEVICE": lr_on_device,
         "EAGER": VARIANT["EAGER"],
@@ -146,6 +149,7 @@ def _launch(
     lr: float | Tensor,
     *numbers: float,
     stochastic: bool,
+    stochastic_weights: bool,
     decoupled: bool,
     **own: bool,
 ) -> None:
@@ -156,6 +160,7 @@ def _launch(
         moments[0].dtype,
         dense=mask is None,
         stochastic=stochastic,
+        stochastic_weights=stochastic_weights,
         decoupled=decoupled,
         lr_on_device=on_device,
     )
@@ -185,6 +190,7 @@ def packed_adam(
     weight_decay: float,
     decoupled: bool,
     stochastic: bool = True,
+    stochastic_weights: bool = False,
     spike_threshold: float | None = None,
     scale: float = 1.0,
 ) -> None:
@@ -192,9 +198,9 @@ def packed_adam(
 
     In place, in one launch. `table` was brought to these tensors; `counter` holds the step on the device, as float32;
     `lr` is a number, or a tensor on the device. Weights and moments are float32 or bfloat16, moments 8-bit codes too,
-    computed with in float32; bfloat16 and squared 8-bit moments are rounded by chance where `stochastic`. A
-    `spike_threshold` makes it SPAM's step, whose gradients are clipped (inf: not now) and whose decay comes last;
-    `scale` is the warm-up's.
+    computed with in float32; bfloat16 and squared 8-bit moments are rounded by chance where `stochastic`, bfloat16
+    weights where `stochastic_weights`. A `spike_threshold` makes it SPAM's step, whose gradients are clipped (inf: not
+    now) and whose decay comes last; `scale` is the warm-up's.
     """
     _launch(
         triton_kernels.adam_kernel,
@@ -212,6 +218,7 @@ def packed_adam(
         spike_threshold or 0.0,
         scale,
         stochastic=stochastic,
+        stochastic_weights=stochastic_weights,
         decoupled=decoupled,
         AMSGRAD=len(tensors[0][4]) == 3,
         SPAM=spike_threshold is not None,
@@ -230,6 +237,7 @@ def packed_sgd(
     nesterov: bool,
     decoupled: bool,
     stochastic: bool = True,
+    stochastic_weights: bool = False,
 ) -> None:
     """`sgd_update` for the survivors of pruned tensors, or for dense ones; at step 1 the buffer is the gradient."""
     _launch(
@@ -242,6 +250,7 @@ def packed_sgd(
         1 - dampening,
         weight_decay,
         stochastic=stochastic,
+        stochastic_weights=stochastic_weights,
         decoupled=decoupled,
         NESTEROV=nesterov,
     )

@@ -182,13 +182,13 @@ def _track(
             if parameter.requires_grad and parameter.numel() >= FREED_AT_ONCE:
                 parameter.register_post_accumulate_grad_hook(free)
         with tracker:
-            images = torch.empty(tuple(shape))
+            images = torch.empty(tuple(shape), dtype=next(model.parameters()).dtype)
             if channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
             labels = torch.zeros(shape[0], dtype=torch.int64)
             inputs = [tracker.of(images), tracker.of(labels)]
             with torch.autocast("cpu", dtype=amp_dtype or torch.bfloat16, enabled=amp_dtype is not None):
-                loss = nn.functional.cross_entropy(model(images), labels)
+                loss = nn.functional.cross_entropy(model(images).float(), labels)
             forward_end = tracker.events
             loss.backward()
         gradients += [tracker.of(p.grad) for p in model.parameters() if p.grad is not None]

@@ -69,5 +69,8 @@ def predict_optimizer_rows(
     if pruned and method == "state":
         rows["offsets"] = sum(offset_bytes(one.numel) for one in pruned)
     if pruned and method == "movement":
-        rows["initial_weights" if score == "displacement" else "scores"] = sum(one.nbytes for one in pruned)
+        if score == "displacement":
+            rows["initial_weights"] = sum(one.nbytes for one in pruned)
+        else:
+            rows["scores"] = sum(one.numel * max(one.itemsize, 4) for one in pruned)
     return rows

@@ -30,7 +30,8 @@ class StepProbe:
         self.part = ""
 
     def __enter__(self) -> Self:
-        self._weights = {weight.numel() for weight in self._name_owners().get("weights", [])}
+        weights = self._name_owners().get("weights", [])
+        self._weights = {weight.numel() for weight in weights if weight.itemsize > 2}  # others are cast by nobody
         self._tracker.__enter__()
         return self
 

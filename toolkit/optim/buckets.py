@@ -34,7 +34,7 @@ class Bucket:
     steps: list[Tensor] = field(default_factory=list)  # each parameter's own counter: views of `step_tensor`
     step_tensor: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float32))
     param_indices: list[int] = field(default_factory=list)  # position among all the optimizer's parameters
-    firsts: list[int] = field(default_factory=list)  # where each part's groups begin in the whole parameter
+    firsts: list[int] = field(default_factory=list)  # where each part begins in the whole parameter
     addresses: Any = None  # the table of the Triton kernels
 
     def share_step_tensor(self) -> None:

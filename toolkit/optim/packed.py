@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from toolkit.kernels import native
 from toolkit.kernels.choice import choose_implementation
-from toolkit.kernels.rounding import moment_seed
+from toolkit.kernels.rounding import moment_seed, round_to_bfloat16, weight_seed
 from toolkit.log import get_logger
 from toolkit.optim.buckets import Bucket, BucketCache, rate_for
 from toolkit.prune.distributed import first_weight, in_layout_of, read_numbers, to_local
@@ -103,6 +103,7 @@ class PackedOptimizer(Optimizer):
     def update_by_kernel(self, bucket: Bucket, group: dict[str, Any]) -> None:
         """One step by the kernels of KERNEL, all tensors in one call: pruned ones, and dense ones on a GPU."""
         keys, rule = self.moment_keys(group), self.rule(group, bucket.step)
+        rule["stochastic_weights"] = self._store.precision is not None
         # A Pruner keeps a mask of its own beside dense moments.
         scaled = [exponents_of(key) for key in keys if exponents_of(key) in bucket.states[0]]
         grads = bucket.gradients(group)
@@ -126,8 +127,8 @@ class PackedOptimizer(Optimizer):
             bucket.addresses = bucket.addresses or triton_packed.AddressTable()
             table = bucket.addresses.update(rows, bucket.param_indices)
             kernel = triton_packed.KERNELS[self.KERNEL]
-            by_chance = self._store.precision is not None
-            kernel(rows, table, bucket.step_tensor, lr=rate_for(bucket, group), stochastic=by_chance, **rule)
+            rule["stochastic"] = rule["stochastic_weights"]
+            kernel(rows, table, bucket.step_tensor, lr=rate_for(bucket, group), **rule)
         else:
             native.KERNELS[self.KERNEL](rows, step=bucket.step, lr=float(group["lr"]), **rule)
 
@@ -164,6 +165,9 @@ class PackedOptimizer(Optimizer):
 
     def _sort(self, group: dict[str, Any], ready: list[Tensor]) -> Iterable[Bucket]:
         """Sort the parameters of a group that have a gradient by the code that updates them."""
+        every = [parameter for group in self.param_groups for parameter in group["params"]]
+        if len(every) == len(self._indices) and self._indices.keys().isdisjoint(every):  # FSDP2's, in their places
+            self._number_parameters()
         prunable = {id(parameter) for _, parameter in self._packing.prunable()}
         asked = self.defaults["implementation"] if self.FAST else "reference"
         buckets: dict[tuple[Any, ...], Bucket] = {}
@@ -172,7 +176,7 @@ class PackedOptimizer(Optimizer):
         for parameter, state, counted in zip(ready, states, steps, strict=True):
             packed, step = "offsets" in state, int(counted)
             dtype = self._moment_dtype(parameter, id(parameter) in prunable)
-            how = choose_implementation(asked, parameter, dtype, self.FAST)
+            how = choose_implementation(asked, parameter, dtype, self.FAST, self._store.precision is not None)
             if how != "reference" and not self._is_dense(parameter):
                 how = "reference"
             fused = how != "reference" and not packed and self.fused(parameter, dtype)
@@ -182,7 +186,7 @@ class PackedOptimizer(Optimizer):
             bucket.owners.append(parameter)
             bucket.parameters.append(to_local(parameter))
             bucket.states.append(state)
-            bucket.firsts.append(grid(first_weight(parameter)))
+            bucket.firsts.append(first_weight(parameter))
             bucket.param_indices.append(self._indices.setdefault(parameter, len(self._indices) + 1))
         return buckets.values()
 
@@ -268,21 +272,14 @@ class PackedOptimizer(Optimizer):
             dense = in_layout_of(torch.empty_like(parameter, device="meta"), parameter)
             grad = in_layout_of(dense, grad)
             member = Member("", dense, state)
+            seed = moment_seed(bucket.step, index)
             for piece in in_blocks(member, state.get("offsets"), next(iter(moments.values())).numel()):
-                seed = moment_seed(bucket.step, index)
                 self._update_piece(piece, piece.of(grad), dtype, group, bucket.step, seed, first)
             if dense is not parameter:
                 parameter.copy_(dense)
 
     def _update_piece(
-        self,
-        piece: Piece,
-        grad: Tensor,
-        dtype: torch.dtype,
-        group: dict[str, Any],
-        step: int,
-        seed: int,
-        origin: int,
+        self, piece: Piece, grad: Tensor, dtype: torch.dtype, group: dict[str, Any], step: int, seed: int, origin: int
     ) -> None:
         """The rule on a piece of a tensor whose moments are packed, or of another dtype than it computes in."""
         state, place, mask = piece.member.state, piece.of(piece.member.part), None
@@ -295,14 +292,18 @@ class PackedOptimizer(Optimizer):
         moments, new = {key: piece.moment(key, packed).to(dtype) for key in keys}, weight.to(dtype)
         self.update(new, grad.to(dtype), moments, group, step)
         # Put back what is not updated in place; pruned places become 0 again.
+        by_chance = place.dtype is torch.bfloat16 and dtype is torch.float32
         if mask is not None:
-            place.zero_().masked_scatter_(unpack_bits(mask, len(place)), new.to(place.dtype))
-        elif new is not place:
+            wide = torch.zeros_like(place, dtype=dtype) if by_chance else place.zero_()
+            new = wide.masked_scatter_(unpack_bits(mask, len(place)), new.to(wide.dtype))
+        if by_chance:  # a 0 stays one
+            new = round_to_bfloat16(new, weight_seed(seed), origin + piece.first)
+        if new is not place:
             place.copy_(new)
         for number, key in enumerate(keys):
             if state[key].dtype is not dtype:
                 rest = (mask, piece.first, piece.last, piece.before)
-                write_piece(state, key, moments[key], *rest, seed=seed + number, origin=origin)
+                write_piece(state, key, moments[key], *rest, seed=seed + number, origin=grid(origin))
 
     def state_dict(self) -> dict[str, Any]:
         """The plain optimizer's form: moments dense and shaped like the parameter, the mask as bool."""

@@ -15,6 +15,7 @@ from toolkit.optim.adamwadv import RECIPE as ADAMWADV_RECIPE
 from toolkit.optim.adamwadv import AdamWAdv
 from toolkit.optim.adamwprune import AdamWPrune
 from toolkit.optim.adamwspam import AdamWSPAM
+from toolkit.optim.packed import PackedOptimizer
 from toolkit.optim.sgdprune import SGDPrune
 from toolkit.prune.hooks import HOOK_METHODS, pruned_by_hooks
 
@@ -53,6 +54,12 @@ class OptimizerSpec(OptimInfo):
     def family(self) -> str:
         """Whose update rule it is at heart: SGD or Adam."""
         return "SGD" if self.base in ("sgd", "momentum") else "Adam"
+
+    @property
+    def keeps_state_dtype(self) -> bool:
+        """Whether it takes a `state_dtype` for its moments, and with one rounds bfloat16 weights by chance."""
+        kind = self.opt_class
+        return self.method in ("none", "state") and isinstance(kind, type) and issubclass(kind, PackedOptimizer)
 
     @property
     def is_ours(self) -> bool:

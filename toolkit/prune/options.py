@@ -50,7 +50,8 @@ class PruningOptions(Schedule):
     channel_multiple: with pattern channel each layer keeps a multiple of so many channels, or all where it has fewer.
     regrow: share of the survivors that make way for pruned weights with the largest gradients, decayed by a cosine.
     state_dtype: of the moments: float32, bfloat16 with stochastic rounding, or int8, which is for prunable parameters
-        from 4,096 weights on (toolkit.kernels.narrow; the rest float32); None is the parameter's own.
+        from 4,096 weights on (toolkit.kernels.narrow; the rest float32); None is the parameter's own. With one, or with
+        a budget, bfloat16 weights too are computed with in float32 and rounded by chance; without as torch does.
     state_budget: instead of one dtype the widest that fits into so many bytes a prunable weight, or `auto`, decided
         anew when masks change (toolkit.prune.budget).
     implementation: auto, reference, native or triton. On a GPU auto is the reference, many launches a tensor, for

@@ -60,6 +60,7 @@ VARIANTS = {
     "timm's transforms, channels last": [*PRUNED, "--color-jitter", "0.4", "--channels-last", "-j", "2"],
     "update fused into backward": [*PRUNED, "--fused-backward"],
     "magnitude, fused": ["--opt", "momentum", "--pruning", "magnitude", "--sparsity", "0.5", "--fused-backward"],
+    "bfloat16 weights": [*PRUNED, "--model-dtype", "bfloat16", "--state-budget", "auto"],
     "accumulation, epoch schedule": ["--opt", "adamwadv", "--grad-accum-steps", "2", "--no-sched-on-updates"],
 }
 

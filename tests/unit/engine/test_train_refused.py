@@ -77,6 +77,8 @@ def with_rules(tmp_path):
         (["--model", "resnet5000"], "not a timm model; did you mean"),
         (["--train-split", "training"], "it has train, validation"),
         (["--amp", "fp16"], "use --amp bf16"),
+        (["--model-dtype", "bfloat16", "--amp", "bf16"], "computed in bfloat16 anyway; leave one out"),
+        (["--model-dtype", "bfloat16", "--model-ema"], "an average in bfloat16 stands still"),
         (["--global-batch-size", "1000"], "96 training samples do not fill"),
         (["--resume", "nowhere"], "not a complete checkpoint"),
         (["--mixup", "0.2", "--global-batch-size", "9"], "9 per rank is odd"),
