@@ -20,12 +20,13 @@ def train(rank, engine, flags):
     os.environ.update(ENGINES[engine])
     run = build(parse(flags))
     history = train_loop(run)
-    weights = dict(run.engine.weights())
+    whole = run.engine.whole
+    weights = {name: whole(part) for name, part in run.engine.weights()}
     own = run.engine.weights() if engine == "ddp" else ()
     return {
         "weights": weights,
         "own": dict(own),
-        "masks": {name: v for name, key, v in run.engine.optimizer_states() if key == "mask"},
+        "masks": {name: whole(part) for name, key, part in run.engine.optimizer_states() if key == "mask"},
         "zeros": run.engine.count_zeros(run.prunable),
         "losses": history.train_loss,
         "rows": run.memory.end,
