@@ -64,7 +64,7 @@ def one_of_each_kind(names, kept):
     return [name if name in kept else pytest.param(name, marks=pytest.mark.long) for name in names]
 
 
-@pytest.mark.parametrize("method", one_of_each_kind(METHODS, ["movement", "sgdprune, regrowth"]))
+@pytest.mark.parametrize("method", one_of_each_kind(METHODS, ["sgdprune, regrowth"]))
 def test_the_same_masks_on_every_engine(flags, method):
     """From the same weights, 56 steps of adamwprune and 16 of the others: every mask equal, all else to rounding."""
     epochs = [] if method == "adamwprune" else ["--epochs", "2", "--val-interval", "2"]

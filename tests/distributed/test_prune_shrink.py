@@ -60,7 +60,7 @@ def assert_same(smaller, whole):
     ("num_ranks", "model", "opt"),
     [
         (2, "test_vit", "adamwprune"),
-        (1, "test_resnet", "movement"),
+        pytest.param(1, "test_resnet", "movement", marks=pytest.mark.long),
         pytest.param(1, "test_vit", "adamwprune", marks=pytest.mark.long),
         pytest.param(2, "test_resnet", "movement", marks=pytest.mark.long),
     ],

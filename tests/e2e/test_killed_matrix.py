@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import yaml
 
 ROOT = Path(__file__).parents[2]
@@ -27,6 +28,7 @@ def figures(runs):
     return found
 
 
+@pytest.mark.long
 def test_killed_and_continued(few_digits, tmp_path):
     recipe = {
         "data_dir": str(few_digits),

@@ -13,7 +13,7 @@ from flags import train_flags
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "accelerate_configs").glob("*.yaml"))
-KINDS = ("multi_node", "fsdp2", "deepspeed_zero3")  # the others are long; all other tests here start by cpu.yaml
+KINDS = ("fsdp2", "deepspeed_zero3")  # the others are long; all other tests here start by cpu.yaml
 RANKS = {"one_gpu": 1, "multi_node": 1}
 PRUNED = ("--epochs", "2", "--opt", "adamwprune", "--sparsity", "0.7", "--experiment", "r")
 ENGINE = {"fsdp2": "fsdp2", "deepspeed_zero1": "zero1", "deepspeed_zero2": "zero2", "deepspeed_zero3": "zero3"}

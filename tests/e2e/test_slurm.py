@@ -71,6 +71,7 @@ def flags(few_digits, tmp_path):
     return train_flags(few_digits, tmp_path / "runs", *pruned)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this is the CPU run")
 def test_a_warned_job_saves_queues_again_and_goes_on(slurm, flags, tmp_path):
     job = slurm("one_node.sbatch", 1, 2, *flags, "--epochs", "16", "--log-interval", "1")

@@ -45,6 +45,7 @@ def hosts():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this is the CPU run")
+@pytest.mark.long
 def test_two_hosts_train_together(hosts, few_digits, tmp_path):
     processes = []
     for number, host in enumerate(hosts):

@@ -66,10 +66,8 @@ def counted_by_mem_tracker(model_name, batch_size, size):
     return found["Total"]
 
 
-@pytest.mark.parametrize(
-    "model",
-    ["resnet50", *(pytest.param(name, marks=pytest.mark.long) for name in ("vit_small_patch16_224", "convnext_tiny"))],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("model", ["resnet50", "vit_small_patch16_224", "convnext_tiny"])
 def test_agrees_with_an_independent_count(model):
     assert predicted(model).peaks(16)["dense"] == pytest.approx(counted_by_mem_tracker(model, 16, 224), rel=0.0025)
 

@@ -188,8 +188,15 @@ def test_moments_to_the_nearest_are_torchs():
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # SPAM without clipping: infinity times 0
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("state_dtype", [None, "float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("state_dtype", "dtype"),
+    [
+        (None, torch.float32),
+        ("float32", torch.bfloat16),
+        *(pytest.param(name, torch.float32, marks=pytest.mark.long) for name in ("float32", "bfloat16")),
+        *(pytest.param(name, torch.bfloat16, marks=pytest.mark.long) for name in (None, "bfloat16")),
+    ],
+)
 @pytest.mark.parametrize(
     ("kind", "options"),
     [

@@ -3,6 +3,7 @@ import json
 import re
 from importlib.util import find_spec
 
+import pytest
 import torch
 
 from launch.bench.__main__ import main
@@ -58,6 +59,7 @@ def test_transient_bytes_counts_what_is_gone_again():
     assert 8000 <= transient_bytes(function) < 9000
 
 
+@pytest.mark.long
 def test_equivalence_of_the_implementations(capsys, tmp_path):
     assert main(["equivalence", "--model", "test_vit", "--steps", "40", "--json", "--out", str(tmp_path)]) == 0
     result = json.loads(capsys.readouterr().out)
@@ -70,6 +72,7 @@ def test_equivalence_of_the_implementations(capsys, tmp_path):
                 assert row["differing"] == 0
 
 
+@pytest.mark.long
 def test_data_bench_measures_every_bar():
     result = bench_data(3, num_images=24)
     assert result["bars"].keys() == LIMITS.keys()
