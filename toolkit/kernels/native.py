@@ -7,7 +7,6 @@ packing, select), where `fits` says so.
 import array
 import ctypes
 import functools
-import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -113,7 +112,7 @@ def _launch(
     check_memory(tensors, floats if stochastic_weights else floats[:1], (*floats, torch.uint8))
     width, weight_width = tensors[0][4][0].element_size(), tensors[0][0].element_size()
     rows = array.array("q")
-    for tensor in itertools.starmap(PackedTensor, tensors):
+    for tensor in tensors:
         rows.extend((*address_row(tensor), *three_addresses(tensor.exponents), tensor.seed, tensor.first))
     call = getattr(native_code(), f"{'packed' if width == 4 else 'narrow'}_{name}")
     numbers, which = (ctypes.c_float * len(hyper))(*hyper), ISAS.index(isa or best_isa())

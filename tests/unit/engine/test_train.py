@@ -1,6 +1,5 @@
 """Whole runs in this process, one rank: what the loop promises."""
 
-import contextlib
 import csv
 import json
 import math
@@ -20,9 +19,7 @@ from toolkit.config import Config
 from toolkit.engine import loop
 from toolkit.engine.checkpoint import load_checkpoint, newest_checkpoint
 from toolkit.engine.loop import train as train_loop
-from toolkit.engine.metrics import SCALARS, Metrics
-from toolkit.memory.allocator import read_device
-from toolkit.memory.phases import phase_of, plan_phases
+from toolkit.engine.metrics import SCALARS
 
 SCHEMA_FILE = Path(toolkit.memory.__file__).parent / "report_schema.json"
 
@@ -171,43 +168,6 @@ def test_the_last_mask_update_is_the_optimizers_where_a_scaler_leaves_steps_out(
     assert zeros == math.floor(0.7 * weights)
 
 
-def test_memory_is_watched_at_the_optimizers_steps_where_a_scaler_leaves_some_out(flags, monkeypatch):
-    """A phase and the target are those of the optimizer's step; a watched one that was left out is watched anew."""
-    run, watched, targets = make(flags, *PRUNED, "--prune-begin", "0.3"), [], []
-    phases = plan_phases(run.plan.total_steps, 0, run.schedule)
-    probed = {phase.name: phase.probed for phase in phases}
-    left_out = (1, 2, probed["ramp"] + 2, probed["final"] + 3)
-    update, probe, write = run.engine.update, run.memory.probe, Metrics.write
-    run.engine.update = lambda step, want_norm: None if step in left_out else update(step, want_norm)
-
-    @contextlib.contextmanager
-    def noted(step):
-        before = run.sparsity()[0]
-        with probe(step) as watching:
-            yield watching
-        if watching is not None:
-            watched.append((run.memory.windows.phase, run.pruning_steps, before, run.sparsity()[0]))
-
-    def written(metrics, values, step):
-        targets.extend([(step, values["pruning/target_sparsity"])] if "pruning/target_sparsity" in values else [])
-        write(metrics, values, step)
-
-    run.memory.probe = noted
-    monkeypatch.setattr(Metrics, "write", written)
-    train_loop(run)
-    made = {name: rest for name, *rest in watched}  # the last of each
-    assert {name: step for name, (step, _, _) in made.items()} == probed
-    assert {name: one["step"] for name, one in run.memory.phases.items()} == probed
-    wanted, weights = run.sparsity()
-    assert made["ramp"][1:] == [0, run.schedule.num_zeros_at(probed["ramp"], weights)]
-    assert made["final"][1:] == [wanted, wanted]
-    own = {step: step - sum(number <= step for number in left_out) for step in range(1, run.plan.total_steps + 1)}
-    assert targets == [(step, run.schedule.sparsity_at(own[step])) for step in range(2, 19, 2)]
-    for row in run.memory.timeline:
-        missing = row["step"] in left_out  # its phase is that of the step it would have been
-        assert row["phase"] == phase_of(phases, own[row["step"]] + missing).name
-
-
 def test_accumulation_equals_a_larger_batch(flags, tmp_path):
     """In float64 on a model without BatchNorm: the same update from 16 images at once or 4 × 4."""
     finals = []
@@ -299,60 +259,8 @@ def test_data_from_a_url_trains_like_a_folder(flags, few_digits, tmp_path, webda
         Config(shuffle_window=-1)
 
 
-@pytest.mark.parametrize(
-    ("opt", "more"),
-    [
-        ("adamwprune", []),
-        ("adamwprune", ["--prune-start", "0.5", "--state-budget", "auto"]),
-        ("adamw-magnitude", ["--prune-start", "0.6"]),
-        ("adamw-movement", []),
-        ("sgd", []),
-    ],
-)
-def test_the_ledger_of_a_steps_peak_is_what_was_predicted(flags, tmp_path, opt, more):
-    sparsity = [] if opt == "sgd" else ["--sparsity", "0.7", "--prune-begin", "0.3"]
-    assert train.main([*flags, "--opt", opt, *sparsity, *more, "--experiment", "r", "--smoothing", "0"]) == 0
-    report = json.loads((tmp_path / "r" / "memory.json").read_text())
-    pruned = ["ramp", "final"] if opt != "sgd" else []
-    assert list(report["phases"]) == ["first_step", "dense", *pruned]
-    for name in ("first_step", "ramp"):  # nothing is predicted for them
-        phase = report["phases"].pop(name, {"predicted_total_bytes": None})
-        assert phase["predicted_total_bytes"] is None
-    for phase in report["phases"].values():
-        rows = {row["name"]: row for row in phase["rows"]}
-        assert sum(row["measured_bytes"] for row in phase["rows"]) == phase["total_bytes"]
-        assert phase["unexplained_bytes"] is None  # no allocator to ask on CPU
-        for name in (
-            "weights",
-            "buffers",
-            "gradients",
-            "input",
-            "optim.exp_avg",
-            "optim.exp_avg_exponents",
-            "optim.momentum_buffer",
-            "masks",
-            "scores",
-        ):
-            if name in rows:
-                assert rows[name]["difference_bytes"] == 0, rows[name]
-        assert rows["activations"]["measured_bytes"] == pytest.approx(rows["activations"]["predicted_bytes"], rel=0.02)
-        assert phase["total_bytes"] == pytest.approx(phase["predicted_total_bytes"], rel=0.03)
-    jsonschema = pytest.importorskip("jsonschema", reason="not installed; requirements-dev.txt has it")
-    jsonschema.validate(json.loads((tmp_path / "r" / "memory.json").read_text()), json.loads(SCHEMA_FILE.read_text()))
-
-
 def test_slow_data_is_said_once_with_what_to_change(flags, monkeypatch, capsys):
     monkeypatch.setattr("toolkit.engine.metrics._SLOW_DATA_PERCENT", -1.0)
     assert train.main([*flags, "--epochs", "1", "--experiment", "slow"]) == 0
     said = capsys.readouterr().err
     assert said.count("of its time for data: raise --workers (now 0 a rank") == 1
-
-
-def test_peaks_are_read_before_a_record_begins_new_ones(flags, monkeypatch):
-    order = []
-    monkeypatch.setattr("toolkit.engine.metrics.read_device", lambda where: order.append("read") or read_device(where))
-    run = make(flags, "--epochs", "1", "--experiment", "r")
-    sample = run.memory.sample
-    run.memory.sample = lambda step: order.append("sample") or sample(step)
-    train_loop(run)
-    assert order == ["read", "sample"] * 3

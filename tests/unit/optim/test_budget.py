@@ -5,9 +5,9 @@ import pickle
 
 import pytest
 import torch
+from coded import model, take_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_int8 import model
 from timm.optim import create_optimizer_v2
 from torch import nn
 
@@ -28,13 +28,6 @@ def build(name, net=None, **options):
     net = net or model()
     options = {"state_budget": "auto", **PRUNING, **options}
     return net, create_optimizer_v2(param_groups(net, 1e-2), name, lr=2e-3, **options)
-
-
-def take_gradients(net, number):
-    generator = torch.Generator().manual_seed(number)
-    images, labels = torch.randn(8, 3, 4, 4, generator=generator), torch.randint(0, 50, (8,), generator=generator)
-    net.zero_grad()
-    nn.functional.cross_entropy(net(images), labels).backward()
 
 
 def kept(optimizer):

@@ -6,6 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
+from coded import model, take_gradients
 from timm.optim import create_optimizer_v2
 from torch import nn
 
@@ -20,13 +21,6 @@ PRUNING = {"sparsity": 0.7, "begin_step": 3, "end_step": 11, "frequency": 4}
 STEPS = 16
 
 
-def model():
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(3, 40, 3, padding=1), nn.ReLU(), nn.Conv2d(40, 33, 3, padding=1), nn.Flatten(), nn.Linear(33 * 16, 50)
-    )
-
-
 def build(name, net=None, **options):
     net = net or model()
     optimizer = create_optimizer_v2(
@@ -36,10 +30,7 @@ def build(name, net=None, **options):
 
 
 def step(net, optimizer, number):
-    generator = torch.Generator().manual_seed(number)
-    images, labels = torch.randn(8, 3, 4, 4, generator=generator), torch.randint(0, 50, (8,), generator=generator)
-    optimizer.zero_grad()
-    nn.functional.cross_entropy(net(images), labels).backward()
+    take_gradients(net, number)
     optimizer.step()
 
 

@@ -54,7 +54,7 @@ def test_native_equals_the_reference_on_one_tensor(isa, density, numel):
     rule = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1, "decoupled": True, "step": 3}
     mine, wanted = weight.clone(), weight * keep  # pruned places become 0
     mine_moments, survivors = [m.clone() for m in moments], wanted[keep]
-    native.packed_adam([(mine, grad, mask, offsets, mine_moments)], isa=isa, **rule)
+    native.packed_adam([native.PackedTensor(mine, grad, mask, offsets, mine_moments)], isa=isa, **rule)
     adam_update(survivors, grad[keep], *moments, **rule)
     wanted[keep] = survivors
     torch.testing.assert_close(mine, wanted, rtol=2e-6, atol=1e-7)
@@ -64,7 +64,9 @@ def test_native_equals_the_reference_on_one_tensor(isa, density, numel):
     for first in (True, False):
         mine, wanted, buffer = weight.clone(), weight * keep, moments[0].clone()
         survivors, own = wanted[keep], moments[0].clone()
-        native.packed_sgd([(mine, grad, mask, offsets, [own])], isa=isa, step=1 if first else 2, **rule)
+        native.packed_sgd(
+            [native.PackedTensor(mine, grad, mask, offsets, [own])], isa=isa, step=1 if first else 2, **rule
+        )
         sgd_update(survivors, grad[keep], buffer, first=first, **rule)
         wanted[keep] = survivors
         torch.testing.assert_close(mine, wanted, rtol=2e-6, atol=1e-7)

@@ -5,10 +5,10 @@ import copy
 import numpy as np
 import pytest
 import torch
+from coded import model, take_gradients
 from hypothesis import given
 from hypothesis import strategies as st
 from timm.optim import create_optimizer_v2
-from torch import nn
 
 from toolkit.optim import AdamWPrune, param_groups
 from toolkit.prune.budget import KeptSizes
@@ -20,10 +20,7 @@ SCHEDULE = {"sparsity": 0.9, "begin_step": 2, "end_step": 8, "frequency": 2}
 
 
 def build(kind, net=None, start=0.5, **options):
-    torch.manual_seed(0)
-    net = net or nn.Sequential(
-        nn.Conv2d(3, 40, 3, padding=1), nn.ReLU(), nn.Conv2d(40, 33, 3, padding=1), nn.Flatten(), nn.Linear(33 * 16, 50)
-    )
+    net = net or model()
     optimizer = create_optimizer_v2(param_groups(net, 1e-2), kind, lr=2e-3, **SCHEDULE, **options)
     if start:
         optimizer.pruning.start_sparse(start)
@@ -32,10 +29,7 @@ def build(kind, net=None, start=0.5, **options):
 
 def train(net, optimizer, first, last):
     for step in range(first, last + 1):
-        generator = torch.Generator().manual_seed(step)
-        images, labels = torch.randn(8, 3, 4, 4, generator=generator), torch.randint(0, 50, (8,), generator=generator)
-        net.zero_grad()
-        nn.functional.cross_entropy(net(images), labels).backward()
+        take_gradients(net, step)
         optimizer.step()
 
 
