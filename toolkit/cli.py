@@ -90,6 +90,9 @@ def _build_parser(prog: str) -> _Parser:
             else:
                 options["metavar"] = options["type"].__name__.upper()
         group.add_argument(*names, **options)
+        if "const" in meta:  # where a recipe turns it on
+            switch: dict[str, Any] = {"dest": item.name, "action": "store_const", "const": None}
+            group.add_argument(flag_name(f"no_{item.name}"), help=f"no {names[0]}, whatever a recipe says", **switch)
     for name, (has_value, _) in IDLE.items():
         idle: dict[str, Any] = {} if has_value else {"action": "store_true"}
         parser.add_argument(flag_name(name), help=argparse.SUPPRESS, **idle)

@@ -1,4 +1,4 @@
-"""The report's section on how precise the moments were: each precision against float32, paired by seed.
+"""The report's section on how precise moments (and weights) were: each precision against float32, paired by seed.
 
 Accuracy, and of the final weights the share whose zeros are float32's. That is read from checkpoints, which an archive
 does not have: `with_agreement` keeps it in the runs' metrics.
@@ -41,6 +41,8 @@ def _against_float32(groups: Groups) -> Iterator[tuple[Seeds, dict[str, Seeds]]]
     for name, members in groups.items():
         first = members[0]
         rest = {key: value for key, value in first.settings.items() if key not in ("state_dtype", "state_budget")}
+        if first.has_bfloat16_weights:  # these compute in bfloat16: beside float32 weights under --amp bf16
+            rest |= {"model_dtype": None, "amp": "bf16"}
         seeds = {run.metrics["seed"]: run for run in members}
         found.setdefault(json.dumps(rest, sort_keys=True), {})[first.precision or _FLOAT32] = name, seeds
     for rows in found.values():
@@ -132,4 +134,4 @@ def precision_section(groups: Groups) -> list[str]:
             every = [pair for pairs in rows_of_it for pair in pairs]
             lines.append([*_row(f"**all {as_text(name)}**", every), "", "", ""])
     header = ["method", "pairs", "this − float32", f"above {_LOWEST:g}", "zeros as float32's", "two seeds", "chance"]
-    return ["## Precision of the moments", "", *table(header, lines), "", _NOTE, ""]
+    return ["## Precision of moments and weights", "", *table(header, lines), "", _NOTE, ""]

@@ -75,9 +75,15 @@ class CellRun:
 
     @property
     def precision(self) -> str:
-        """What the moments were asked to be: a dtype or a budget; empty for the weights' own."""
+        """What moments and weights were asked to be: a dtype or a budget; empty for moments as float32 weights are."""
         budget, dtype = self.arguments.get("state_budget"), self.arguments.get("state_dtype")
-        return str(dtype) if dtype else f"budget {budget}" if budget else ""
+        moments = str(dtype) if dtype else f"budget {budget}" if budget else ""
+        return " ".join(filter(None, [moments, "bfloat16 weights" if self.has_bfloat16_weights else ""]))
+
+    @property
+    def has_bfloat16_weights(self) -> bool:
+        """Whether weights and gradients were kept in bfloat16, as by --model-dtype."""
+        return self.arguments.get("model_dtype") == "bfloat16"
 
     @property
     def pruning_bytes(self) -> int:

@@ -56,6 +56,14 @@ def test_command_line_beats_recipe_beats_default(tmp_path):
     assert config.given == {"lr", "epochs", "channels_last"}
 
 
+def test_the_command_line_turns_off_what_a_recipe_turns_on(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("amp: bf16\ntorchcompile: eager\n")
+    assert parse(["-c", str(recipe)]).mixed_precision == "bf16"
+    config = parse(["-c", str(recipe), "--no-amp", "--no-torchcompile"])
+    assert (config.mixed_precision, config.torchcompile) == ("no", None)
+
+
 @pytest.mark.parametrize(
     ("argv", "precision"),
     [

@@ -241,7 +241,7 @@ INLINE int group_size(int64_t begin, int64_t count) {
   }                                                                                                     \
   for (int j = 0, begin = 0; begin < count; ++j, begin += GROUP) {                                      \
     const int n = group_size(begin, count);                                                             \
-    if (mask) SCATTER(w + begin, mask + begin / 8, n, ws + j * STRIDE);                                 \
+    if (mask) SCATTER(w + begin, g + begin, mask + begin / 8, n, ws + j * STRIDE);                      \
     else if (n < GROUP) copy(w + begin, ws + j * STRIDE, n);                                            \
   }
 

@@ -10,8 +10,10 @@ TARGET_AVX512 void adam_block_avx512(const Adam& a, float* w, float* g, const ui
   if (!mask) return adam_on(a, static_cast<int>(n), w, g, m, v, vmax);
   alignas(64) float ws[BLOCK + 16], gs[BLOCK + 16];
   const int k = gather_avx512(w, g, mask, n, ws, gs);
+  fetch_moments(m, k);
+  fetch_moments(v, k);
   adam_on(a, k, ws, gs, m, v, vmax);
-  scatter_avx512(w, mask, n, ws);
+  scatter_avx512(w, g, mask, n, ws);
 }
 
 TARGET_AVX2 void adam_block_avx2(const Adam& a, float* w, float* g, const uint8_t* mask, int64_t n, float* m,
@@ -19,24 +21,28 @@ TARGET_AVX2 void adam_block_avx2(const Adam& a, float* w, float* g, const uint8_
   if (!mask) return adam_on(a, static_cast<int>(n), w, g, m, v, vmax);
   alignas(64) float ws[BLOCK + 16], gs[BLOCK + 16];
   const int k = gather_avx2(w, g, mask, n, ws, gs);
+  fetch_moments(m, k);
+  fetch_moments(v, k);
   adam_on(a, k, ws, gs, m, v, vmax);
-  scatter_avx2(w, mask, n, ws);
+  scatter_avx2(w, g, mask, n, ws);
 }
 
 TARGET_AVX512 void sgd_block_avx512(const Sgd& s, float* w, float* g, const uint8_t* mask, int64_t n, float* m) {
   if (!mask) return sgd_rule(s, static_cast<int>(n), w, g, m);
   alignas(64) float ws[BLOCK + 16], gs[BLOCK + 16];
   const int k = gather_avx512(w, g, mask, n, ws, gs);
+  fetch_moments(m, k);
   sgd_rule(s, k, ws, gs, m);
-  scatter_avx512(w, mask, n, ws);
+  scatter_avx512(w, g, mask, n, ws);
 }
 
 TARGET_AVX2 void sgd_block_avx2(const Sgd& s, float* w, float* g, const uint8_t* mask, int64_t n, float* m) {
   if (!mask) return sgd_rule(s, static_cast<int>(n), w, g, m);
   alignas(64) float ws[BLOCK + 16], gs[BLOCK + 16];
   const int k = gather_avx2(w, g, mask, n, ws, gs);
+  fetch_moments(m, k);
   sgd_rule(s, k, ws, gs, m);
-  scatter_avx2(w, mask, n, ws);
+  scatter_avx2(w, g, mask, n, ws);
 }
 #endif
 
@@ -45,16 +51,19 @@ void adam_block(const Adam& a, float* w, float* g, const uint8_t* mask, int64_t 
   if (!mask) return adam_on(a, static_cast<int>(n), w, g, m, v, vmax);
   float ws[BLOCK], gs[BLOCK];
   const int k = gather_bits(w, g, mask, n, ws, gs);
+  fetch_moments(m, k);
+  fetch_moments(v, k);
   adam_on(a, k, ws, gs, m, v, vmax);
-  scatter_bits(w, mask, n, ws);
+  scatter_bits(w, g, mask, n, ws);
 }
 
 void sgd_block(const Sgd& s, float* w, float* g, const uint8_t* mask, int64_t n, float* m) {
   if (!mask) return sgd_rule(s, static_cast<int>(n), w, g, m);
   float ws[BLOCK], gs[BLOCK];
   const int k = gather_bits(w, g, mask, n, ws, gs);
+  fetch_moments(m, k);
   sgd_rule(s, k, ws, gs, m);
-  scatter_bits(w, mask, n, ws);
+  scatter_bits(w, g, mask, n, ws);
 }
 
 }  // namespace

@@ -28,7 +28,7 @@ def memory_order(tensor: Tensor) -> tuple[int, ...]:
 
 def in_layout_of(part: Tensor, tensor: Tensor) -> Tensor:
     """A tensor of the part's shape in the part's memory layout, where it is: itself, or a copy where it must be."""
-    if memory_order(tensor) == memory_order(part):
+    if tensor.stride() == part.stride() or memory_order(tensor) == memory_order(part):
         return tensor
     return torch.empty_like(part, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 

@@ -17,11 +17,13 @@ from toolkit.engine.checkpoint import save_checkpoint
 
 DEMO = Path(__file__).parents[3] / "results" / "demo" / "runs.jsonl.gz"
 FLOAT32, INT8, AUTO = {"state_dtype": "float32"}, {"state_dtype": "int8"}, {"state_budget": "auto"}
+HALF = AUTO | {"model_dtype": "bfloat16"}  # without --amp, where the others have it
 # sparsity, settings -> of seed 0, 1: final top-1 and the zeros among eight prunable weights
 RUNS = [
     (0.75, FLOAT32, (80.0, 81.0), ("01111110", "11111100")),
     (0.75, INT8, (79.9, 81.1), ("01111110", "10111101")),
     (0.75, AUTO, (80.4, 81.4), ("11111100", "11111001")),
+    (0.75, HALF, (80.2, 81.2), ("01111110", "11111100")),
     (0.5, FLOAT32, (82.0, 83.0), ("00001111", "11110000")),
     (0.5, INT8, (82.3, 83.5), ("00001111", "11110000")),
 ]
@@ -49,7 +51,8 @@ def runs(tmp_path):
             about = {"seed": seed, "target_sparsity": sparsity, "final_top1": results[seed]}
             metrics = json.loads((cell / "metrics.json").read_text()) | about
             (cell / "metrics.json").write_text(json.dumps(metrics))
-            given = yaml.safe_load((cell / "args.yaml").read_text()) | {"seed": seed, "sparsity": sparsity} | settings
+            given = yaml.safe_load((cell / "args.yaml").read_text()) | {"seed": seed, "sparsity": sparsity}
+            given |= {"amp": None if settings is HALF else "bf16"} | settings
             (cell / "args.yaml").write_text(yaml.safe_dump(given))
             save_weights(cell, zeros[seed])
     return tmp_path / "runs"
@@ -58,7 +61,7 @@ def runs(tmp_path):
 def table_of(report):
     """The section's rows: name -> the other cells."""
     text = report.read_text()
-    section = text[text.index("## Precision of the moments") : text.index("Final epoch, paired by seed")]
+    section = text[text.index("## Precision of moments and weights") : text.index("Final epoch, paired by seed")]
     rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("| ")]
     return {name: rest for name, *rest in rows[2:]}
 
@@ -83,6 +86,7 @@ def test_differences_and_agreement_known_by_hand(runs, tmp_path):
         "75.00 %",
         "62.50 %",
     ]
+    assert rows["adamwprune budget auto bfloat16 weights 75 %"][1].startswith("+0.20 ± 0.05 ")
     assert rows["adamwprune int8 50 %"][3:] == ["100.00 %", "0.00 %", "50.00 %"]
     # −0.1, 0.1, 0.3, 0.5: mean 0.2, squares of what is left 0.09 + 0.01 + 0.01 + 0.09 over 3, half t·spread/√4
     spread = math.sqrt(0.2 / 3)
@@ -101,7 +105,7 @@ def test_the_archive_tells_the_same_without_checkpoints(runs, tmp_path):
     assert table_of(again / "report.md") == table_of(first / "report.md") == table_of(tmp_path / "third" / "study.md")
     archives = [gzip.decompress((out / "runs.jsonl.gz").read_bytes()) for out in (first, again)]
     assert archives[0] == archives[1]
-    assert "Precision of the moments</h2>" in (first / "report.html").read_text()
+    assert "Precision of moments and weights</h2>" in (first / "report.html").read_text()
 
 
 def test_a_run_whose_checkpoint_is_gone_leaves_its_cells_empty(runs, tmp_path):
@@ -121,4 +125,4 @@ def test_one_precision_or_one_seed_is_no_comparison(runs, tmp_path):
             shutil.rmtree(folder)
     assert main([str(runs), "--out", str(tmp_path / "study.md")]) == 0
     assert "adamwprune budget auto 75 %" in (tmp_path / "study.md").read_text()
-    assert "Precision of the moments" not in (tmp_path / "study.md").read_text()
+    assert "Precision of moments and weights" not in (tmp_path / "study.md").read_text()
