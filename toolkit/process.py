@@ -1,4 +1,4 @@
-"""Processes that share work, and one that dies with its parent (Linux), since unseen it would go on writing."""
+"""Processes that share work; one that dies with its parent (Linux), since unseen it would go on writing; its malloc."""
 
 import ctypes
 import multiprocessing
@@ -13,6 +13,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _PR_SET_PDEATHSIG = 1
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def in_processes(
@@ -39,3 +40,17 @@ def outlive_parent() -> None:
     """Take that back: a rank that was asked to stop saves first, also where Ctrl-C has ended its launcher."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, 0)
+
+
+def keep_freed_memory() -> bool:
+    """Have malloc keep what is freed for what comes next, as jemalloc and tcmalloc do; whether this C library can.
+
+    glibc gives a large tensor back to the system, and the pages of the next one are new, to be cleared one by one: that
+    was 1.2 of 2.9 s of resnet50's forward pass at batch 32 on two cores, 0.6 of 3.5 s of a training step at batch 16.
+    The process may hold more: there 5 % at its peak.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    return bool(mallopt(_MMAP_MAX, 0)) and bool(mallopt(_TRIM_THRESHOLD, -1))

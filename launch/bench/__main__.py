@@ -17,8 +17,8 @@ _NEEDS = {
     "data": ("rounds",),
     "memory": ("model", "batch_size"),
     "kernels": (),
-    "shrunk": ("model", "rounds", "batch_size"),
-    "inference": ("run", "models", "rounds", "batches", "engines", "threads", "channel_multiple"),
+    "shrunk": ("model", "rounds", "batch_size", "malloc"),
+    "inference": ("run", "models", "rounds", "batches", "engines", "threads", "channel_multiple", "malloc"),
 }
 
 
@@ -50,6 +50,11 @@ def main(argv: list[str] | None = None) -> int:
                 "type": int,
                 "default": 1,
                 "help": "of inference: rows whose widths are the nearest multiples of this too, for example 16",
+            },
+            "--malloc": {
+                "choices": ("keep", "system"),
+                "default": "keep",
+                "help": "of inference and shrunk: keep freed memory for the next tensor, or give it back as glibc does",
             },
             "--json": {"action": "store_true", "help": "one JSON object on one line on stdout"},
             "--out": {"type": Path, "help": "folder for the .json and .md files, for example results/bench"},

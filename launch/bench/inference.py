@@ -20,10 +20,19 @@ import torch
 from torch import Tensor, nn
 
 from launch.bench.pruned import Family, random_family, run_family
-from launch.bench.timing import DEVICE, device_name, in_turn, median_ratio, seconds, transient_bytes
+from launch.bench.timing import (
+    DEVICE,
+    FREED,
+    device_name,
+    in_turn,
+    median_ratio,
+    seconds,
+    transient_bytes,
+)
 from launch.formats import onnx_session, write_onnx_file
 from toolkit.command import say
 from toolkit.markdown import mib, page, table
+from toolkit.process import keep_freed_memory
 from toolkit.semi_structured import to_semi_structured
 
 ENGINES = ("eager", "compile", "onnx")
@@ -49,6 +58,7 @@ def bench_inference(
     engines: Sequence[str],
     threads: int,
     channel_multiple: int,
+    malloc: str = "system",
 ) -> dict[str, Any]:
     """All rows of all models; `run` are run folders."""
     if unknown := [engine for engine in engines if engine not in ENGINES]:
@@ -59,6 +69,7 @@ def bench_inference(
             "must be 1 or more"
         )
     before = torch.get_num_threads()
+    kept = malloc == "keep" and keep_freed_memory()
     torch.set_num_threads(threads)
     ways = [*engines, *(["gpu"] if DEVICE == "cuda" else [])]
     try:
@@ -77,6 +88,7 @@ def bench_inference(
         "torch": torch.__version__,
         "onnxruntime": importlib.metadata.version("onnxruntime") if "onnx" in engines else None,
         "threads": threads,
+        "freed_memory": FREED[kept],
         "rounds": rounds,
         "batches": sorted(batches),
         "engines": ways,
@@ -182,7 +194,8 @@ def to_markdown(result: dict[str, Any], command: str) -> str:
         "",
         f"Made by `{command}` on {result['date']}: {result['device']}, {result['threads']} threads, torch "
         f"{result['torch']}, ONNX Runtime {result['onnxruntime'] or 'not asked'}. Float32, medians of "
-        f"{result['rounds']} rounds in which every row is run in turn, in one process.",
+        f"{result['rounds']} rounds in which every row is run in turn, in one process. {result['freed_memory']} "
+        "(`--malloc`).",
         "`channel X%`: that share of each inner width is removed (of heads, to the nearest), `by N`: then the "
         "nearest multiple of N stays. `weight X%`: the smallest of each layer are zero. × dense: images/s against the "
         "dense row of the same round.",

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from launch.bench.pruned import CHANNEL, kept_channels
-from launch.bench.timing import DEVICE, in_turn, measured, median_ratio, seconds
+from launch.bench.timing import DEVICE, FREED, in_turn, measured, median_ratio, seconds
 from toolkit.command import say
 from toolkit.markdown import mib, page, table
 from toolkit.memory.activations import track_step
 from toolkit.optim import AdamWPrune, param_groups
+from toolkit.process import keep_freed_memory
 from toolkit.prune.channels import channel_groups
 from toolkit.prune.groups import prunable_names
 from toolkit.shrink import shrink
@@ -28,8 +29,9 @@ from toolkit.shrink import shrink
 BARS = {("resnet50", "channel 50%"): (0.8, 0.87)}
 
 
-def bench_shrunk(model: str, rounds: int, batch_size: int) -> dict[str, Any]:
+def bench_shrunk(model: str, rounds: int, batch_size: int, malloc: str = "system") -> dict[str, Any]:
     """Times and activations of a training step, dense and with 30, 50 and 70 % of each inner width gone."""
+    kept = malloc == "keep" and keep_freed_memory()
     torch.manual_seed(0)
     dense = timm.create_model(model)
     size = tuple(dense.pretrained_cfg["input_size"])  # type: ignore[index]
@@ -60,7 +62,8 @@ def bench_shrunk(model: str, rounds: int, batch_size: int) -> dict[str, Any]:
     ]
     prunable = sum(dense.get_parameter(name).numel() for name in prunable_names(dense))
     threads = torch.get_num_threads()
-    return {**measured(model, prunable, rounds), "threads": threads, "batch_size": batch_size, "rows": rows}
+    about = {"threads": threads, "batch_size": batch_size, "freed_memory": FREED[kept]}
+    return {**measured(model, prunable, rounds), **about, "rows": rows}
 
 
 def _step_of(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], None]:
@@ -85,7 +88,8 @@ def to_markdown(result: dict[str, Any], command: str) -> str:
         "",
         f"Made by `{command}` on {result['date']}: {result['device']}, {result['threads']} threads, torch "
         f"{result['torch']}. Batch {result['batch_size']}, random weights, medians of {result['rounds']} rounds in "
-        "which every row makes a step in turn. `channel X%`: that share of each inner width is gone.",
+        f"which every row makes a step in turn. {result['freed_memory']} (`--malloc`). `channel X%`: that share of "
+        "each inner width is gone.",
         "",
         *table(
             ["row", "weights", "step ms", "× dense", "activations MiB", "× dense"],

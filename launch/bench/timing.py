@@ -34,6 +34,10 @@ def measured(model: str, prunable_weights: int, rounds: int) -> dict[str, Any]:
     }
 
 
+# Whether freed memory is kept -> what a report says.
+FREED = {True: "Freed memory is kept for the next tensor", False: "Freed memory goes back to the system"}
+
+
 def parameter_shapes(model: str) -> list[torch.Size]:
     """The shapes of a timm model's parameters."""
     import timm

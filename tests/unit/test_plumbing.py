@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import os
+import platform
 import shlex
 import subprocess
 import sys
@@ -110,3 +111,26 @@ def test_json_is_written_whole(tmp_path):
         write_json(path, {"b": object()})
     assert json.loads(path.read_text()) == {"b": [1.5, None]}
     assert [entry.name for entry in path.parent.iterdir()] == ["x.json"]
+
+
+PAGES = """
+import resource, sys, torch
+from toolkit.process import keep_freed_memory
+if sys.argv[1] == "keep" and not keep_freed_memory():
+    sys.exit("no glibc")
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(16):  # glibc 2.36 takes some turns to fit aligned pieces into what was freed
+    torch.ones(1 << 24)
+before = faults()
+for _ in range(8):
+    torch.ones(1 << 24)
+print((faults() - before) * resource.getpagesize() / (1 << 26))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+@pytest.mark.parametrize(("malloc", "low", "high"), [("keep", 0, 2), ("system", 7, 9)])
+def test_freed_memory_is_used_again_without_new_pages(malloc, low, high):
+    """Eight tensors of 64 MiB, one after the other: new pages of each, or of none."""
+    done = subprocess.run([sys.executable, "-c", PAGES, malloc], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert low <= float(done.stdout) <= high

@@ -26,6 +26,7 @@ from toolkit.engine.engines.fused import FusedEngine
 from toolkit.engine.engines.zero import ZeroEngine, attach, inner_of
 from toolkit.errors import refuse
 from toolkit.optim.registry import find_spec
+from toolkit.process import keep_freed_memory
 
 _TORCH_PAGE = "https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html"
 _DEEPSPEED_PAGE = "https://deepspeed.readthedocs.io/en/latest/zero3.html"
@@ -213,6 +214,8 @@ def create_accelerator(config: Config) -> Accelerator:
     if accelerator.device.type == "cuda":  # as timm's train.py sets them
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
+    elif accelerator.device.type == "cpu":
+        keep_freed_memory()
     return accelerator
 
 
