@@ -80,7 +80,8 @@ def _cells_of(opt: str, on: set[str], sparsities: list[float]) -> list[dict[str,
     if "PRUNING_PATTERN_2_4" in on:
         goals.append({"prune_pattern": "2:4"})
     if "PRUNING_PATTERN_CHANNEL" in on:
-        goals += [{"prune_pattern": "channel", "sparsity": share} for share in sparsities]
+        scopes: list[dict[str, Any]] = [{}, {"prune_scope": "layer"}] if "PRUNING_CHANNEL_LAYER" in on else [{}]
+        goals += [{"prune_pattern": "channel", "sparsity": share, **scope} for share in sparsities for scope in scopes]
     if opt in ours:
         return [{"opt": opt, **goal, **budget} for goal in goals if "PRUNING_ENABLE_STATE" in on for budget in kept]
     offered = {

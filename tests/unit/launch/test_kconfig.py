@@ -211,6 +211,7 @@ def test_patterns_stand_beside_single_weights(tmp_path):
         tmp_path,
         "CONFIG_PRUNING_PATTERN_2_4=y",
         "CONFIG_PRUNING_PATTERN_CHANNEL=y",
+        "CONFIG_PRUNING_CHANNEL_LAYER=y",
         'CONFIG_SEEDS="0"',
         "# CONFIG_PRUNING_ENABLE_MOVEMENT is not set",
         "CONFIG_PRUNING_ENABLE_MAGNITUDE=y",
@@ -220,5 +221,6 @@ def test_patterns_stand_beside_single_weights(tmp_path):
         "resnet18_adamwprune_state_70_seed0",
         "resnet18_adamwprune_state_prune-pattern=2:4_seed0",
         "resnet18_adamwprune_state_70_prune-pattern=channel_seed0",
+        "resnet18_adamwprune_state_70_prune-pattern=channel_prune-scope=layer_seed0",
     ]
     assert sum(cell.config.prune_pattern == "2:4" for cell in cells if cell.config.pruning == "magnitude") > 3
