@@ -10,7 +10,7 @@ from toolkit.files import read_json, write_result
 
 # What is measured, by a function bench_<what> of launch.bench.<what>, and the flags it is given.
 _NEEDS = {
-    "optim": ("model", "rounds"),
+    "optim": ("model", "rounds", "only_bars"),
     "device": ("model", "rounds"),
     "facts": (),
     "equivalence": ("model", "steps"),
@@ -56,6 +56,10 @@ def main(argv: list[str] | None = None) -> int:
                 "default": "keep",
                 "help": "of inference and shrunk: keep freed memory for the next tensor, or give it back as glibc does",
             },
+            "--only-bars": {
+                "action": "store_true",
+                "help": "of optim: rows with a bar and what they are held against, for a model whose rows do not all fit",
+            },
             "--json": {"action": "store_true", "help": "one JSON object on one line on stdout"},
             "--out": {"type": Path, "help": "folder for the .json and .md files, for example results/bench"},
         },
@@ -66,12 +70,13 @@ def main(argv: list[str] | None = None) -> int:
     bench = importlib.import_module(f"launch.bench.{options.what}")
     with one_line_errors(parser):
         result = getattr(bench, f"bench_{options.what}")(*(getattr(options, name) for name in _NEEDS[options.what]))
+    by_model = options.what in ("equivalence", "device") or (options.what == "optim" and options.model != "resnet50")
+    name = f"{options.what}-{options.model}" if by_model else options.what
     if options.what == "optim":
-        kept = options.out and options.out / "optim.json"
+        kept = options.out and options.out / f"{name}.json"
         result = bench.with_other_machines(result, read_json(kept) if kept and kept.is_file() else {})
     text = bench.to_markdown(result, spelled("launch.bench", argv))
     if options.out:
-        name = f"{options.what}-{options.model}" if options.what in ("equivalence", "device") else options.what
         write_result(options.out, name, result, text)
     print(json.dumps(result) if options.json else text)  # noqa: T201
     return 0

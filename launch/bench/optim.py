@@ -149,13 +149,13 @@ def time_mask_update(shapes: Sequence[torch.Size], rounds: int) -> dict[str, flo
     }
 
 
-def bench_optim(model: str, rounds: int) -> dict[str, Any]:
+def bench_optim(model: str, rounds: int, only_bars: bool = False) -> dict[str, Any]:
     """Everything `launch.bench optim` measures on this machine, as one JSON object. Raises ValueError on a GPU."""
     if DEVICE == "cuda":  # whose clock here would be Python's
         raise ValueError("launch.bench optim is for CPUs; python -m launch.bench device times a step on a GPU")
     shapes = parameter_shapes(model)
     count = sum(shape.numel() for shape in shapes if len(shape) > 1)
-    found = candidates(shapes, count, _makers())
+    found = candidates(shapes, count, [one for one in _makers() if not only_bars or _has_bar(*one)])
     steps = {row["name"]: partial(_step_s, step) for step, row in found}
     like = [torch.ones(shape, device=DEVICE) for shape in shapes if len(shape) > 1]
     whole = torch.ones(count, device=DEVICE)
@@ -180,6 +180,11 @@ def bench_optim(model: str, rounds: int) -> dict[str, Any]:
         "rows": rows,
         "mask_update": time_mask_update(shapes, rounds),
     }
+
+
+def _has_bar(name: str, make: Any, peer: str, limit: float | None, isa: str | None) -> bool:
+    """Whether a row has a bar, or is what others are held against."""
+    return limit is not None or not peer or name in _BANDWIDTH_NAMES
 
 
 def _step_s(step: Callable[[], Any], number: int) -> float:

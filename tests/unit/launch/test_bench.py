@@ -9,7 +9,7 @@ import torch
 from launch.bench.__main__ import main
 from launch.bench.data import LIMITS, bench_data
 from launch.bench.data import to_markdown as data_markdown
-from launch.bench.optim import to_markdown, with_other_machines
+from launch.bench.optim import bench_optim, to_markdown, with_other_machines
 from launch.bench.timing import transient_bytes
 from launch.start import ROOT
 from toolkit.files import read_json
@@ -30,9 +30,16 @@ def test_bench_prints_one_json_object(capsys, tmp_path, monkeypatch):
     assert rows["adamwprune 70%"]["met"] in (True, False)
     assert rows["adamwprune 70%"]["share_of_in_place_rate"] > 0
     assert machine["mask_update"]["selection_transient_bytes"] > 0
-    text = (tmp_path / "optim.md").read_text()
+    text = (tmp_path / "optim-test_resnet.md").read_text()
     assert "No GPU was at hand" in text
     assert text.count(machine["device"]) == 2
+
+
+def test_only_rows_with_a_bar_and_what_they_are_held_against():
+    names = [row["name"] for row in bench_optim("test_resnet", 2, only_bars=True)["rows"]]
+    assert names[:3] == ["torch AdamW fused", "torch SGD fused", "adamwprune 0%"]
+    assert {"sgdprune 90%", "adamwprune int8 0%"} < set(names)
+    assert not {"torch AdamW loop", "adamwprune bfloat16 0%", "adamwprune 70%, reference"} & set(names)
 
 
 def test_machines_stand_side_by_side():
