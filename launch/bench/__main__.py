@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
             },
             "--only-bars": {
                 "action": "store_true",
-                "help": "of optim: rows with a bar and what they are held against, for a model whose rows do not all fit",
+                "help": "of optim: rows with a bar, and their peers: for a model whose rows do not all fit",
             },
             "--json": {"action": "store_true", "help": "one JSON object on one line on stdout"},
             "--out": {"type": Path, "help": "folder for the .json and .md files, for example results/bench"},
