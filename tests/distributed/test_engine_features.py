@@ -80,6 +80,7 @@ QUICK = {
     "agc": ["zero2"],
     "ema": ["zero3"],
     "fp16": ["zero2"],
+    "channels last": ["zero2"],
     "compiled": ["zero1"],
 }
 CELLS = [

@@ -228,6 +228,9 @@ def create_engine(
     world: World,
 ) -> Engine:
     """The engine around a placed model and its optimizer. Raises ValueError where it cannot train these."""
+    if config.channels_last and launched_engine() == "deepspeed":
+        # DeepSpeed sends weights round as plain bytes and keeps them in flat buffers: images alone have the layout.
+        module.to(memory_format=torch.contiguous_format)
     model, wrapped = accelerator.prepare(module, optimizer)
     compiled = compile_model(model, config)
     kind: type[Engine] = Engine
