@@ -2,7 +2,7 @@
 //
 // A block of 1,024 weights at a time: survivors are gathered; then 256 weights at a time moments are widened to float32,
 // updated by the rules of packed.h, and narrowed again. What the formats are says toolkit.kernels.narrow, whose torch
-// code this equals; all of it is integer work on the floats' bits.
+// code this equals; all of it is integer work on the floats' bits. narrow_avx512.h does the same in AVX-512's own words.
 
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed to nobody: everything is inlined
 
@@ -261,13 +261,9 @@ INLINE int group_size(int64_t begin, int64_t count) {
 template <template <bool> class Format>
 TARGET_AVX512 void adam_block_avx512(const Adam& a, const int64_t* row, int64_t start, int64_t count, float* w,
                                      float* g) {
-  if constexpr (Format<true>::SHARED) {
-    Halves halves[BLOCK / GROUP][3];
-    FOR_GROUPS(gather_avx512, scatter_avx512, write_codes(halves[j], row[MOMENT + 2] ? 3 : 2),
-               adam_group_avx512(a, row, s, halves[j]))
-  } else {  // of 16 bits
-    FOR_GROUPS(gather_avx512, scatter_avx512, (void)0, adam_group<Format, 16>(a, row, s))
-  }
+  Halves halves[BLOCK / GROUP][3];
+  FOR_GROUPS(gather_avx512, scatter_avx512, write_codes<Format>(halves[j], row[MOMENT + 2] ? 3 : 2),
+             adam_group_avx512<Format>(a, row, s, halves[j]))
 }
 
 template <template <bool> class Format>
@@ -278,12 +274,9 @@ TARGET_AVX2 void adam_block_avx2(const Adam& a, const int64_t* row, int64_t star
 template <template <bool> class Format>
 TARGET_AVX512 void sgd_block_avx512(const Sgd& r, const int64_t* row, int64_t start, int64_t count, float* w,
                                      float* g) {
-  if constexpr (Format<true>::SHARED) {
-    Halves halves[BLOCK / GROUP][1];
-    FOR_GROUPS(gather_avx512, scatter_avx512, write_codes(halves[j], 1), sgd_group_avx512(r, row, s, halves[j]))
-  } else {
-    FOR_GROUPS(gather_avx512, scatter_avx512, (void)0, sgd_group<Format, 16>(r, row, s))
-  }
+  Halves halves[BLOCK / GROUP][1];
+  FOR_GROUPS(gather_avx512, scatter_avx512, write_codes<Format>(halves[j], 1),
+             sgd_group_avx512<Format>(r, row, s, halves[j]))
 }
 
 template <template <bool> class Format>
