@@ -47,7 +47,7 @@ def test_what_is_in_it(site):
     assert {path.name for path in site.iterdir()} == {"toolkit", about.name}  # neither launch, shards nor tests
     assert (site / "toolkit" / "memory" / "report_schema.json").exists()
     sources = {path.name for path in (site / "toolkit" / "kernels").iterdir() if path.suffix in (".cpp", ".h")}
-    assert sources == {"bits.cpp", "narrow.cpp", "packed.cpp", "packed.h"}
+    assert sources == {"bits.cpp", "narrow.cpp", "narrow_avx512.h", "packed.cpp", "packed.h"}
 
 
 TEN_LINES = """

@@ -21,7 +21,7 @@ from toolkit.files import cache_folder
 from toolkit.log import get_logger
 
 _SOURCES = tuple(Path(__file__).with_name(name) for name in ("packed.cpp", "narrow.cpp", "bits.cpp"))
-_HEADER = Path(__file__).with_name("packed.h")
+_HEADERS = tuple(Path(__file__).with_name(name) for name in ("packed.h", "narrow_avx512.h"))
 _FLAGS = ("-O3", "-fno-math-errno", "-fopenmp")
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _ARGUMENTS = {
@@ -70,7 +70,7 @@ def _build(target: Path) -> None:
 def library() -> ctypes.CDLL | None:
     """The compiled code, or None where it cannot be had (said once)."""
     facts = " ".join((*_FLAGS, platform.machine())).encode()  # a home folder may serve several kinds of machine
-    key = hashlib.sha256(b"".join(source.read_bytes() for source in (_HEADER, *_SOURCES)) + facts).hexdigest()[:16]
+    key = hashlib.sha256(b"".join(source.read_bytes() for source in (*_HEADERS, *_SOURCES)) + facts).hexdigest()[:16]
     target = cache_folder() / f"packed-{key}.so"
     try:
         if not target.exists():

@@ -2,7 +2,7 @@
 //
 // A block of 1,024 weights at a time: survivors are gathered; then 256 weights at a time moments are widened to float32,
 // updated by the rules of packed.h, and narrowed again. What the formats are says toolkit.kernels.narrow, whose torch
-// code this equals; all of it is integer work on the floats' bits.
+// code this equals; all of it is integer work on the floats' bits. narrow_avx512.h does the same in AVX-512's own words.
 
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed to nobody: everything is inlined
 
@@ -12,7 +12,7 @@ namespace {
 
 constexpr int GROUP = 256;  // weights that share an exponent
 constexpr int CHUNK = 64;   // values that loops over 8 and 16 bits take at a time, whatever is behind the last one
-constexpr int PAD = CHUNK;
+constexpr int PAD = 32;     // zeros behind a group's weights: an update takes no more at a time
 
 // LANES values at a time, as vectors of GCC and clang: each instruction set has the same code in its own instructions.
 template <int LANES>
@@ -115,6 +115,17 @@ struct Group {
   int64_t number;  // of the group in the tensor
 };
 
+// Where the chances of a moment's group begin.
+template <class Format>
+INLINE uint32_t seed_of(const int64_t* row, int number, const Group& s) {
+  const auto place = static_cast<uint32_t>(Format::SHARED ? (row[FIRST] / GROUP + s.number) * GROUP : s.at);
+  return static_cast<uint32_t>(row[SEED] + number) * 0x9E3779B9u + place;
+}
+
+}  // namespace
+#include "narrow_avx512.h"
+namespace {
+
 // One moment of a group: codes, read as floats; floats kept, which become codes when the largest is known. Passes of
 // one width each: loops that turn bytes into floats beside other work vectorize badly.
 template <class Format, int LANES>
@@ -126,9 +137,9 @@ struct Moment {
   Code* codes;
   uint8_t* exponent;  // null where the format has none
   int k;
-  alignas(64) float values[GROUP + PAD];
-  alignas(64) uint16_t upper[GROUP + PAD];  // halves of floats
-  alignas(64) Code own[GROUP + PAD];
+  alignas(64) float values[GROUP + CHUNK];
+  alignas(64) uint16_t upper[GROUP + CHUNK];  // halves of floats
+  alignas(64) Code own[GROUP + CHUNK];
 
   INLINE Moment(Code* codes, uint8_t* exponent, int k) : codes(codes), exponent(exponent), k(k) {
     if (!codes) return;  // AMSGrad's, where it is off
@@ -167,8 +178,7 @@ struct Moment {
   }
 
   INLINE void write(const int64_t* row, int number, const Group& s, const Ints& highest) {
-    const auto place = static_cast<uint32_t>(Format::SHARED ? (row[FIRST] / GROUP + s.number) * GROUP : s.at);
-    write(highest, Format::BY_CHANCE, static_cast<uint32_t>(row[SEED] + number) * 0x9E3779B9u + place);
+    write(highest, Format::BY_CHANCE, seed_of<Format>(row, number, s));
   }
 };
 
@@ -216,67 +226,73 @@ INLINE int group_size(int64_t begin, int64_t count) {
 }
 
 // Work on the groups of a block: GATHER and SCATTER are those of an instruction set, the last argument updates the
-// group `s`. Three passes, for a vector that is read right after parts of it were written waits for them.
-#define FOR_GROUPS(GATHER, SCATTER, ...)                                                                \
-  constexpr int STRIDE = GROUP + PAD, GROUPS = BLOCK / GROUP;                                           \
-  alignas(64) float ws[GROUPS * STRIDE], gs[GROUPS * STRIDE];                                           \
-  const uint8_t* mask = mask_of(row, start);                                                            \
-  int kept[GROUPS];                                                                                     \
-  for (int j = 0, begin = 0; begin < count; ++j, begin += GROUP) {                                      \
-    const int n = group_size(begin, count);                                                             \
-    float *own_w = ws + j * STRIDE, *own_g = gs + j * STRIDE;                                           \
-    kept[j] = n;                                                                                        \
-    if (mask) kept[j] = GATHER(w + begin, g + begin, mask + begin / 8, n, own_w, own_g);                \
-    else if (n < GROUP) copy(own_w, w + begin, n), copy(own_g, g + begin, n);                           \
-    std::memset(own_w + kept[j], 0, PAD * sizeof(float));                                               \
-    std::memset(own_g + kept[j], 0, PAD * sizeof(float));                                               \
-  }                                                                                                     \
-  int64_t at = moments_at(row, start);                                                                  \
-  for (int j = 0, begin = 0; begin < count; ++j, begin += GROUP) {                                      \
-    const bool in_place = !mask && kept[j] == GROUP;                                                    \
-    const Group s{in_place ? w + begin : ws + j * STRIDE, in_place ? g + begin : gs + j * STRIDE,       \
-                  kept[j], at, (start + begin) / GROUP};                                                \
-    __VA_ARGS__;                                                                                        \
-    at += kept[j];                                                                                      \
-  }                                                                                                     \
-  for (int j = 0, begin = 0; begin < count; ++j, begin += GROUP) {                                      \
-    const int n = group_size(begin, count);                                                             \
-    if (mask) SCATTER(w + begin, g + begin, mask + begin / 8, n, ws + j * STRIDE);                      \
-    else if (n < GROUP) copy(w + begin, ws + j * STRIDE, n);                                            \
+// group `s`, WRITE ends what it left of group `j`. Three passes, for a vector that is read right after parts of it were
+// written waits for them.
+#define FOR_GROUPS(GATHER, SCATTER, WRITE, ...)                                                        \
+  constexpr int STRIDE = GROUP + PAD, GROUPS = BLOCK / GROUP;                                          \
+  alignas(64) float ws[GROUPS * STRIDE], gs[GROUPS * STRIDE];                                          \
+  const uint8_t* mask = mask_of(row, start);                                                           \
+  int kept[GROUPS];                                                                                    \
+  for (int j = 0, begin = 0; begin < count; ++j, begin += GROUP) {                                     \
+    const int n = kept[j] = group_size(begin, count);                                                  \
+    float *own_w = ws + j * STRIDE, *own_g = gs + j * STRIDE;                                          \
+    if (!mask && n == GROUP) continue; /* in place */                                                  \
+    if (mask) kept[j] = GATHER(w + begin, g + begin, mask + begin / 8, n, own_w, own_g);               \
+    else copy(own_w, w + begin, n), copy(own_g, g + begin, n);                                         \
+    std::memset(own_w + kept[j], 0, PAD * sizeof(float));                                              \
+    std::memset(own_g + kept[j], 0, PAD * sizeof(float));                                              \
+  }                                                                                                    \
+  int64_t at = moments_at(row, start);                                                                 \
+  for (int j = 0, begin = 0; begin < count; ++j, begin += GROUP) {                                     \
+    const bool in_place = !mask && kept[j] == GROUP;                                                   \
+    const Group s{in_place ? w + begin : ws + j * STRIDE, in_place ? g + begin : gs + j * STRIDE,      \
+                  kept[j], at, (start + begin) / GROUP};                                               \
+    __VA_ARGS__;                                                                                       \
+    at += kept[j];                                                                                     \
+  }                                                                                                    \
+  for (int j = 0, begin = 0; begin < count; ++j, begin += GROUP) {                                     \
+    const int n = group_size(begin, count);                                                            \
+    WRITE;                                                                                             \
+    if (mask) SCATTER(w + begin, g + begin, mask + begin / 8, n, ws + j * STRIDE);                     \
+    else if (n < GROUP) copy(w + begin, ws + j * STRIDE, n);                                           \
   }
 
 #if defined(__x86_64__)
 template <template <bool> class Format>
 TARGET_AVX512 void adam_block_avx512(const Adam& a, const int64_t* row, int64_t start, int64_t count, float* w,
                                      float* g) {
-  FOR_GROUPS(gather_avx512, scatter_avx512, adam_group<Format, 16>(a, row, s))
+  Halves halves[BLOCK / GROUP][3];
+  FOR_GROUPS(gather_avx512, scatter_avx512, write_codes<Format>(halves[j], row[MOMENT + 2] ? 3 : 2),
+             adam_group_avx512<Format>(a, row, s, halves[j]))
 }
 
 template <template <bool> class Format>
 TARGET_AVX2 void adam_block_avx2(const Adam& a, const int64_t* row, int64_t start, int64_t count, float* w, float* g) {
-  FOR_GROUPS(gather_avx2, scatter_avx2, adam_group<Format, 8>(a, row, s))
+  FOR_GROUPS(gather_avx2, scatter_avx2, (void)0, adam_group<Format, 8>(a, row, s))
 }
 
 template <template <bool> class Format>
 TARGET_AVX512 void sgd_block_avx512(const Sgd& r, const int64_t* row, int64_t start, int64_t count, float* w,
                                      float* g) {
-  FOR_GROUPS(gather_avx512, scatter_avx512, sgd_group<Format, 16>(r, row, s))
+  Halves halves[BLOCK / GROUP][1];
+  FOR_GROUPS(gather_avx512, scatter_avx512, write_codes<Format>(halves[j], 1),
+             sgd_group_avx512<Format>(r, row, s, halves[j]))
 }
 
 template <template <bool> class Format>
 TARGET_AVX2 void sgd_block_avx2(const Sgd& r, const int64_t* row, int64_t start, int64_t count, float* w, float* g) {
-  FOR_GROUPS(gather_avx2, scatter_avx2, sgd_group<Format, 8>(r, row, s))
+  FOR_GROUPS(gather_avx2, scatter_avx2, (void)0, sgd_group<Format, 8>(r, row, s))
 }
 #endif
 
 template <template <bool> class Format>
 void adam_block(const Adam& a, const int64_t* row, int64_t start, int64_t count, float* w, float* g) {
-  FOR_GROUPS(gather_bits, scatter_bits, adam_group<Format, 4>(a, row, s))
+  FOR_GROUPS(gather_bits, scatter_bits, (void)0, adam_group<Format, 4>(a, row, s))
 }
 
 template <template <bool> class Format>
 void sgd_block(const Sgd& r, const int64_t* row, int64_t start, int64_t count, float* w, float* g) {
-  FOR_GROUPS(gather_bits, scatter_bits, sgd_group<Format, 4>(r, row, s))
+  FOR_GROUPS(gather_bits, scatter_bits, (void)0, sgd_group<Format, 4>(r, row, s))
 }
 
 template <template <bool> class Format>

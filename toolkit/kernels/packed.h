@@ -70,11 +70,16 @@ INLINE Floats quotient(Floats x, Floats y) {
 
 // The rules of one weight, or of several at once: T is float or a vector of them. They return the new weight.
 template <class T>
-INLINE T adam_value(const Adam& a, T w, T g, T& m, T& v, T* vmax) {
+INLINE void adam_moments(const Adam& a, T w, T g, T& m, T& v, T* vmax) {
   const T grad = g + a.coupled * w;
   m = m + (grad - m) * a.one_minus_beta1;
   v = v * a.beta2 + grad * grad * a.one_minus_beta2;
   if (vmax) *vmax = *vmax > v ? *vmax : v;
+}
+
+template <class T>
+INLINE T adam_value(const Adam& a, T w, T g, T& m, T& v, T* vmax) {
+  adam_moments(a, w, g, m, v, vmax);
   return w * a.decay - a.step_size * quotient(m, root(vmax ? *vmax : v) * a.inv_bias2_sqrt + a.eps);
 }
 
