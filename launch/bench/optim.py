@@ -5,7 +5,8 @@ steps every candidate once; the figures are medians over the rounds and medians 
 SGD) of the same round. Limits are this project's own bars; a row without one is shown for orientation.
 
 A step can be no faster than memory: beside its time stands the share it reaches of the rate at which this machine
-doubles tensors of the same shapes in place, counting the bytes that the step must read and write at least.
+doubles tensors of the same shapes in place, counting the bytes that the step must read and write at least. The same for
+the native code alone: what Python takes to look up the tensors is no question of the code.
 """
 
 import importlib.util
@@ -13,6 +14,7 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -40,6 +42,7 @@ _HEADER = (
     "ratio to peer",
     "bar",
     "of in-place rate",
+    "code alone",
     "peer",
     "state",
     "state of norms, biases",
@@ -149,6 +152,38 @@ def time_mask_update(shapes: Sequence[torch.Size], rounds: int) -> dict[str, flo
     }
 
 
+class _Timed:
+    """A native library whose calls are timed: `taken_s` collects their seconds."""
+
+    def __init__(self, library: Any) -> None:
+        self.library, self.taken_s = library, 0.0
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        function = getattr(self.library, name)
+
+        def call(*arguments: Any) -> None:
+            self.taken_s += seconds(partial(function, *arguments))
+
+        return call
+
+
+def _steps_and_code(
+    steps: Mapping[str, Callable[[], Any]], rounds: int
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Seconds of the steps in turn, and of the native code within each."""
+    library = _Timed(native.native_code() if native_isas() else None)
+    code: dict[str, list[float]] = {name: [] for name in steps}
+
+    def measure(name: str, step: Callable[[], Any], number: int) -> float:
+        library.taken_s = 0.0
+        taken = seconds(step)
+        code[name].append(library.taken_s)
+        return taken
+
+    with patch.object(native, "native_code", lambda: library):
+        return in_turn({name: partial(measure, name, step) for name, step in steps.items()}, rounds, "steps"), code
+
+
 def bench_optim(model: str, rounds: int, only_bars: bool = False) -> dict[str, Any]:
     """Everything `launch.bench optim` measures on this machine, as one JSON object. Raises ValueError on a GPU."""
     if DEVICE == "cuda":  # whose clock here would be Python's
@@ -156,17 +191,19 @@ def bench_optim(model: str, rounds: int, only_bars: bool = False) -> dict[str, A
     shapes = parameter_shapes(model)
     count = sum(shape.numel() for shape in shapes if len(shape) > 1)
     found = candidates(shapes, count, [one for one in _makers() if not only_bars or _has_bar(*one)])
-    steps = {row["name"]: partial(_step_s, step) for step, row in found}
+    steps: dict[str, Callable[[], Any]] = {row["name"]: step for step, row in found}
     like = [torch.ones(shape, device=DEVICE) for shape in shapes if len(shape) > 1]
     whole = torch.ones(count, device=DEVICE)
-    steps[_IN_PLACE] = partial(_step_s, partial(torch._foreach_mul_, like, 2.0))
-    steps[_IN_ONE] = partial(_step_s, partial(whole.mul_, 2.0))
-    times, rows = in_turn(steps, rounds, "steps"), [row for _, row in found]
+    steps |= {_IN_PLACE: partial(torch._foreach_mul_, like, 2.0), _IN_ONE: partial(whole.mul_, 2.0)}
+    (times, code), rows = _steps_and_code(steps, rounds), [row for _, row in found]
     del found, steps, like, whole  # weights and states, before the mask update is measured
     for row in rows:
         row["step_ms"] = 1e3 * statistics.median(times[row["name"]])
         slower = median_ratio(times, row["name"], _IN_PLACE)
         row["share_of_in_place_rate"] = step_bytes(row) / (8 * slower)
+        if all(code[row["name"]]):
+            slower = median_ratio({**times, "code": code[row["name"]]}, "code", _IN_PLACE)
+            row["code_share_of_in_place_rate"] = step_bytes(row) / (8 * slower)
         if row["peer"]:
             row["ratio_to_peer"] = median_ratio(times, row["name"], row["peer"])
         if row["limit"] is not None:
@@ -212,7 +249,9 @@ def to_markdown(result: dict[str, Any], command: str) -> str:
         "the highest memory an ordinary step takes beyond what it leaves.",
         "",
         "Of in-place rate: bytes a second that a step must move, over those of doubling tensors of the same shapes in "
-        f"place. The bar is {BANDWIDTH_LIMIT:.0%} at 0, 70 and 90 %. One tensor of that size is faster than many.",
+        "place. Code alone: the same of the native code, without what Python takes to look up the tensors. "
+        f"The bar of {BANDWIDTH_LIMIT:.0%} at 0, 70 and 90 % is the code's; at 0 % it is torch's, and the step counts. "
+        "One tensor of that size is faster than many.",
         "",
         "## Ratio to the peer, and share of the in-place rate",
         "",
@@ -237,13 +276,19 @@ def _side_by_side(machines: Sequence[Mapping[str, Any]]) -> list[str]:
 def _ratio_and_share(row: Mapping[str, Any] | None) -> str:
     if row is None or row["ratio_to_peer"] is None:
         return ""
-    share = row.get("share_of_in_place_rate")
+    share = _judged_share(row)
     missed = " **missed**" if row["met"] is False or _below(row) else ""
     return f"{row['ratio_to_peer']:.2f}{'' if share is None else f', {share:.0%}'}{missed}"
 
 
+def _judged_share(row: Mapping[str, Any]) -> float | None:
+    """The code's, or the whole step's where that is not known: torch's own code, and machines measured before."""
+    found = row.get("code_share_of_in_place_rate", row.get("share_of_in_place_rate"))
+    return None if found is None else float(found)
+
+
 def _below(row: Mapping[str, Any]) -> bool:
-    share = row.get("share_of_in_place_rate")
+    share = _judged_share(row)
     return row["name"] in _BANDWIDTH_NAMES and share is not None and share < BANDWIDTH_LIMIT
 
 
@@ -251,14 +296,16 @@ def _section(machine: Mapping[str, Any]) -> list[str]:
     rows = []
     for row in machine["rows"]:
         ratio = "" if row["ratio_to_peer"] is None else f"{row['ratio_to_peer']:.2f}"
-        share = row.get("share_of_in_place_rate")
+        shares = [row.get(f"{whose}share_of_in_place_rate") for whose in ("", "code_")]
+        shown = ["" if share is None else f"{share:.0%}" for share in shares]
+        shown[shares[1] is not None] += " **missed**" if _below(row) else ""
         rows.append(
             [
                 row["name"],
                 f"{row['step_ms']:.1f}",
                 ratio,
                 "" if row["limit"] is None else f"≤ {row['limit']:.2f} {'met' if row['met'] else '**missed**'}",
-                "" if share is None else f"{share:.0%}" + (" **missed**" if _below(row) else ""),
+                *shown,
                 row["peer"] or "",
                 *(f"{row[f'{whose}state_bytes_per_prunable_weight']:.3f}" for whose in ("", "other_")),
                 mib(row["transient_bytes"], 1),
@@ -273,7 +320,7 @@ def _section(machine: Mapping[str, Any]) -> list[str]:
         f"{machine['date']}: {machine['threads']} threads, torch {machine['torch']}, {machine['rounds']} rounds"
         f"{code}{rates}.",
         "",
-        *table(_HEADER, rows, text=(0, 5)),
+        *table(_HEADER, rows, text=(0, 6)),
         "",
         f"- A step that changes the masks takes {1e3 * mask['mask_update_step_s']:.0f} ms, "
         f"{mask['in_ordinary_steps']:.1f} ordinary steps (bar: ≤ {mask['in_ordinary_steps_limit']}); it takes "
