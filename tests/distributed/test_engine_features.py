@@ -87,7 +87,7 @@ CELLS = [
     pytest.param(engine, feature, marks=() if engine in QUICK.get(feature, ()) else pytest.mark.long)
     for feature in FEATURES
     for engine in SHARDED
-    if (engine, feature) != ("fsdp2", "channels last")  # refused
+    if (engine, feature) not in (("fsdp2", "channels last"), ("zero3", "compiled"))  # refused
 ]
 
 
@@ -107,6 +107,17 @@ def test_as_on_ddp(flags, engine, feature):
     assert found["ema_bytes"] == pytest.approx(wanted["ema_bytes"] / 2, rel=0.02)  # a share on each of two ranks
     assert (found["steps"], found["scale"]) == (wanted["steps"], wanted["scale"])
     assert found["losses"] == pytest.approx(wanted["losses"], rel=1e-3)
+
+
+def refusal(rank, flags):
+    os.environ.update(ENGINES["zero3"])
+    with pytest.raises(ValueError, match="--torchcompile is not offered with ZeRO-3"):
+        build(parse(flags))
+
+
+def test_what_would_compile_for_ever_is_refused(flags):
+    more = (*FEATURES["compiled"], "--experiment", "refused")
+    run_ranks(refusal, 2, [*flags, *more], join_group=False)
 
 
 def test_each_feature_does_something(flags):

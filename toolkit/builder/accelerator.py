@@ -239,8 +239,16 @@ def create_engine(
     elif accelerator.distributed_type == DistributedType.DEEPSPEED:
         kind, inner = ZeroEngine, inner_of(wrapped)
         assert inner is optimizer, f"DeepSpeed runs {type(inner).__name__} instead of {type(optimizer).__name__}"
-        if model.zero_optimization_stage() == 0:
-            raise ValueError("zero_stage: 0 is plain DDP; launch with accelerate_configs/multi_gpu.yaml")
+        stage = model.zero_optimization_stage()
+        refuse(
+            {
+                "zero_stage: 0 is plain DDP; launch with accelerate_configs/multi_gpu.yaml": stage == 0,
+                # 8 steps of a tiny ViT did not end in 8 minutes.
+                "--torchcompile is not offered with ZeRO-3: it gathers weights layer by layer in hooks, and what lies "
+                f"between them is compiled over and over, {_DEEPSPEED_PAGE}; leave it out, or launch with "
+                "accelerate_configs/deepspeed_zero2.yaml": stage == 3 and config.torchcompile,
+            }
+        )
         attach(model)
     elif config.fused_backward:
         kind = FusedEngine
