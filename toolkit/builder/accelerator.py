@@ -244,7 +244,7 @@ def create_engine(
             {
                 "zero_stage: 0 is plain DDP; launch with accelerate_configs/multi_gpu.yaml": stage == 0,
                 # 8 steps of a tiny ViT did not end in 8 minutes.
-                "--torchcompile is not offered with ZeRO-3: it gathers weights layer by layer in hooks, and what lies "
+                "--torchcompile is not offered with ZeRO-3: it gathers weights layer by layer in hooks; what lies "
                 f"between them is compiled over and over, {_DEEPSPEED_PAGE}; leave it out, or launch with "
                 "accelerate_configs/deepspeed_zero2.yaml": stage == 3 and config.torchcompile,
             }

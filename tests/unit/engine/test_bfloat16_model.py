@@ -23,7 +23,7 @@ CASES = {
     "displacement": ["--opt", "adamw-movement", "--sparsity", "0.7", "--prune-score", "displacement"],
     "plain": ["--opt", "sgd"],
 }
-# Bytes of weight, gradient and state a weight; with int8 layers below 4,096 weights keep floats of what is left in them.
+# Bytes of weight, gradient and state a weight; with int8 layers below 4,096 weights keep floats.
 MOST = {"a budget": 6.6, "int8": 4.8, "no dtype asked for": 5.4}
 QUICK = ("a budget", "movement")
 
