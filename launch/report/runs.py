@@ -102,8 +102,8 @@ class CellRun:
 
     @property
     def weights(self) -> float:
-        """How many weights the model has, by the bytes of its float32 weights."""
-        return self.row("weights") / 4
+        """How many weights the model has, by their bytes."""
+        return self.row("weights") / (2 if self.has_bfloat16_weights else 4)
 
     @property
     def peak_state_bytes(self) -> int:

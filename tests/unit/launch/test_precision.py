@@ -126,3 +126,9 @@ def test_one_precision_or_one_seed_is_no_comparison(runs, tmp_path):
     assert main([str(runs), "--out", str(tmp_path / "study.md")]) == 0
     assert "adamwprune budget auto 75 %" in (tmp_path / "study.md").read_text()
     assert "Precision of moments and weights" not in (tmp_path / "study.md").read_text()
+
+
+def test_bytes_a_weight_of_bfloat16_weights_count_weights(runs):
+    found = {run.folder.name: run for run in read_runs(runs)[0]}
+    plain, half = (found[f"0.75-{name}-0"] for name in ("auto", "auto-bfloat16"))
+    assert half.weights == 2 * plain.weights  # the same ledger, read as two bytes each
