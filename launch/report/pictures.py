@@ -45,7 +45,7 @@ def draw_all(groups: Groups, out: Path) -> list[tuple[str, str]]:
         figure = Figure(figsize=size, layout="constrained")
         draw(figure, data)
         figure.suptitle(caption, fontsize=11)
-        figure.savefig(out / name, dpi=130, metadata={"Software": None})
+        figure.savefig(out / name, dpi=130, metadata={"Software": None}, pil_kwargs={"optimize": True})
     return [(name, caption) for name, (*_, caption) in pictures.items()]
 
 
