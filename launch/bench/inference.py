@@ -20,15 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from launch.bench.pruned import Family, random_family, run_family
-from launch.bench.timing import (
-    DEVICE,
-    FREED,
-    device_name,
-    in_turn,
-    median_ratio,
-    seconds,
-    transient_bytes,
-)
+from launch.bench.timing import DEVICE, FREED, device_name, in_turn, median_ratio, seconds, transient_bytes
 from launch.formats import onnx_session, write_onnx_file
 from toolkit.command import say
 from toolkit.markdown import mib, page, table
@@ -58,7 +50,7 @@ def bench_inference(
     engines: Sequence[str],
     threads: int,
     channel_multiple: int,
-    malloc: str = "system",
+    malloc: str,
 ) -> dict[str, Any]:
     """All rows of all models; `run` are run folders."""
     if unknown := [engine for engine in engines if engine not in ENGINES]:

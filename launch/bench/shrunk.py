@@ -29,7 +29,7 @@ from toolkit.shrink import shrink
 BARS = {("resnet50", "channel 50%"): (0.8, 0.87)}
 
 
-def bench_shrunk(model: str, rounds: int, batch_size: int, malloc: str = "system") -> dict[str, Any]:
+def bench_shrunk(model: str, rounds: int, batch_size: int, malloc: str) -> dict[str, Any]:
     """Times and activations of a training step, dense and with 30, 50 and 70 % of each inner width gone."""
     kept = malloc == "keep" and keep_freed_memory()
     torch.manual_seed(0)

@@ -137,7 +137,7 @@ def accuracy_over_epochs(figure: Figure, lines: Lines) -> None:
     """A panel a sparsity; lines are means, bands standard deviations over seeds."""
     levels = _levels(lines)
     panels = figure.subplots(1, len(levels), sharey=True, squeeze=False)[0]
-    lowest = 100.0  # of those in colour: one that collapses shall not flatten the rest
+    lowest, highest = 100.0, 0.0  # of those in colour: one that collapses shall not flatten the rest
     for line in lines:
         axes = panels[levels.index(line.sparsity)]
         curve = epoch_top1(line.members)
@@ -146,14 +146,15 @@ def accuracy_over_epochs(figure: Figure, lines: Lines) -> None:
         axes.plot(epochs, means, color=line.colour, linestyle=line.style, marker="o", markersize=3, label=line.label)
         if line.grey:
             continue
-        lowest = min(lowest, means[len(means) // 3])
+        lowest = min(lowest, means[(len(means) - 1) // 3])
+        highest = max(highest, *(mean + (spread or 0) for mean, spread in columns))
         if len(line.members) > 1:
             low, high = zip(*[(mean - (spread or 0), mean + (spread or 0)) for mean, spread in columns], strict=True)
             axes.fill_between(epochs, low, high, color=line.colour, alpha=0.15, linewidth=0)
     for axes, level in zip(panels, levels, strict=True):
         axes.set(xlabel="epoch", title=f"{100 * level:g} % sparsity" if level else "dense")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    panels[0].set(ylabel="top-1 on validation images (%)", ylim=(max(0.0, lowest - 2), 101))
+    panels[0].set(ylabel="top-1 on validation images (%)", ylim=(max(0.0, lowest - 2), min(101.0, highest + 2)))
     legend(figure, list(panels), lines)
 
 

@@ -13,6 +13,7 @@ from launch.export import main as export
 from launch.run_model import run_model, run_weights
 from toolkit.engine.loop import train as train_loop
 from toolkit.optim.packed import PackedOptimizer
+from toolkit.prune.moments import CODED_FROM
 
 BFLOAT16 = ["--model-dtype", "bfloat16", "--epochs", "2"]
 CASES = {
@@ -23,7 +24,7 @@ CASES = {
     "displacement": ["--opt", "adamw-movement", "--sparsity", "0.7", "--prune-score", "displacement"],
     "plain": ["--opt", "sgd"],
 }
-# Bytes of weight, gradient and state a weight; with int8 layers below 4,096 weights keep floats.
+# Bytes of weight, gradient and state a weight; with int8 as if the layers too small for codes had them.
 MOST = {"a budget": 6.6, "int8": 4.8, "no dtype asked for": 5.4}
 QUICK = ("a budget", "movement")
 
@@ -46,12 +47,19 @@ def test_the_ledger_is_the_predictions_to_the_byte(flags, tmp_path, case):
         assert 0 <= row["difference_bytes"] <= numbers, row
     num_weights = sum(parameter.numel() for parameter in run.engine.module.parameters())
     assert rows["weights"]["measured_bytes"] == rows["gradients"]["measured_bytes"] == 2 * num_weights
+    state_bytes = report["ledger"]["optimizer_bytes"]
+    if case == "int8":
+        states = run.engine.inner_optimizer.state
+        coded = {parameter: kept["exp_avg"].dtype is torch.uint8 for parameter, kept in states.items()}
+        assert all(is_coded == (p.ndim > 1 and p.numel() >= CODED_FROM) for p, is_coded in coded.items())
+        survivors = {parameter: kept["exp_avg"].numel() for parameter, kept in states.items()}
+        # Two moments of a byte or of four, and a bit of each prunable weight; the rest are exponents and offsets.
+        moments = sum(2 * count * (1 if coded[parameter] else 4) for parameter, count in survivors.items())
+        bits = sum(parameter.numel() for parameter, kept in states.items() if "mask" in kept) / 8
+        assert state_bytes == pytest.approx(moments + bits, rel=0.02)
+        state_bytes -= sum(6 * count for parameter, count in survivors.items() if not coded[parameter])
     if case in MOST:
-        moments = [state["exp_avg"] for state in run.engine.inner_optimizer.state.values()]
-        floats = sum(m.numel() for m in moments if m.dtype is torch.float32) if case == "int8" else 0
-        # 2 moments of 4 bytes where codes would have taken 2 together
-        kept = report["ledger"]["optimizer_bytes"] - 6 * floats
-        assert (4 * num_weights + kept) / num_weights <= MOST[case]
+        assert (4 * num_weights + state_bytes) / num_weights <= MOST[case]
 
 
 @pytest.mark.parametrize(
