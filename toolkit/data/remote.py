@@ -1,6 +1,7 @@
 """Files behind a URL: fetched whole, checked, tried again; the `_info.json` and the indices of a data set there.
 
-webdataset's `gopen` opens the URL (http, https, s3, gs, `pipe:`), huggingface_hub finds what is behind hf://.
+webdataset's `gopen` opens web addresses and `pipe:`, fsspec buckets (s3, gs, az), huggingface_hub finds what is behind
+hf://.
 A server that stalls, drops the connection or sends something else costs another try with growing pauses; what cannot be
 had right is an error, never a sample less. The server may be a stranger's: names are checked before they become part of
 a URL, and no more is taken than is expected.
@@ -36,6 +37,8 @@ ATTEMPTS = 6
 FIRST_PAUSE_S = 0.5  # doubled after each failed try: 0.5 + 1 + 2 + 4 + 8 s in all
 STALL_S = 30.0  # without a byte for so long, a transfer is given up
 _PIECE_BYTES = 2**16  # small, so that a slow link is not taken for a stalled one
+_BLOCK_BYTES = 2**22  # that fsspec asks a bucket for at a time: its own 50 MB would look like a stall
+_BY_FSSPEC = ("abfs", "az", "file", "gcs", "gs", "memory", "oci", "oss", "s3")
 _WITH_ESCAPES = ("http", "https", "htgs", "ftps", "sftp", "scp")  # gopen gives these to curl, which reads %20 and globs
 
 
@@ -57,8 +60,7 @@ def file_url(prefix: str, name: str) -> str:
             f"{prefix}: file {name!r} holds what a shell would read; behind pipe: use letters, digits and _-.,:@%+=/"
         )
     part = urllib.parse.quote(name) if scheme in _WITH_ESCAPES else name
-    url = prefix.replace("{}", part) if "{}" in prefix else f"{prefix.rstrip('/')}/{part}"
-    return f"pipe:aws s3 cp {shlex.quote(url)} -" if scheme == "s3" else url  # gopen knows no s3
+    return prefix.replace("{}", part) if "{}" in prefix else f"{prefix.rstrip('/')}/{part}"
 
 
 class RefusedError(ValueError):
@@ -69,10 +71,28 @@ _FOR_GOOD = (UnsafeNameError, RefusedError)  # what no other try would mend
 
 
 def _open(url: str) -> Any:
-    if not url.startswith("hf:"):
-        from webdataset import gopen
+    scheme = url.partition(":")[0]
+    if scheme in _BY_FSSPEC:
+        return _open_by_fsspec(scheme, url)
+    if scheme == "hf":
+        return _open_at_hub(url)
+    from webdataset import gopen
 
-        return gopen(url, "rb")
+    return gopen(url, "rb")
+
+
+def _open_by_fsspec(scheme: str, url: str) -> Any:
+    import fsspec
+
+    try:  # not fsspec.open: of a name with :: in it that would make a chain of file systems
+        return fsspec.filesystem(scheme).open(url, "rb", block_size=_BLOCK_BYTES)
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # of the bucket's own library
+        raise OSError(f"{type(error).__name__}: {error}") from error
+
+
+def _open_at_hub(url: str) -> Any:
     # webdataset's own way would show the user's token to all who may list this host's processes, in curl's command.
     from huggingface_hub import HfFileSystem, get_hf_file_metadata, hf_hub_url
     from huggingface_hub.utils import build_hf_headers
@@ -191,23 +211,31 @@ def remote_folder(prefix: str) -> Path:
     return cache_folder() / "shards" / hashlib.sha256(prefix.encode()).hexdigest()[:16]
 
 
+def _check_scheme(prefix: str) -> None:
+    """Raise ValueError where a URL prefix has a scheme that nothing here opens, or a package for it is missing."""
+    scheme = prefix.partition(":")[0]
+    try:
+        import fsspec
+        from webdataset.gopen import gopen_schemes
+
+        schemes = {*gopen_schemes, *_BY_FSSPEC, "hf"} - {"__default__"}
+        if scheme not in schemes:
+            known = ", ".join(sorted(schemes))
+            raise ValueError(f"--data-dir {prefix}: the scheme {scheme} is not known; use {known}")
+        if scheme in _BY_FSSPEC:
+            fsspec.get_filesystem_class(scheme)  # names the package that it wants
+    except ImportError as error:
+        raise ValueError(
+            f"--data-dir {prefix}: {error}; install what {scheme}: needs (docs/data.md), or give a folder"
+        ) from None
+
+
 def fetch_info(prefix: str, folder: Path) -> dict[str, Any]:
     """The `_info.json` behind a URL prefix, fetched anew at each start into the cache folder `folder`.
 
     Raises ValueError for an unknown scheme, a folder with files that no cache has made, and as `read_info` does.
     """
-    try:
-        from webdataset.gopen import gopen_schemes
-    except ImportError:
-        raise ValueError(
-            f"--data-dir {prefix}: webdataset, which opens URLs, is not installed; pip install webdataset, or give a "
-            "folder"
-        ) from None
-    scheme = prefix.partition(":")[0]
-    schemes = {*gopen_schemes, "hf", "s3"} - {"__default__"}
-    if scheme not in schemes:
-        known = ", ".join(sorted(schemes))
-        raise ValueError(f"--data-dir {prefix}: the scheme {scheme} is not known; use {known}")
+    _check_scheme(prefix)
     found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if found and "start.lock" not in found:  # the first file that a cache makes
         raise ValueError(f"--shard-cache {folder} holds other files; name a folder of its own, in which it may delete")

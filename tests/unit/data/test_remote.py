@@ -3,17 +3,20 @@
 import json
 import os
 import shutil
+import sys
 import time
 from functools import partial
 
+import fsspec
 import pytest
 import torch
 
 from shards.writer import Sample, write_info, write_split
+from toolkit.data import remote
 from toolkit.data.decode import EvalTransform, TrainTransform
 from toolkit.data.index import index_path, load_split
 from toolkit.data.loader import EvalLoader, TrainLoader
-from toolkit.data.remote import fetch, fetch_info, file_url
+from toolkit.data.remote import fetch, fetch_info
 from toolkit.data.shard_cache import ShardCache, load_remote_split
 
 SIZE = (16, 16)
@@ -134,6 +137,30 @@ def test_pipe_prefix(few_digits, tmp_path, webdataset):
     assert same(batches(index, cache), batches(load_split(few_digits, "train"), None))
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("scheme", ["file", "memory"])
+def test_buckets_are_read_by_fsspec(few_digits, tmp_path, webdataset, scheme, workers):
+    """By file systems that need no network; workers, which are forked, see what was in memory before."""
+    prefix = f"{scheme}://{few_digits}" if scheme == "file" else "memory://bucket/few digits"
+    if scheme == "memory":
+        fsspec.filesystem("memory").put(f"{few_digits}/", "/bucket/few digits", recursive=True)
+    index, cache = load_remote_split(prefix, fetch_info(prefix, tmp_path / "c"), "train", tmp_path / "c", LIMIT)
+    assert same(batches(index, cache, workers), batches(load_split(few_digits, "train"), None))
+
+
+def test_a_fault_of_a_buckets_library_costs_tries_and_is_named(tmp_path, webdataset, monkeypatch):
+    class Denied(Exception):
+        """As botocore's: no OSError."""
+
+    def refuse(*args, **kwargs):
+        raise Denied("no credentials")
+
+    monkeypatch.setattr(remote, "FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(type(fsspec.filesystem("memory")), "_open", refuse)
+    with pytest.raises(ValueError, match=r"memory://x/_info.json could not be fetched in 6 tries.*Denied: no cred"):
+        fetch_info("memory://x", tmp_path)
+
+
 def test_shards_made_anew_behind_the_same_url_are_fetched_anew(server, tmp_path):
     index, cache = open_train(server, tmp_path / "cache")
     batches(index, cache)
@@ -176,4 +203,9 @@ def test_a_reader_lets_go_of_shards_that_were_forgotten(server, tmp_path):
 def test_an_unknown_scheme_is_an_error_at_once(tmp_path, webdataset):
     with pytest.raises(ValueError, match="the scheme gopher is not known"):
         fetch_info("gopher://host/data", tmp_path)
-    assert file_url("s3://bucket/x y", "a.tar") == "pipe:aws s3 cp 's3://bucket/x y/a.tar' -"
+
+
+def test_a_bucket_whose_package_is_missing_is_an_error_that_names_it(tmp_path, webdataset, monkeypatch):
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(ValueError, match=r"--data-dir s3://bucket/data: Install s3fs to access S3; .*docs/data.md"):
+        fetch_info("s3://bucket/data", tmp_path)
