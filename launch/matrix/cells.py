@@ -1,8 +1,8 @@
 """Reads a test matrix: which runs it is made of, and the command of each.
 
 A matrix is YAML with `name`, `recipe`, `seeds` and `cells`. A cell is a mapping of train.py settings; under `product`
-it maps settings to lists, and stands for every combination; it may have `seeds` of its own. `settings` holds what all
-cells share beyond the recipe, `per_opt` what one optimizer's cells do, `jobs` how many run at a time.
+it maps settings to lists, and stands for every combination; it may have `seeds` of its own. Seeds and lists of a
+`product` may hold ranges, `"0.5:0.9:0.1"` (`launch.matrix.ranges`). `settings` holds what all cells share beyond the recipe, `per_opt` what one optimizer's cells do, `jobs` how many run at a time.
 `accelerate_config` names the launch file, with `ranks` instead of its number of ranks; without it train.py runs as one
 plain process.
 """
@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from launch.matrix import menu
+from launch.matrix.ranges import expand
 from launch.matrix.symbols import load as load_symbols
 from launch.start import accelerate_launch
 from toolkit.cli import parse
@@ -104,7 +105,7 @@ def make_matrix(
     """The matrix of a file's content. Raises ValueError where two cells are the same."""
     per_opt = content.get("per_opt", {})
     cells = [
-        (settings, seeds if seeds is not None else entry.get("seeds", content["seeds"]))
+        (settings, seeds if seeds is not None else expand(entry.get("seeds", content["seeds"])))
         for entry in content["cells"]
         for settings in _expand(entry)
     ]
@@ -137,7 +138,7 @@ def make_matrix(
 
 def _expand(entry: dict[str, Any]) -> Iterator[dict[str, Any]]:
     rest = {key: value for key, value in entry.items() if key not in ("product", "seeds")}
-    product = entry.get("product", {})
+    product = {key: expand(values) for key, values in entry.get("product", {}).items()}
     for values in itertools.product(*product.values()):
         yield {**rest, **dict(zip(product, values, strict=True))}
 

@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from launch.matrix.ranges import expand
 from launch.start import ROOT
 
 DEFCONFIGS = ROOT / "launch" / "defconfigs"
@@ -30,20 +31,17 @@ def to_matrix(symbols: dict[str, str]) -> dict[str, Any]:
     """What a matrix file of these choices holds. Raises ValueError where they make no run."""
     on = {name for name, value in symbols.items() if value == "y"}
     sparsities = [share / 100 for share in _SPARSITIES if f"SPARSITY_ENABLE_{share}" in on]
+    sparsities = list(dict.fromkeys(sparsities + _numbers_of("SPARSITIES", symbols, float)))
     names = _OPTIMIZERS | ({"SGD": "sgd"} if "SGD_NESTEROV" in on else {})
     chosen = [opt for symbol, opt in names.items() if f"OPTIMIZER_ENABLE_{symbol}" in on]
     cells = {opt: _cells_of(opt, on, sparsities) for opt in chosen}
     rates = {opt: _rates_of(opt, symbols) for opt in chosen}
     if not any(cells.values()):
         raise ValueError("these choices make no run: enable an optimizer with a pruning method, and a sparsity")
-    try:
-        seeds = [int(seed) for seed in symbols["SEEDS"].split()]
-    except ValueError:
-        raise ValueError(f"CONFIG_SEEDS={symbols['SEEDS']!r} are not whole numbers with spaces between") from None
     content: dict[str, Any] = {
         "name": symbols["MATRIX_NAME"],
         "recipe": symbols["RECIPE"],
-        "seeds": seeds,
+        "seeds": _numbers_of("SEEDS", symbols, int),
         "cells": list(itertools.chain(*cells.values())),
         "per_opt": {opt: settings for opt, settings in rates.items() if settings and cells[opt]},
         "jobs": int(symbols["JOBS"]),
@@ -52,6 +50,17 @@ def to_matrix(symbols: dict[str, str]) -> dict[str, Any]:
         content["accelerate_config"] = symbols["ACCELERATE_CONFIG"]
         content |= {"ranks": int(symbols["RANKS"])} if int(symbols["RANKS"]) else {}
     return content
+
+
+def _numbers_of(name: str, symbols: dict[str, str], kind: type[float]) -> list[Any]:
+    """The numbers of a text, and of the ranges in it."""
+    try:
+        return [kind(number) for number in expand(symbols[name].split())]
+    except ValueError as error:
+        numbers = "whole numbers" if kind is int else "numbers"
+        raise ValueError(
+            f"CONFIG_{name}={symbols[name]!r} are not {numbers} or ranges with spaces between: {error}"
+        ) from None
 
 
 def _rates_of(opt: str, symbols: dict[str, str]) -> dict[str, float]:

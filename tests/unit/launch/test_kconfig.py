@@ -82,6 +82,8 @@ def test_methods_and_sparsities(tmp_path):
         (["CONFIG_NUM_EPOCHS=-3"], "NUM_EPOCHS"),
         (['CONFIG_LR_ADAM="fast"'], "is not a number"),
         (['CONFIG_SEEDS="0,1"'], "are not whole numbers"),
+        (['CONFIG_SPARSITIES="0.5:x"'], "are not numbers or ranges"),
+        (['CONFIG_SEEDS="3:0:1"'], "range 3:0:1: its step does not lead"),
         (["# CONFIG_SPARSITY_ENABLE_70 is not set"], "these choices make no run"),
         (["CONFIG_NUM_EPOCHS=five"], "it is a whole number"),
         (["CONFIG_SPARSITY_ENABLE_90=maybe"], "it is y or n"),
@@ -204,6 +206,13 @@ def test_a_memory_budget(tmp_path):
         f"resnet18_{opt}_state_70_state-budget=auto_seed0" for opt in ("adam", "adamwadv", "adamwprune", "adamwspam")
     ]
     assert sum("_state_70_seed" in cell.name for cell in cells) == 4  # beside those without one
+
+
+def test_ranges_of_seeds_and_sparsities(tmp_path):
+    path = config(tmp_path, 'CONFIG_SEEDS="7 0:4:2"', 'CONFIG_SPARSITIES="0.6:0.8:0.1 0.99"')
+    cells = [cell for cell in load_matrix(path).cells if cell.config.opt == "adamwprune"]
+    assert list(dict.fromkeys(cell.config.seed for cell in cells)) == [7, 0, 2, 4]
+    assert [cell.config.sparsity for cell in cells if cell.config.seed == 7] == [0.7, 0.6, 0.8, 0.99]
 
 
 def test_patterns_stand_beside_single_weights(tmp_path):

@@ -3,10 +3,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from launch.matrix import run as matrix_module
 from launch.matrix.__main__ import main
 from launch.matrix.cells import Matrix, load_matrix
+from launch.matrix.ranges import expand
 from launch.report.archive import read_runs
 from toolkit.builder.resume import check_same_settings
 from toolkit.cli import parse
@@ -161,6 +164,36 @@ def test_products_settings_by_optimizer_and_names(tmp_path):
     assert ranks.launcher[-2:] == ("--num_processes", "1")
     with pytest.raises(ValueError, match="per_opt names adam, which no cell"):
         load_matrix(write(tmp_path / "m.yaml", per_opt={"adam": {}}))
+
+
+@settings(deadline=None)
+@given(st.integers(-50, 50), st.integers(1, 40), st.integers(0, 60), st.sampled_from([1, 10, 100]))
+def test_ranges_are_their_decimals(first, step, steps, scale):
+    numbers = [(first + number * step) / scale for number in range(steps + 1)]  # rounded once, as a literal is
+    written = ":".join(repr(number / scale) for number in (first, first + steps * step, step))
+    assert expand(["a", written, 2]) == ["a", *numbers, 2]
+    assert expand(f"{first}:{first + steps * step + step - 1}:{step}") == [first + i * step for i in range(steps + 1)]
+
+
+@pytest.mark.parametrize("text", ["1:2:0", "1:2:-1", "0.9:0.5:0.1", "0:1:0.00001"])
+def test_a_range_that_leads_nowhere_is_an_error(text):
+    with pytest.raises(ValueError, match=f"range {text}: "):
+        expand([text])
+
+
+def test_what_is_no_range_stays():
+    values = ["2:4", "a:b:c", "1:2:3:4", "", "1.:2:1", True, None, {"a": "1:2:1"}]
+    assert expand(values) == values
+    assert expand(0.5) == [0.5]
+
+
+def test_ranges_in_a_file(tmp_path):
+    cells = [{"product": {"opt": ["adamwprune"], "sparsity": [0, "0.5:0.7:0.1"]}, "seeds": "3:5:2"}]
+    names = [cell.name for cell in load_matrix(write(tmp_path / "m.yaml", cells=cells)).cells]
+    assert [name[9:] for name in names if name.endswith("seed3")] == [
+        f"adamwprune_state{share}_seed3" for share in ("", "_50", "_60", "_70")
+    ]
+    assert len(names) == 8
 
 
 def test_unfinished_runs_are_not_reported(tmp_path):

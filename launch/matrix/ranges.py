@@ -1,0 +1,32 @@
+"""`0.5:0.9:0.1` in a matrix file or a menu: 0.5, 0.6, 0.7, 0.8, 0.9, in decimals as they are written."""
+
+import re
+from decimal import Decimal
+from typing import Any
+
+_NUMBER = r"-?\d+(?:\.\d+)?"
+_RANGE = re.compile(rf"\s*({_NUMBER}):({_NUMBER}):({_NUMBER})\s*")
+_MOST = 10_000  # values: more is a slip
+
+
+def expand(values: Any) -> list[Any]:
+    """A list with its ranges `first:last:step` written out, `last` included where a step meets it; one value is a list.
+
+    Raises ValueError for a range whose step does not lead from first to last, or takes above 10,000 steps.
+    """
+    every = values if isinstance(values, list) else [values]
+    return [value for entry in every for value in (_numbers(entry) if isinstance(entry, str) else [entry])]
+
+
+def _numbers(text: str) -> list[Any]:
+    """The numbers of a range, whole ones as int; other texts stay."""
+    if not (found := _RANGE.fullmatch(text)):
+        return [text]
+    first, last, step = map(Decimal, found.groups())
+    steps = (last - first) / step if step else Decimal(-1)
+    if not 0 <= steps <= _MOST:
+        raise ValueError(
+            f"range {text}: its step does not lead from {first} to {last} in {_MOST} steps; write first:last:step"
+        )
+    kind = float if "." in text else int
+    return [kind(first + number * step) for number in range(int(steps) + 1)]
