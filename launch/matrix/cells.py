@@ -1,10 +1,10 @@
 """Reads a test matrix: which runs it is made of, and the command of each.
 
 A matrix is YAML with `name`, `recipe`, `seeds` and `cells`. A cell is a mapping of train.py settings; under `product`
-it maps settings to lists, and stands for every combination; it may have `seeds` of its own. Seeds and lists of a
-`product` may hold ranges, `"0.5:0.9:0.1"` (`launch.matrix.ranges`). `settings` holds what all cells share beyond the recipe, `per_opt` what one optimizer's cells do, `jobs` how many run at a time.
-`accelerate_config` names the launch file, with `ranks` instead of its number of ranks; without it train.py runs as one
-plain process.
+it maps settings to lists, and stands for every combination; it may have `seeds` of its own. Seeds and a product's lists
+may hold ranges, "0.5:0.9:0.1". `settings` holds what all cells share beyond the recipe, `per_opt` what one optimizer's
+do, `jobs` how many run at a time. `accelerate_config` names the launch file, with `ranks` instead of its number of
+ranks; without it train.py runs as one plain process.
 """
 
 import argparse

@@ -22,6 +22,7 @@ def main(argv: list[str] | None = None) -> int:
         {
             "runs": {"type": Path, "help": "folder of run folders, as runs/demo; one of these; or a runs.jsonl.gz"},
             "--out": {"type": Path, "help": "folder of the report, or a file FILE.md for its tables alone"},
+            "--baseline": {"metavar": "NAME", "help": "method, or one of its runs, that rankings subtract from"},
             "--brief": {"action": "store_true", "help": "only report.md, its pictures, summary.json, runs.jsonl.gz"},
             "--unpack": {"type": Path, "metavar": "FOLDER", "help": "write the runs as run folders below FOLDER"},
         },
@@ -37,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         if options.unpack:
             unpack(runs, options.unpack)
         if options.out:
-            write_report(runs, options.out, options.runs, brief=options.brief)
+            write_report(runs, options.out, options.runs, options.baseline, brief=options.brief)
             print(printable(printed_table(group_by_method(runs))))  # noqa: T201
             pages = [options.out / name for name in ("report.md", "report.html")][: 1 if options.brief else 2]
             say(f"\n{options.out if options.out.suffix == '.md' else ' and '.join(map(str, pages))}")

@@ -67,13 +67,21 @@ def _ours(level: Groups, own: str) -> list[list[str]]:
     return [[name, *_figures(level[name]), rival, *_figures(level[rival]), *beside, tally]]
 
 
-def ranking_section(groups: Groups) -> list[str]:
-    """One table a sparsity, best mean first, each row paired against adamwprune's."""
+def find_baseline(groups: Groups, name: str | None) -> str | None:
+    """The method of a name, which may be one of its runs'. Raises ValueError where there is none."""
+    found = [method for method, members in groups.items() if name in (method, *(run.folder.name for run in members))]
+    if name is not None and not found:
+        raise ValueError(f"--baseline {name} is no method or run of these; there are {', '.join(groups)}")
+    return found[0] if found else None
+
+
+def ranking_section(groups: Groups, baseline: str | None = None) -> list[str]:
+    """One table a sparsity, best mean first, each row paired against the `baseline` or its level's best adamwprune."""
     lines = ["## Ranking", ""]
     for sparsity, level in by_level(groups).items():
         ranks = rank_ranges({name: by_seed(members) for name, members in level.items()})
         own = [name for name in level if level[name][0].optimizer == "adamwprune"]
-        base = max(own, key=lambda name: top1(level[name])[0], default="")
+        base = baseline or max(own, key=lambda name: top1(level[name])[0], default="")
         rows = [
             [
                 name,
@@ -81,7 +89,7 @@ def ranking_section(groups: Groups) -> list[str]:
                 accuracy(members, "best"),
                 len(members),
                 "–".join(map(str, dict.fromkeys(ranks[name]))),  # the lowest and the highest, or the one there is
-                "–" if base in ("", name) else str(paired(level[base], members) or "–"),
+                "–" if base in ("", name) else str(paired(groups[base], members) or "–"),
                 f"{members[0].peak_bytes_per_weight:.2f}",
                 f"{members[0].bytes_per_weight:.2f}",
             ]

@@ -1,11 +1,12 @@
 """The report of a study: its text, and its tables as files (all_results.json in the original study's schema)."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from launch.report.accuracy import ours_section, ranking_section, versus_section
+from launch.report.accuracy import find_baseline, ours_section, ranking_section, versus_section
 from launch.report.archive import RUNS_FILE, unpack, write_runs
 from launch.report.html import as_code, as_text, to_html
 from launch.report.memory import memory_section, study_column
@@ -56,24 +57,29 @@ _OF_A_RUN = (
 )
 
 
-def write_report(runs: Sequence[CellRun], out: Path, source: Path, *, brief: bool = False) -> None:
+def write_report(
+    runs: Sequence[CellRun], out: Path, source: Path, baseline: str | None = None, *, brief: bool = False
+) -> None:
     """Write the report of `runs` into the folder `out`, or its tables into a file `out` that ends in .md.
 
-    `brief`: only report.md, its pictures, summary.json and the runs.
+    `baseline`: the method, or one of its runs, that rankings compare with instead of a sparsity's best adamwprune.
+    `brief`: only report.md, its pictures, summary.json and the runs. Raises ValueError for a baseline not among them.
     """
     from launch.report.charts import CHARTS, as_json, chart_data
     from launch.report.pictures import draw_all
 
     runs = with_agreement(runs)
-    groups, made_by = group_by_method(runs), _made_by(runs, source, out, brief)
+    groups = group_by_method(runs)
+    base = find_baseline(groups, baseline)
+    made_by = _made_by(runs, source, out, base, brief)
     if out.suffix == ".md":
-        write_atomically(out, page(*_markdown(runs, groups, [], out), made_by))
+        write_atomically(out, page(*_markdown(runs, groups, [], out, base), made_by))
         return
     out.mkdir(parents=True, exist_ok=True)
     pictures = draw_all(groups, out)
     unpack_again = as_code(f"python -m launch.report {out / RUNS_FILE} --unpack FOLDER")
     kept = f"Settings, metrics and memory of every run are in {RUNS_FILE}. Run folders again: {unpack_again}."
-    text = page(*_markdown(runs, groups, pictures, out), kept, "", made_by)
+    text = page(*_markdown(runs, groups, pictures, out, base), kept, "", made_by)
     write_atomically(out / "report.md", text)
     write_json(out / "summary.json", summary(runs, groups), indent=1)
     write_runs(runs, out / RUNS_FILE)
@@ -83,7 +89,7 @@ def write_report(runs: Sequence[CellRun], out: Path, source: Path, *, brief: boo
     write_json(out / "all_results.json", [original_result(run) for run in runs])
     unpack(runs, out / "cells")
     drawn = [(name, caption) for name, caption in pictures if name in CHARTS]
-    text = page(*_markdown(runs, groups, drawn, out), kept, "", made_by)
+    text = page(*_markdown(runs, groups, drawn, out, base), kept, "", made_by)
     write_atomically(out / "report.html", to_html(text, _alternative_texts(groups, drawn), as_json(chart_data(groups))))
 
 
@@ -93,7 +99,9 @@ def _alternative_texts(groups: Groups, pictures: Sequence[tuple[str, str]]) -> d
     return {name: f"Chart: {caption}. Shown: {names}. The figures are in the tables." for name, caption in pictures}
 
 
-def _markdown(runs: Sequence[CellRun], groups: Groups, pictures: Sequence[tuple[str, str]], out: Path) -> list[str]:
+def _markdown(
+    runs: Sequence[CellRun], groups: Groups, pictures: Sequence[tuple[str, str]], out: Path, baseline: str | None
+) -> list[str]:
     shared, groups = environment(runs), {as_text(name): members for name, members in groups.items()}
     on_cpu = any(run.metrics["device_type"] == "cpu" for run in runs)
     captions = dict(pictures)
@@ -114,7 +122,7 @@ def _markdown(runs: Sequence[CellRun], groups: Groups, pictures: Sequence[tuple[
         *(["## More pictures", ""] if rest else []),
         *[line for name in rest for line in _figure(name, captions)],
         *ours_section(groups),
-        *ranking_section(groups),
+        *ranking_section(groups, baseline and as_text(baseline)),
         *precision_section(groups),
         *versus_section(groups),
         *_speed_section(groups),
@@ -153,9 +161,10 @@ def _circumstances(runs: Sequence[CellRun], shared: dict[str, Any]) -> str:
     )
 
 
-def _made_by(runs: Sequence[CellRun], source: Path, out: Path, brief: bool) -> str:
+def _made_by(runs: Sequence[CellRun], source: Path, out: Path, baseline: str | None, brief: bool) -> str:
     runs_from = as_code(runs[0].made_by) if runs[0].made_by else f"those in {as_code(source)}"
-    command = f"python -m launch.report {source} --out {out}{' --brief' if brief else ''}"
+    flags = f"{f' --baseline {shlex.quote(baseline)}' if baseline else ''}{' --brief' if brief else ''}"
+    command = f"python -m launch.report {source} --out {out}{flags}"
     return f"Runs: {runs_from}. Made by {as_code(command)}."
 
 

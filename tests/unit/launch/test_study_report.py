@@ -75,6 +75,22 @@ def test_methods_are_ranked_only_where_they_differ(report):
     assert rows["adamw + movement 70 %"][4].startswith("+2.03 ± ")
 
 
+@pytest.mark.parametrize("name", ["adamw", "resnet18_adamw_none_seed2"])
+def test_rankings_against_a_baseline(runs, tmp_path, name):
+    assert main([str(runs), "--out", str(tmp_path / "out.md"), "--baseline", name]) == 0
+    text = (tmp_path / "out.md").read_text()
+    assert text.count("| adamw − this |") == 2  # dense, and at 70 %
+    assert re.search(r"\| adamw \+ movement 70 % \|.*\| \+2\.00 ± 0\.05 \[\+1\.88, \+2\.12\] \|", text)
+    assert "--baseline adamw`" in text
+
+
+def test_a_baseline_that_is_not_there_is_an_error(runs, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main([str(runs), "--out", str(tmp_path / "out.md"), "--baseline", "lion"])
+    assert "--baseline lion is no method or run of these; there are " in capsys.readouterr().err
+    assert not (tmp_path / "out.md").exists()
+
+
 def test_the_cheapest_inside_the_spread_is_recommended(runs, tmp_path):
     for seed, top1 in {0: 98.9, 1: 99.6, 2: 99.2}.items():  # above adamwprune by 0.1 ± 0.2
         path = runs / f"resnet18_momentum_movement_70_seed{seed}" / "metrics.json"
