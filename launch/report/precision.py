@@ -28,7 +28,8 @@ Seeds = Mapping[int, CellRun]
 _NOTE = f"""\
 Final epoch, paired by seed: mean ± spread [95 % interval of the mean].
 Above {_LOWEST:g}: whether the interval's lower end is.
-*All* takes all pairs of its rows together, its standard error by pairs.
+*All* takes all pairs of its rows together, its standard error by pairs; without a precision in its name those of all
+precisions of moments.
 They share seeds (first weights, order of images), so pairs of one seed may err alike.
 Zeros as float32's: of the prunable weights, the share that is zero in both final models or in neither.
 Beside it is what two float32 runs of different seeds agree to, and chance at that sparsity, s² + (1 − s)².
@@ -117,9 +118,10 @@ def _row(name: str, pairs: Sequence[tuple[CellRun, CellRun]]) -> list[str]:
 
 
 def precision_section(groups: Groups) -> list[str]:
-    """A row for each precision beside float32's, and one for all rows of an optimizer; nothing where there is none."""
+    """A row for each precision beside float32's; for all rows of one precision, and for all moments of an optimizer."""
     lines: list[list[str]] = []
     pooled: dict[str, list[list[tuple[CellRun, CellRun]]]] = {}
+    moments: dict[str, list[list[tuple[CellRun, CellRun]]]] = {}
     for base, rows in _against_float32(groups):
         between_seeds = _agreed(list(itertools.combinations(base.values(), 2)))
         for name, seeds in rows.items():
@@ -127,9 +129,12 @@ def precision_section(groups: Groups) -> list[str]:
             chance = "–" if run.method == "none" else _percent(run.sparsity**2 + (1 - run.sparsity) ** 2)
             lines.append([*_row(name, pairs), _agreed(pairs), between_seeds, chance])
             pooled.setdefault(run.name, []).append(pairs)
+            if not run.has_bfloat16_weights:
+                moments.setdefault(run.name.removesuffix(f" {run.precision}"), []).append(pairs)
     if not lines:
         return []
-    for name, rows_of_it in pooled.items():
+    several = {name: rows for name, rows in moments.items() if rows not in pooled.values()}  # precisions
+    for name, rows_of_it in (pooled | several).items():
         if len(rows_of_it) > 1:
             every = [pair for pairs in rows_of_it for pair in pairs]
             lines.append([*_row(f"**all {as_text(name)}**", every), "", "", ""])

@@ -95,6 +95,13 @@ def test_differences_and_agreement_known_by_hand(runs, tmp_path):
     assert 0.2 - half > -0.3
     assert rows["**all adamwprune int8**"][:3] == ["4", pooled, "yes"]
     assert "**all adamwprune budget auto**" not in rows  # of one row there is nothing to pool
+    # and 0.4, 0.4 of the budget; rows with bfloat16 weights stay out
+    mean, t_5 = (0.2 * 4 + 0.4 * 2) / 6, 2.5705818356363146
+    spread = math.sqrt(sum((one - mean) ** 2 for one in (-0.1, 0.1, 0.3, 0.5, 0.4, 0.4)) / 5)
+    half = t_5 * spread / math.sqrt(6)
+    every = f"{mean:+.2f} ± {spread:.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
+    assert rows["**all adamwprune**"][:3] == ["6", every, "yes"]
+    assert list(rows)[-2:] == ["**all adamwprune int8**", "**all adamwprune**"]
 
 
 def test_the_archive_tells_the_same_without_checkpoints(runs, tmp_path):
