@@ -8,12 +8,12 @@ import dataclasses
 from dataclasses import dataclass, fields
 from typing import Any
 
+from toolkit.config_rules import PRECISIONS, contradictions
 from toolkit.errors import refuse
 from toolkit.files import check_name
 from toolkit.flag import check_value, flag, number_or_auto
 
 _TRACKERS = ("tensorboard", "wandb", "trackio", "none")
-_PRECISIONS = {"float16": "fp16", "fp16": "fp16", "bfloat16": "bf16", "bf16": "bf16"}
 
 
 @dataclass(frozen=True)
@@ -229,6 +229,15 @@ class Config:
     bce_target_thresh: float | None = flag(None, "threshold of soft targets in --bce-loss", kind=float, within="[0, 1]")
     bce_sum: bool = flag(False, "--bce-loss is summed over the classes")
     bce_pos_weight: float | None = flag(None, "weight of positives in --bce-loss", kind=float, within="(0, inf)")
+    kd_model_name: str | None = flag(None, "teacher: a timm model whose scores are learned as well")
+    kd_checkpoint: str = flag("", "the teacher's weights: a file, or a run's or checkpoint's folder; else timm's")
+    kd_temperature: float = flag(4.0, "both models' scores are divided by it", within="(0, inf)")
+    distill_loss_weight: float | None = flag(
+        None, "weight of the teacher's loss; 1, or 1 - --task-loss-weight", kind=float, within="[0, inf)"
+    )
+    task_loss_weight: float | None = flag(
+        None, "weight of the labels' loss beside a teacher's; 1 by default", kind=float, within="[0, inf)"
+    )
     drop: float = flag(0.0, "dropout", within="[0, 1)")
     drop_path: float | None = flag(None, "stochastic depth", kind=float, within="[0, 1)")
     drop_block: float | None = flag(None, "drop-block, where the model has it", kind=float, within="[0, 1)")
@@ -271,56 +280,14 @@ class Config:
             value = getattr(self, item.name)
             if value is not None:
                 check_value(item, value)
-        refuse(
-            {
-                f"--input-size {self.input_size} has {self.channels} channels; images are read with 3, or 1 for grey": (
-                    self.channels not in (1, 3)
-                ),
-                f"--in-chans {self.in_chans} is not the first of --input-size {self.input_size}; leave it out": (
-                    self.in_chans not in (None, self.channels)
-                ),
-                "--img-size and --input-size both set the input; keep one of them": (
-                    self.img_size is not None and self.input_size is not None
-                ),
-                f"--mean and --std need as many values as there are channels, or one: {self.channels}": any(
-                    values is not None and len(values) not in (1, self.channels) for values in (self.mean, self.std)
-                ),
-                f"--torchcompile-mode {self.torchcompile_mode} is inductor's; give it with a bare --torchcompile": (
-                    self.torchcompile_mode and self.torchcompile != "inductor"
-                ),
-                "--layer-decay reaches the optimizer through a schedule; use --sched constant instead of none": (
-                    self.layer_decay is not None and self.sched == "none"
-                ),
-                f"--prune-begin {self.prune_begin} and --prune-end {self.prune_end} are fractions of all steps; use "
-                "0 <= begin < end <= 1": not 0 <= self.prune_begin < self.prune_end <= 1,
-                f"--amp-dtype {self.amp_dtype} does nothing without --amp; add --amp or drop it": (
-                    self.amp_dtype and not self.amp
-                ),
-                f"--amp {self.amp} and --amp-dtype {self.amp_dtype} disagree; keep one of them": (
-                    self.amp_dtype and self.mixed_precision != _PRECISIONS[self.amp_dtype]
-                ),
-                "--sched plateau looks at each epoch's metric; drop --sched-on-updates": (
-                    self.sched == "plateau" and self.sched_on_updates
-                ),
-                f"--prune-end {self.prune_end} with --amp fp16: steps that the gradient scaler skips put the last mask "
-                "update behind the end; use --prune-end 0.9 or less, or --amp bf16": (
-                    self.mixed_precision == "fp16" and self.sparsity and self.prune_end > 0.9
-                ),
-                "--report-to none goes with no other; leave one of them out": (
-                    "none" in self.report_to and len(self.report_to) > 1
-                ),
-                "-b and --global-batch-size both set the batch; keep one of them": (
-                    self.global_batch_size is not None and "batch_size" in self.given
-                ),
-            }
-        )
+        refuse(contradictions(self))
 
     @property
     def mixed_precision(self) -> str:
         """Accelerate's word for the precision: no, fp16 or bf16."""
         if not self.amp:
             return "no"
-        return _PRECISIONS[(self.amp_dtype or "float16") if self.amp == "default" else self.amp]
+        return PRECISIONS[(self.amp_dtype or "float16") if self.amp == "default" else self.amp]
 
     @property
     def channels(self) -> int:

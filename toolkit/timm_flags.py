@@ -4,7 +4,7 @@ By the names that they have in timm's args.yaml, so that one is read. Standard l
 """
 
 _SHARDS = "data comes as WebDataset shards with an index; python -m shards.image_folder makes them of a folder"
-_KD = "there is no teacher: distil first or elsewhere, then start with --initial-checkpoint"
+_KD = "a teacher's scores are learned, as timm's logit and kl do; --kd-model-name names one"
 _NAFLEX = "images of a batch have one size; --input-size sets it"
 _SIZES = "all steps have one image size; --img-size sets it"
 _SPLITS = "a batch is augmented once; --aug-repeats has several copies of an image in it"
@@ -28,7 +28,6 @@ NOT_OFFERED: dict[str, tuple[object, str]] = {
     "dataset_download": (False, _SHARDS),
     "dataset_trust_remote_code": (False, _SHARDS),
     "device_modules": (None, "import them in a script of your own that calls toolkit.train.main()"),
-    "distill_loss_weight": (None, _KD),
     "epoch_repeats": (0.0, "an epoch has each image once; raise --epochs"),
     "fuser": ("", "it is TorchScript's; use --torchcompile"),
     "input_img_mode": (None, "images are read as RGB; --in-chans 1 makes them grey"),
@@ -36,10 +35,8 @@ NOT_OFFERED: dict[str, tuple[object, str]] = {
     "jsd_loss": (False, _SPLITS),
     "kd_distill_type": ("logit", _KD),
     "kd_loss_type": ("kl", _KD),
-    "kd_model_name": (None, _KD),
     "kd_student_feature_dim": (None, _KD),
     "kd_teacher_feature_dim": (None, _KD),
-    "kd_temperature": (4.0, _KD),
     "kd_token_distill_type": ("soft", _KD),
     "log_wandb": (False, _WANDB),
     "model_ema_force_cpu": (False, "the average is evaluated where the model is; leave it out"),
@@ -59,7 +56,6 @@ NOT_OFFERED: dict[str, tuple[object, str]] = {
     "split_bn": (False, _SPLITS),
     "start_epoch": (None, "--resume auto goes on where the checkpoint stands, within an epoch too"),
     "target_key": (None, _SHARDS),
-    "task_loss_weight": (None, _KD),
     "torchscript": (False, "training in TorchScript is not tried here; use --torchcompile"),
     "train_batch_sizes": (None, _SIZES),
     "train_batches_per_epoch": (None, "an epoch is as long as the data; change --epochs"),

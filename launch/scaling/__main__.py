@@ -10,6 +10,7 @@ from pathlib import Path
 
 from launch.scaling.measure import measure_scaling
 from launch.scaling.report import draw, model_to_markdown, to_markdown
+from toolkit.cli import parse
 from toolkit.command import command_parser, one_line_errors, spelled
 from toolkit.files import write_atomically, write_json
 
@@ -32,6 +33,9 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(own)
     flags = arguments[len(own) + 1 :]
     file, runs = options.config_file.resolve(), options.runs.resolve()
+    config = parse(flags)
+    if config.mixes or config.kd_model_name:
+        parser.error("--mixup, --cutmix and --kd-model-name: the bare loop has labels alone; leave them out")
     with one_line_errors(parser, f"the same command goes on with the runs that are in {runs}"):
         result = measure_scaling(file, sorted(options.ranks), flags, runs, options.count_model)
     command = spelled("launch.scaling", argv)

@@ -4,13 +4,17 @@ import functools
 import importlib.metadata
 import os
 import signal
+import tempfile
+from pathlib import Path
 
 import pytest
+import timm
 import torch
 from engines import ENGINES, whole_states, whole_weights
 from flags import train_flags, vit_flags
 from packaging.version import Version
 from ranks import run_ranks
+from safetensors.torch import save_file
 from test_engines import SETTINGS, far
 
 pytest.importorskip("deepspeed")
@@ -35,6 +39,7 @@ FEATURES = {
     "fp16": (*EXACT, "--amp", "fp16", "--clip-grad", "1", "--prune-end", "0.5", "--epochs", "3", "--val-interval", "3"),
     "bf16": (*EXACT, "--amp", "bf16", *SHORT),
     "channels last": ("--channels-last", *SHORT),
+    "teacher": ("--kd-model-name", "test_vit", *SHORT),
     "compiled": ("--torchcompile", "eager", *SHORT),
 }
 
@@ -62,11 +67,21 @@ def train(rank, engine, flags):
 
 
 @functools.cache
+def teacher():
+    """A file of weights, for ten classes and 32 pixels."""
+    torch.manual_seed(9)
+    path = Path(tempfile.mkdtemp()) / "teacher.safetensors"
+    save_file(timm.create_model("test_vit", num_classes=10, img_size=32).state_dict(), path)
+    return str(path)
+
+
+@functools.cache
 def on(engine, feature, flags):
     patched = pytest.MonkeyPatch()
     patched.setattr(toolkit.builder.accelerator, "_check_device", lambda config: None)  # fp16 is tried on CPU
     try:
         more = (*FEATURES[feature], "--experiment", f"{engine}-{feature}")
+        more += ("--kd-checkpoint", teacher()) if feature == "teacher" else ()
         return run_ranks(train, 2, engine, [*flags, *more], join_group=False)[0]
     finally:
         patched.undo()
@@ -84,6 +99,7 @@ QUICK = {
     "fp16": ["zero2"],
     "channels last": ["zero2"],
     "compiled": ["zero1"],
+    "teacher": ["fsdp2"],
 }
 CELLS = [
     pytest.param(engine, feature, marks=() if engine in QUICK.get(feature, ()) else pytest.mark.long)
@@ -130,6 +146,7 @@ def test_each_feature_does_something(flags):
     assert far(on("ddp", "agc", flags)["weights"][LAYER], plain["weights"][LAYER]) > 1e-2
     assert 12 <= fp16["steps"] < 24
     assert far(averaged["ema"][LAYER], averaged["weights"][LAYER]) > 1e-2
+    assert far(on("ddp", "teacher", flags)["weights"][LAYER], plain["weights"][LAYER]) > 1e-2
 
 
 def show(rank, engine, flags):

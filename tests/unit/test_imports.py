@@ -23,7 +23,8 @@ LEAVES = {
 # What each room may import of ours, beside itself.
 ALLOWED = {
     "toolkit.flag": {"toolkit.errors"},
-    "toolkit.config": {"toolkit.errors", "toolkit.files", "toolkit.flag"},
+    "toolkit.config": {"toolkit.config_rules", "toolkit.errors", "toolkit.files", "toolkit.flag"},
+    "toolkit.config_rules": set(),
     "toolkit.cli": {"toolkit.config", "toolkit.files", "toolkit.flag", "toolkit.timm_flags"},
     **{leaf: set() for leaf in LEAVES},
     "toolkit.command": {"toolkit.log"},

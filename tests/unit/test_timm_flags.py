@@ -107,7 +107,7 @@ def test_a_timm_runs_own_words_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"kd_model_name": "resnet50"}, "kd_model_name: 'resnet50' in {} is timm's and not offered here: there is no"),
+        ({"kd_distill_type": "token"}, "kd_distill_type: 'token' in {} is timm's and not offered here: a teacher's sc"),
         ({"tta": 3}, "take the line out to train without it (docs/timm.md)"),
         ({"learning_rate": 3}, "'learning_rate' in {} is not a setting"),
         ({"epochs": "many"}, "epochs: 'many' in {} must be int"),

@@ -26,7 +26,7 @@ from toolkit.errors import blaming
 _REMOTE_WINDOW = 16  # shards; a window and the next should fit the cache, and a batch mixes 16 × 1,250 images
 _LUMA = (0.299, 0.587, 0.114)  # grey of red, green and blue by ITU-R BT.601, as PIL's mode L
 
-Augment = Callable[[Tensor, Tensor, int, int], tuple[Tensor, Tensor]]
+Augment = Callable[[Tensor, Tensor, int, int], tuple[Tensor, Any]]
 
 
 def input_settings(config: Config, model: nn.Module) -> dict[str, Any]:

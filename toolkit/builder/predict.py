@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from toolkit.builder.data import DataSet, batch_size_per_rank, input_settings
+from toolkit.builder.distill import teacher_bytes
 from toolkit.builder.ledger_rows import rows_between_steps, rows_of_engine
 from toolkit.builder.model import amp_dtype, create_model
 from toolkit.builder.optimizer import final_sparsity, own_rules, resolve_optimizer
@@ -76,6 +77,7 @@ class Prediction:
             tuple(sorted(own[name].items())) if name in own and p.requires_grad else None for name, p in named
         ]
         self.buffers_bytes = sum(b.nbytes for b in model.buffers())
+        self.teacher_bytes = teacher_bytes(config, num_classes)
         self.step = track_step(
             make_model,
             self.input_size,
@@ -137,6 +139,7 @@ class Prediction:
             step["gradients"] = 0  # DDP's buckets have them
         if sharded:
             rows |= self._shares(rows)
+        rows["teacher"] = self.teacher_bytes
         return {row: size for row, size in (rows | step).items() if size}
 
     def _shares(self, rows: dict[str, int]) -> dict[str, int]:
@@ -182,6 +185,7 @@ def predict_run(
         return {}, {}
     opt, method = resolve_optimizer(config)
     rows = rows_of_engine(config, find_spec(opt), method, engine, num_ranks)
+    rows |= {"teacher": held} if (held := teacher_bytes(config, num_classes)) else {}
     if engine.name != "ddp":
         return rows, {}
     try:

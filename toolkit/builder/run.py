@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import toolkit.optim  # noqa: F401  registers our optimizers
 from toolkit.builder.accelerator import create_accelerator, create_engine
 from toolkit.builder.data import augment, create_loaders, input_settings, open_data, to_inputs
+from toolkit.builder.distill import Teacher
 from toolkit.builder.metadata import describe, run_facts, write_args
 from toolkit.builder.model import create_model, place_model, train_loss
 from toolkit.builder.optimizer import (
@@ -72,6 +73,7 @@ def build_run(config: Config) -> Run:
     goal, (rest, to_prune) = goal_of(config, schedule, module), settings_of_the_rest(config, schedule, smaller, module)
     engine, scheduler = _engine(rest, opt, lr, accelerator, module, to_prune, train_loader.steps, world)
     ema = _average(config, engine)
+    teacher = Teacher(config, data.num_classes, module) if config.kd_model_name else None
     prunable = prunable_weights(module, config)
 
     # The run's folder, and what the run says of itself
@@ -79,7 +81,8 @@ def build_run(config: Config) -> Run:
     folder, resume_from, lock = run_folder(asked, opt, facts, world)
     torch.manual_seed(config.seed + world.rank)  # each rank draws its own dropout and erasing noise, as in timm
     _begin_folder(folder, dataclasses.replace(asked, batch_size=config.batch_size), facts, module, prunable, world)
-    memory.begin(partial(_owners, engine, ema, world.num_ranks), _phases(config, plan, schedule), folder)
+    memory.begin(partial(_owners, engine, ema, teacher, world.num_ranks), _phases(config, plan, schedule), folder)
+    change = augment(config, world, facts["num_classes"])
     return Run(
         plan=plan,
         engine=engine,
@@ -90,9 +93,9 @@ def build_run(config: Config) -> Run:
         ema=ema,
         train_loader=train_loader,
         eval_loader=eval_loader,
-        train_loss=train_loss(config),
+        train_loss=train_loss(config) if teacher is None else teacher.and_labels(train_loss(config)),
         to_inputs=to_inputs(inputs, module, config.channels_last),
-        augment=augment(config, world, facts["num_classes"]),
+        augment=change if teacher is None else teacher.beside(change),
         schedule=goal if to_prune.enabled else to_prune,
         goal=goal,
         prunable=prunable,
@@ -148,14 +151,14 @@ def _engine(
     return create_engine(config, opt, accelerator, module, optimizer, world), scheduler
 
 
-def _owners(engine: Engine, ema: nn.Module | None, num_ranks: int) -> Owners:
+def _owners(engine: Engine, ema: nn.Module | None, teacher: Teacher | None, num_ranks: int) -> Owners:
     """Whose tensors the memory ledger counts. (The optimizer's state is looked up anew: a load replaces it.)"""
     return find_owners(
         engine.module,
         engine.optimizer_state,
         ema=ema,
         in_buckets=num_ranks > 1 and engine.name == "ddp",
-        beside=engine.beside(),
+        beside=engine.beside() | ({} if teacher is None else {"teacher": teacher.tensors()}),
     )
 
 

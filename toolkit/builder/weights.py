@@ -1,4 +1,4 @@
-"""--initial-checkpoint: the weights that a model starts from."""
+"""--initial-checkpoint, --kd-checkpoint: the weights that a model starts from, or a teacher has."""
 
 import pickle
 import sys
@@ -29,7 +29,18 @@ def load_initial_weights(model: nn.Module, config: Config) -> None:
     source = Path(config.initial_checkpoint)
     refuse_shrunk(source, "--initial-checkpoint")
     with blaming(f"--initial-checkpoint {source} does not fit {config.model}"):
-        _load(model, _read(source), source)
+        classifier = _load(model, _read(source))
+    if classifier:
+        get_logger().info("%s: the classifier (%s) is of other classes and starts anew", source, ", ".join(classifier))
+
+
+def load_teacher(model: nn.Module, config: Config) -> None:
+    """The weights of --kd-checkpoint, as `load_initial_weights`, but none may be missing. Raises ValueError."""
+    source = Path(config.kd_checkpoint)
+    refuse_shrunk(source, "--kd-checkpoint")
+    with blaming(f"--kd-checkpoint {source} does not fit {config.kd_model_name}"):
+        refuse({"it does not exist; check the path": not source.exists()})
+        refuse({"its classifier is of other classes; train one on these": _load(model, _read(source))})
 
 
 def _read(source: Path) -> dict[str, Tensor]:
@@ -68,7 +79,8 @@ def _check_start(file: Path) -> None:
     )
 
 
-def _load(model: nn.Module, weights: dict[str, Tensor], source: Path) -> None:
+def _load(model: nn.Module, weights: dict[str, Tensor]) -> list[str]:
+    """Returns the names of the classifier's weights where they are of other classes, and left as they were."""
     own, head = model.state_dict(), _classifier_names(model)
     body = {key: weight.shape for key, weight in own.items() if key not in head}
     if body != {key: weight.shape for key, weight in weights.items() if key not in head}:
@@ -76,14 +88,13 @@ def _load(model: nn.Module, weights: dict[str, Tensor], source: Path) -> None:
         adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
         weights = adapt(weights, model) if adapt is not None else weights
     classifier = [key for key in weights if key in head and weights[key].shape != own[key].shape]
-    if classifier:
-        get_logger().info("%s: the classifier (%s) is of other classes and starts anew", source, ", ".join(classifier))
     try:
         model.load_state_dict({**weights, **{key: own[key] for key in classifier}})
     except RuntimeError as error:  # a title, then a line of missing names, one of unknown ones, one a wrong shape
         lines = [line.strip() for line in str(error).splitlines()[1:4]]
         shown = [line if len(line) <= _SHOWN_CHARACTERS else f"{line[:_SHOWN_CHARACTERS]} …" for line in lines]
         raise ValueError(" ".join(shown)) from error
+    return classifier
 
 
 def _classifier_names(model: nn.Module) -> set[str]:

@@ -51,9 +51,9 @@ class Run:
     ema: Any
     train_loader: TrainLoader
     eval_loader: EvalLoader
-    train_loss: Callable[[Tensor, Tensor], Tensor]
+    train_loss: Callable[[Tensor, Any], Tensor]  # of scores and what `augment` gives beside the images
     to_inputs: Callable[[Batch], tuple[Tensor, Tensor]]
-    augment: Callable[[Tensor, Tensor, int, int], tuple[Tensor, Tensor]]
+    augment: Callable[[Tensor, Tensor, int, int], tuple[Tensor, Any]]
     schedule: Schedule  # of mask updates that are still to come: off once the model has shrunk
     goal: Schedule  # what the run is to end at
     prunable: list[tuple[str, Tensor]]

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from toolkit.memory.activations import STEP_ROWS, Lifetime, StorageTracker, classify, rows_at_peak
 from toolkit.memory.ledger import Owners
@@ -69,9 +70,9 @@ class StepProbe:
             if made is not None:
                 made.size_bytes = 0
 
-    def name(self, row: str, *tensors: Tensor) -> None:
-        """Say to which row tensors belong that are not there any more when the step ends."""
-        for tensor in tensors:
+    def name(self, row: str, *tensors: Any) -> None:
+        """Say to which row tensors, or tuples of them, belong that are not there any more when the step ends."""
+        for tensor in tree_leaves(tensors):
             self._name(row, self._tracker.of(tensor))
 
     def forward_done(self) -> None:
