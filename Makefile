@@ -84,7 +84,7 @@ test: setup .venv/.installed-dev  ## all tests (GPU tests are skipped where ther
 test-long: setup .venv/.installed-dev  ## all of make test, and the full products of engines, methods and ranks
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m "long or not long"
 
-test-bounds:  ## make test with the lowest and the newest versions that requirements.txt allows (an hour, 12 GB)
+test-bounds:  ## make test with the lowest and the newest versions that requirements.txt allows (half an hour, 12 GB)
 	mkdir -p $(BOUNDS)
 	sed -E 's/>=([0-9.]+)[^#]*/==\1 /' requirements.txt > $(BOUNDS)/lowest.txt
 	cp requirements.txt $(BOUNDS)/newest.txt
