@@ -55,7 +55,7 @@ def to_matrix(symbols: dict[str, str]) -> dict[str, Any]:
 def _numbers_of(name: str, symbols: dict[str, str], kind: type[float]) -> list[Any]:
     """The numbers of a text, and of the ranges in it."""
     try:
-        return [kind(number) for number in expand(symbols[name].split())]
+        return [kind(str(number)) for number in expand(symbols[name].split())]
     except ValueError as error:
         numbers = "whole numbers" if kind is int else "numbers"
         raise ValueError(

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import toolkit.optim  # noqa: F401  registers our optimizers
 from toolkit.builder.accelerator import create_accelerator, create_engine
-from toolkit.builder.data import augment, create_loaders, input_settings, open_data, to_inputs
-from toolkit.builder.distill import Teacher
+from toolkit.builder.data import Augment, augment, create_loaders, input_settings, open_data, to_inputs
+from toolkit.builder.distill import Loss, Teacher
 from toolkit.builder.metadata import describe, run_facts, write_args
 from toolkit.builder.model import create_model, place_model, train_loss
 from toolkit.builder.optimizer import (
@@ -71,10 +71,9 @@ def build_run(config: Config) -> Run:
     lr = base_learning_rate(config, opt, plan.global_batch_size)
     schedule = pruning_schedule(config, method, plan.total_steps)
     goal, (rest, to_prune) = goal_of(config, schedule, module), settings_of_the_rest(config, schedule, smaller, module)
-    engine, scheduler = _engine(rest, opt, lr, accelerator, module, to_prune, train_loader.steps, world)
-    ema = _average(config, engine)
-    teacher = Teacher(config, data.num_classes, module) if config.kd_model_name else None
+    engine, scheduler, ema = _engine(rest, opt, lr, accelerator, module, to_prune, train_loader.steps, world)
     prunable = prunable_weights(module, config)
+    teacher, loss, change = _lesson(config, data.num_classes, module, world)
 
     # The run's folder, and what the run says of itself
     facts = run_facts(config, data, opt, method, lr, goal, plan, world)
@@ -82,7 +81,6 @@ def build_run(config: Config) -> Run:
     torch.manual_seed(config.seed + world.rank)  # each rank draws its own dropout and erasing noise, as in timm
     _begin_folder(folder, dataclasses.replace(asked, batch_size=config.batch_size), facts, module, prunable, world)
     memory.begin(partial(_owners, engine, ema, teacher, world.num_ranks), _phases(config, plan, schedule), folder)
-    change = augment(config, world, facts["num_classes"])
     return Run(
         plan=plan,
         engine=engine,
@@ -93,9 +91,9 @@ def build_run(config: Config) -> Run:
         ema=ema,
         train_loader=train_loader,
         eval_loader=eval_loader,
-        train_loss=train_loss(config) if teacher is None else teacher.and_labels(train_loss(config)),
+        train_loss=loss,
         to_inputs=to_inputs(inputs, module, config.channels_last),
-        augment=change if teacher is None else teacher.beside(change),
+        augment=change,
         schedule=goal if to_prune.enabled else to_prune,
         goal=goal,
         prunable=prunable,
@@ -114,6 +112,15 @@ def _average(config: Config, engine: Engine) -> ModelEmaV3 | None:
     if not config.model_ema:
         return None
     return ModelEmaV3(engine.held(), config.model_ema_decay, use_warmup=config.model_ema_warmup)
+
+
+def _lesson(config: Config, num_classes: int, module: nn.Module, world: World) -> tuple[Teacher | None, Loss, Augment]:
+    """A teacher where one is asked for; the loss, and what is done to a batch before it."""
+    loss, change = train_loss(config), augment(config, world, config.num_classes or num_classes)
+    if not config.kd_model_name:
+        return None, loss, change
+    teacher = Teacher(config, num_classes, module)
+    return teacher, teacher.and_labels(loss), teacher.beside(change)
 
 
 def _begin_folder(
@@ -143,12 +150,13 @@ def _engine(
     schedule: Schedule,
     steps_per_epoch: int,
     world: World,
-) -> tuple[Engine, Any]:
-    """The engine with model and optimizer in it, and timm's learning-rate schedule."""
+) -> tuple[Engine, Any, ModelEmaV3 | None]:
+    """The engine with model and optimizer in it, timm's learning-rate schedule, and the average of the weights."""
     optimizer = create_optimizer(config, module, opt, lr, schedule)
     keep_zeros(optimizer, module, config, schedule)
     scheduler, _ = create_schedule(config, optimizer, steps_per_epoch)
-    return create_engine(config, opt, accelerator, module, optimizer, world), scheduler
+    engine = create_engine(config, opt, accelerator, module, optimizer, world)
+    return engine, scheduler, _average(config, engine)
 
 
 def _owners(engine: Engine, ema: nn.Module | None, teacher: Teacher | None, num_ranks: int) -> Owners:

@@ -72,24 +72,21 @@ _FOR_GOOD = (UnsafeNameError, RefusedError)  # what no other try would mend
 
 def _open(url: str) -> Any:
     scheme = url.partition(":")[0]
-    if scheme in _BY_FSSPEC:
-        return _open_by_fsspec(scheme, url)
-    if scheme == "hf":
-        return _open_at_hub(url)
+    try:
+        if scheme in _BY_FSSPEC:
+            import fsspec
+
+            # Not fsspec.open: of a name with :: in it that would make a chain of file systems.
+            return fsspec.filesystem(scheme).open(url, "rb", block_size=_BLOCK_BYTES)
+        if scheme == "hf":
+            return _open_at_hub(url)
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # of the library that asks the Hub or a bucket; its faults are no OSErrors
+        raise OSError(f"{type(error).__name__}: {error}") from error
     from webdataset import gopen
 
     return gopen(url, "rb")
-
-
-def _open_by_fsspec(scheme: str, url: str) -> Any:
-    import fsspec
-
-    try:  # not fsspec.open: of a name with :: in it that would make a chain of file systems
-        return fsspec.filesystem(scheme).open(url, "rb", block_size=_BLOCK_BYTES)
-    except (OSError, ValueError):
-        raise
-    except Exception as error:  # of the bucket's own library
-        raise OSError(f"{type(error).__name__}: {error}") from error
 
 
 def _open_at_hub(url: str) -> Any:
@@ -99,14 +96,9 @@ def _open_at_hub(url: str) -> Any:
 
     if url.startswith("hf://buckets/"):
         raise RefusedError(f"{url}: buckets are not read; name a repository, hf://datasets/OWNER/NAME")
-    try:
-        place: Any = HfFileSystem().resolve_path(url)  # a repository's: buckets are refused above
-        asked = hf_hub_url(place.repo_id, place.path_in_repo, repo_type=place.repo_type, revision=place.revision)
-        given = get_hf_file_metadata(asked).location  # at the Hub, or signed for whoever stores large files for it
-    except (OSError, ValueError):
-        raise
-    except Exception as error:  # of the HTTP library that this huggingface_hub has; its faults are no OSErrors
-        raise OSError(f"{type(error).__name__}: {error}") from error
+    place: Any = HfFileSystem().resolve_path(url)  # a repository's: buckets are refused above
+    asked = hf_hub_url(place.repo_id, place.path_in_repo, repo_type=place.repo_type, revision=place.revision)
+    given = get_hf_file_metadata(asked).location  # at the Hub, or signed for whoever stores large files for it
     at_hub = urllib.parse.urlsplit(given)[:2] == urllib.parse.urlsplit(asked)[:2]
     request = urllib.request.Request(given, headers=build_hf_headers() if at_hub else {})
     return urllib.request.urlopen(request, timeout=STALL_S)

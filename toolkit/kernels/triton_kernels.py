@@ -172,8 +172,7 @@ def adam_kernel(
         highest = moment(row, slots, 2, STATE)
         second = tl.maximum(load_moment(highest, slots, False, STATE), second)
         store_moment(highest, slots, second, seed, 2, False, STATE, STOCHASTIC)
-    # Bias corrections are one number a program.
-    step_size = scale * rate / _one_minus_power(log_beta1, step)
+    step_size = scale * rate / _one_minus_power(log_beta1, step)  # bias corrections are one number a program
     correction = 1 / tl.sqrt(_one_minus_power(log_beta2, step))
     if SPAM:
         weight = (weight - step_size * _ratio(first, (tl.sqrt(second) + eps) * correction)) * shrink

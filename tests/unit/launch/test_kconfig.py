@@ -83,6 +83,7 @@ def test_methods_and_sparsities(tmp_path):
         (['CONFIG_LR_ADAM="fast"'], "is not a number"),
         (['CONFIG_SEEDS="0,1"'], "are not whole numbers"),
         (['CONFIG_SPARSITIES="0.5:x"'], "are not numbers or ranges"),
+        (['CONFIG_SEEDS="0.5:2:0.5"'], "are not whole numbers"),
         (['CONFIG_SEEDS="3:0:1"'], "range 3:0:1: its step does not lead"),
         (["# CONFIG_SPARSITY_ENABLE_70 is not set"], "these choices make no run"),
         (["CONFIG_NUM_EPOCHS=five"], "it is a whole number"),
