@@ -18,7 +18,6 @@ constexpr int PAD = 32;     // zeros behind a group's weights: an update takes n
 template <int LANES>
 struct Vectors {
   typedef float Floats __attribute__((vector_size(4 * LANES)));
-  typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 };
 
 template <class Vector>
@@ -45,14 +44,11 @@ INLINE T larger(T x, T y) {
   return x > y ? x : y;
 }
 
-// The largest of a vector, by halves.
-template <int LANES>
-INLINE int largest(const typename Vectors<LANES>::Ints& x) {
-  if constexpr (LANES == 1) return x[0];
-  else {
-    using Half = typename Vectors<LANES / 2>::Ints;
-    return largest<LANES / 2>(larger(load<Half>(&x), load<Half>(reinterpret_cast<const char*>(&x) + sizeof(Half))));
-  }
+// A group's exponent, of the upper half of its largest as rounded; a GPU's NaN, all bits set, has 256 by then.
+template <class Format>
+INLINE int exponent_of(int highest) {
+  const int exponent = highest >> 7;
+  return exponent < Format::LOWEST ? Format::LOWEST : exponent < 255 ? exponent : 255;
 }
 
 // A format says how the upper 16 bits of a float become a code, and back: in 16 bits twice as many fit into a vector.
@@ -132,7 +128,6 @@ template <class Format, int LANES>
 struct Moment {
   using Code = typename Format::Code;
   using Floats = typename Vectors<LANES>::Floats;
-  using Ints = typename Vectors<LANES>::Ints;
 
   Code* codes;
   uint8_t* exponent;  // null where the format has none
@@ -158,27 +153,29 @@ struct Moment {
 
   INLINE Floats read(int i) const { return load<Floats>(values + i); }
 
-  // Keeps a vector; `highest` collects the largest.
-  INLINE void keep(int i, Floats x, Ints& highest) {
-    store(values + i, x);
-    if (Format::SHARED) highest = larger(highest, (Ints)x & 0x7FFFFFFF);
-  }
+  INLINE void keep(int i, Floats x) { store(values + i, x); }
 
-  INLINE void write(const Ints& highest, bool by_chance, uint32_t seed = 0) {
+  INLINE void write(bool by_chance, uint32_t seed = 0) {
     int shared = 0;
-    if (Format::SHARED) *exponent = shared = larger(largest<LANES>(highest) >> 23, Format::LOWEST);
     uint32_t state = Format::begin(seed);
     for (int begin = 0; begin < k; begin += CHUNK)
       for (int i = begin; i < begin + CHUNK; ++i, state += Format::STEP)
         upper[i] = Format::round(bits_of_float(values[i]), by_chance ? Format::noise(state) : Format::NEAREST) >> 16;
+    if (Format::SHARED) {
+      uint16_t highest = 0;
+      for (int begin = 0; begin < k; begin += CHUNK)
+        for (int i = begin; i < begin + CHUNK; ++i)
+          highest = larger(highest, static_cast<uint16_t>(Format::BY_CHANCE ? upper[i] : upper[i] & 0x7FFF));
+      *exponent = shared = exponent_of<Format>(highest);
+    }
     const uint16_t low = Format::low(shared);
     for (int begin = 0; begin < k; begin += CHUNK)
       for (int i = begin; i < begin + CHUNK; ++i) own[i] = static_cast<Code>(Format::narrow(upper[i], low));
     copy(codes, own, k);
   }
 
-  INLINE void write(const int64_t* row, int number, const Group& s, const Ints& highest) {
-    write(highest, Format::BY_CHANCE, seed_of<Format>(row, number, s));
+  INLINE void write(const int64_t* row, int number, const Group& s) {
+    write(Format::BY_CHANCE, seed_of<Format>(row, number, s));
   }
 };
 
@@ -187,18 +184,17 @@ INLINE void adam_group(const Adam& a, const int64_t* row, const Group& s) {
   using Floats = typename Vectors<LANES>::Floats;
   Moment<Format<true>, LANES> first(row, 0, s);
   Moment<Format<false>, LANES> second(row, 1, s), third(row, 2, s);
-  typename Vectors<LANES>::Ints most_m{}, most_v{}, most_vmax{};
   for (int i = 0; i < s.k; i += LANES) {
     Floats m = first.read(i), v = second.read(i), vmax{};
     if (AMSGRAD) vmax = third.read(i);
     store(s.w + i, adam_value(a, load<Floats>(s.w + i), load<Floats>(s.g + i), m, v, AMSGRAD ? &vmax : nullptr));
-    first.keep(i, m, most_m);
-    second.keep(i, v, most_v);
-    if (AMSGRAD) third.keep(i, vmax, most_vmax);
+    first.keep(i, m);
+    second.keep(i, v);
+    if (AMSGRAD) third.keep(i, vmax);
   }
-  first.write(row, 0, s, most_m);
-  second.write(row, 1, s, most_v);
-  if (AMSGRAD) third.write(row, 2, s, most_vmax);
+  first.write(row, 0, s);
+  second.write(row, 1, s);
+  if (AMSGRAD) third.write(row, 2, s);
 }
 
 template <template <bool> class Format, int LANES>
@@ -211,13 +207,12 @@ template <template <bool> class Format, int LANES>
 INLINE void sgd_group(const Sgd& r, const int64_t* row, const Group& s) {
   using Floats = typename Vectors<LANES>::Floats;
   Moment<Format<true>, LANES> buffer(row, 0, s);
-  typename Vectors<LANES>::Ints most{};
   for (int i = 0; i < s.k; i += LANES) {
     Floats m = buffer.read(i);
     store(s.w + i, sgd_value(r, load<Floats>(s.w + i), load<Floats>(s.g + i), m));
-    buffer.keep(i, m, most);
+    buffer.keep(i, m);
   }
-  buffer.write(row, 0, s, most);
+  buffer.write(row, 0, s);
 }
 
 // Weights of the group at `begin` of `count`.
@@ -389,13 +384,12 @@ void narrow_widen(int64_t n, const uint8_t* mask, const uint8_t* codes, const ui
 void narrow_to_nearest(int64_t n, const uint8_t* mask, const float* values, int is_signed, uint8_t* codes,
                        uint8_t* exponents) {
   for_each_group(n, mask, is_signed, codes, exponents, [&](auto& moment, int64_t at) {
-    Vectors<4>::Ints most{};
     for (int i = 0; i < moment.k; i += 4) {
       Vectors<4>::Floats x{};
       std::memcpy(&x, values + at + i, static_cast<size_t>(moment.k - i < 4 ? moment.k - i : 4) * sizeof(float));
-      moment.keep(i, x, most);
+      moment.keep(i, x);
     }
-    moment.write(most, false);
+    moment.write(false);
   });
 }
 }

@@ -1,7 +1,7 @@
 """Moments in 8 bits: block floating point, read off the float's own bits, without a root, a division or a table.
 
-256 neighbouring weights share an exponent of 8 bits, that of their largest moment (the E8M0 scale of OCP's Microscaling
-formats, arXiv 2310.10537). Under it a signed moment keeps 1 bit of sign, 4 of exponent and 3 of mantissa, a squared one
+256 neighbouring weights share an exponent of 8 bits, that of their largest moment as rounded (the E8M0 scale of OCP's
+Microscaling formats, arXiv 2310.10537). Under it a signed moment keeps 1 bit of sign, 4 of exponent and 3 of mantissa, a squared one
 5 and 3; code 0 is exactly 0. k values kept of n weights (k = n while dense):
     codes      uint8 [k]
     exponents  uint8 [ceil(n / 256)]  biased as float32's
@@ -9,7 +9,8 @@ formats, arXiv 2310.10537). Under it a signed moment keeps 1 bit of sign, 4 of e
 Signed moments are rounded to nearest. Squared ones move by a thousandth a step where codes lie a twelfth apart: to
 nearest they would stand still, so they go up or down by a chance that keeps the mean. In a group the chances are steps
 of the golden ratio from a start that is a hash of the group's place in the whole parameter and of the step: the same on
-every rank and device, even over the group and independent from step to step. What is above 0 (1.5e-39) never becomes
+every rank and device, even over the group and independent from step to step. The exponent is taken after rounding: by
+that of the exact value a group's largest could never round up over a power of two, and v stood still below it. What is above 0 (1.5e-39) never becomes
 0: a denominator of eps alone would throw the weight out. packed.h and narrow.cpp do the same, groups at a time.
 """
 
@@ -55,14 +56,14 @@ def narrow(
     bits = values.contiguous().view(torch.int32)
     size = (bits & 0x7FFFFFFF).to(torch.int64)
     group = places // GROUP - first // GROUP
-    exponents = torch.full((groups,), lowest, dtype=torch.int64, device=values.device)
-    exponents.scatter_reduce_(0, group, size >> 23, "amax")
     noise: Tensor | int = 1 << (_SHIFT - 1)
     if seed is not None and not signed:
         rank = places % GROUP
         start = hash_of(places - rank + (seed & 0xFFFFFFFF) * 0x9E3779B9)
         noise = (start + rank * 0x9E3779B1 & 0xFFFFFFFF) >> (32 - _SHIFT)
     codes = size + noise >> _SHIFT
+    exponents = torch.full((groups,), lowest, dtype=torch.int64, device=values.device)
+    exponents.scatter_reduce_(0, group, codes >> 3, "amax").clamp_(max=255)  # a GPU's NaN, all bits set, has 256
     least = 0 if signed else (codes > 0).to(torch.int64)
     codes = codes - ((exponents[group] << 3 | 7) - top)
     codes = torch.maximum(codes, torch.as_tensor(least, device=values.device)).clamp_(max=top)

@@ -11,6 +11,8 @@
 #if defined(__x86_64__)
 namespace {
 
+constexpr int HALF_STEP = 8;  // of a signed code, in the upper half of a float
+
 // Upper halves of a moment of a group, to become codes.
 struct Halves {
   void* codes;
@@ -37,7 +39,7 @@ struct Moment512 {
   uint8_t* exponent;
   int k;
   Halves& halves;
-  __m512i low, chance, most;  // `most`: bits of the largest, or their upper halves
+  __m512i low, chance, most;  // `most`: upper halves of the largest, of signed ones before they are rounded
 
   TARGET_AVX512 INLINE Moment512(const int64_t* row, int number, const Group& s, Halves& halves)
       : codes(address<Code>(row, MOMENT + number) + s.at),
@@ -93,35 +95,34 @@ struct Moment512 {
                                          23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
     __m512i one = _mm512_castps_si512(x), other = _mm512_castps_si512(y);
     if (Format::BY_CHANCE) {
-      if (Format::SHARED) most = _mm512_max_epu32(most, _mm512_max_epu32(one, other));
       one = by_chance(one);
       other = by_chance(other);
     }
     const __m512i upper = _mm512_permutex2var_epi16(one, odd, other);
-    if (!Format::BY_CHANCE) most = _mm512_max_epu16(most, _mm512_and_si512(upper, _mm512_set1_epi16(0x7FFF)));
+    if (Format::SHARED)
+      most = _mm512_max_epu16(most, Format::BY_CHANCE ? upper : _mm512_and_si512(upper, _mm512_set1_epi16(0x7FFF)));
     _mm512_store_si512(halves.values + i, upper);
   }
 
   TARGET_AVX512 INLINE int highest() const {
-    if (Format::BY_CHANCE) return _mm512_reduce_max_epu32(most) >> 23 & 255;
     const __m256i x = _mm256_max_epu16(_mm512_castsi512_si256(most), _mm512_extracti64x4_epi64(most, 1));
     const __m128i y = _mm_max_epu16(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
-    return static_cast<uint16_t>(~_mm_cvtsi128_si32(_mm_minpos_epu16(~y))) >> 7;
+    return static_cast<uint16_t>(~_mm_cvtsi128_si32(_mm_minpos_epu16(~y))) + (Format::BY_CHANCE ? 0 : HALF_STEP);
   }
 
   TARGET_AVX512 INLINE void end() {
     halves.codes = codes;
     halves.k = k;
-    if (Format::SHARED) *exponent = halves.exponent = larger(highest(), Format::LOWEST);
+    if (Format::SHARED) *exponent = halves.exponent = exponent_of<Format>(highest());
   }
 };
 
-// Int8's `narrow`, but for the bound and the sign, which come with packing. Half a step of the code is bit 3 of a half.
+// Int8's `narrow`, but for the bound and the sign, which come with packing.
 template <bool SIGNED>
 TARGET_AVX512 INLINE __m512i above_low(__m512i upper, __m512i low) {
   if (SIGNED) {
     const __m512i absolute = _mm512_and_si512(upper, _mm512_set1_epi16(0x7FFF));
-    return _mm512_subs_epu16(_mm512_srli_epi16(_mm512_add_epi16(absolute, _mm512_set1_epi16(8)), 4), low);
+    return _mm512_subs_epu16(_mm512_srli_epi16(_mm512_add_epi16(absolute, _mm512_set1_epi16(HALF_STEP)), 4), low);
   }
   const __m512i size = _mm512_srli_epi16(upper, 4);
   return _mm512_max_epu16(_mm512_subs_epu16(size, low), _mm512_min_epu16(size, _mm512_set1_epi16(1)));

@@ -149,19 +149,20 @@ def _store_codes(moment, slots, new, seed, SIGNED: tl.constexpr, STOCHASTIC: tl.
     _, at, alive, begin, group, exists = slots
     top: tl.constexpr = 127 if SIGNED else 255
     lowest: tl.constexpr = 15 if SIGNED else 31
-    # 1. A group's largest: of each thread's values, then of the warp's threads.
+    # 1. Rounded.
     bits = new.to(tl.uint32, bitcast=True)
     size = bits & 0x7FFFFFFF
-    highest = tl.max(tl.where(alive, size, 0).to(tl.int32), 0, keep_dims=True)
-    shared = tl.maximum(tl.max(highest, 2, keep_dims=True) >> 23, lowest)
-    first = tl.arange(0, 32)[None, None, :] == 0
-    tl.store(exponents, tl.broadcast_to(shared, group.shape).to(tl.uint8), mask=exists & first)
-    # 2. Rounded, and counted from the lowest code under the exponent.
     if STOCHASTIC and not SIGNED:
         noise = (_hash(seed + (group * 256).to(tl.uint32)) + (at - begin).to(tl.uint32) * 0x9E3779B1) >> 12
         rounded = ((size + noise) >> 20).to(tl.int32)
     else:
         rounded = ((size + (1 << 19)) >> 20).to(tl.int32)
+    # 2. The exponent of a group's largest: of each thread's values, then of the warp's threads.
+    highest = tl.max(tl.where(alive, rounded, 0), 0, keep_dims=True)
+    shared = tl.minimum(tl.maximum(tl.max(highest, 2, keep_dims=True) >> 3, lowest), 255)
+    first = tl.arange(0, 32)[None, None, :] == 0
+    tl.store(exponents, tl.broadcast_to(shared, group.shape).to(tl.uint8), mask=exists & first)
+    # 3. Counted from the lowest code under it.
     least = 0 if SIGNED else tl.minimum(rounded, 1)  # what is above 0 stays so
     codes = tl.minimum(tl.maximum(rounded - ((shared << 3 | 7) - top), least), top)
     if SIGNED:

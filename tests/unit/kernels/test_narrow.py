@@ -58,21 +58,29 @@ def test_values_within_reach_are_kept_to_a_sixteenth(signed: bool) -> None:
     assert ((wide - values).abs() <= values.abs() / 16)[within].all()
 
 
-def test_rounding_by_chance_keeps_the_mean_of_a_slow_average() -> None:
-    """2,000 steps of beta2 = 0.999 with gradients that fall and then are 0, against float32."""
+@pytest.mark.parametrize("growth", [-1 / 800, 0.0, 1 / 800])
+@pytest.mark.parametrize("spread", [0.0, 1.0])
+def test_rounding_by_chance_keeps_the_mean_of_a_slow_average(growth: float, spread: float) -> None:
+    """2,000 steps of beta2 = 0.999 against float32, gradients that fall (and in the end are 0), stay or grow.
+
+    A group's largest as well: while the exponent was that of the exact value, none went over a power of two.
+    """
     generator = torch.Generator().manual_seed(0)
-    numel, places = 8 * GROUP, places_of(None, 8 * GROUP, device=CPU)
-    scale = torch.exp(torch.randn(numel, generator=generator)) * 1e-3
+    groups, numel = 32, 32 * GROUP
+    places = places_of(None, numel, device=CPU)
+    scale = torch.exp(torch.randn(numel, generator=generator) * spread) * 1e-3
     exact = torch.zeros(numel)
-    kept = narrow(exact, places, 8, signed=False)
+    kept = narrow(exact, places, groups, signed=False)
     for step in range(2000):
-        rate = 0.0 if step > 1500 else math.exp(-step / 800)
+        rate = 0.0 if step > 1500 and growth < 0 else math.exp(step * growth)
         square = (torch.randn(numel, generator=generator) * scale * rate).square()
         exact = exact * 0.999 + square * 0.001
         moved = widen(*kept, places, signed=False) * 0.999 + square * 0.001
-        kept = narrow(moved, places, 8, signed=False, seed=step)
+        kept = narrow(moved, places, groups, signed=False, seed=step)
     ratio = widen(*kept, places, signed=False) / exact
+    largest = ratio.view(groups, GROUP)[exact.view(groups, GROUP) > exact.view(groups, GROUP).amax(1, keepdim=True) / 4]
     assert abs(ratio.mean() - 1) < 0.03
+    assert abs(largest.mean() - 1) < 0.06
     assert ratio.std() < 0.5
     assert (ratio > 0).all()
 
