@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from launch.matrix.board import Board
 from launch.matrix.cells import Cell, Matrix
 from launch.report.archive import read_rows
 from launch.start import installed
@@ -16,7 +17,6 @@ from toolkit.command import say
 from toolkit.engine.history import is_complete
 from toolkit.files import read_json, write_json
 from toolkit.process import die_with_parent
-from toolkit.progress import Progress
 
 _POLL_S = 2.0
 _STOP_S = 60.0
@@ -24,22 +24,22 @@ _LAST_LINES = 15  # of a failed cell's log, which may lie on a machine that is g
 
 
 def _progress_of(folder: Path) -> tuple[int, str]:
-    """(finished epochs, last accuracy) of a run, from its summary.csv."""
+    """(finished epochs, last top-1 accuracy in %) of a run, from its summary.csv."""
     try:
         rows = read_rows(folder / "summary.csv")
     except OSError:
         return 0, ""
-    return len(rows), f"top-1 {float(rows[-1]['eval_top1']):.2f} %" if rows and rows[-1]["eval_top1"] else ""
+    measured = [row["eval_top1"] for row in rows if row["eval_top1"]]
+    return len(rows), f"{float(measured[-1]):.2f}" if measured else ""
 
 
 class _Job:
     """One cell's process."""
 
     def __init__(self, matrix: Matrix, cell: Cell, runs: Path, label: str, jobs: int) -> None:
-        self.cell, self.folder, self.label = cell, runs / cell.name, label
+        self.cell, self.folder = cell, runs / cell.name
         self.log = self.folder / "console.log"
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.seen, self._begin = _progress_of(self.folder)[0], time.monotonic()
         command = matrix.command(cell, runs)
         say(f"{label}\n  {shlex.join(command)}")
         threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}  # side by side: a share of the cores
@@ -54,15 +54,10 @@ class _Job:
                 preexec_fn=die_with_parent,
             )
 
-    def report(self, progress: Progress) -> bool:
-        """Tell of the epochs finished since the last call; whether the process has ended."""
+    def report(self, board: Board) -> bool:
+        """Tell of the epochs finished by now; whether the process has ended."""
         ended = self.process.poll() is not None
-        epochs, note = _progress_of(self.folder)
-        if ended:
-            note += f", {time.monotonic() - self._begin:.0f} s"
-        if ended or epochs > self.seen:
-            progress.advance(epochs - self.seen, f"{self.label}: {note}")
-            self.seen = epochs
+        board.reached(self.cell.name, *_progress_of(self.folder))
         return ended
 
 
@@ -72,10 +67,10 @@ def run_matrix(matrix: Matrix, cells: Sequence[Cell], runs: Path, jobs: int = 1)
     They are also in runs/failed.json, each with its exit status and log.
     """
     failed, running, waiting = [], list[_Job](), list[Cell]()
-    with Progress(sum(cell.config.epochs for cell in cells), "epochs", matrix.name) as progress:
+    with Board(matrix.name, cells) as board:
         for cell in cells:
             if is_complete(runs / cell.name):
-                progress.skip(cell.config.epochs, f"{cell.name} was complete")
+                board.was_complete(cell.name, _progress_of(runs / cell.name)[1])
             else:
                 waiting.append(cell)
         try:
@@ -83,12 +78,14 @@ def run_matrix(matrix: Matrix, cells: Sequence[Cell], runs: Path, jobs: int = 1)
                 while waiting and len(running) < jobs:
                     cell = waiting.pop(0)
                     label = f"cell {len(cells) - len(waiting)}/{len(cells)} {cell.name}"
+                    board.started(cell.name, _progress_of(runs / cell.name)[0])
                     running.append(_Job(matrix, cell, runs, label, jobs))
-                    progress.skip(running[-1].seen)
                 time.sleep(_POLL_S)
-                for job in [job for job in running if job.report(progress)]:
+                for job in [job for job in running if job.report(board)]:
                     running.remove(job)
-                    if not _record(runs, job):
+                    fine = _record(runs, job)
+                    board.ended(job.cell.name, fine=fine)
+                    if not fine:
                         failed.append(job.cell.name)
         except KeyboardInterrupt:
             _stop(running)
