@@ -9,7 +9,7 @@ from timm.utils import distribute_bn
 
 from toolkit.engine.evaluate import EvalResult, evaluate
 from toolkit.engine.history import History, write_records
-from toolkit.engine.masks import AverageMasks, check_masks
+from toolkit.engine.masks import AverageMasks, check_masks, tell_of_idle_weights
 from toolkit.engine.metrics import Metrics
 from toolkit.engine.run import Run
 from toolkit.engine.signals import StopRequest
@@ -149,6 +149,7 @@ def train_epoch(run: Run, history: History, stop: StopRequest, metrics: Metrics,
             run.ema.update(run.engine.held(), step=update)
             average_masks.apply()
         loss_sum += result.loss
+        tell_of_idle_weights(run, step)
         if run.pruning_steps == step and run.schedule.is_update_step(step):
             check_masks(run)
             if step == run.schedule.end_step:

@@ -7,7 +7,11 @@ from torch import Tensor
 
 from toolkit.engine.run import Run
 from toolkit.errors import MasksDifferError
+from toolkit.log import get_logger
 from toolkit.prune.mask import flat_view, zero_pruned
+
+_MOVING_FROM = 10  # steps: before, blocks whose last BatchNorm begins at 0 have no gradient
+_WORTH_TELLING = 0.01  # of the prunable weights
 
 
 def _digest(content: bytes) -> int:
@@ -44,6 +48,32 @@ def check_masks(run: Run) -> None:
                 "differs. The last checkpoint is from before"
             )
     raise AssertionError("digests differ, masks do not")
+
+
+def tell_of_idle_weights(run: Run, step: int) -> None:
+    """Warn, once before the first of them goes, of prunable weights whose gradient is exactly 0. Call on all ranks.
+
+    At 32 pixels a ResNet's last kernels meet little but padding, and half of its weights never learn: a sparsity that
+    takes those first is in part for free. ZeRO keeps no gradients to look at, and --fused-backward none.
+    """
+    if not run.schedule.enabled or step != max(run.schedule.begin_step, _MOVING_FROM) or run.target_sparsity:
+        return
+    gradients = [(name, weight.grad) for name, weight in run.prunable if weight.grad is not None]
+    if run.engine.name not in ("ddp", "fsdp2") or len(gradients) < len(run.prunable) or run.sparsity()[0]:
+        return
+    idle, weights = run.engine.count_zeros(gradients)
+    if idle >= _WORTH_TELLING * weights:
+        taken = max(0.0, 1 - (1 - run.schedule.sparsity) * weights / max(weights - idle, 1))
+        get_logger().warning(
+            "%s of %s prunable weights (%.1f %%) have a gradient of exactly 0 at step %d, as kernels have that meet "
+            "only padding; a sparsity of %s takes %.1f %% of the others. Larger images may put them to use",
+            f"{idle:,}",
+            f"{weights:,}",
+            100 * idle / weights,
+            step,
+            run.schedule.sparsity,
+            100 * taken,
+        )
 
 
 class AverageMasks:

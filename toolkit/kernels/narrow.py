@@ -1,8 +1,8 @@
 """Moments in 8 bits: block floating point, read off the float's own bits, without a root, a division or a table.
 
 256 neighbouring weights share an exponent of 8 bits, that of their largest moment as rounded (the E8M0 scale of OCP's
-Microscaling formats, arXiv 2310.10537). Under it a signed moment keeps 1 bit of sign, 4 of exponent and 3 of mantissa, a squared one
-5 and 3; code 0 is exactly 0. k values kept of n weights (k = n while dense):
+Microscaling formats, arXiv 2310.10537). Under it a signed moment keeps 1 bit of sign, 4 of exponent and 3 of mantissa,
+a squared one 5 and 3; code 0 is exactly 0. k values kept of n weights (k = n while dense):
     codes      uint8 [k]
     exponents  uint8 [ceil(n / 256)]  biased as float32's
     places     int64 [k]              256 × the group a value belongs to + its number among the group's kept values
@@ -10,8 +10,9 @@ Signed moments are rounded to nearest. Squared ones move by a thousandth a step 
 nearest they would stand still, so they go up or down by a chance that keeps the mean. In a group the chances are steps
 of the golden ratio from a start that is a hash of the group's place in the whole parameter and of the step: the same on
 every rank and device, even over the group and independent from step to step. The exponent is taken after rounding: by
-that of the exact value a group's largest could never round up over a power of two, and v stood still below it. What is above 0 (1.5e-39) never becomes
-0: a denominator of eps alone would throw the weight out. packed.h and narrow.cpp do the same, groups at a time.
+that of the exact value a group's largest never rounds up over a power of two, and v stands still below it. What is
+above 0 (1.5e-39) never becomes 0: a denominator of eps alone would throw the weight out. packed.h and narrow.cpp do the
+same, groups at a time.
 """
 
 import torch
