@@ -10,7 +10,7 @@ import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -20,12 +20,15 @@ _SYSFS = Path("/sys/class/drm")
 _ROCM_SMI = ("rocm-smi", "--showmeminfo", "vram", "--showbus", "--json")
 
 
+Reading = TypeVar("Reading")
+
+
 @dataclass
-class DeviceUse:
-    """A source in use: `read()` gives the bytes in use on the device. `failed` says why better sources are not."""
+class Source(Generic[Reading]):
+    """A source in use, and what reads it. `failed` says why better sources are not."""
 
     name: str
-    read: Callable[[], int]
+    read: Callable[[], Reading]
     failed: dict[str, str] = field(default_factory=dict)
 
 
@@ -40,13 +43,19 @@ def from_amdsmi(address: str) -> Callable[[], int]:
     raise LookupError(f"no card at {address}")
 
 
+def amdgpu_folder(address: str, folder: Path = _SYSFS) -> Path:
+    """Where sysfs has what amdgpu tells of a card. Raises LookupError where no card of its has this address."""
+    for card in sorted(folder.glob("card[0-9]*")):
+        device = card / "device"
+        if device.resolve().name == address and (device / "mem_info_vram_used").is_file():
+            return device
+    raise LookupError(f"no amdgpu card at {address}")
+
+
 def from_sysfs(address: str, folder: Path = _SYSFS) -> Callable[[], int]:
     """amdgpu's counter in sysfs. Raises LookupError where no card has this address."""
-    for card in sorted(folder.glob("card[0-9]*")):
-        file = card / "device" / "mem_info_vram_used"
-        if (card / "device").resolve().name == address and file.is_file():
-            return lambda: int(file.read_text())
-    raise LookupError(f"no amdgpu card at {address}")
+    file = amdgpu_folder(address, folder) / "mem_info_vram_used"
+    return lambda: int(file.read_text())
 
 
 def from_rocm_smi(address: str, command: Sequence[str] = _ROCM_SMI) -> Callable[[], int]:
@@ -73,12 +82,17 @@ def from_nvml(address: str) -> Callable[[], int]:
     return lambda: int(pynvml.nvmlDeviceGetMemoryInfo(handle).used)
 
 
-def find_device_use(device: torch.device) -> DeviceUse | None:
-    """The best source that answers for this device, None without a GPU."""
+def pci_address(device: torch.device) -> str:
+    """A GPU's, as 0000:03:00.0."""
+    facts: Any = torch.cuda.get_device_properties(device)
+    return f"{facts.pci_domain_id:04x}:{facts.pci_bus_id:02x}:{facts.pci_device_id:02x}.0"
+
+
+def find_device_use(device: torch.device) -> Source[int] | None:
+    """The best source of the bytes in use that answers for this device, None without a GPU."""
     if device.type != "cuda":
         return None
-    facts: Any = torch.cuda.get_device_properties(device)
-    place = f"{facts.pci_domain_id:04x}:{facts.pci_bus_id:02x}:{facts.pci_device_id:02x}.0"  # as 0000:03:00.0
+    place = pci_address(device)
     return first_that_answers(
         {
             # torch's own query: NVML on CUDA, amdsmi on ROCm.
@@ -97,7 +111,7 @@ def _used_by_driver(device: torch.device) -> int:
     return total - free
 
 
-def first_that_answers(sources: dict[str, Callable[[], Callable[[], int]]]) -> DeviceUse | None:
+def first_that_answers(sources: dict[str, Callable[[], Callable[[], Reading]]]) -> Source[Reading] | None:
     """The first source that can be opened and read; the reasons of those before it are kept."""
     failed: dict[str, str] = {}
     for name, opened in sources.items():
@@ -107,11 +121,11 @@ def first_that_answers(sources: dict[str, Callable[[], Callable[[], int]]]) -> D
         except Exception as error:  # libraries of drivers fail in ways of their own; the report names them all
             failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
         else:
-            return DeviceUse(name, read, failed)
+            return Source(name, read, failed)
     return None
 
 
-def read_or_none(use: DeviceUse | None) -> int | None:
+def read_or_none(use: Source[Reading] | None) -> Reading | None:
     """A reading; None without a source, or where this one has failed (named in `failed` from then on)."""
     if use is None or use.name in use.failed:
         return None

@@ -28,7 +28,7 @@ def to_markdown(report: Mapping[str, Any]) -> str:
         lines += [f"> **Rank {lost['rank']} was lost** ({seen}). The figures below are of the other ranks.", ""]
     for name, phase in report["phases"].items():
         lines += _phase(name, phase)
-    lines += ["## All ranks", "", *_ranks(report), ""]
+    lines += ["## All ranks", "", *_ranks(report), "", *_load(report)]
     return "\n".join(lines)
 
 
@@ -60,3 +60,19 @@ def _ranks(report: Mapping[str, Any]) -> list[str]:
         if figures["max"] is not None
     ]
     return table(["MiB", "min", "mean", "max", "sum", "rank with most"], rows)
+
+
+def _load(report: Mapping[str, Any]) -> list[str]:
+    """What each rank's device did over the run, where it told."""
+    kinds = {"utilisation_percent": "utilisation %", "power_w": "power W", "temperature_c": "temperature °C"}
+    told = {record["rank"]: record.get("device_load") or {} for record in report["ranks"]}
+    known = [kind for kind in kinds if any(kind in load for load in told.values())]
+    rows = [
+        [
+            str(rank),
+            *(f"{load[kind]['mean']:.0f} ({load[kind]['highest']:.0f})" if kind in load else "–" for kind in known),
+        ]
+        for rank, load in told.items()
+    ]
+    head = [f"Of the whole device once a second, by {report['sources'].get('device_load')}: mean (highest).", ""]
+    return [*head, *table(["rank", *(kinds[kind] for kind in known)], rows), ""] if known else []

@@ -17,6 +17,7 @@ import torch
 from toolkit.dist import World
 from toolkit.files import csv_text, write_atomically, write_json
 from toolkit.memory.allocator import read_device, read_host
+from toolkit.memory.device_load import LOAD, find_device_load
 from toolkit.memory.device_use import find_device_use
 from toolkit.memory.ledger import Owners, count_bytes, optimizer_bytes
 from toolkit.memory.phases import PeakWindows, Phase, phase_of
@@ -35,6 +36,7 @@ TIMELINE_COLUMNS = (
     "allocated_bytes",
     "reserved_bytes",
     "device_used_bytes",
+    *(f"device_{kind}" for kind in LOAD),
     "alloc_retries",
 )
 
@@ -55,7 +57,7 @@ class MemoryLog:
         self.resumed_after: list[int] = []  # the last sampled step before each resume
         self.phases: dict[str, dict[str, Any]] = {}
         self.windows = PeakWindows(world.device)
-        self._sampler = MemorySampler(find_device_use(world.device))
+        self._sampler = MemorySampler(find_device_use(world.device), find_device_load(world.device))
 
     def begin(self, owners: Callable[[], Owners], plan: Sequence[Phase], folder: Path) -> None:
         """Everything is built: whose tensors to count, the phases to come, and where to keep the record."""
@@ -106,6 +108,10 @@ class MemoryLog:
             "allocated_bytes": device["allocated_bytes"],
             "reserved_bytes": device["reserved_bytes"],
             "device_used_bytes": recent["device_used_bytes"] or device["device_used_bytes"],
+            **{
+                f"device_{kind}": None if mean is None else round(mean, 1)
+                for kind, mean in self._sampler.recent_load().items()
+            },
             "alloc_retries": device["alloc_retries"],
         }
         self.timeline.append(row)
@@ -155,7 +161,7 @@ class MemoryLog:
 
     def record(self) -> dict[str, Any]:
         """This rank's part of the report."""
-        place, use = self._world.device, self._sampler.use
+        place, use, load = self._world.device, self._sampler.use, self._sampler.load
         on_gpu = place.type == "cuda"
         return {
             "rank": self._world.rank,
@@ -170,6 +176,7 @@ class MemoryLog:
             "device_uuid": str(getattr(torch.cuda.get_device_properties(place), "uuid", place)) if on_gpu else None,
             "device_used_source": use.name if use else "none",
             "device_used_failed": use.failed if use else {},
+            "device_load_source": load.name if load else "none",
             **self._sampler.figures(),
             "host": read_host(),
             "peaks": self.windows.figures(),

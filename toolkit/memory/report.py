@@ -107,6 +107,7 @@ def merge_ranks(
             "allocated": "torch.cuda.memory_stats" if on_gpu else "none",
             "device_used": first["device_used_source"],
             "device_used_failed": first["device_used_failed"],
+            "device_load": first.get("device_load_source", "none"),
             "host": "/proc/self/status",
         },
         "lost_ranks": list(lost),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from toolkit.memory import device_use
-from toolkit.memory.device_use import DeviceUse, find_device_use, first_that_answers, read_or_none
+from toolkit.memory.device_use import Source, find_device_use, first_that_answers, read_or_none
 from toolkit.memory.sampler import MemorySampler
 
 MIB = 2**20
@@ -38,7 +38,7 @@ def test_sysfs_finds_the_card_by_its_address(tmp_path):
         with pytest.raises(LookupError, match=f"no amdgpu card at {address}"):
             device_use.from_sysfs(address, folder)
     (tmp_path / "devices" / FIRST / "mem_info_vram_used").write_text("garbage")
-    assert read_or_none(DeviceUse("sysfs", device_use.from_sysfs(FIRST, folder))) is None
+    assert read_or_none(Source("sysfs", device_use.from_sysfs(FIRST, folder))) is None
 
 
 def rocm_smi(tmp_path, answer, status=0):
@@ -119,7 +119,7 @@ def test_no_gpu_no_source():
 
 def test_sampler_samples_and_ends():
     readings = iter([10 * MIB, 30 * MIB + 7, 20 * MIB + MIB // 2])
-    sampler = MemorySampler(DeviceUse("x", lambda: next(readings)), interval_s=0.01)
+    sampler = MemorySampler(Source("x", lambda: next(readings)), interval_s=0.01)
     for _ in range(200):
         if sampler.use.failed:
             break
@@ -132,6 +132,7 @@ def test_sampler_samples_and_ends():
         "device_used_first_bytes": 10 * MIB,
         "device_used_study_mib": 20.0,
         "device_used_samples": 3,
+        "device_load": {},
     }
     recent = sampler.recent()
     assert recent["device_used_bytes"] == 30 * MIB + 7
@@ -143,5 +144,5 @@ def test_sampler_without_a_device():
     sampler = MemorySampler(None)
     sampler.stop()
     figures = sampler.figures()
-    assert figures.pop("device_used_samples") == 0
+    assert (figures.pop("device_used_samples"), figures.pop("device_load")) == (0, {})
     assert set(figures.values()) == {None}
