@@ -30,7 +30,8 @@ Final epoch, paired by seed: mean ± spread [95 % interval of the mean].
 Above {_LOWEST:g}: whether the interval's lower end is.
 *All* takes all pairs of its rows together, its standard error by pairs; without a precision in its name those of all
 precisions of moments.
-They share seeds (first weights, order of images), so pairs of one seed may err alike.
+They share seeds (first weights, order of images), so pairs of one seed err alike.
+By seed: the mean of each seed's pairs is one value.
 Zeros as float32's: of the prunable weights, the share that is zero in both final models or in neither.
 Beside it is what two float32 runs of different seeds agree to, and chance at that sparsity, s² + (1 − s)².
 A dash: dense, or the checkpoints were not there."""
@@ -117,6 +118,19 @@ def _row(name: str, pairs: Sequence[tuple[CellRun, CellRun]]) -> list[str]:
     return [name, str(len(pairs)), str(found), "yes" if found.interval[0] > _LOWEST else "no"]
 
 
+def _by_seed(pairs: Sequence[tuple[CellRun, CellRun]]) -> str:
+    """The difference with the mean of each seed's pairs as one value."""
+    seeds = sorted({one.metrics["seed"] for one, _ in pairs})
+    mine, base = (
+        {
+            seed: fmean(pair[side].metrics["final_top1"] for pair in pairs if pair[0].metrics["seed"] == seed)
+            for seed in seeds
+        }
+        for side in (0, 1)
+    )
+    return str(compare(mine, base))
+
+
 def precision_section(groups: Groups) -> list[str]:
     """A row for each precision beside float32's; for all rows of one precision, and for all moments of an optimizer."""
     lines: list[list[str]] = []
@@ -127,7 +141,7 @@ def precision_section(groups: Groups) -> list[str]:
         for name, seeds in rows.items():
             pairs, run = _pairs(base, seeds), next(iter(seeds.values()))
             chance = "–" if run.method == "none" else _percent(run.sparsity**2 + (1 - run.sparsity) ** 2)
-            lines.append([*_row(name, pairs), _agreed(pairs), between_seeds, chance])
+            lines.append([*_row(name, pairs), "", _agreed(pairs), between_seeds, chance])
             pooled.setdefault(run.name, []).append(pairs)
             if not run.has_bfloat16_weights:
                 moments.setdefault(run.name.removesuffix(f" {run.precision}"), []).append(pairs)
@@ -137,6 +151,15 @@ def precision_section(groups: Groups) -> list[str]:
     for name, rows_of_it in (pooled | several).items():
         if len(rows_of_it) > 1:
             every = [pair for pairs in rows_of_it for pair in pairs]
-            lines.append([*_row(f"**all {as_text(name)}**", every), "", "", ""])
-    header = ["method", "pairs", "this − float32", f"above {_LOWEST:g}", "zeros as float32's", "two seeds", "chance"]
+            lines.append([*_row(f"**all {as_text(name)}**", every), _by_seed(every), "", "", ""])
+    header = [
+        "method",
+        "pairs",
+        "this − float32",
+        f"above {_LOWEST:g}",
+        "by seed",
+        "zeros as float32's",
+        "two seeds",
+        "chance",
+    ]
     return ["## Precision of moments and weights", "", *table(header, lines), "", _NOTE, ""]

@@ -75,25 +75,28 @@ def test_differences_and_agreement_known_by_hand(runs, tmp_path):
     low, high = -0.1 * t_1, 0.1 * t_1
     seventy_five = ["2", f"+0.00 ± 0.14 [{low:+.2f}, {high:+.2f}]", "no"]
     # 8 of 8 and 6 of 8; the two float32 seeds agree on 6 of 8; 0.75² + 0.25²
-    assert rows["adamwprune int8 75 %"] == [*seventy_five, "87.50 %", "75.00 %", "62.50 %"]
+    assert rows["adamwprune int8 75 %"] == [*seventy_five, "", "87.50 %", "75.00 %", "62.50 %"]
     # equal to the image: the spread is taken as 0.05, its half t·0.05/√2; 6 of 8 both times
     half = 0.05 * t_1 / math.sqrt(2)
     assert rows["adamwprune budget auto 75 %"] == [
         "2",
         f"+0.40 ± 0.05 [{0.4 - half:+.2f}, {0.4 + half:+.2f}]",
         "yes",
+        "",
         "75.00 %",
         "75.00 %",
         "62.50 %",
     ]
     assert rows["adamwprune budget auto bfloat16 weights 75 %"][1].startswith("+0.20 ± 0.05 ")
-    assert rows["adamwprune int8 50 %"][3:] == ["100.00 %", "0.00 %", "50.00 %"]
+    assert rows["adamwprune int8 50 %"][4:] == ["100.00 %", "0.00 %", "50.00 %"]
     # −0.1, 0.1, 0.3, 0.5: mean 0.2, squares of what is left 0.09 + 0.01 + 0.01 + 0.09 over 3, half t·spread/√4
     spread = math.sqrt(0.2 / 3)
     half = t_3 * spread / 2
     pooled = f"+0.20 ± {spread:.2f} [{0.2 - half:+.2f}, {0.2 + half:+.2f}]"
     assert 0.2 - half > -0.3
-    assert rows["**all adamwprune int8**"][:3] == ["4", pooled, "yes"]
+    # By seed: −0.1 and 0.3 are 0.1, 0.1 and 0.5 are 0.3.
+    by_seed = f"+0.20 ± 0.14 [{0.2 - 0.1 * t_1:+.2f}, {0.2 + 0.1 * t_1:+.2f}]"
+    assert rows["**all adamwprune int8**"][:4] == ["4", pooled, "yes", by_seed]
     assert "**all adamwprune budget auto**" not in rows  # of one row there is nothing to pool
     # and 0.4, 0.4 of the budget; rows with bfloat16 weights stay out
     mean, t_5 = (0.2 * 4 + 0.4 * 2) / 6, 2.5705818356363146
@@ -122,8 +125,8 @@ def test_a_run_whose_checkpoint_is_gone_leaves_its_cells_empty(runs, tmp_path):
     out = tmp_path / "study.md"
     assert main([str(runs), "--out", str(out)]) == 0
     rows = table_of(out)
-    assert rows["adamwprune int8 75 %"][3:] == ["–", "75.00 %", "62.50 %"]
-    assert rows["adamwprune int8 50 %"][3:] == ["100.00 %", "–", "50.00 %"]  # of seed 1 alone
+    assert rows["adamwprune int8 75 %"][4:] == ["–", "75.00 %", "62.50 %"]
+    assert rows["adamwprune int8 50 %"][4:] == ["100.00 %", "–", "50.00 %"]  # of seed 1 alone
 
 
 def test_one_precision_or_one_seed_is_no_comparison(runs, tmp_path):
