@@ -64,7 +64,8 @@ class Board:
     def reached(self, name: str, done: int, accuracy: str) -> None:
         """A cell has done so many epochs; `accuracy` is its last one in %, empty before the first."""
         row = self._rows[name]
-        more, row.done, row.accuracy = done - row.done, done, accuracy
+        more = max(0, done - row.done)  # one that began anew counts from where it was
+        row.done, row.accuracy = row.done + more, accuracy
         if self._lines and more:
             self._lines.advance(more, f"{name}{f', top-1 {accuracy} %' if accuracy else ''}, running for {row.took}")
 

@@ -120,12 +120,11 @@ def _row(name: str, pairs: Sequence[tuple[CellRun, CellRun]]) -> list[str]:
 
 def _by_seed(pairs: Sequence[tuple[CellRun, CellRun]]) -> str:
     """The difference with the mean of each seed's pairs as one value."""
-    seeds = sorted({one.metrics["seed"] for one, _ in pairs})
+    of_seed: dict[int, list[tuple[CellRun, CellRun]]] = {}
+    for pair in pairs:
+        of_seed.setdefault(pair[0].metrics["seed"], []).append(pair)
     mine, base = (
-        {
-            seed: fmean(pair[side].metrics["final_top1"] for pair in pairs if pair[0].metrics["seed"] == seed)
-            for seed in seeds
-        }
+        {seed: fmean(pair[side].metrics["final_top1"] for pair in own) for seed, own in of_seed.items()}
         for side in (0, 1)
     )
     return str(compare(mine, base))

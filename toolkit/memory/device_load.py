@@ -5,13 +5,12 @@ from pathlib import Path
 
 import torch
 
-from toolkit.memory.device_use import Source, amdgpu_folder, first_that_answers, pci_address
+from toolkit.memory.device_use import SYSFS, Source, amdgpu_folder, first_that_answers, pci_address
 
 LOAD = ("utilisation_percent", "power_w", "temperature_c")
-_SYSFS = Path("/sys/class/drm")
 
 
-def from_sysfs(address: str, folder: Path = _SYSFS) -> Callable[[], dict[str, float]]:
+def from_sysfs(address: str, folder: Path = SYSFS) -> Callable[[], dict[str, float]]:
     """amdgpu's files, with the kernel's units: percent, microwatts, thousandths of a degree.
 
     The temperature is the first sensor's, the edge. Raises LookupError where no card has this address.

@@ -16,7 +16,7 @@ import torch
 
 from toolkit.markdown import MIB
 
-_SYSFS = Path("/sys/class/drm")
+SYSFS = Path("/sys/class/drm")
 _ROCM_SMI = ("rocm-smi", "--showmeminfo", "vram", "--showbus", "--json")
 
 
@@ -43,7 +43,7 @@ def from_amdsmi(address: str) -> Callable[[], int]:
     raise LookupError(f"no card at {address}")
 
 
-def amdgpu_folder(address: str, folder: Path = _SYSFS) -> Path:
+def amdgpu_folder(address: str, folder: Path = SYSFS) -> Path:
     """Where sysfs has what amdgpu tells of a card. Raises LookupError where no card of its has this address."""
     for card in sorted(folder.glob("card[0-9]*")):
         device = card / "device"
@@ -52,7 +52,7 @@ def amdgpu_folder(address: str, folder: Path = _SYSFS) -> Path:
     raise LookupError(f"no amdgpu card at {address}")
 
 
-def from_sysfs(address: str, folder: Path = _SYSFS) -> Callable[[], int]:
+def from_sysfs(address: str, folder: Path = SYSFS) -> Callable[[], int]:
     """amdgpu's counter in sysfs. Raises LookupError where no card has this address."""
     file = amdgpu_folder(address, folder) / "mem_info_vram_used"
     return lambda: int(file.read_text())

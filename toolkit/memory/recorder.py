@@ -177,6 +177,7 @@ class MemoryLog:
             "device_used_source": use.name if use else "none",
             "device_used_failed": use.failed if use else {},
             "device_load_source": load.name if load else "none",
+            "device_load_failed": load.failed if load else {},
             **self._sampler.figures(),
             "host": read_host(),
             "peaks": self.windows.figures(),

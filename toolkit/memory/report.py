@@ -108,6 +108,7 @@ def merge_ranks(
             "device_used": first["device_used_source"],
             "device_used_failed": first["device_used_failed"],
             "device_load": first.get("device_load_source", "none"),
+            "device_load_failed": first.get("device_load_failed", {}),
             "host": "/proc/self/status",
         },
         "lost_ranks": list(lost),

@@ -76,7 +76,8 @@ def test_elsewhere_lines_say_the_same(cells: list[Cell], capsys: pytest.CaptureF
     with Board("small", cells, Console(file=io.StringIO())) as board:
         for cell in cells[:-1]:
             board.was_complete(cell.name, "")
-        board.started(cells[-1].name, 0)
+        board.started(cells[-1].name, 2)
+        board.reached(cells[-1].name, 0, "")  # it began anew
         board.reached(cells[-1].name, cells[-1].config.epochs, "93.10")
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("small: 90/90 epochs (100 %), ")

@@ -72,6 +72,16 @@ def test_the_source_that_answers_is_taken(monkeypatch, tmp_path):
     assert find_device_load(torch.device("cpu")) is None
 
 
+def test_a_source_that_fails_later_is_named_and_the_run_goes_on():
+    loads = iter([{"power_w": 200.0}])
+    sampler = MemorySampler(None, Source("nvml", lambda: next(loads)), interval_s=0.01)
+    while not sampler.load.failed:
+        time.sleep(0.01)
+    sampler.stop()
+    assert sampler.load.failed["nvml"].startswith("StopIteration")
+    assert sampler.figures()["device_load"] == {"power_w": {"mean": 200.0, "highest": 200.0}}
+
+
 def test_a_run_reports_it(monkeypatch, tmp_path):
     loads = itertools.chain([{"power_w": 200.0, "utilisation_percent": 50.0}], itertools.repeat({"power_w": 300.0}))
     monkeypatch.setattr(recorder, "find_device_load", lambda device: Source("sysfs", lambda: next(loads)))
@@ -88,7 +98,7 @@ def test_a_run_reports_it(monkeypatch, tmp_path):
     load = report["ranks"][0]["device_load"]
     assert 200 < load["power_w"]["mean"] < load["power_w"]["highest"] == 300
     assert load["utilisation_percent"] == {"mean": 50, "highest": 50}
-    assert report["sources"]["device_load"] == "sysfs"
+    assert (report["sources"]["device_load"], report["sources"]["device_load_failed"]) == ("sysfs", {})
     with open(tmp_path / "memory_timeline.csv", newline="") as file:
         row = next(csv.DictReader(file))
     assert 200 < float(row["device_power_w"]) < 300
