@@ -227,24 +227,50 @@ def pareto(figure: Figure, lines: Lines) -> None:
         ylabel="final top-1 (%)",
         ylim=range_in_colour(lines),
     )
-    _name_points(axes, [line for line in lines if not line.grey])
+    _name_points(axes, [line for line in lines if not line.grey], figure.get_figwidth())
     handles, labels = axes.get_legend_handles_labels()
     shown = [(handle, label) for handle, label in zip(handles, labels, strict=True) if label not in groups]
     figure.legend(*zip(*shown, strict=True), loc="outside lower center", ncols=5, fontsize=8)
 
 
-def _name_points(axes: Axes, lines: Lines) -> None:
-    """Each point's label at its right; those of one place above each other, so that none hides another."""
-    low, high = axes.get_ylim()
-    step = 0.035 * (high - low)  # a line of text
-    below: dict[int, float] = {}  # place on the axis, in half octaves -> height of the last label there
-    for line in sorted(lines, key=lambda line: top1(line.members)[0]):
-        mean = top1(line.members)[0]
-        place = round(2 * math.log2(line.peak))
-        below[place] = max(mean, below.get(place, low) + step)
-        arrow = {"arrowstyle": "-", "color": line.colour, "linewidth": 0.5}
-        place_of_text = (line.peak * 1.05, below[place])
-        axes.annotate(line.group, (line.peak, mean), place_of_text, fontsize=7, va="center", arrowprops=arrow)
+def _name_points(axes: Axes, lines: Lines, width_inches: float) -> None:
+    """Each point's label at its right or left, or a few lines off where both are taken: none hides another or a mark.
+
+    Boxes are (left, right, height of the middle) in shares of the axes; a letter of 7 pt is about half as wide as high.
+    """
+    letter, row, gap = 0.53 * 7 / 72 / (0.9 * width_inches), 0.035, 0.018
+    to_shares = axes.transData + axes.transAxes.inverted()
+    places = [to_shares.transform((line.peak, top1(line.members)[0])) for line in lines]
+    taken = [(x - gap / 2, x + gap / 2, y) for x, y in places]
+    for line, (x, y) in sorted(zip(lines, places, strict=True), key=lambda pair: len(pair[0].group)):
+        width = letter * len(line.group)
+        lifts = sorted(range(-12, 13), key=abs)
+        boxes = [(left, left + width, y + row * lift) for lift in lifts for left in (x + gap, x - gap - width)]
+        free = (box for box in boxes if _is_free(box, taken, row))
+        box = next(free, boxes[0])
+        taken.append(box)
+        side = "left" if box[0] > x else "right"
+        axes.annotate(
+            line.group,
+            (x, y),
+            (box[0] if side == "left" else box[1], box[2]),
+            xycoords="axes fraction",
+            fontsize=7,
+            ha=side,
+            va="center",
+            arrowprops={
+                "arrowstyle": "-",
+                "color": line.colour,
+                "linewidth": 0.5,
+                "relpos": (0 if side == "left" else 1, 0.5),
+            },
+        )
+
+
+def _is_free(box: tuple[float, float, float], taken: Sequence[tuple[float, float, float]], row: float) -> bool:
+    """Whether a label lies within the axes and on no other."""
+    inside = box[0] >= 0 and box[1] <= 1 and row / 2 <= box[2] <= 1 - row / 2
+    return inside and all(box[1] <= left or box[0] >= right or abs(box[2] - y) >= row for left, right, y in taken)
 
 
 def range_in_colour(lines: Lines) -> tuple[float, float]:

@@ -37,9 +37,9 @@ def check_same_settings(folder: Path, config: Config) -> None:
     if not path.exists():
         return
     before, now = yaml.safe_load(path.read_text()), config.to_dict()
-    for key in sorted(before.keys() & now.keys() - FREE_ON_RESUME):
-        if before[key] != now[key]:
-            raise ValueError(
-                f"{folder} was made with {key}={before[key]}, now {now[key]}; give the settings of its args.yaml to go "
-                "on, or write elsewhere (another --experiment or --out)"
-            )
+    others = sorted(key for key in before.keys() & now.keys() - FREE_ON_RESUME if before[key] != now[key])
+    if others:
+        raise ValueError(
+            f"{folder} was made with {'; '.join(f'{key}={before[key]}, now {now[key]}' for key in others)}; give the "
+            "settings of its args.yaml to go on, or write elsewhere (another --experiment or --out)"
+        )

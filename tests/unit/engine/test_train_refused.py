@@ -106,7 +106,7 @@ def test_a_folder_with_a_run_is_not_overwritten(flags, capsys):
     assert (
         train.main([*flags, "--opt", "adamw", "--experiment", "r", "--lr", "1", "--seed", "3", "--resume", "auto"]) == 2
     )
-    assert "was made with epochs=1, now 3" in capsys.readouterr().err
+    assert "was made with epochs=1, now 3; lr=0.003, now 1.0; seed=42, now 3; give" in capsys.readouterr().err
 
 
 def test_two_runs_in_one_folder_are_refused_and_a_leftover_lock_is_no_obstacle(flags, tmp_path):
