@@ -10,6 +10,8 @@ from launch.report.significance import mean_and_spread
 from toolkit.builder.resume import FREE_ON_RESUME
 from toolkit.config import flags
 
+_DEFAULTS = {item.name: item.metadata["default"] for item in flags()}
+
 
 @dataclass(frozen=True)
 class CellRun:
@@ -120,7 +122,7 @@ class CellRun:
         """
         left_out = FREE_ON_RESUME - {"batch_size", "global_batch_size", "grad_accum_steps"} | {"seed"}
         left_out |= {"sparsity"} if ":" in self.pattern else set()
-        given = {item.name: item.metadata["default"] for item in flags()} | self.arguments
+        given = _DEFAULTS | self.arguments
         return {
             key: int(value) if isinstance(value, float) and value.is_integer() else value
             for key, value in given.items()
@@ -184,7 +186,8 @@ Groups = Mapping[str, Sequence[CellRun]]  # label -> runs
 def group_by_method(runs: Sequence[CellRun]) -> dict[str, list[CellRun]]:
     """Runs that differ in the seed only. Groups of one label are told apart by the settings in which they differ.
 
-    A setting that most of them share is not in a name. Raises ValueError where two runs differ in nothing.
+    A setting that most of them share, or among as many the default, is not in a name. Raises ValueError where two runs
+    differ in nothing.
     """
     groups: dict[tuple[str, str], dict[int, CellRun]] = {}  # of each the runs by seed
     for run in runs:
@@ -199,7 +202,8 @@ def group_by_method(runs: Sequence[CellRun]) -> dict[str, list[CellRun]]:
         members = list(seeds.values())
         mine = members[0].settings
         rivals = [next(iter(other.values())).settings for (name, _), other in groups.items() if name == label]
-        unusual = [key for key in sorted(mine) if not _is_usual(mine[key], [rival.get(key) for rival in rivals])]
+        usual = {key: _usual([rival.get(key) for rival in rivals], _DEFAULTS.get(key)) for key in mine}
+        unusual = [key for key in sorted(mine) if mine[key] not in usual[key]]
         shown = [f"{key}={'none' if mine[key] in ('', None) else mine[key]}" for key in unusual]
         named[" ".join([label, *shown])] = members
     assert len(named) == len(groups), "two groups of one name"
@@ -211,9 +215,10 @@ def _place(run: CellRun) -> tuple[bool, str, str, float]:
     return not run.is_ours, run.optimizer, "" if run.method == "none" else run.method, run.sparsity
 
 
-def _is_usual(value: Any, values: Sequence[Any]) -> bool:
-    """Whether `value` occurs more often among `values` than any other."""
-    return all(values.count(value) > values.count(other) for other in values if other != value)
+def _usual(values: Sequence[Any], default: Any) -> list[Any]:
+    """The value that occurs more often than any other, the default where it is one of several; else none."""
+    most = [value for value in values if all(values.count(value) >= values.count(other) for other in values)]
+    return most[:1] if most.count(most[0]) == len(most) else [default] if default in most else []
 
 
 def by_level(groups: Groups) -> dict[float, dict[str, Sequence[CellRun]]]:

@@ -139,6 +139,16 @@ def test_a_setting_is_named_where_it_is_not_the_usual_one(runs):
     }
 
 
+def test_among_as_many_the_default_is_not_named(runs):
+    copy_of(runs, "regrow", prune_regrow=0.1)
+    copy_of(runs, "both", prune_regrow=0.1, lr=0.5)
+    copy_of(runs, "rate", lr=0.5)
+    labels = [label for label in group_by_method(read_runs(runs)[0]) if label.startswith("adamwprune 70 %")]
+    (rate,) = {run.lr for run in read_runs(runs)[0] if run.optimizer == "adamwprune"} - {0.5}
+    ends = [f"lr={rate:g}", "lr=0.5", f"lr={rate:g} prune_regrow=0.1", "lr=0.5 prune_regrow=0.1"]
+    assert sorted(labels) == sorted(f"adamwprune 70 % {end}" for end in ends)
+
+
 def test_a_setting_that_came_after_a_run_has_its_default(runs):
     """Seeds of a study that ran over several versions are one row, whether 90 was written as 90 or 90.0."""
     before = {label: len(members) for label, members in group_by_method(read_runs(runs)[0]).items()}
