@@ -146,7 +146,7 @@ def accuracy_over_epochs(figure: Figure, lines: Lines) -> None:
         axes.plot(epochs, means, color=line.colour, linestyle=line.style, marker="o", markersize=3, label=line.label)
         if line.grey:
             continue
-        lowest = min(lowest, means[(len(means) - 1) // 3])
+        lowest = min(lowest, *means[(len(means) - 1) // 3 :])  # not the first epochs, which start low
         highest = max(highest, *(mean + (spread or 0) for mean, spread in columns))
         if len(line.members) > 1:
             low, high = zip(*[(mean - (spread or 0), mean + (spread or 0)) for mean, spread in columns], strict=True)

@@ -73,10 +73,11 @@ def write_args(folder: Path, config: Config) -> None:
 def describe(facts: dict[str, Any], folder: Path, model: nn.Module, prunable: Iterable[tuple[str, Tensor]]) -> str:
     """The run in one line."""
     every, may_go = (sum(map(_numel, weights)) for weights in (model.parameters(), (weight for _, weight in prunable)))
+    ranks = "1 rank" if facts["world_size"] == 1 else f"{facts['world_size']} ranks"
     return (
         f"{facts['model']} ({every:,} parameters, {may_go:,} prunable) "
         f"on {facts['dataset']}{' (SYNTHETIC)' if facts['dataset_synthetic'] else ''}; {facts['opt']}, "
-        f"lr {facts['lr']:g}, sparsity {facts['target_sparsity']:g}; {facts['world_size']} ranks on {facts['device']}, "
+        f"lr {facts['lr']:g}, sparsity {facts['target_sparsity']:g}; {ranks} on {facts['device']}, "
         f"global batch {facts['global_batch_size']}, {facts['epochs']} epochs of {facts['steps_per_epoch']} steps; "
         f"writes to {folder}"
     )

@@ -116,6 +116,12 @@ def create_schedule(config: Config, optimizer: torch.optim.Optimizer, steps: int
 
 def total_epochs(config: Config, steps: int) -> int:
     """Epochs with cool-down, warm-up prefix and cycles, as timm's scheduler factory counts them."""
+    if config.warmup_epochs >= config.epochs and not config.warmup_prefix:
+        _log.warning(
+            "the learning rate does not get to --lr within the run: --warmup-epochs %g of --epochs %d; lower it",
+            config.warmup_epochs,
+            config.epochs,
+        )
     return create_schedule(config, torch.optim.SGD([torch.zeros(1)], lr=1.0), steps)[1]
 
 
@@ -127,6 +133,13 @@ def pruning_schedule(config: Config, method: str, total_steps: int) -> Schedule:
     begin, end = int(config.prune_begin * total_steps), round(config.prune_end * total_steps)
     if not begin < end:
         raise ValueError(f"a run of {total_steps} steps is too short to prune in; raise --epochs")
+    if config.prune_frequency >= end - begin:
+        _log.warning(
+            "the masks change once, at step %d: --prune-frequency %d leaves no other update from step %d on; lower it",
+            end,
+            config.prune_frequency,
+            begin,
+        )
     return Schedule(sparsity, begin, end, config.prune_frequency, config.prune_pattern)
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from toolkit.builder.data import input_settings, to_inputs, train_transform
 from toolkit.builder.model import compile_model, create_model, train_loss
-from toolkit.builder.optimizer import create_optimizer, create_schedule, total_epochs
+from toolkit.builder.optimizer import create_optimizer, create_schedule, pruning_schedule, total_epochs
 from toolkit.cli import parse
 from toolkit.data.decode import TrainTransform, sample_generator
 from toolkit.data.loader import Batch
@@ -215,3 +215,21 @@ def test_foreach_goes_to_torch():
     config = parse(["--opt", "adamwprune", "--opt-foreach", "--sparsity", "0"])
     message = refused(lambda: create_optimizer(config, nn.Linear(2, 2), "adamwprune", 0.1, Schedule()))
     assert "'foreach' is no option" in message
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"), [([], True), (["--warmup-epochs", "2"], False), (["--warmup-prefix"], False)]
+)
+def test_a_warm_up_that_is_as_long_as_the_run_is_told(flags, told, caplog):
+    total_epochs(parse(["--opt", "adamw", "--epochs", "5", *flags]), 10)
+    assert ("does not get to --lr" in caplog.text) is told
+
+
+@pytest.mark.parametrize(("steps", "told"), [(60, True), (120, False)])
+def test_a_ramp_of_one_update_is_told(steps, told, caplog):
+    """The ramp is from 5 to 60 % of the run, with an update every 50 steps."""
+    config = parse(["--opt", "adamwprune", "--sparsity", "0.7"])
+    schedule = pruning_schedule(config, "state", steps)
+    later = range(schedule.begin_step + 1, steps + 1)  # the first update takes none
+    assert sum(map(schedule.is_update_step, later)) == (1 if told else 2)
+    assert ("the masks change once" in caplog.text) is told
