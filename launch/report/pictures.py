@@ -59,7 +59,7 @@ def _pictures(lines: Lines) -> dict[str, _Picture]:
     )
     levels, few = len({line.sparsity for line in lines}), _few(lines)
     logged = sorted({run.metrics["seed"] for run in _runs(few) if run.timeline})
-    seeds = f"seed{'s' * (len(logged) > 1)} {' '.join(map(str, logged))}"
+    seeds = f"seed{'s' * (len(logged) > 1)} {' '.join(map(str, logged))}" if len(logged) < 6 else f"{len(logged)} seeds"
     pictures: dict[str, _Picture] = {
         "pareto.png": (
             pareto,

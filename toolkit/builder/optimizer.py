@@ -117,7 +117,7 @@ def create_schedule(config: Config, optimizer: torch.optim.Optimizer, steps: int
 def total_epochs(config: Config, steps: int) -> int:
     """Epochs with cool-down, warm-up prefix and cycles, as timm's scheduler factory counts them."""
     if config.warmup_epochs >= config.epochs and not config.warmup_prefix:
-        _log.warning(
+        _log.info(
             "the learning rate does not get to --lr within the run: --warmup-epochs %g of --epochs %d; lower it",
             config.warmup_epochs,
             config.epochs,
@@ -134,7 +134,7 @@ def pruning_schedule(config: Config, method: str, total_steps: int) -> Schedule:
     if not begin < end:
         raise ValueError(f"a run of {total_steps} steps is too short to prune in; raise --epochs")
     if config.prune_frequency >= end - begin:
-        _log.warning(
+        _log.info(
             "the masks change once, at step %d: --prune-frequency %d leaves no other update from step %d on; lower it",
             end,
             config.prune_frequency,

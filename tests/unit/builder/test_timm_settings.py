@@ -221,7 +221,8 @@ def test_foreach_goes_to_torch():
     ("flags", "told"), [([], True), (["--warmup-epochs", "2"], False), (["--warmup-prefix"], False)]
 )
 def test_a_warm_up_that_is_as_long_as_the_run_is_told(flags, told, caplog):
-    total_epochs(parse(["--opt", "adamw", "--epochs", "5", *flags]), 10)
+    with caplog.at_level("INFO", logger="toolkit"):
+        total_epochs(parse(["--opt", "adamw", "--epochs", "5", *flags]), 10)
     assert ("does not get to --lr" in caplog.text) is told
 
 
@@ -229,7 +230,8 @@ def test_a_warm_up_that_is_as_long_as_the_run_is_told(flags, told, caplog):
 def test_a_ramp_of_one_update_is_told(steps, told, caplog):
     """The ramp is from 5 to 60 % of the run, with an update every 50 steps."""
     config = parse(["--opt", "adamwprune", "--sparsity", "0.7"])
-    schedule = pruning_schedule(config, "state", steps)
+    with caplog.at_level("INFO", logger="toolkit"):
+        schedule = pruning_schedule(config, "state", steps)
     later = range(schedule.begin_step + 1, steps + 1)  # the first update takes none
     assert sum(map(schedule.is_update_step, later)) == (1 if told else 2)
     assert ("the masks change once" in caplog.text) is told
