@@ -55,7 +55,8 @@ def _scores(optimizer):
     found = []
     for parameter in _prunable(optimizer):
         weight = flat_view(parameter.detach())
-        moments = {key: flat_view(value) for key, value in states[numbers[parameter]].items() if value.ndim}
+        state = states[numbers[parameter]]  # made on the host
+        moments = {key: flat_view(value).to(weight.device) for key, value in state.items() if value.ndim}
         found.append(score(weight, moments).masked_fill(weight == 0, -torch.inf))
     return torch.cat(found)
 

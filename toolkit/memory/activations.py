@@ -6,7 +6,7 @@ tell for every moment of a step what is alive at any batch size; no memory is to
 
 import itertools
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,49 +25,85 @@ FREED_AT_ONCE = 4096
 STEP_ROWS = ("gradients", "input", "activations", "weight_casts", "workspace")
 
 
-Life = tuple[str, int, int, int, torch.dtype | None]  # row, born, died (the last event: it stayed), bytes, dtype
+HALF = (torch.bfloat16, torch.float16)
+Life = tuple[str, int, int, int]  # row, born, died (the last event: it stayed), bytes
 
 
 @dataclass
 class Lifetime:
-    """One storage: its size in bytes, and the numbers of the events at which it came and went (None: it stayed)."""
+    """One storage: its size in bytes, and the numbers of the events at which it came and went (None: it stayed).
+
+    `of_weights`: a weight's own, or made of weights alone, as autocast's copy of one.
+    """
 
     size_bytes: int
     born: int
     died: int | None = None
     dtype: torch.dtype | None = None
+    of_weights: bool = False
 
 
 class StorageTracker(TorchDispatchMode):
-    """Records the lifetime of every storage made while it is active; an event is a birth or a death."""
+    """Records the lifetime of every storage made while it is active; an event is a birth or a death.
+
+    What FSDP2 gathers is made of no tensor, has as many elements as a weight (`weight_numels`), and is freed and had
+    again by resizing its storage, which no operator tells: such storages are looked at before each operator.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.lifetimes: list[Lifetime] = []
         self.events = 0
+        self.weight_numels: set[int] = set()
         self._alive: dict[int, Lifetime] = {}
+        self._gathered: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operator and note the storages it made."""
+        self._note_resized()
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor) and self.of(leaf) is None and leaf.untyped_storage().nbytes():
-                self._follow(leaf, self.events)
-                self.events += 1
+                self._note_born(leaf, [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)])
         return result
 
-    def _follow(self, tensor: Tensor, born: int) -> Lifetime:
+    def _note_born(self, tensor: Tensor, sources: list[Tensor]) -> None:
         storage, key = tensor.untyped_storage(), storage_key(tensor)
-        lifetime = self._alive[key] = Lifetime(storage.nbytes(), born, dtype=tensor.dtype)
+        origins = [self.of(source) for source in sources]
+        made = self._follow(storage, key, tensor.dtype, self.events)
+        self.events += 1
+        if not sources or key in map(storage_key, sources):  # the latter was there before, shrunk to nothing
+            made.of_weights = storage.nbytes() // tensor.itemsize in self.weight_numels
+            if made.of_weights:
+                self._gathered[key] = weakref.ref(storage)
+        else:
+            made.of_weights = all(origin and origin.of_weights for origin in origins)
+
+    def _follow(self, storage: torch.UntypedStorage, key: int, dtype: torch.dtype | None, born: int) -> Lifetime:
+        lifetime = self._alive[key] = Lifetime(storage.nbytes(), born, dtype=dtype)
         self.lifetimes.append(lifetime)
         weakref.finalize(storage, self._died, key, lifetime)
         return lifetime
 
     def _died(self, key: int, lifetime: Lifetime) -> None:
-        lifetime.died = self.events
-        self.events += 1
+        if lifetime.died is None:
+            lifetime.died = self.events
+            self.events += 1
         if self._alive.get(key) is lifetime:
             del self._alive[key]
+            self._gathered.pop(key, None)
+
+    def _note_resized(self) -> None:
+        for key, reference in list(self._gathered.items()):
+            storage, lifetime = reference(), self._alive[key]
+            if storage is None or storage.nbytes() == (0 if lifetime.died is not None else lifetime.size_bytes):
+                continue
+            if lifetime.died is None:
+                lifetime.died = self.events
+                self.events += 1
+            if storage.nbytes():
+                self._follow(storage, key, lifetime.dtype, self.events).of_weights = True
+                self.events += 1
 
     def of(self, tensor: Tensor) -> Lifetime | None:
         """The lifetime of a tensor's storage, None if it was there before."""
@@ -75,12 +111,12 @@ class StorageTracker(TorchDispatchMode):
 
     def stands(self, tensor: Tensor) -> Lifetime:
         """Count a tensor's storage as one that is there from the start, unless it is known already."""
-        return self.of(tensor) or self._follow(tensor, 0)
+        return self.of(tensor) or self._follow(tensor.untyped_storage(), storage_key(tensor), tensor.dtype, 0)
 
-    def forget(self, tensors: Iterator[Tensor]) -> None:
+    def forget(self, tensors: Iterable[Tensor], *, weights: bool = False) -> None:
         """Leave out tensors that were there before."""
         for tensor in tensors:
-            self._alive[storage_key(tensor)] = Lifetime(0, 0)
+            self._alive[storage_key(tensor)] = Lifetime(0, 0, of_weights=weights)
 
 
 @dataclass(frozen=True)
@@ -148,10 +184,8 @@ def track_step(
         raise ValueError("the model's operations depend on the batch size; its memory cannot be predicted from two")
     small, large = batch_sizes
     storages = []
-    for (row, born, died, size, dtype), (_, _, _, other_size, _) in zip(first, second, strict=True):
+    for (row, born, died, size), (_, _, _, other_size) in zip(first, second, strict=True):
         slope = (other_size - size) / (large - small)
-        if row == "activations" and slope == 0 and dtype is amp_dtype:
-            row = "weight_casts"
         storages.append((row, born, died, size - slope * small, slope))
     return StepMemory(tuple(storages), events)
 
@@ -171,7 +205,8 @@ def _track(
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
         _make_fake(model, fake)
         tracker = StorageTracker()
-        tracker.forget(tensor for tensor in (*model.parameters(), *model.buffers()))
+        tracker.forget(model.buffers())
+        tracker.forget(model.parameters(), weights=True)
         gradients: list[Lifetime | None] = []
 
         def free(parameter: Tensor) -> None:
@@ -207,10 +242,14 @@ def _make_fake(model: nn.Module, fake: FakeTensorMode) -> None:
 
 
 def classify(tracker: StorageTracker, names: Mapping[int, str], forward_end: int) -> list[Life]:
-    """What each storage was: its row is its name by id, or else activations (alive when forward ends), or workspace."""
+    """What each storage was: its row is its name by id, or else activations (alive when forward ends), or workspace.
+
+    Of the activations, half precision made of weights alone is weight_casts.
+    """
     lives = []
     for one in tracker.lifetimes:
         died = tracker.events if one.died is None else one.died
-        row = names.get(id(one)) or ("activations" if one.born < forward_end <= died else "workspace")
-        lives.append((row, one.born, died, one.size_bytes, one.dtype))
+        held = "weight_casts" if one.of_weights and one.dtype in HALF else "activations"
+        row = names.get(id(one)) or (held if one.born < forward_end <= died else "workspace")
+        lives.append((row, one.born, died, one.size_bytes))
     return lives

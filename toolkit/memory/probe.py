@@ -4,7 +4,6 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
-import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -26,13 +25,14 @@ class StepProbe:
         self._tracker = StorageTracker()
         self._names: dict[int, str] = {}  # of lifetimes, by id; the tracker keeps them alive
         self._forward_end = self._backward_end = 0
-        self._weights: set[int] = set()
         self.rows: dict[str, int] = {}
         self.part = ""
 
     def __enter__(self) -> Self:
-        weights = self._name_owners().get("weights", [])
-        self._weights = {weight.numel() for weight in weights if weight.itemsize > 2}  # others are cast by nobody
+        for weight in self._name_owners().get("weights", []):
+            if weight.itemsize > 2:  # others are cast by nobody
+                self._tracker.stands(to_local(weight)).of_weights = True
+                self._tracker.weight_numels.add(weight.numel())
         self._tracker.__enter__()
         return self
 
@@ -55,11 +55,7 @@ class StepProbe:
         return owners
 
     def _add_up(self, owners: Owners) -> None:
-        lives = []
-        for row, born, died, size, dtype in classify(self._tracker, self._names, self._forward_end):
-            half = dtype in (torch.bfloat16, torch.float16)
-            cast = row == "activations" and half and size // 2 in self._weights
-            lives.append(("weight_casts" if cast else row, born, died, size))
+        lives = classify(self._tracker, self._names, self._forward_end)
         self.rows, moment = rows_at_peak(lives, self._tracker.events, (*owners, *STEP_ROWS))
         self.part = "forward" if moment < self._forward_end else "backward" if moment < self._backward_end else "update"
 

@@ -1,0 +1,80 @@
+"""Copies of weights in half precision: told from activations of the same size, and gone where FSDP2 shrinks them."""
+
+import weakref
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from toolkit.memory.activations import StorageTracker
+from toolkit.memory.probe import StepProbe
+
+WIDTH = 64
+
+
+def layers(count):
+    return nn.Sequential(*[nn.Sequential(nn.Linear(WIDTH, WIDTH, bias=False), nn.ReLU()) for _ in range(count)])
+
+
+def test_an_activation_as_large_as_a_weight_is_no_copy_of_it():
+    model = layers(3)
+    images = torch.randn(WIDTH, WIDTH, requires_grad=True)  # each output has as many elements as each weight
+    with StepProbe(lambda: {"weights": list(model.parameters())}) as probe:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(images).float().sum()
+        probe.forward_done()
+        loss.backward()
+        probe.backward_done()
+    assert probe.rows["weight_casts"] == 3 * 2 * WIDTH * WIDTH
+    assert probe.rows["activations"] >= 3 * 2 * WIDTH * WIDTH
+
+
+class _Checked(StorageTracker):
+    """Keeps the storages it follows, so that what it says is alive can be compared with what they hold."""
+
+    def __init__(self):
+        super().__init__()
+        self.followed = []
+
+    def _follow(self, storage, key, *more):
+        self.followed.append(weakref.ref(storage))
+        return super()._follow(storage, key, *more)
+
+    def check(self):
+        self._note_resized()
+        held = {id(one): one.nbytes() for one in (reference() for reference in self.followed) if one is not None}
+        alive = sum(one.size_bytes for one in self.lifetimes if one.died is None)
+        assert alive == sum(held.values())
+        return alive
+
+
+@pytest.fixture
+def one_rank_group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_what_fsdp2_gathers_is_gone_when_its_storage_is_shrunk(one_rank_group):
+    """In the second step the shrunk storages of the first are filled again: they are no new ones."""
+    model, options = layers(3), {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16)}
+    mesh = init_device_mesh("cpu", (1,))
+    for layer in model:
+        fully_shard(layer, mesh=mesh, **options)
+    fully_shard(model, mesh=mesh, **options)
+    for _ in range(2):
+        tracker = _Checked()
+        tracker.weight_numels = {WIDTH * WIDTH}
+        with tracker:
+            loss = model(torch.randn(2, WIDTH)).float().sum()
+            after_forward = tracker.check()
+            loss.backward()
+            tracker.check()
+        gathered = [one for one in tracker.lifetimes if one.of_weights and one.dtype is torch.bfloat16]
+        assert len(gathered) >= 2 * 3 - 1  # in forward, and all but the last anew in backward
+        assert all(one.died is not None for one in gathered)
+        assert after_forward < 2 * WIDTH * WIDTH  # none of the three is there
+        model.zero_grad()
