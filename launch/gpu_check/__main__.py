@@ -29,7 +29,7 @@ def _archive(work: Path, out: Path) -> list[dict[str, Any]]:
     for study in sorted({path.parents[1] for path in work.glob("**/args.yaml")}):
         with contextlib.suppress(ValueError):  # no complete run in it yet
             runs, name = read_runs(study)[0], "-".join(study.relative_to(work).parts)
-            write_runs(runs, out / f"{name}.jsonl.gz")
+            write_runs(runs, out / f"{name}.jsonl.xz")
             rows += [run_row(run, name) for run in runs]
     return rows
 

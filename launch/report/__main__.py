@@ -1,6 +1,6 @@
 """`python -m launch.report RUNS --out results/<study>`: runs -> report.md, report.html, tables and pictures.
 
-RUNS is a folder of run folders or the runs.jsonl.gz of a report, which has them all. Every figure is read from there;
+RUNS is a folder of run folders or the runs.jsonl.xz of a report, which has them all. Every figure is read from there;
 nothing is typed in. Final-epoch accuracy is the headline, the best epoch stands beside it.
 """
 
@@ -20,10 +20,10 @@ def main(argv: list[str] | None = None) -> int:
         "launch.report",
         __doc__,
         {
-            "runs": {"type": Path, "help": "folder of run folders, as runs/demo; one of these; or a runs.jsonl.gz"},
+            "runs": {"type": Path, "help": "folder of run folders, as runs/demo; one of these; or a runs.jsonl.xz"},
             "--out": {"type": Path, "help": "folder of the report, or a file FILE.md for its tables alone"},
             "--baseline": {"metavar": "NAME", "help": "method, or one of its runs, that rankings subtract from"},
-            "--brief": {"action": "store_true", "help": "only report.md, its pictures, summary.json, runs.jsonl.gz"},
+            "--brief": {"action": "store_true", "help": "only report.md, its pictures, summary.json, runs.jsonl.xz"},
             "--unpack": {"type": Path, "metavar": "FOLDER", "help": "write the runs as run folders below FOLDER"},
         },
     )

@@ -1,6 +1,6 @@
 """Reads and keeps the runs of a study: a folder of run folders, or one file.
 
-`runs.jsonl.gz` has a line a run, in the order they were started: name, made_by (the command of all), args, metrics,
+`runs.jsonl.xz` has a line a run, in the order they were started: name, made_by (the command of all), args, metrics,
 memory, epochs (summary.csv) and timeline (memory_timeline.csv; empty where it was not kept). The same runs give the
 same bytes.
 """
@@ -8,6 +8,7 @@ same bytes.
 import csv
 import gzip
 import json
+import lzma
 import os
 import time
 import zlib
@@ -22,7 +23,7 @@ from toolkit.engine.history import is_complete
 from toolkit.files import JSON_LIMIT_BYTES, check_name, csv_text, inside, read_json, write_atomically
 
 COMMAND_FILE = "command.txt"  # of launch.matrix, beside the run folders
-RUNS_FILE = "runs.jsonl.gz"
+RUNS_FILE = "runs.jsonl.xz"
 
 
 def read_runs(source: Path) -> tuple[list[CellRun], list[str]]:
@@ -83,8 +84,8 @@ def _read_settings(path: Path) -> dict[str, Any]:
 
 
 def _lines(path: Path) -> Iterator[bytes]:
-    """The lines of the file; a bomb's are not held."""
-    with gzip.open(path) as file:
+    """The lines of the file, gzip in studies of before; a bomb's are not held."""
+    with lzma.open(path) if path.suffix == ".xz" else gzip.open(path) as file:
         while line := file.readline(JSON_LIMIT_BYTES + 1):
             if len(line) > JSON_LIMIT_BYTES:
                 raise ValueError(f"a line has more than {JSON_LIMIT_BYTES:,} bytes")
@@ -101,7 +102,7 @@ def _read_file(path: Path) -> list[CellRun]:
             runs.append(CellRun(path.parent / "cells" / run["name"], *records))
         if not runs:
             raise ValueError("no run in it")
-    except (gzip.BadGzipFile, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
+    except (gzip.BadGzipFile, lzma.LZMAError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not what launch.report keeps of a study ({error!r}); give a {RUNS_FILE}") from None
     return runs
 
@@ -120,7 +121,8 @@ def write_runs(runs: Sequence[CellRun], path: Path) -> None:
         }
         for run in runs
     ]
-    write_atomically(path, gzip.compress("".join(map(_compact, lines)).encode(), mtime=0))
+    # Runs are alike, and a line has more than the 32 KiB that gzip looks back: xz makes a quarter of its size.
+    write_atomically(path, lzma.compress("".join(map(_compact, lines)).encode()))
 
 
 def unpack(runs: Sequence[CellRun], folder: Path) -> None:

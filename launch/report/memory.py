@@ -15,7 +15,7 @@ Measured: all that was alive at the fullest moment of one probed step a phase, a
 Predicted: before the run, from fake tensors and arithmetic.
 With several CPU ranks a step may hold more than predicted: convolutions take another path on one thread.
 Where the batch is small the fullest moment lies in the update.
-Its copies (torch's own optimizers make some) are not predicted. Every row of every rank is in runs.jsonl.gz."""
+Its copies (torch's own optimizers make some) are not predicted. Every row of every rank is in runs.jsonl.xz."""
 _STUDY_NOTE = """\
 Mean and peak are taken as the study took them: whole-device use, read once a second over the process's life.
 Each reading is cut down to whole MiB. Top-1 per 1,000 MiB divides by the mean.

@@ -33,11 +33,11 @@ def test_the_stand_in_runs_to_its_end(few_digits, tmp_path):
         assert len(pairs) == log.read_text().count("Resumed from")
         assert all(before["step"] < after["step"] for before, after in pairs)
     assert ("## Memory before and after a resume, MiB" in page) == any(resumed.values())
-    assert len(read_runs(tmp_path / "out" / f"{study}.jsonl.gz")[0]) == 2
+    assert len(read_runs(tmp_path / "out" / f"{study}.jsonl.xz")[0]) == 2
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "gpu_check.json",
         "gpu_check.md",
         "study.md",
-        f"{study}.jsonl.gz",
-        f"{few_digits.name}-variants.jsonl.gz",
+        f"{study}.jsonl.xz",
+        f"{few_digits.name}-variants.jsonl.xz",
     }

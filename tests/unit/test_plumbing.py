@@ -68,7 +68,7 @@ def test_ctrl_c_says_what_is_left(capsys):
     [
         ("shards.digits", "sklearn", ["--out", "{out}"]),
         ("shards.synthetic", "numpy", ["--out", "{out}"]),
-        ("launch.report", "torch", ["results/demo/runs.jsonl.gz", "--out", "{out}"]),
+        ("launch.report", "torch", ["results/demo/runs.jsonl.xz", "--out", "{out}"]),
         ("launch.estimate", "torch", ["launch/matrices/digits.yaml"]),
     ],
 )

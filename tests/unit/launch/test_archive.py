@@ -1,7 +1,8 @@
-"""What is committed of a study is all of it: the tables come out of runs.jsonl.gz as they are beside it."""
+"""What is committed of a study is all of it: the tables come out of runs.jsonl.xz as they are beside it."""
 
 import dataclasses
 import gzip
+import lzma
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ KEPT = sorted(RESULTS.rglob(RUNS_FILE))
 
 
 def content(path):
-    return gzip.decompress(path.read_bytes())  # another zlib may compress otherwise
+    return lzma.decompress(path.read_bytes())  # another liblzma may compress otherwise
 
 
 def without_folder(runs):
@@ -37,8 +38,8 @@ def test_a_committed_study_reads_back_to_its_tables(path, tmp_path):
     runs, left_out = read_runs(path)
     assert not left_out
     assert summary_csv(group_by_method(runs)).encode() == (path.parent / "summary.csv").read_bytes()
-    write_runs(runs, tmp_path / "again.gz")
-    assert content(tmp_path / "again.gz") == content(path)
+    write_runs(runs, tmp_path / "again.xz")
+    assert content(tmp_path / "again.xz") == content(path)
 
 
 def test_unpacked_runs_are_the_same_runs_in_the_same_order(tmp_path):
@@ -48,10 +49,18 @@ def test_unpacked_runs_are_the_same_runs_in_the_same_order(tmp_path):
     assert without_folder(read_runs(again[0].folder)[0]) == without_folder(again[:1])
     assert without_folder(again) == without_folder(runs)
     assert summary(again, group_by_method(again)) == summary(runs, group_by_method(runs))
-    write_runs(again, tmp_path / "a.gz")
-    write_runs(again, tmp_path / "b.gz")
-    assert (tmp_path / "a.gz").read_bytes() == (tmp_path / "b.gz").read_bytes()
-    assert content(tmp_path / "a.gz") == content(kept)
+    write_runs(again, tmp_path / "a.xz")
+    write_runs(again, tmp_path / "b.xz")
+    assert (tmp_path / "a.xz").read_bytes() == (tmp_path / "b.xz").read_bytes()
+    assert content(tmp_path / "a.xz") == content(kept)
+
+
+def test_a_file_of_before_is_read(tmp_path):
+    """It was gzip."""
+    kept = RESULTS / "demo" / RUNS_FILE
+    before = tmp_path / "runs.jsonl.gz"
+    before.write_bytes(gzip.compress(content(kept)))
+    assert without_folder(read_runs(before)[0]) == without_folder(read_runs(kept)[0])
 
 
 def test_many_runs_unpacked_at_once_keep_their_order(tmp_path):
@@ -75,7 +84,7 @@ def test_a_report_of_the_file_equals_one_of_the_folders(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "damage", [b"", b"no gzip", gzip.compress(b'{"name": "x"}\n', mtime=0), gzip.compress(b"{", mtime=0)]
+    "damage", [b"", b"no xz", lzma.compress(b'{"name": "x"}\n'), lzma.compress(b"{"), lzma.compress(b"{}")[:20]]
 )
 def test_a_damaged_file_is_named(tmp_path, capsys, damage):
     path = tmp_path / RUNS_FILE

@@ -20,7 +20,7 @@ from launch.report.charts import as_json
 from launch.report.html import as_code, as_text, to_html
 
 ROOT = Path(__file__).parents[3]
-RUNS = ROOT / "results" / "demo" / "runs.jsonl.gz"
+RUNS = ROOT / "results" / "demo" / "runs.jsonl.xz"
 SOURCES = ROOT / "launch" / "report" / "page"
 SCRIPT = "<script>alert(1)</script>"
 MARKUP = " ".join(

@@ -18,7 +18,7 @@ RESULTS = Path(__file__).parents[3] / "results"
 
 
 def groups_of(study):
-    return group_by_method(read_runs(RESULTS / study / "runs.jsonl.gz")[0])
+    return group_by_method(read_runs(RESULTS / study / "runs.jsonl.xz")[0])
 
 
 def drawn(draw, lines):
@@ -53,7 +53,7 @@ def test_of_many_methods_a_few_are_shown_with_all_seeds_in_their_colour():
 
 def test_the_sparsity_shown_of_many_methods_is_one_in_colour():
     """Of these the two worst ran at 95 %, all others at 70 %."""
-    runs, _ = read_runs(RESULTS / "digits" / "runs.jsonl.gz")
+    runs, _ = read_runs(RESULTS / "digits" / "runs.jsonl.xz")
     others = [run for run in runs if not run.is_ours]
     low = group_by_method([run for run in others if run.sparsity == 0.95])
     worst = {low[name][0].name for name in sorted(low, key=lambda name: top1(low[name]))[:2]}

@@ -1,7 +1,7 @@
 """The report's section on the moments' precision: made-up accuracies and zeros around a real run folder."""
 
-import gzip
 import json
+import lzma
 import math
 import shutil
 from pathlib import Path
@@ -15,7 +15,7 @@ from launch.report.archive import read_runs, unpack
 from toolkit.dist import World
 from toolkit.engine.checkpoint import save_checkpoint
 
-DEMO = Path(__file__).parents[3] / "results" / "demo" / "runs.jsonl.gz"
+DEMO = Path(__file__).parents[3] / "results" / "demo" / "runs.jsonl.xz"
 FLOAT32, INT8, AUTO = {"state_dtype": "float32"}, {"state_dtype": "int8"}, {"state_budget": "auto"}
 HALF = AUTO | {"model_dtype": "bfloat16"}  # without --amp, where the others have it
 # sparsity, settings -> of seed 0, 1: final top-1 and the zeros among eight prunable weights
@@ -110,10 +110,10 @@ def test_differences_and_agreement_known_by_hand(runs, tmp_path):
 def test_the_archive_tells_the_same_without_checkpoints(runs, tmp_path):
     first, again = tmp_path / "first" / "study", tmp_path / "again" / "study"
     assert main([str(runs), "--out", str(first)]) == 0
-    assert main([str(first / "runs.jsonl.gz"), "--out", str(again)]) == 0
+    assert main([str(first / "runs.jsonl.xz"), "--out", str(again)]) == 0
     assert main([str(first / "cells"), "--out", str(tmp_path / "third" / "study.md")]) == 0
     assert table_of(again / "report.md") == table_of(first / "report.md") == table_of(tmp_path / "third" / "study.md")
-    archives = [gzip.decompress((out / "runs.jsonl.gz").read_bytes()) for out in (first, again)]
+    archives = [lzma.decompress((out / "runs.jsonl.xz").read_bytes()) for out in (first, again)]
     assert archives[0] == archives[1]
     assert "Precision of moments and weights</h2>" in (first / "report.html").read_text()
 

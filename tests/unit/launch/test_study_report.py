@@ -24,7 +24,7 @@ from launch.report.verdict import picks, verdict_section
 
 ROOT = Path(__file__).parents[3]
 RESULTS = ROOT / "results"
-DEMO = RESULTS / "demo" / "runs.jsonl.gz"
+DEMO = RESULTS / "demo" / "runs.jsonl.xz"
 TOP1 = {  # label -> seed -> final top-1
     "resnet18_adamw_none": {0: 99.0, 1: 99.2, 2: 99.1},
     "resnet18_adamw_movement_70": {0: 97.0, 1: 97.2, 2: 97.1},
@@ -332,6 +332,6 @@ def test_a_brief_report_keeps_its_runs_too(runs, tmp_path, capsys):
     assert main([str(runs), "--out", str(tmp_path / "brief"), "--brief"]) == 0
     assert capsys.readouterr().err.endswith("brief/report.md\n")
     names = {path.name for path in (tmp_path / "brief").iterdir() if path.suffix != ".png"}
-    assert names == {"report.md", "summary.json", "runs.jsonl.gz"}
-    again = read_runs(tmp_path / "brief" / "runs.jsonl.gz")[0]
+    assert names == {"report.md", "summary.json", "runs.jsonl.xz"}
+    again = read_runs(tmp_path / "brief" / "runs.jsonl.xz")[0]
     assert [run.metrics for run in again] == [run.metrics for run in read_runs(runs)[0]]
