@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from launch.matrix import menu
-from launch.matrix.ranges import expand
+from launch.matrix.ranges import expand, seeds_of
 from launch.matrix.symbols import load as load_symbols
 from launch.start import accelerate_launch
 from toolkit.cli import parse
@@ -80,7 +80,12 @@ def load_matrix(path: Path, seeds: Sequence[int] | None = None, overrides: Seque
 SELECTION: dict[str, dict[str, Any]] = {
     "file": {"type": Path, "help": "matrix: a YAML of launch/matrices, a defconfig, or .config"},
     "--only": {"default": "*", "metavar": "GLOB", "help": "cells whose name matches"},
-    "--seeds": {"type": int, "nargs": "+", "help": "instead of the file's"},
+    "--seeds": {
+        "type": seeds_of,
+        "nargs": "+",
+        "metavar": "SEED",
+        "help": "instead of the file's; 35:94:1 is 35 to 94",
+    },
     "--model": {"help": "instead of the recipe's"},
     "--epochs": {"type": int, "help": "instead of the recipe's"},
     "--data-dir": {"help": "instead of the recipe's"},
@@ -91,7 +96,7 @@ def selected(options: argparse.Namespace) -> tuple[Matrix, list[Cell]]:
     """The matrix and those of its cells that the flags choose. Raises ValueError where there are none."""
     given = {"--model": options.model, "--epochs": options.epochs, "--data-dir": options.data_dir}
     overrides = [part for flag, value in given.items() if value is not None for part in (flag, str(value))]
-    matrix = load_matrix(options.file, options.seeds, overrides)
+    matrix = load_matrix(options.file, options.seeds and list(itertools.chain(*options.seeds)), overrides)
     cells = [cell for cell in matrix.cells if fnmatch.fnmatch(cell.name, options.only)]
     if not cells:
         names = ", ".join(cell.name for cell in matrix.cells)

@@ -1,5 +1,6 @@
 """`0.5:0.9:0.1` in a matrix file or a menu: 0.5, 0.6, 0.7, 0.8, 0.9, in decimals as they are written."""
 
+import argparse
 import re
 from decimal import Decimal
 from typing import Any
@@ -16,6 +17,14 @@ def expand(values: Any) -> list[Any]:
     """
     every = values if isinstance(values, list) else [values]
     return [value for entry in every for value in (_numbers(entry) if isinstance(entry, str) else [entry])]
+
+
+def seeds_of(text: str) -> list[int]:
+    """A flag's seed, or those of a range. Raises argparse.ArgumentTypeError for anything else."""
+    try:
+        return [int(str(number)) for number in expand(text)]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no seed or range; write 3, or 35:94:1") from None
 
 
 def _numbers(text: str) -> list[Any]:

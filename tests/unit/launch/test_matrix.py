@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -179,6 +180,18 @@ def test_ranges_are_their_decimals(first, step, steps, scale):
 def test_a_range_that_leads_nowhere_is_an_error(text):
     with pytest.raises(ValueError, match=f"range {text}: "):
         expand([text])
+
+
+def test_seeds_of_the_command_line_may_be_ranges(tmp_path, capsys):
+    flags = ["--only", "*_adamw_none*", "--out", str(tmp_path), "--dry-run"]
+    assert main([str(ROOT / "launch/matrices/digits.yaml"), "--seeds", "7", "3:5:1", *flags]) == 0
+    found = re.findall(r"--seed (\d+)", capsys.readouterr().out)
+    assert found == ["7", "3", "4", "5"]
+    for text in ("3x", "5:1:1", "1:2:0.5"):
+        with pytest.raises(SystemExit) as stop:
+            main([str(ROOT / "launch/matrices/digits.yaml"), "--seeds", text, *flags])
+        assert stop.value.code == 2
+        assert f"{text!r} is no seed or range" in capsys.readouterr().err
 
 
 def test_what_is_no_range_stays():
