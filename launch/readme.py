@@ -118,7 +118,7 @@ def _notes(study: Mapping[str, Any], bench: Mapping[str, Any], timed: Sequence[M
     stepped = " / ".join(f"{one['device'].removeprefix('CPU: ')} ({one['kind'].upper()})" for one in machines)
     return [
         f"State: bytes a weight that optimizer and pruning keep; on {model} `adamwprune` ends at {end:.2f} for 70 %.",
-        f"State and top-1: {run['model']}, {run['epochs']} epochs, {trained}; by "
+        f"State and top-1: {run['model']}, {run['epochs']} epochs, float32 moments, {trained}; by "
         "`python -m launch.matrix launch/matrices/digits.yaml`.",
         f"Step: {model}, medians; by `python -m launch.bench optim --out results/bench`. On {stepped}. On a GPU: "
         + (f"{' / '.join(one['device'] for one in timed)}, device time." if timed else "not measured yet."),

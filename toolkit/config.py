@@ -134,12 +134,12 @@ class Config:
     )
     state_dtype: str | None = flag(
         None,
-        "of the moments that --pruning state keeps; the weights' own by default",
+        "of the moments that --pruning state keeps, instead of --state-budget",
         choices=("float32", "bfloat16", "int8"),
     )
     state_budget: float | str | None = flag(
         None,
-        "bytes that state pruning keeps for a prunable weight at most, or auto; the moments' dtype follows",
+        "bytes that state pruning keeps for a prunable weight at most; auto where none is given",
         kind=number_or_auto,
         within="(0, inf)",
     )

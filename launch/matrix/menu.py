@@ -84,7 +84,7 @@ def _cells_of(opt: str, on: set[str], sparsities: list[float]) -> list[dict[str,
     from toolkit.optim.registry import find_spec, specs
 
     ours = {spec.name: spec.base for spec in specs() if spec.is_ours}
-    kept: list[dict[str, Any]] = [{}, {"state_budget": "auto"}] if "PRUNING_STATE_BUDGET" in on else [{}]
+    kept: list[dict[str, Any]] = [{}, {"state_dtype": "float32"}] if "PRUNING_STATE_FLOAT32" in on else [{}]
     goals: list[dict[str, Any]] = [{"sparsity": share} for share in sparsities]
     if "PRUNING_PATTERN_2_4" in on:
         goals.append({"prune_pattern": "2:4"})
@@ -92,7 +92,7 @@ def _cells_of(opt: str, on: set[str], sparsities: list[float]) -> list[dict[str,
         scopes: list[dict[str, Any]] = [{}, {"prune_scope": "layer"}] if "PRUNING_CHANNEL_LAYER" in on else [{}]
         goals += [{"prune_pattern": "channel", "sparsity": share, **scope} for share in sparsities for scope in scopes]
     if opt in ours:
-        return [{"opt": opt, **goal, **budget} for goal in goals if "PRUNING_ENABLE_STATE" in on for budget in kept]
+        return [{"opt": opt, **goal, **moments} for goal in goals if "PRUNING_ENABLE_STATE" in on for moments in kept]
     offered = {
         "MAGNITUDE": {"pruning": "magnitude"},
         "MOVEMENT": {"pruning": "movement"},
@@ -101,7 +101,7 @@ def _cells_of(opt: str, on: set[str], sparsities: list[float]) -> list[dict[str,
     methods = [settings for name, settings in offered.items() if f"PRUNING_ENABLE_{name}" in on]
     # adamw's pruning by state is adamwprune itself.
     if "PRUNING_STATE_ALL" in on and opt not in ours.values() and find_spec(f"{opt}-state"):
-        methods += [{"pruning": "state", **budget} for budget in kept]
+        methods += [{"pruning": "state", **moments} for moments in kept]
     dense = [{"opt": opt, "pruning": "none"}] if "PRUNING_ENABLE_NONE" in on else []
     return dense + [{"opt": opt, **method, **goal} for method in methods for goal in goals]
 

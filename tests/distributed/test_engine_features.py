@@ -27,7 +27,7 @@ from toolkit.errors import InterruptedRunError
 
 LAYER = "blocks.0.attn.qkv.weight"
 SHARDED = [engine for engine in ENGINES if engine != "ddp"]
-PRUNED = ("--opt", "adamwprune", "--sparsity", "0.7")
+PRUNED = ("--opt", "adamwprune", "--sparsity", "0.7", "--state-dtype", "float32")
 SHORT = ("--epochs", "2", "--val-interval", "2")
 # Half precision makes another thousandth of a weight's last bit: an update that is the same bit for bit everywhere.
 EXACT = ("--opt", "momentum", "--pruning", "movement", "--lr", "3e-2")

@@ -38,13 +38,14 @@ def train(rank, engine, flags):
     }
 
 
+FLOAT32 = ["--state-dtype", "float32"]  # other moments are coded by each rank on its own: masks agree to rounding
 METHODS = {
-    "adamwprune": ["--opt", "adamwprune", "--sparsity", "0.7"],
+    "adamwprune": ["--opt", "adamwprune", "--sparsity", "0.7", *FLOAT32],
     "movement": ["--opt", "momentum", "--pruning", "movement", "--sparsity", "0.7", "--lr", "3e-2"],
     "displacement": ["--opt", "adamwspam-movement", "--prune-score", "displacement", "--sparsity", "0.5"],
-    "sgdprune, regrowth": ["--opt", "sgdprune", "--sparsity", "0.7", "--prune-regrow", "0.2", "--lr", "3e-2"],
+    "sgdprune, regrowth": ["--opt", "sgdprune", "--sparsity", "0.7", "--prune-regrow", "0.2", "--lr", "3e-2", *FLOAT32],
     "magnitude": ["--opt", "adamw", "--pruning", "magnitude", "--sparsity", "0.7"],
-    "adam-state, accumulation": ["--opt", "adam-state", "--sparsity", "0.9", "--grad-accum-steps", "2"],
+    "adam-state, accumulation": ["--opt", "adam-state", "--sparsity", "0.9", "--grad-accum-steps", "2", *FLOAT32],
 }
 
 
@@ -89,8 +90,8 @@ def test_the_same_masks_on_every_engine(flags, method):
 
 
 PATTERNS = {
-    "2:4": ["--opt", "adamwprune", "--prune-pattern", "2:4"],
-    "channel": ["--opt", "sgdprune", "--prune-pattern", "channel", "--sparsity", "0.4", "--lr", "3e-2"],
+    "2:4": ["--opt", "adamwprune", "--prune-pattern", "2:4", *FLOAT32],
+    "channel": ["--opt", "sgdprune", "--prune-pattern", "channel", "--sparsity", "0.4", "--lr", "3e-2", *FLOAT32],
 }
 
 

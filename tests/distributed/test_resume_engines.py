@@ -65,15 +65,14 @@ WAYS = [
 ]
 
 
+METHOD = ["--opt", "adamwprune", "--sparsity", "0.7", "--state-dtype", "float32"]
+METHOD += ["--opt-eps", "1e-6", "--opt-kwargs", "implementation=reference"]
 LONG = [pytest.param(*way, marks=pytest.mark.long) for way in WAYS]
 SHORT = [("ddp", 2, [("fsdp2", 2), ("zero2", 2)]), ("zero3", 2, [("ddp", 1)])]
 
 
 @pytest.mark.parametrize(("saved_by", "ranks", "ways"), [*SHORT, *LONG])
-@pytest.mark.parametrize(
-    "method",
-    [["--opt", "adamwprune", "--sparsity", "0.7", "--opt-eps", "1e-6", "--opt-kwargs", "implementation=reference"]],
-)
+@pytest.mark.parametrize("method", [METHOD])
 def test_any_engine_goes_on_from_any_other(flags, tmp_path, saved_by, ranks, ways, method):
     import shutil
 

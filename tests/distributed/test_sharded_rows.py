@@ -42,7 +42,8 @@ def rows_of(engine, output, data, *more, ranks=2):
     return found
 
 
-METHODS = {"adamw": ["--opt", "adamw"], "adamwprune": ["--opt", "adamwprune", "--sparsity", "0.7"]}
+FLOAT32 = ["--state-dtype", "float32"]
+METHODS = {"adamw": ["--opt", "adamw"], "adamwprune": ["--opt", "adamwprune", "--sparsity", "0.7", *FLOAT32]}
 QUICK = [("fsdp2", "adamwprune"), ("zero3", "adamwprune")]  # ZeRO-1 and AdamW are below
 ALL = [
     case if case in QUICK else pytest.param(*case, marks=pytest.mark.long)

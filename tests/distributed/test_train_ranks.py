@@ -46,7 +46,7 @@ def _train(rank, flags, dtype, poison=None):
 
 
 METHODS = {
-    "adamwprune": ["--opt", "adamwprune", "--sparsity", "0.7"],
+    "adamwprune": ["--opt", "adamwprune", "--sparsity", "0.7", "--state-dtype", "float32"],
     "start": ["--opt", "adamwprune", "--sparsity", "0.9", "--prune-start", "0.6", "--state-budget", "auto"],
     "movement": ["--opt", "momentum", "--pruning", "movement", "--sparsity", "0.7"],
     "magnitude": ["--opt", "adamw", "--pruning", "magnitude", "--sparsity", "0.7", "--clip-grad", "1"],

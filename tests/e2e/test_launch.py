@@ -65,7 +65,7 @@ def test_matrix_and_report(few_digits, tmp_path):
     report = [sys.executable, "-m", "launch.report", str(runs), "--out", str(out)]
     done = subprocess.run(report, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert "adamwprune 90 %" in done.stdout
+    assert "adamwprune budget auto 90 %" in done.stdout
     text = (out / "report.md").read_text()
     assert f"| 90 % | {100 * metrics['final_sparsity']:.4f} % |" in text
     assert "No figure below is GPU memory" in "\n".join(text.splitlines()[:4])

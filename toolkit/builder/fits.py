@@ -25,7 +25,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {  # in the table's order: settings by t
     "SGD": {"opt": "sgd"},
     "AdamW": {"opt": "adamw"},
     "8-bit AdamW": {"opt": "adamwprune", "sparsity": 0.0, "state_dtype": "int8"},
-    "adamwprune float32": {"opt": "adamwprune", "sparsity": SPARSITY},
+    "adamwprune float32": {"opt": "adamwprune", "sparsity": SPARSITY, "state_dtype": "float32"},
     "adamwprune budget": {"opt": "adamwprune", **_BUDGET},
     "sgdprune budget": {"opt": "sgdprune", **_BUDGET},
 }

@@ -20,7 +20,7 @@ from toolkit.builder.data import DataSet, batch_size_per_rank, input_settings
 from toolkit.builder.distill import teacher_bytes
 from toolkit.builder.ledger_rows import rows_between_steps, rows_of_engine
 from toolkit.builder.model import amp_dtype, create_model
-from toolkit.builder.optimizer import final_sparsity, own_rules, resolve_optimizer
+from toolkit.builder.optimizer import final_sparsity, own_rules, resolve_optimizer, with_state_budget
 from toolkit.builder.recompute import checkpoint_activations
 from toolkit.config import Config
 from toolkit.engine.engines.ddp import Engine
@@ -89,7 +89,8 @@ class Prediction:
         )
 
     def _take_optimizer(self, config: Config) -> None:
-        self.config, (self.opt, self.method) = config, resolve_optimizer(config)
+        self.opt, self.method = resolve_optimizer(config)
+        self.config = with_state_budget(config)
         self.spec = find_spec(self.opt)
         if self.spec is None:
             raise ValueError(

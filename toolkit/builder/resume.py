@@ -1,4 +1,4 @@
-"""What a run may change when it goes on in its folder. Standard library and yaml only: the matrix asks it too."""
+"""What a run may change when it goes on in its folder. The matrix asks it too."""
 
 from pathlib import Path
 
@@ -33,10 +33,15 @@ def check_same_settings(folder: Path, config: Config) -> None:
     """Raise ValueError where a run folder's args.yaml has other settings than `config`; no args.yaml is no clash."""
     import yaml
 
+    from toolkit.builder.optimizer import with_state_budget  # with torch, which a matrix that starts has no need of
+
     path = folder / "args.yaml"
     if not path.exists():
         return
-    before, now = yaml.safe_load(path.read_text()), config.to_dict()
+    before, now = yaml.safe_load(path.read_text()), with_state_budget(config).to_dict()
+    for settings in (before, now):  # nothing said was the weights' own dtype before `auto` was the default
+        if settings.get("state_dtype") is None and settings.get("state_budget") is None:
+            settings["state_dtype"] = settings.get("model_dtype") or "float32"
     others = sorted(key for key in before.keys() & now.keys() - FREE_ON_RESUME if before[key] != now[key])
     if others:
         raise ValueError(

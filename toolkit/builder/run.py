@@ -28,6 +28,7 @@ from toolkit.builder.optimizer import (
     pruning_schedule,
     resolve_optimizer,
     total_epochs,
+    with_state_budget,
 )
 from toolkit.builder.predict import confirm_batch_size, predict_run, with_automatic_batch_size
 from toolkit.builder.process import run_folder
@@ -48,7 +49,8 @@ from toolkit.prune.schedule import Schedule
 def build_run(config: Config) -> Run:
     """See `toolkit.builder.build`."""
     opt, method = resolve_optimizer(config)
-    asked, config = config, apply_recipe(config, opt)  # args.yaml tells what was asked for
+    asked = with_state_budget(config)  # args.yaml tells what was asked for
+    config = apply_recipe(asked, opt)
 
     # Data, and the ranks that share it
     data = open_data(config)

@@ -73,7 +73,7 @@ def test_agrees_with_an_independent_count(model):
 
 
 def test_pruning_rows_are_to_the_byte():
-    prediction = predicted("resnet50", "adamwprune", sparsity=0.7)
+    prediction = predicted("resnet50", "adamwprune", sparsity=0.7, state_dtype="float32")
     dense, final = (prediction.ledger(8, sparsity) for sparsity in (None, 0.7))
     prunable, every = 25_502_912, 25_557_032
     survivors = prunable - int(0.7 * prunable)

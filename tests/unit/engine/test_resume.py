@@ -104,7 +104,7 @@ def test_resuming_a_finished_run_changes_nothing(flags, tmp_path):
 
 
 def test_a_resumed_run_still_knows_its_dense_peak(flags, tmp_path):
-    more = [*flags, *PRUNED, "--experiment", "r"]
+    more = [*flags, *PRUNED, "--state-dtype", "float32", "--experiment", "r"]
     run = make(more)
     stop_after(run, 15)
     with pytest.raises(InterruptedRunError):

@@ -25,7 +25,7 @@ def test_each_kind_is_timed_once(few_digits, tmp_path, capsys):
         "name": "m",
         "recipe": str(tmp_path / "recipe.yaml"),
         "seeds": [0, 1, 2],
-        "cells": [{"opt": "adamw"}, {"opt": "adamwprune", "sparsity": 0.7}],
+        "cells": [{"opt": "adamw"}, {"opt": "adamwprune", "sparsity": 0.7, "state_dtype": "float32"}],
     }
     (tmp_path / "m.yaml").write_text(yaml.safe_dump(content))
     assert main([str(tmp_path / "m.yaml"), "--json"]) == 0

@@ -194,19 +194,19 @@ def test_recipes_of_the_defconfigs_exist():
         assert yaml.safe_load(Path(load(path)["RECIPE"]).read_text())
 
 
-def test_a_memory_budget(tmp_path):
+def test_moments_of_float32_beside_a_memory_budget(tmp_path):
     path = config(
         tmp_path,
         "CONFIG_PRUNING_STATE_ALL=y",
-        "CONFIG_PRUNING_STATE_BUDGET=y",
+        "CONFIG_PRUNING_STATE_FLOAT32=y",
         'CONFIG_SEEDS="0"',
         "# CONFIG_PRUNING_ENABLE_MOVEMENT is not set",
     )
     cells = load_matrix(path).cells
-    assert sorted(cell.name for cell in cells if cell.config.state_budget == "auto") == [
-        f"resnet18_{opt}_state_70_state-budget=auto_seed0" for opt in ("adam", "adamwadv", "adamwprune", "adamwspam")
+    assert sorted(cell.name for cell in cells if cell.config.state_dtype == "float32") == [
+        f"resnet18_{opt}_state_70_state-dtype=float32_seed0" for opt in ("adam", "adamwadv", "adamwprune", "adamwspam")
     ]
-    assert sum("_state_70_seed" in cell.name for cell in cells) == 4  # beside those without one
+    assert sum("_state_70_seed" in cell.name for cell in cells) == 4  # beside those within one
 
 
 def test_ranges_of_seeds_and_sparsities(tmp_path):

@@ -45,7 +45,7 @@ def test_demo_cells_and_names():
         "resnet18_adamw_none_seed0",
         "resnet18_adamw_movement_70_seed0",
         "resnet18_adamwprune_state_70_seed0",
-        "resnet18_adamwprune_state_70_state-budget=auto_seed0",
+        "resnet18_adamwprune_state_70_state-dtype=float32_seed0",
     ]
     assert names[6] == "resnet18_momentum_none_seed1"
 

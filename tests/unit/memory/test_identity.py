@@ -73,7 +73,7 @@ def predict(name, method, score, sparsity, monkeypatch):
     step_memory = tracked()
     monkeypatch.setattr("toolkit.builder.predict.track_step", lambda *_, **__: step_memory)
     final = None if method == "none" else 0.7
-    asked = {"model": "test_resnet", "img_size": SIZE, "num_classes": 10}
+    asked = {"model": "test_resnet", "img_size": SIZE, "num_classes": 10, "state_dtype": "float32"}
     return Prediction(Config(opt=name, prune_score=score, sparsity=final, **asked)).ledger(BATCH, sparsity)
 
 
