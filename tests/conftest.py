@@ -16,6 +16,16 @@ def webdataset():
     return pytest.importorskip("webdataset", reason="webdataset is not installed; requirements.txt has it")
 
 
+@pytest.fixture
+def one_rank_group():
+    """One rank has the buckets that many have."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory):
     """The digit shards, built once."""

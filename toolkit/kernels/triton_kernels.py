@@ -15,16 +15,7 @@ of each. So a warp's weights lie side by side, and no warp waits for another.
 import triton
 import triton.language as tl
 
-from toolkit.kernels.triton_moments import (
-    addresses,
-    chance,
-    load,
-    load_moment,
-    moment,
-    store_moment,
-    store_weight,
-    widen,
-)
+from toolkit.kernels.triton_moments import addresses, chance, load, load_moment, moment, store_moment, store_weight
 
 BLOCK = tl.constexpr(1024)  # as toolkit.prune.packing; a table entry of the offsets covers one
 # numel, weight, grad, mask, offsets, three moments, the parameter's index
@@ -105,7 +96,7 @@ def _read(
     DENSE: tl.constexpr,
     EAGER: tl.constexpr,
 ):
-    """(row, first weight, address of weights, places, places kept inside, inside, alive, slots, weight, gradient)."""
+    """(row, first weight, addresses of weights, places of each, inside, alive, where moments are, weight, gradient)."""
     row, block, start, position, left = _block(rows, programs, ROWS, WARPS, WEIGHT, STATE)
     weights = tl.load(row + 1).to(tl.pointer_type(WEIGHT)) + start
     grads = tl.load(row + 2).to(tl.pointer_type(WEIGHT)) + start
@@ -126,7 +117,8 @@ def _read(
             weight, grad = load(weights, position, alive), load(grads, position, alive)
     group = block * WARPS + warp + (tl.arange(0, 32)[None, None, :] >> 5)  # + 0, which Triton would drop with the axis
     exists = warp * ROWS * 32 < left
-    return row, start, weights, position, near, inside, alive, (first, at, alive, begin, group, exists), weight, grad
+    slots = (first, at, alive, begin, group, exists, near)
+    return row, start, weights, position, inside, alive, slots, weight, grad
 
 
 @triton.jit
@@ -159,18 +151,14 @@ def adam_kernel(
     SPAM: tl.constexpr,
 ) -> None:
     """Adam(W)'s step, or with SPAM its own; computed in float32."""
-    row, start, weights, position, near, inside, alive, slots, weight, grad = _read(
+    row, start, weights, position, inside, alive, slots, weight, grad = _read(
         rows, programs, ROWS, WARPS, WEIGHT, STATE, DENSE, EAGER
     )
     rate = tl.load(lr_on_device).to(tl.float32) if LR_ON_DEVICE else lr
     step, shrink = tl.load(counter), 1 - rate * weight_decay
     seed = chance(row, step, STATE)
     exp_avg, exp_avg_sq = moment(row, slots, 0, STATE), moment(row, slots, 1, STATE)
-    first, second = load_moment(exp_avg, slots, near, DENSE, STATE), load_moment(exp_avg_sq, slots, near, DENSE, STATE)
-    if AMSGRAD:
-        highest = moment(row, slots, 2, STATE)
-        third = load_moment(highest, slots, near, DENSE, STATE)
-    first, second = widen(first, True, STATE), widen(second, False, STATE)
+    first, second = load_moment(exp_avg, slots, True, STATE, DENSE), load_moment(exp_avg_sq, slots, False, STATE, DENSE)
     if SPAM:
         bound = tl.sqrt(second * spike_threshold)
         grad = tl.where(grad * grad > second * spike_threshold, tl.where(grad < 0, -bound, bound), grad)
@@ -183,7 +171,8 @@ def adam_kernel(
     store_moment(exp_avg, slots, first, seed, 0, True, STATE, STOCHASTIC)
     store_moment(exp_avg_sq, slots, second, seed, 1, False, STATE, STOCHASTIC)
     if AMSGRAD:
-        second = tl.maximum(widen(third, False, STATE), second)
+        highest = moment(row, slots, 2, STATE)
+        second = tl.maximum(load_moment(highest, slots, False, STATE, DENSE), second)
         store_moment(highest, slots, second, seed, 2, False, STATE, STOCHASTIC)
     step_size = scale * rate / _one_minus_power(log_beta1, step)  # bias corrections are one number a program
     correction = 1 / tl.sqrt(_one_minus_power(log_beta2, step))
@@ -218,7 +207,7 @@ def sgd_kernel(
     NESTEROV: tl.constexpr,
 ) -> None:
     """SGD's step; computed in float32."""
-    row, start, weights, position, near, inside, alive, slots, weight, grad = _read(
+    row, start, weights, position, inside, alive, slots, weight, grad = _read(
         rows, programs, ROWS, WARPS, WEIGHT, STATE, DENSE, EAGER
     )
     rate = tl.load(lr_on_device).to(tl.float32) if LR_ON_DEVICE else lr
@@ -228,8 +217,7 @@ def sgd_kernel(
     else:
         grad = grad + weight_decay * weight
     buffers = moment(row, slots, 0, STATE)
-    buffer = load_moment(buffers, slots, near, DENSE, STATE)
-    buffer = widen(buffer, True, STATE)
+    buffer = load_moment(buffers, slots, True, STATE, DENSE)
     buffer = tl.where(step == 1, grad, buffer * momentum + grad * one_minus_dampening)
     store_moment(buffers, slots, buffer, chance(row, step, STATE), 0, True, STATE, STOCHASTIC)
     weight = weight - rate * (grad + momentum * buffer if NESTEROV else buffer)

@@ -7,6 +7,7 @@ A block is [ROWS, WARPS, 32] as in triton_kernels, all of it computed with in fl
     begin   [1, WARPS, 1]      the place of each warp's first
     group   [1, WARPS, 32]     of 8-bit codes, whose group is a warp's 256 weights: its number in the tensor
     exists  [1, WARPS, 32]     whether the tensor reaches as far
+    near    [ROWS, WARPS, 32]  of dense ones: `at`, but the last one where the tensor has ended
 """
 
 # Kernels take what Triton gives them: pointers, blocks and compile-time constants have no Python types.
@@ -42,7 +43,7 @@ def load(pointer, at, mask=None):
     """Read as float32; without a mask where the place is one kept inside (`near`).
 
     NVIDIA has seven predicates: with one a row the assembler waits for some loads before it asks for the next. Stores
-    use the other place, or the addresses stay in registers. 8-bit Adam, dense: 108 with masks, 124 by one place, 70 so.
+    use the other place, or the addresses stay in registers. 8-bit Adam, dense: 108 with masks, 124 by one place, 71 so.
     """
     return tl.load(addresses(pointer, at), mask=mask).to(tl.float32)
 
@@ -88,7 +89,7 @@ def chance(row, step, TYPE: tl.constexpr):
 @triton.jit
 def moment(row, slots, NUMBER: tl.constexpr, STATE: tl.constexpr):
     """Addresses of a block's values and of its groups' exponents, where it has any."""
-    start, _, _, _, group, _ = slots
+    start, _, _, _, group, _, _ = slots
     values = tl.load(row + 5 + NUMBER).to(tl.pointer_type(STATE)) + start
     exponents = values
     if STATE == tl.uint8:
@@ -97,33 +98,24 @@ def moment(row, slots, NUMBER: tl.constexpr, STATE: tl.constexpr):
 
 
 @triton.jit
-def load_moment(moment, slots, near, DENSE: tl.constexpr, STATE: tl.constexpr):
-    """Ask for what is kept, which `widen` makes float32 of: (values or codes, exponents of codes)."""
+def load_moment(moment, slots, SIGNED: tl.constexpr, STATE: tl.constexpr, DENSE: tl.constexpr):
+    """Read as float32."""
     values, exponents = moment
-    _, at, alive, _, _, exists = slots
+    _, at, alive, _, _, exists, near = slots
     if DENSE:
         kept = tl.load(addresses(values, near))
     else:
         kept = tl.load(addresses(values, at), mask=alive)
-    shared = kept
-    if STATE == tl.uint8:
-        shared = tl.load(exponents, mask=exists)
-    return kept, shared
-
-
-@triton.jit
-def widen(loaded, SIGNED: tl.constexpr, STATE: tl.constexpr):
-    """What `load_moment` has read, as float32."""
-    kept, shared = loaded
     if STATE == tl.uint8:
         top: tl.constexpr = 127 if SIGNED else 255
-        codes = kept.to(tl.uint32)
+        codes, shared = kept.to(tl.uint32), tl.load(exponents, mask=exists).to(tl.uint32)
         size = codes & top
-        bits = tl.where(size > 0, (size + (shared.to(tl.uint32) << 3 | 7) - top) << 20, 0)
+        bits = tl.where(size > 0, (size + (shared << 3 | 7) - top) << 20, 0)
         if SIGNED:
             bits |= (codes & 128) << 24
-        kept = bits.to(tl.float32, bitcast=True)
-    return kept.to(tl.float32)
+        return bits.to(tl.float32, bitcast=True)
+    else:
+        return kept.to(tl.float32)
 
 
 @triton.jit
@@ -139,7 +131,7 @@ def store_moment(
 ) -> None:
     """Store what is `new`; `seed` as `chance` gives it."""
     values, _ = moment
-    start, at, alive, _, _, _ = slots
+    start, at, alive, _, _, _, _ = slots
     seed += NUMBER * 0x9E3779B9 & 0xFFFFFFFF
     if STATE == tl.uint8:
         _store_codes(moment, slots, new, seed, SIGNED, STOCHASTIC)
@@ -154,7 +146,7 @@ def store_moment(
 def _store_codes(moment, slots, new, seed, SIGNED: tl.constexpr, STOCHASTIC: tl.constexpr):
     """Store as 8-bit codes and exponents: to the bit those of toolkit.kernels.narrow."""
     values, exponents = moment
-    _, at, alive, begin, group, exists = slots
+    _, at, alive, begin, group, exists, _ = slots
     top: tl.constexpr = 127 if SIGNED else 255
     lowest: tl.constexpr = 15 if SIGNED else 31
     # 1. Rounded.

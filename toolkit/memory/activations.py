@@ -25,7 +25,7 @@ FREED_AT_ONCE = 4096
 STEP_ROWS = ("gradients", "input", "activations", "weight_casts", "workspace")
 
 
-HALF = (torch.bfloat16, torch.float16)
+_HALF = (torch.bfloat16, torch.float16)
 Life = tuple[str, int, int, int]  # row, born, died (the last event: it stayed), bytes
 
 
@@ -69,7 +69,6 @@ class StorageTracker(TorchDispatchMode):
 
     def _note_born(self, tensor: Tensor, sources: list[Tensor]) -> None:
         storage, key = tensor.untyped_storage(), storage_key(tensor)
-        origins = [self.of(source) for source in sources]
         made = self._follow(storage, key, tensor.dtype, self.events)
         self.events += 1
         if not sources or key in map(storage_key, sources):  # the latter was there before, shrunk to nothing
@@ -77,7 +76,7 @@ class StorageTracker(TorchDispatchMode):
             if made.of_weights:
                 self._gathered[key] = weakref.ref(storage)
         else:
-            made.of_weights = all(origin and origin.of_weights for origin in origins)
+            made.of_weights = all(origin and origin.of_weights for origin in map(self.of, sources))
 
     def _follow(self, storage: torch.UntypedStorage, key: int, dtype: torch.dtype | None, born: int) -> Lifetime:
         lifetime = self._alive[key] = Lifetime(storage.nbytes(), born, dtype=dtype)
@@ -249,7 +248,7 @@ def classify(tracker: StorageTracker, names: Mapping[int, str], forward_end: int
     lives = []
     for one in tracker.lifetimes:
         died = tracker.events if one.died is None else one.died
-        held = "weight_casts" if one.of_weights and one.dtype in HALF else "activations"
+        held = "weight_casts" if one.of_weights and one.dtype in _HALF else "activations"
         row = names.get(id(one)) or (held if one.born < forward_end <= died else "workspace")
         lives.append((row, one.born, died, one.size_bytes))
     return lives

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
@@ -125,14 +124,6 @@ def freeze_stem(model):
     for name, parameter in model.named_parameters():
         parameter.requires_grad = not name.startswith(("conv1", "bn1", "layer1"))
     return model
-
-
-@pytest.fixture
-def one_rank_group():
-    """One rank has the buckets that many have."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("opt", ["adamwprune", "momentum-movement", "adamw"])

@@ -2,9 +2,7 @@
 
 import weakref
 
-import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -49,13 +47,6 @@ class _Checked(StorageTracker):
         alive = sum(one.size_bytes for one in self.lifetimes if one.died is None)
         assert alive == sum(held.values())
         return alive
-
-
-@pytest.fixture
-def one_rank_group():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def test_what_fsdp2_gathers_is_gone_when_its_storage_is_shrunk(one_rank_group):
