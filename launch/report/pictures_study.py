@@ -68,16 +68,17 @@ def series(label: str, members: Sequence[CellRun]) -> str:
 
 
 def _look(groups: Groups) -> dict[str, tuple[str, str]]:
-    """(colour, line style) of each method name: ours, their baselines and the best on average of its sparsities in
-    colour, pruned before dense.
+    """(colour, line style) of each method name: in colour ours, their baselines, and the best of what was pruned to most
+    sparsities, for an average over the easier ones is no lead.
     """
     names: dict[str, list[Sequence[CellRun]]] = {}
     for label, members in groups.items():
         names.setdefault(series(label, members), []).append(members)
 
-    def rank(name: str) -> tuple[bool, float]:
+    def rank(name: str) -> tuple[int, float]:
         levels = names[name]
-        return any(members[0].sparsity for members in levels), fmean(top1(members)[0] for members in levels)
+        pruned = sum(members[0].sparsity > 0 for members in levels)
+        return pruned, fmean(top1(members)[0] for members in levels)
 
     ranked = sorted(names, key=rank, reverse=True)
     first = [name for name in (*ours(), *DENSE) if name in names]

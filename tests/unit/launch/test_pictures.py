@@ -62,6 +62,30 @@ def test_the_sparsity_shown_of_many_methods_is_one_in_colour():
     assert {line.sparsity for line in few} == {0.7}
 
 
+def test_a_method_that_ran_at_one_easy_sparsity_does_not_push_out_those_that_ran_at_all():
+    runs, _ = read_runs(RESULTS / "digits" / "runs.jsonl.xz")
+    others = group_by_method([run for run in runs if not run.is_ours and run.sparsity])
+    by_name = {}
+    for members in others.values():
+        by_name.setdefault(members[0].name, []).append(members)
+    everywhere = [name for name, levels in by_name.items() if len(levels) == 3]
+    assert len(everywhere) > 8  # more than there are colours
+    once = everywhere[0]
+    chosen = [
+        run
+        for name in everywhere
+        for members in by_name[name]
+        for run in members
+        if name != once or run.sparsity == 0.7
+    ]
+    for run in chosen:
+        if run.name == once:
+            run.metrics["final_top1"] = 100.0
+    lines = as_lines(group_by_method(chosen))
+    assert {line.name for line in lines if not line.grey} <= set(everywhere[1:])
+    assert sum(line.grey for line in lines if line.name == once) == 1
+
+
 def test_the_front_ends_in_a_line_between_ticks():
     groups = groups_of("demo")
     smaller, larger = groups["adamwprune budget auto 70 %"][0], groups["adamwprune float32 70 %"][0]
