@@ -12,6 +12,7 @@ from statistics import fmean
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
 from launch.report.runs import DENSE, CellRun, Groups, ours, top1
@@ -259,6 +260,7 @@ def _name_points(axes: Axes, lines: Lines, width_inches: float) -> None:
             fontsize=7,
             ha=side,
             va="center",
+            path_effects=[withStroke(linewidth=2, foreground="white")],  # on the front's line it stays readable
             arrowprops={
                 "arrowstyle": "-",
                 "color": line.colour,
