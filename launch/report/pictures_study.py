@@ -69,8 +69,8 @@ def series(label: str, members: Sequence[CellRun]) -> str:
 
 
 def _look(groups: Groups) -> dict[str, tuple[str, str]]:
-    """(colour, line style) of each method name: in colour ours, their baselines, and the best of what was pruned to most
-    sparsities, for an average over the easier ones is no lead.
+    """(colour, line style) of each method name: in colour ours, their baselines, and the best of what was pruned to
+    most sparsities, for an average over the easier ones is no lead.
     """
     names: dict[str, list[Sequence[CellRun]]] = {}
     for label, members in groups.items():

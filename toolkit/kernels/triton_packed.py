@@ -6,7 +6,6 @@ itself. What runs there is toolkit.kernels.triton_kernels.
 
 import array
 import contextlib
-import itertools
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from toolkit.kernels import triton_kernels
 from toolkit.kernels.narrow import GROUP
-from toolkit.kernels.native import PackedTensor, address_row, check_memory, three_addresses
+from toolkit.kernels.native import PackedTensor, address_columns, check_memory, table_of, three_columns
 
 _BLOCK = triton_kernels.BLOCK.value
 _WEIGHTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
@@ -60,11 +59,11 @@ class AddressTable:
         """
         check_memory(tensors, tuple(_WEIGHTS), tuple(_MOMENTS))
         device, sizes = tensors[0][0].device, [tensor[0].numel() for tensor in tensors]
-        numbers = array.array("q")
-        for tensor, index in zip(itertools.starmap(PackedTensor, tensors), param_indices, strict=True):
-            numbers.extend((*address_row(tensor), index))
-            if tensor[4][0].dtype is torch.uint8 or tensor[0].dtype is torch.bfloat16:
-                numbers.extend((*three_addresses(tensor.exponents), tensor.first))
+        columns = [*address_columns(tensors), param_indices]
+        if tensors[0][4][0].dtype is torch.uint8 or tensors[0][0].dtype is torch.bfloat16:
+            *_, exponents, _, firsts = zip(*tensors, strict=True)
+            columns += [*three_columns(exponents), firsts]
+        numbers = table_of(columns)
         capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         if capturing and sizes != self._sizes:
             raise RuntimeError("no step has run since the last mask update; call step() once, then capture one")

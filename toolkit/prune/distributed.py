@@ -21,14 +21,15 @@ def to_local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def memory_order(tensor: Tensor) -> tuple[int, ...]:
+def memory_order(shape: torch.Size, stride: tuple[int, ...]) -> tuple[int, ...]:
     """Strides of the axes that have any: of an axis of size 1 torch leaves open what its stride is."""
-    return tuple(stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1)
+    return tuple(step for step, size in zip(stride, shape, strict=True) if size > 1)
 
 
 def in_layout_of(part: Tensor, tensor: Tensor) -> Tensor:
     """A tensor of the part's shape in the part's memory layout, where it is: itself, or a copy where it must be."""
-    if tensor.stride() == part.stride() or memory_order(tensor) == memory_order(part):
+    ours, theirs = tensor.stride(), part.stride()
+    if ours == theirs or memory_order(tensor.shape, ours) == memory_order(part.shape, theirs):
         return tensor
     return torch.empty_like(part, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 

@@ -34,6 +34,7 @@ from toolkit.prune.stores import MaskedStore, Member, cut
 from toolkit.prune.units import num_survivors
 from toolkit.prune.update import update_masks
 
+_Layout = tuple[torch.Size, tuple[int, ...]]  # shape and stride
 _STEP = "prune_step"  # counted in each group: ZeRO shows one group per call of step(), a fused backward one parameter
 
 
@@ -56,7 +57,7 @@ class Pruning:
         self.channels: list[ChannelGroup] | None = None  # what goes together under pattern channel; None: not said
         self._arrived = False  # whether the masks are known to be those of end_step
         self._store = store
-        self._layouts: dict[Tensor, tuple[int, tuple[int, ...]]] = {}  # of the parameters when their masks were made
+        self._layouts: dict[Tensor, _Layout] = {}  # of the parameters when their masks were made
 
     def prunable(self) -> list[tuple[str, Tensor]]:
         """(name, parameter) of all prunable parameters, in the order of the groups."""
@@ -290,10 +291,11 @@ class Pruning:
         for parameter in parameters:
             now = _layout(to_local(parameter))
             before = self._layouts.setdefault(parameter, now)
-            if before != now:
+            if before != now and _in_memory(*before) != _in_memory(*now):
+                (size, order), (new_size, new_order) = _in_memory(*before), _in_memory(*now)
                 raise ValueError(
-                    f"a parameter of {before[0]} weights had stride {before[1]} when its mask was made, now {now[0]} "
-                    f"and {now[1]}; resize the model or call model.to(memory_format=...) before training, or load a "
+                    f"a parameter of {size} weights had stride {order} when its mask was made, now {new_size} "
+                    f"and {new_order}; resize the model or call model.to(memory_format=...) before training, or load a "
                     "checkpoint after it"
                 )
 
@@ -308,8 +310,13 @@ class Pruning:
         return pack_bits(flat_view(in_layout_of(part, to_local(mask))).to(torch.bool)).to(part.device)
 
 
-def _layout(part: Tensor) -> tuple[int, tuple[int, ...]]:
-    return part.numel(), memory_order(part)
+def _layout(part: Tensor) -> _Layout:
+    return part.shape, part.stride()
+
+
+def _in_memory(shape: torch.Size, stride: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
+    """Size and strides of what is laid out: what must not change."""
+    return shape.numel(), memory_order(shape, stride)
 
 
 def dense_states(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:

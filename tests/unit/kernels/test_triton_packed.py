@@ -11,6 +11,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("a GPU is here: tests/gpu runs the kernels on it", allow_module_level=True)
 
 from toolkit.kernels import triton_packed
+from toolkit.kernels.native import PackedTensor
 from toolkit.kernels.reference import adam_update, sgd_update
 from toolkit.kernels.rounding import round_to_bfloat16
 from toolkit.optim.adamwprune import AdamWPrune
@@ -45,7 +46,7 @@ def check(rows, kernel, update, dtype=torch.float32):
         update(survivors, grad[keep], own)
         after[keep] = survivors
         wanted.append((after, own))
-    tensors = [row[:5] for row in rows]
+    tensors = [PackedTensor(*row[:5]) for row in rows]
     kernel(tensors, triton_packed.AddressTable().update(tensors, range(len(tensors))))
     for (weight, _, _, _, moments, _), (after, own) in zip(rows, wanted, strict=True):
         torch.testing.assert_close(weight, after, rtol=3e-6, atol=3e-7)
@@ -92,7 +93,7 @@ def test_learning_rate_may_be_a_tensor():
     rule = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1, "decoupled": True}
     first, second = rows_of(2), rows_of(2)
     for rows, lr in ((first, 0.01), (second, torch.tensor(0.01))):
-        tensors = [row[:5] for row in rows]
+        tensors = [PackedTensor(*row[:5]) for row in rows]
         table = triton_packed.AddressTable().update(tensors, range(len(tensors)))
         triton_packed.packed_adam(tensors, table, torch.tensor([5.0]), lr=lr, **rule)
     for a, b in zip(first, second, strict=True):
@@ -102,7 +103,7 @@ def test_learning_rate_may_be_a_tensor():
 def test_bfloat16_rounding_is_the_references_bit_for_bit():
     rows = rows_of(1, torch.bfloat16)
     exact = [row[1][row[5]].clone() for row in rows]  # at step 1 the buffer becomes the gradient
-    tensors = [row[:5] for row in rows]
+    tensors = [PackedTensor(*row[:5]) for row in rows]
     table = triton_packed.AddressTable().update(tensors, range(1, len(tensors) + 1))
     triton_packed.packed_sgd(
         tensors,
@@ -165,10 +166,10 @@ def test_bfloat16_weights_are_rounded_as_the_reference_rounds_them(dense, stocha
         after = torch.where(kept, weight.float() - 0.5 * grad.float(), 0.0).bfloat16()
         wanted.append((after, round_to_bfloat16(grad[kept].float(), (65_537 + place) * 3)))
         bits = (None, None) if dense else (mask, offsets)
-        tensors.append((weight, grad, *bits, [buffer]))
+        tensors.append(PackedTensor(weight, grad, *bits, [buffer]))
     table = triton_packed.AddressTable().update(tensors, range(1, len(tensors) + 1))
     triton_packed.packed_sgd(tensors, table, torch.tensor([1.0]), stochastic=stochastic, **rule)
-    for (weight, *_, moments), (after, buffer) in zip(tensors, wanted, strict=True):
+    for (weight, _, _, _, moments, *_), (after, buffer) in zip(tensors, wanted, strict=True):
         assert torch.equal(weight, after)
         assert torch.equal(moments[0], buffer)  # the gradient is bfloat16 already: no chance moves it
 
@@ -179,7 +180,7 @@ def test_moments_to_the_nearest_are_torchs():
     values[:4] = torch.tensor([float("inf"), float("-inf"), float("nan"), 0.0])
     values[4:1_000] = (torch.arange(996) * 0x8000 + 0x3F800000).to(torch.int32).view(torch.float32)  # ties
     buffer = torch.zeros(3_000, dtype=torch.bfloat16)
-    tensors = [(torch.zeros(3_000), values, None, None, [buffer])]
+    tensors = [PackedTensor(torch.zeros(3_000), values, None, None, [buffer])]
     rule = {"lr": 0.5, "momentum": 0.5, "dampening": 0.0, "weight_decay": 0.0, "nesterov": False, "decoupled": False}
     table = triton_packed.AddressTable().update(tensors, [1])
     triton_packed.packed_sgd(tensors, table, torch.tensor([1.0]), stochastic=False, **rule)
