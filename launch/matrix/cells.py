@@ -2,7 +2,7 @@
 
 A matrix is YAML with `name`, `recipe`, `seeds` and `cells`. A cell is a mapping of train.py settings; under `product`
 it maps settings to lists, and stands for every combination; it may have `seeds` of its own. Seeds and a product's lists
-may hold ranges, "0.5:0.9:0.1". `settings` holds what all cells share beyond the recipe, `per_opt` what one optimizer's
+may hold ranges, 0.5:0.9:0.1. `settings` holds what all cells share beyond the recipe, `per_opt` what one optimizer's
 do, `jobs` how many run at a time. `accelerate_config` names the launch file, with `ranks` instead of its number of
 ranks; without it train.py runs as one plain process.
 """
@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from launch.matrix import menu
-from launch.matrix.ranges import expand, seeds_of
+from launch.matrix.ranges import Loader, expand, seeds_of
 from launch.matrix.symbols import load as load_symbols
 from launch.start import accelerate_launch
 from toolkit.cli import parse
@@ -64,7 +64,7 @@ def load_matrix(path: Path, seeds: Sequence[int] | None = None, overrides: Seque
         symbols = load_symbols(path)
         return make_matrix(menu.to_matrix(symbols), str(path), seeds, [*menu.arguments(symbols), *overrides])
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.load(path.read_text(), Loader)
     except (OSError, yaml.YAMLError) as error:
         raise ValueError(f"matrix {path} cannot be read ({' '.join(str(error).split())}); check the path") from None
     if not isinstance(content, dict):

@@ -5,9 +5,25 @@ import re
 from decimal import Decimal
 from typing import Any
 
+import yaml
+
 _NUMBER = r"-?\d+(?:\.\d+)?"
 _RANGE = re.compile(rf"\s*({_NUMBER}):({_NUMBER}):({_NUMBER})\s*")
 _MOST = 10_000  # values: more is a slip
+
+
+class Loader(yaml.SafeLoader):
+    """YAML without its numbers of base 60: unquoted, 35:94:1 is a range as well, and 2:4 a pattern."""
+
+    def construct_decimal(self, node: yaml.ScalarNode) -> str | int | float:
+        """A number, or the text where a colon stands in it."""
+        if ":" in node.value:
+            return str(node.value)
+        return self.construct_yaml_int(node) if node.tag.endswith(":int") else self.construct_yaml_float(node)
+
+
+for _kind in ("int", "float"):
+    Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", Loader.construct_decimal)
 
 
 def expand(values: Any) -> list[Any]:

@@ -209,6 +209,21 @@ def test_ranges_in_a_file(tmp_path):
     assert len(names) == 8
 
 
+def test_a_range_needs_no_quotes_though_yaml_has_numbers_of_base_60(tmp_path):
+    """Of `3:5:2` YAML makes 11,102, of `2:4` 124."""
+    path = write(tmp_path / "m.yaml")
+    text = (
+        path.read_text()
+        .replace("seeds:\n- 0", "seeds: 3:5:2")
+        .replace("- opt: adamw", "- product: {opt: [sgdprune], %s}")
+    )
+    path.write_text(text % "sparsity: [0.5:0.7:0.1, 1.0e-1]")
+    found = [(cell.config.seed, cell.config.sparsity) for cell in load_matrix(path).cells]
+    assert sorted(found) == [(seed, share) for seed in (3, 5) for share in (0.1, 0.5, 0.6, 0.7)]
+    path.write_text(text % "prune_pattern: [2:4]")
+    assert [cell.config.prune_pattern for cell in load_matrix(path).cells] == ["2:4", "2:4"]
+
+
 def test_unfinished_runs_are_not_reported(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "args.yaml").write_text("{}")
