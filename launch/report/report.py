@@ -220,9 +220,12 @@ def printed_table(groups: Groups) -> str:
 
 
 def environment(runs: Sequence[CellRun]) -> dict[str, Any]:
-    """What all runs share, and every value where they do not."""
-    found = {key: [run.metrics[key] for run in runs] for key in _SHARED}
-    shared = {key: values[0] if values.count(values[0]) == len(values) else values for key, values in found.items()}
+    """What all runs share, and each value once where they do not."""
+    shared: dict[str, Any] = {}
+    for key in _SHARED:
+        first, *more = found = [run.metrics[key] for run in runs]
+        differ = any(value != first for value in more)
+        shared[key] = [value for i, value in enumerate(found) if value not in found[:i]] if differ else first
     return shared | {"seeds": sorted({run.metrics["seed"] for run in runs})}
 
 
