@@ -47,7 +47,7 @@ def to_html(text: str, charts: Mapping[str, str], data: str = "") -> str:
     """Markdown with tables and pictures -> a page that draws the pictures named in `charts` itself.
 
     `charts`: file name -> text for those who do not see it; `data`: the JSON that page/page.js draws from, without it
-    the page has no script. Sections without a chart are folded.
+    the page has no script. Sections without a chart are folded, but for the first.
     """
     import markdown
 
@@ -76,7 +76,7 @@ def to_html(text: str, charts: Mapping[str, str], data: str = "") -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{re.sub('<[^>]*>', '', title[1]) if title else 'Report'}</title>\n"
         f"<style>{(_PAGE / 'page.css').read_text()}</style>\n</head>\n<body>\n<main>\n"
-        f"{opening}{''.join(map(_folded, sections))}\n</main>\n"
+        f"{opening}{''.join([*sections[:1], *map(_folded, sections[1:])])}\n</main>\n"
         f"{_DATA.format(data) if data else ''}{''.join(elements)}\n</body>\n</html>\n"
     )
 

@@ -96,6 +96,8 @@ def _pictures(lines: Lines) -> dict[str, _Picture]:
         ),
     }
     nothing_to_see = {
+        "pareto.png": len(lines) == 1,
+        "memory_vs_accuracy.png": len(lines) == 1,
         "accuracy_vs_sparsity.png": levels == 1,
         "memory_timeline.png": not logged,
         "sparsity.png": all(run.method == "none" for run in every),

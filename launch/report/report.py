@@ -122,7 +122,7 @@ def _markdown(
         *(["## More pictures", ""] if rest else []),
         *[line for name in rest for line in _figure(name, captions)],
         *ours_section(groups),
-        *ranking_section(groups, baseline and as_text(baseline)),
+        *(ranking_section(groups, baseline and as_text(baseline)) if len(groups) > 1 else []),
         *precision_section(groups),
         *versus_section(groups),
         *_speed_section(groups),

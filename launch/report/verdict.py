@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from launch.report.runs import DENSE, CellRun, Groups, by_level, by_seed, ours, top1
 from launch.report.significance import Difference, compare
-from toolkit.markdown import table
+from toolkit.markdown import mib, table
 
 _LARGEST_LOSS = 1.0  # points that saved bytes may cost: a row that scatters widely is not near the best for that
 _ROWS = 8  # of the table
@@ -117,7 +117,12 @@ def _pick(sparsity: float, level: Groups, groups: Groups) -> Pick:
 
 
 def verdict_section(groups: Groups, picture: Sequence[str]) -> list[str]:
-    """Three sentences, the picture's lines and the table: of each sparsity what to take, its cost, how sure that is."""
+    """Three sentences, the picture's lines and the table: of each sparsity what to take, its cost, how sure that is.
+
+    Of one method alone what it reached and took.
+    """
+    if len(groups) == 1:
+        return ["## In a minute", "", *(f"- {sentence}" for sentence in _alone(*next(iter(groups.items())))), ""]
     found = picks(groups)
     several = max(len(members) for members in groups.values()) > 1
     header = [
@@ -143,6 +148,30 @@ def verdict_section(groups: Groups, picture: Sequence[str]) -> list[str]:
         _NOTE if several else _ONE_SEED_NOTE,
         *([f"The ranking has {rest} more sparsities."] if rest > 0 else []),
         "",
+    ]
+
+
+def _alone(name: str, members: Sequence[CellRun]) -> list[str]:
+    """What came of the only method there is."""
+    first, seeds = members[0], len(members)
+    epoch = f" (epoch {first.metrics['best_epoch'] + 1})" if seeds == 1 else ""
+    said = [
+        f"**Result:** {name} ends at {accuracy(members)} % top-1 after {first.metrics['epochs']} epochs. "
+        f"Its best epoch{epoch} has {accuracy(members, 'best')}."
+    ]
+    if first.method != "none":
+        said.append(
+            f"**Zeros:** {100 * first.metrics['final_sparsity']:.4f} % of the prunable weights; "
+            f"asked for were {100 * first.sparsity:g} %."
+        )
+    steps = [phase["total_bytes"] or 0 for phase in first.memory["phases"].values()]
+    whole = f" A step's tensors take {mib(max(steps))} MiB on a rank, at the fullest." if any(steps) else ""
+    return [
+        *said,
+        f"**Memory:** {first.peak_bytes_per_weight:.2f} bytes a weight of state at the peak, "
+        f"{first.bytes_per_weight:.2f} at the end; AdamW keeps 8.{whole}",
+        f"**How sure:** {'one seed' if seeds == 1 else f'{seeds} seeds'}, and nothing beside it. "
+        "Runs of other seeds show its spread, runs of other methods what it is worth.",
     ]
 
 

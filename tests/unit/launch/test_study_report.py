@@ -19,6 +19,7 @@ from docs_text import sentences, words
 from launch.report.__main__ import main
 from launch.report.archive import read_runs, unpack
 from launch.report.pictures_study import series
+from launch.report.report import write_report
 from launch.report.runs import group_by_method
 from launch.report.verdict import picks, verdict_section
 
@@ -320,6 +321,29 @@ def test_a_browser_shows_it_on_a_phone(report, tmp_path):
         colours = shot.convert("L").getcolors()
     assert colours is not None
     assert len(colours) > 20  # text and not an empty page
+
+
+def test_one_run_alone_is_told_of_and_not_ranked(tmp_path):
+    """As the README's own pictures come: one run, nothing beside it."""
+    runs, _ = read_runs(RESULTS / "demo" / "runs.jsonl.xz")
+    (run,) = [run for run in runs if run.label == "adamwprune budget auto 70 %"]
+    write_report([run], tmp_path, tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    opening = text[text.index("## In a minute") : text.index("## Memory over training")]
+    assert f"ends at {run.metrics['final_top1']:.2f} % top-1 after {run.metrics['epochs']} epochs" in opening
+    assert "**Zeros:** 70.0000 % of the prunable weights; asked for were 70 %." in opening
+    assert f"{run.peak_bytes_per_weight:.2f} bytes a weight of state at the peak" in opening
+    highest = max(phase["total_bytes"] for phase in run.memory["phases"].values())
+    assert f"take {highest / 2**20:.2f} MiB on a rank" in opening
+    assert "one seed, and nothing beside it" in opening
+    for comparison in ("## Ranking", "pareto.png", "memory_vs_accuracy.png", "| take |", "luck"):
+        assert comparison not in text
+    assert "pareto" not in [path.stem for path in tmp_path.iterdir()]
+    page = (tmp_path / "report.html").read_text()
+    assert 'id="pareto"' not in page
+    assert 'id="accuracy"' in page
+    assert "<summary><h2>In a minute" not in page
+    assert "<summary></summary>" not in page
 
 
 def test_a_file_takes_the_tables_alone(runs, tmp_path):
