@@ -104,8 +104,9 @@ class CellRun:
 
     @property
     def weights(self) -> float:
-        """How many weights the model has, by their bytes."""
-        return self.row("weights") / (2 if self.has_bfloat16_weights else 4)
+        """How many weights the model has; where the run did not count them, by their bytes."""
+        by_bytes = self.row("weights") / (2 if self.has_bfloat16_weights else 4)
+        return float(self.metrics.get("num_weights", by_bytes))
 
     @property
     def peak_state_bytes(self) -> int:

@@ -231,6 +231,15 @@ def create_engine(
     if config.channels_last and launched_engine() == "deepspeed":
         # DeepSpeed sends weights round as plain bytes and keeps them in flat buffers: images alone have the layout.
         module.to(memory_format=torch.contiguous_format)
+    refuse(
+        {
+            f"--model-dtype bfloat16 is not offered with fsdp2 for {config.model}: fully_shard takes weights of one "
+            f"dtype, {_TORCH_PAGE}, and BatchNorm stays float32; leave it out, or launch with "
+            "accelerate_configs/multi_gpu.yaml (DDP)": (
+                launched_engine() == "fsdp2" and len({weight.dtype for weight in module.parameters()}) > 1
+            )
+        }
+    )
     model, wrapped = accelerator.prepare(module, optimizer)
     compiled = compile_model(model, config)
     kind: type[Engine] = Engine

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from toolkit.builder.optimizer import final_sparsity
+from toolkit.builder.optimizer import final_sparsity, moments_beside
 from toolkit.config import Config
 from toolkit.engine.engines.ddp import Engine
 from toolkit.memory.arithmetic import ParameterFacts, predict_optimizer_rows
@@ -60,7 +60,7 @@ def _optimizer_rows(
     if spec is None:
         return {}
     asked = {key: getattr(config, key) or config.opt_kwargs.get(key) for key in ("state_dtype", "state_budget")}
-    dtype, budgeted = asked["state_dtype"] or budget_dtype, budget_dtype is not None
+    dtype, budgeted = asked["state_dtype"] or budget_dtype or moments_beside(config, spec), budget_dtype is not None
     if budget_dtype is None:
         prunable = [one for one in trained if one.prunable]
         final_zeros = math.floor(final_sparsity(config, spec.method) * sum(one.numel for one in prunable))

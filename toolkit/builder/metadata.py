@@ -19,7 +19,15 @@ from toolkit.prune.schedule import Schedule
 
 
 def run_facts(
-    config: Config, data: DataSet, opt: str, method: str, lr: float, schedule: Schedule, plan: Plan, world: World
+    config: Config,
+    data: DataSet,
+    module: nn.Module,
+    opt: str,
+    method: str,
+    lr: float,
+    schedule: Schedule,
+    plan: Plan,
+    world: World,
 ) -> dict[str, Any]:
     """Fixed entries of metrics.json, and what a checkpoint must agree on."""
     info = data.info
@@ -29,6 +37,8 @@ def run_facts(
         "opt": opt,
         "pruning": method,
         "model": config.model,
+        # Of ZeRO-3, which empties its weights, as they were.
+        "num_weights": sum(getattr(weight, "ds_numel", weight.numel()) for weight in module.parameters()),
         "target_sparsity": schedule.sparsity,
         "dataset": info.get("name", Path(config.data_dir).name),
         "dataset_note": info.get("note", ""),

@@ -114,6 +114,8 @@ def _adjust(model: nn.Module, config: Config) -> None:
     layer_scales(config, model)  # which freezes what --layer-decay-no-opt-scale leaves out
     if config.model_dtype:
         model.to(getattr(torch, config.model_dtype))
+        for module in norms:  # running averages in bfloat16 stand still within 4 % of their goal: a third of a point
+            module.float()
 
 
 def _try_forward(model: nn.Module, input_size: tuple[int, int, int], num_classes: int) -> None:

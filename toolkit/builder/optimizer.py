@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -98,11 +97,23 @@ def with_state_budget(config: Config) -> Config:
     take a budget from; beside weights in bfloat16 moments are bfloat16.
     """
     method = resolve_name(config.opt, config.pruning)[1]
-    told = config.state_dtype or config.state_budget or {"state_dtype", "state_budget"} & config.opt_kwargs.keys()
-    apart = config.prune_config or config.model_dtype == "bfloat16"
-    if method != "state" or told or apart or not (config.sparsity or n_of_m(config.prune_pattern)):
+    apart = _told_of_moments(config) or config.prune_config or config.model_dtype == "bfloat16"
+    if method != "state" or apart or not (config.sparsity or n_of_m(config.prune_pattern)):
         return config
     return dataclasses.replace(config, state_budget="auto")
+
+
+def _told_of_moments(config: Config) -> bool:
+    given = {"state_dtype", "state_budget"} & config.opt_kwargs.keys()
+    return bool(config.state_dtype or config.state_budget or given)
+
+
+def moments_beside(config: Config, spec: OptimizerSpec | None) -> str | None:
+    """bfloat16 beside weights in bfloat16 where nothing is said of our moments: without a dtype for them weights would
+    be rounded to the nearest.
+    """
+    half = config.model_dtype == "bfloat16" and not _told_of_moments(config)
+    return "bfloat16" if half and spec is not None and spec.keeps_state_dtype else None
 
 
 def apply_recipe(config: Config, opt: str) -> Config:
@@ -175,25 +186,17 @@ def create_optimizer(
         if clash:
             raise ValueError(f"--opt-kwargs {clash[0]} is set by the --prune flags here; use them instead")
         arguments |= given
-    arguments |= _dtype_by_chance(config, spec, arguments)
-    remedy = "see --opt-kwargs, --opt-betas, --opt-eps and --opt-foreach"
-    with blaming(f"--opt {opt} does not take one of its arguments", remedy):
-        return create_optimizer_v2(model, **arguments, param_group_fn=partial(_groups, config, schedule.pattern))
-
-
-def _dtype_by_chance(config: Config, spec: OptimizerSpec | None, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Of --model-dtype bfloat16: the dtype of the moments, without which ours would round weights to the nearest."""
-    if config.model_dtype != "bfloat16":
-        return {}
-    if spec is None or not spec.keeps_state_dtype:
+    if beside := moments_beside(config, spec):
+        arguments["state_dtype"] = beside
+    if config.model_dtype == "bfloat16" and not (spec is not None and spec.keeps_state_dtype):
         _log.info(
             "--model-dtype bfloat16: %s rounds weights to the nearest, so updates below half an ulp are lost; "
             "adamwprune, sgdprune and plain adamwspam round them by chance",
-            arguments["opt"],
+            opt,
         )
-        return {}
-    given = arguments.get("state_dtype") or arguments.get("state_budget")
-    return {} if given else {"state_dtype": "bfloat16"}
+    remedy = "see --opt-kwargs, --opt-betas, --opt-eps and --opt-foreach"
+    with blaming(f"--opt {opt} does not take one of its arguments", remedy):
+        return create_optimizer_v2(model, **arguments, param_group_fn=partial(_groups, config, schedule.pattern))
 
 
 def _groups(config: Config, pattern: str, model: nn.Module) -> list[dict[str, Any]]:

@@ -78,7 +78,7 @@ def build_run(config: Config) -> Run:
     teacher, loss, change = _lesson(config, data.num_classes, module, world)
 
     # The run's folder, and what the run says of itself
-    facts = run_facts(config, data, opt, method, lr, goal, plan, world)
+    facts = run_facts(config, data, module, opt, method, lr, goal, plan, world)
     folder, resume_from, lock = run_folder(asked, opt, facts, world)
     torch.manual_seed(config.seed + world.rank)  # each rank draws its own dropout and erasing noise, as in timm
     _begin_folder(folder, dataclasses.replace(asked, batch_size=config.batch_size), facts, module, prunable, world)
