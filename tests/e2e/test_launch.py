@@ -69,7 +69,7 @@ def test_matrix_and_report(few_digits, tmp_path):
     text = (out / "report.md").read_text()
     assert f"| 90 % | {100 * metrics['final_sparsity']:.4f} % |" in text
     assert "No figure below is GPU memory" in "\n".join(text.splitlines()[:4])
-    for name in ("accuracy.png", "memory_timeline.png", "memory_vs_accuracy.png", "ledger.png", "summary.json"):
+    for name in ("accuracy.png", "memory_timeline.png", "sparsity.png", "ledger.png", "summary.json"):
         assert (out / name).stat().st_size > 1000, name
     assert (out / "cells" / folder.name / "args.yaml").exists()
 
