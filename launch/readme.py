@@ -1,4 +1,4 @@
-"""`python -m launch.readme`: write README.md's table from the digits study, the optimizers' bench, and results/gpu.
+"""`python -m launch.readme`: write README.md's table from the photo study, the optimizers' bench, and results/gpu.
 
 Run it after a study or a bench was measured again; a test holds the README to what it writes.
 """
@@ -14,17 +14,18 @@ from toolkit.files import read_json, write_atomically
 from toolkit.markdown import table
 
 _BEGIN, _END = "<!-- the table begins: python -m launch.readme -->\n", "<!-- the table ends -->\n"
-# Optimizer and sparsity in the study, row of the bench: each family, what it is compared with first.
+_STUDY = "results/cifar10"
+# Cell of the study, row of the bench: each family, what it is compared with first.
 _ROWS = (
-    ("adamw", 0.0, "torch AdamW fused"),
-    ("adamw-magnitude", 0.7, None),
-    ("adamwprune", 0.7, "adamwprune 70%"),
-    ("adamwprune", 0.9, "adamwprune 90%"),
-    ("adamwprune", 0.95, None),
-    ("momentum", 0.0, "torch SGD fused"),
-    ("sgdprune", 0.7, "sgdprune 70%"),
-    ("sgdprune", 0.9, "sgdprune 90%"),
-    ("sgdprune", 0.95, None),
+    ("adamw_none", "torch AdamW fused"),
+    ("adamw_magnitude_70", None),
+    ("adamw_magnitude_90", None),
+    ("adamwprune_state_70_state-budget=auto", "adamwprune 70%"),
+    ("adamwprune_state_90_state-budget=auto", "adamwprune 90%"),
+    ("momentum_none", "torch SGD fused"),
+    ("momentum_magnitude_90", None),
+    ("sgdprune_state_70_state-budget=auto", "sgdprune 70%"),
+    ("sgdprune_state_90_state-budget=auto", "sgdprune 90%"),
 )
 _HEADER = (
     "optimizer",
@@ -72,22 +73,22 @@ def _row(
     study: Mapping[str, Any],
     bench: Mapping[str, Any],
     timed: Sequence[Mapping[str, Any]],
-    opt: str,
-    sparsity: float,
+    name: str,
     step: str | None,
 ) -> list[str]:
-    cells = [cell for cell in study["cells"] if cell["opt"] == opt and cell["target_sparsity"] == sparsity]
+    cells = [cell for cell in study["cells"] if cell["name"] == f"{cell['model']}_{name}_seed{cell['seed']}"]
     if not cells:
-        raise ValueError(f"results/digits/summary.json has no run of {opt} at sparsity {sparsity}; run the study again")
-    end = cells[0]["optimizer_bytes_per_weight"]  # bytes are the same for every seed
+        raise ValueError(f"{_STUDY}/summary.json has no run of {name}; run the study again")
+    first = cells[0]  # bytes are the same for every seed
+    end, sparsity = first["optimizer_bytes_per_weight"], first["target_sparsity"]
     top1 = [cell["final_top1"] for cell in cells]
-    where = ["[digits](results/digits/report.md)", f"{len(cells)} seeds"]
+    where = [f"[photographs]({_STUDY}/report.md), {len(cells)} seeds"]
     if step:
         where.append("[bench](results/bench/optim.md)")
     return [
-        f"`{opt}`",
+        f"`{first['opt']}`",
         f"{100 * sparsity:g} %" if sparsity else "–",
-        f"{end * cells[0]['optimizer_peak_bytes'] / cells[0]['optimizer_end_bytes']:.2f}",
+        f"{end * first['optimizer_peak_bytes'] / first['optimizer_end_bytes']:.2f}",
         f"{end:.2f}",
         _ratios(_steps(bench, step)) if step else "–",
         f"{statistics.mean(top1):.1f} ± {statistics.stdev(top1):.1f}",
@@ -118,9 +119,10 @@ def _notes(study: Mapping[str, Any], bench: Mapping[str, Any], timed: Sequence[M
     stepped = " / ".join(f"{one['device'].removeprefix('CPU: ')} ({one['kind'].upper()})" for one in machines)
     return [
         f"State: bytes a weight that optimizer and pruning keep; on {model} `adamwprune` ends at {end:.2f} for 70 %.",
-        f"State and top-1: {run['model']}, {run['epochs']} epochs, float32 moments, {trained}; by "
-        "`python -m launch.matrix launch/matrices/digits.yaml`.",
-        f"Step: {model}, medians; by `python -m launch.bench optim --out results/bench`. On {stepped}. On a GPU: "
+        f"State and top-1: {run['model']} with a quarter of its channels, {run['epochs']} epochs on 10,000 photographs "
+        f"of CIFAR-10, {trained}; by `python -m launch.matrix launch/matrices/cifar10.yaml`.",
+        f"Step: {model}, float32 moments, medians; by `python -m launch.bench optim --out results/bench`. "
+        f"On {stepped}. On a GPU: "
         + (f"{' / '.join(one['device'] for one in timed)}, device time." if timed else "not measured yet."),
     ]
 
@@ -131,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.parse_args(argv)
     path = ROOT / "README.md"
     with one_line_errors(parser):
-        study, bench = (read_json(ROOT / "results" / name) for name in ("digits/summary.json", "bench/optim.json"))
+        study, bench = (read_json(ROOT / name) for name in (f"{_STUDY}/summary.json", "results/bench/optim.json"))
         write_atomically(path, with_table(path.read_text(), study, bench, gpu_checks()))
     return 0
 
