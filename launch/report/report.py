@@ -223,9 +223,11 @@ def environment(runs: Sequence[CellRun]) -> dict[str, Any]:
     """What all runs share, and each value once where they do not."""
     shared: dict[str, Any] = {}
     for key in _SHARED:
-        first, *more = found = [run.metrics[key] for run in runs]
-        differ = any(value != first for value in more)
-        shared[key] = [value for i, value in enumerate(found) if value not in found[:i]] if differ else first
+        found: list[Any] = []
+        for run in runs:
+            if run.metrics[key] not in found:
+                found.append(run.metrics[key])
+        shared[key] = found if len(found) > 1 else found[0]
     return shared | {"seeds": sorted({run.metrics["seed"] for run in runs})}
 
 

@@ -19,14 +19,21 @@ PRUNED = ("--sparsity", "0.7", "--prune-begin", "0.6", "--prune-end", "0.9", "--
 
 
 def counted(size):
-    """(weights without gradient, weights) of test_resnet at images of so many pixels, its last BatchNorms not at 0."""
-    model = timm.create_model("test_resnet", num_classes=10)
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            torch.nn.init.ones_(module.weight)
-    model(torch.randn(64, 3, size, size, generator=torch.Generator().manual_seed(0))).square().sum().backward()
-    weights = [weight for weight in model.parameters() if weight.ndim > 1]
-    return sum(int((weight.grad == 0).sum()) for weight in weights), sum(weight.numel() for weight in weights)
+    """(weights without gradient in any of three starts, weights) of test_resnet at images of so many pixels.
+
+    Its last BatchNorms are not at 0, and a unit that is silent in one start is not in all.
+    """
+    never = None
+    for seed in range(3):
+        torch.manual_seed(seed)
+        model = timm.create_model("test_resnet", num_classes=10)
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                torch.nn.init.ones_(module.weight)
+        model(torch.randn(64, 3, size, size)).square().sum().backward()
+        silent = torch.cat([weight.grad.flatten() == 0 for weight in model.parameters() if weight.ndim > 1])
+        never = silent if never is None else never & silent
+    return int(never.sum()), never.numel()
 
 
 def run(rank, engine, flags):
@@ -45,7 +52,7 @@ def test_kernels_that_meet_padding_are_told_of(few_digits, tmp_path, engine, ran
     idle, weights, step, taken = WARNING.search(log).groups()
     wanted_idle, wanted_weights = counted(32)
     idle = int(idle.replace(",", ""))
-    assert idle == pytest.approx(wanted_idle, rel=0.05)  # a few units may be silent in one step, on either side
+    assert wanted_idle <= idle < 1.05 * wanted_idle  # a few units may be silent in one step
     assert (int(weights.replace(",", "")), int(step)) == (wanted_weights, 10)
     assert float(taken) == pytest.approx(100 * (1 - 0.3 * wanted_weights / (wanted_weights - idle)), abs=0.1)
     assert log.count("gradient of exactly 0") == 1
