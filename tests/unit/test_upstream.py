@@ -24,6 +24,7 @@ NAMES = (
     "torch._foreach_mul_",
     "torch._foreach_norm",
     "torch._foreach_copy_",
+    "torch._C._cuda_clearCublasWorkspaces",
     "torch._C._current_graph_task_id",
     "torch.UntypedStorage._new_shared",
     "torch.UntypedStorage._cdata",

@@ -7,6 +7,7 @@ from toolkit.markdown import mib, table
 
 _ABOVE = (
     ("rounding_bytes", "rounding to the allocator's blocks"),
+    ("blas_workspaces_bytes", "scratch of matrix products (BLAS workspaces)"),
     ("unexplained_bytes", "unexplained"),
     ("allocated_peak_bytes", "**allocated, peak**"),
     ("allocator_cache_bytes", "allocator cache"),
@@ -39,7 +40,7 @@ def _phase(name: str, phase: Mapping[str, Any]) -> list[str]:
     ]
     total, predicted = phase["total_bytes"], phase["predicted_total_bytes"]
     rows.append(["**sum**", mib(total), mib(predicted), mib(None if predicted is None else total - predicted)])
-    rows += [[label, mib(phase[key]), "", ""] for key, label in _ABOVE if phase[key] is not None]
+    rows += [[label, mib(phase[key]), "", ""] for key, label in _ABOVE if phase.get(key) is not None]
     where = f"{phase['at']}, rank {phase['rank']}"
     return [f"## {name}: {where}", "", *table(["MiB", "measured", "predicted", "difference"], rows), ""]
 

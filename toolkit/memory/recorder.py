@@ -16,7 +16,7 @@ import torch
 
 from toolkit.dist import World
 from toolkit.files import csv_text, write_atomically, write_json
-from toolkit.memory.allocator import read_device, read_host
+from toolkit.memory.allocator import read_device, read_host, release_blas_workspaces
 from toolkit.memory.device_load import LOAD, find_device_load
 from toolkit.memory.device_use import find_device_use
 from toolkit.memory.ledger import Owners, count_bytes, optimizer_bytes
@@ -88,7 +88,13 @@ class MemoryLog:
         with probe:
             yield probe
         peaks = self.windows.close_window()
-        self.phases[phase.name] = {"step": step, "part": probe.part, "rows": probe.rows, "peaks": peaks}
+        self.phases[phase.name] = {
+            "step": step,
+            "part": probe.part,
+            "rows": probe.rows,
+            "peaks": peaks,
+            "blas_workspaces_bytes": release_blas_workspaces(self._world.device),
+        }
 
     def sample(self, step: int) -> dict[str, int]:
         """Record the present ledger and readings; returns the ledger. Call while gradients are there."""

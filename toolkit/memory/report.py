@@ -140,8 +140,8 @@ def phase_ledgers(record: Mapping[str, Any], predicted: Mapping[str, Mapping[str
     """The ledger at the peak of each phase's probed step: measured, predicted, the difference, and what has no owner.
 
     What the allocator and the device hold beyond the rows follows from the same step's readings, and is None where
-    there is no allocator: rows + rounding + unexplained = allocated, + cache = reserved, + context and others = the
-    whole device, whose peak is that of the run.
+    there is no allocator: rows + rounding + BLAS workspaces + unexplained = allocated, + cache = reserved, + context and
+    others = the whole device, whose peak is that of the run.
     """
     phases = {}
     for name, phase in record["phases"].items():
@@ -161,18 +161,21 @@ def phase_ledgers(record: Mapping[str, Any], predicted: Mapping[str, Mapping[str
             "rows": rows,
             "total_bytes": total,
             "predicted_total_bytes": sum(expected.values()) if expected else None,
-            **_above(total, peaks, record["device_used_peak_bytes"]),
+            **_above(total, peaks, phase.get("blas_workspaces_bytes"), record["device_used_peak_bytes"]),
         }
     return phases
 
 
-def _above(total: int, peaks: Mapping[str, int], device_used: int | None) -> dict[str, int | None]:
+def _above(
+    total: int, peaks: Mapping[str, int], workspaces: int | None, device_used: int | None
+) -> dict[str, int | None]:
     allocated, requested = peaks.get("allocated_peak_bytes"), peaks.get("requested_peak_bytes")
     reserved = peaks.get("reserved_peak_bytes")
     rounding = None if allocated is None or requested is None else allocated - requested
     return {
         "rounding_bytes": rounding,
-        "unexplained_bytes": None if allocated is None else allocated - (rounding or 0) - total,
+        "blas_workspaces_bytes": workspaces,
+        "unexplained_bytes": None if allocated is None else allocated - (rounding or 0) - (workspaces or 0) - total,
         "allocated_peak_bytes": allocated,
         "allocator_cache_bytes": None if reserved is None or allocated is None else reserved - allocated,
         "reserved_peak_bytes": reserved,

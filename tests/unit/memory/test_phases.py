@@ -102,23 +102,36 @@ def test_without_a_gpu_every_peak_is_none():
     assert {value for peaks in figures.values() for value in peaks.values()} == {None}
 
 
+@pytest.mark.parametrize("workspaces", [None, 500])
 @pytest.mark.parametrize("unexplained", [0, 1234])
-def test_rows_and_what_lies_above_sum_to_each_level(unexplained):
+def test_rows_and_what_lies_above_sum_to_each_level(unexplained, workspaces):
+    held = unexplained + (workspaces or 0)
     peaks = {
-        "allocated_peak_bytes": 1000 + unexplained,
-        "requested_peak_bytes": 900 + unexplained,
+        "allocated_peak_bytes": 1000 + held,
+        "requested_peak_bytes": 900 + held,
         "active_peak_bytes": 1,
         "reserved_peak_bytes": 5000,
     }
     phase = {"step": 3, "part": "backward", "rows": {"weights": 600, "activations": 300}, "peaks": peaks}
+    phase |= {} if workspaces is None else {"blas_workspaces_bytes": workspaces}  # checkpoints of before have none
     ledger = phase_ledgers(
         {"rank": 0, "device_used_peak_bytes": 7000, "phases": {"dense": phase}}, {"dense": {"weights": 600}}
     )["dense"]
     assert sum(row["measured_bytes"] for row in ledger["rows"]) == 900
     assert (ledger["rounding_bytes"], ledger["unexplained_bytes"]) == (100, unexplained)
-    assert 900 + ledger["rounding_bytes"] + ledger["unexplained_bytes"] == ledger["allocated_peak_bytes"]
+    assert ledger["blas_workspaces_bytes"] == workspaces
+    assert 900 + ledger["rounding_bytes"] + held == ledger["allocated_peak_bytes"]
     assert ledger["allocated_peak_bytes"] + ledger["allocator_cache_bytes"] == ledger["reserved_peak_bytes"]
     assert ledger["reserved_peak_bytes"] + ledger["context_and_others_bytes"] == ledger["device_used_peak_bytes"]
+
+
+def test_workspaces_are_what_is_freed_with_them(monkeypatch):
+    held = {"weights": 900, "workspaces": 65}
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: sum(held.values()))
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: held.pop("workspaces", None), raising=False)
+    assert allocator.release_blas_workspaces(torch.device("cuda")) == 65
+    assert allocator.release_blas_workspaces(torch.device("cuda")) == 0
+    assert allocator.release_blas_workspaces(torch.device("cpu")) is None
 
 
 def test_the_device_is_asked_before_its_peaks_are_reset():
