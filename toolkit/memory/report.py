@@ -140,8 +140,8 @@ def phase_ledgers(record: Mapping[str, Any], predicted: Mapping[str, Mapping[str
     """The ledger at the peak of each phase's probed step: measured, predicted, the difference, and what has no owner.
 
     What the allocator and the device hold beyond the rows follows from the same step's readings, and is None where
-    there is no allocator: rows + rounding + BLAS workspaces + unexplained = allocated, + cache = reserved, + context and
-    others = the whole device, whose peak is that of the run.
+    there is no allocator: rows + rounding + BLAS workspaces + unexplained = allocated, + cache = reserved, + context
+    and others = the whole device, whose peak is that of the run.
     """
     phases = {}
     for name, phase in record["phases"].items():
