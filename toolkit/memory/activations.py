@@ -112,10 +112,33 @@ class StorageTracker(TorchDispatchMode):
         """Count a tensor's storage as one that is there from the start, unless it is known already."""
         return self.of(tensor) or self._follow(tensor.untyped_storage(), storage_key(tensor), tensor.dtype, 0)
 
+    def leave_out(self, tensor: Tensor) -> None:
+        """Count none of a tensor's bytes from here on, though it was made while this was active."""
+        lifetime = self.of(tensor)
+        if lifetime is not None:
+            lifetime.size_bytes = 0
+            self._gathered.pop(storage_key(tensor), None)  # by its size it may look like a gathered weight
+
     def forget(self, tensors: Iterable[Tensor], *, weights: bool = False) -> None:
         """Leave out tensors that were there before."""
         for tensor in tensors:
             self._alive[storage_key(tensor)] = Lifetime(0, 0, of_weights=weights)
+
+
+class _KeptStatistics(TorchDispatchMode):
+    """Gives fake BatchNorm the statistics that real BatchNorm keeps for backward.
+
+    Of half-precision images they are float32 where the layer is; torch's formula for fake tensors rounds them to half.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operator; mean and deviation, [channels] each, are widened."""
+        result = func(*args, **(kwargs or {}))
+        if func is not torch.ops.aten.native_batch_norm.default:
+            return result
+        _, *of_layer = [one for one in args if isinstance(one, Tensor)]  # images, scale, shift, running averages
+        wide = torch.float32 if any(one.dtype is torch.float32 for one in of_layer) else result[1].dtype
+        return result[0], *(torch.empty_like(kept, dtype=wide) for kept in result[1:])
 
 
 @dataclass(frozen=True)
@@ -215,7 +238,7 @@ def _track(
         for parameter in model.parameters() if frees_gradients else ():
             if parameter.requires_grad and parameter.numel() >= FREED_AT_ONCE:
                 parameter.register_post_accumulate_grad_hook(free)
-        with tracker:
+        with _KeptStatistics(), tracker:
             images = torch.empty(tuple(shape), dtype=next(model.parameters()).dtype)
             if channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)

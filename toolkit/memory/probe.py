@@ -62,9 +62,7 @@ class StepProbe:
     def leave_out(self, *tensors: Tensor) -> None:
         """Do not count these tensors."""
         for tensor in tensors:
-            made = self._tracker.of(tensor)
-            if made is not None:
-                made.size_bytes = 0
+            self._tracker.leave_out(tensor)
 
     def name(self, row: str, *tensors: Any) -> None:
         """Say to which row tensors, or tuples of them, belong that are not there any more when the step ends."""

@@ -58,6 +58,9 @@ def test_memory_is_watched_at_the_optimizers_steps_where_a_scaler_leaves_some_ou
         ("adamw-magnitude", ["--prune-start", "0.6"]),
         ("adamw-movement", []),
         ("sgd", []),
+        ("sgd", ["--amp", "bf16", "--channels-last"]),
+        ("adamwprune", ["--model-dtype", "bfloat16"]),
+        ("sgd", ["--grad-checkpointing", "--model-ema"]),
     ],
 )
 def test_the_ledger_of_a_steps_peak_is_what_was_predicted(flags, tmp_path, opt, more):
@@ -70,24 +73,10 @@ def test_the_ledger_of_a_steps_peak_is_what_was_predicted(flags, tmp_path, opt, 
         phase = report["phases"].pop(name, {"predicted_total_bytes": None})
         assert phase["predicted_total_bytes"] is None
     for phase in report["phases"].values():
-        rows = {row["name"]: row for row in phase["rows"]}
         assert sum(row["measured_bytes"] for row in phase["rows"]) == phase["total_bytes"]
         assert phase["unexplained_bytes"] is None  # no allocator to ask on CPU
-        for name in (
-            "weights",
-            "buffers",
-            "gradients",
-            "input",
-            "optim.exp_avg",
-            "optim.exp_avg_exponents",
-            "optim.momentum_buffer",
-            "masks",
-            "scores",
-        ):
-            if name in rows:
-                assert rows[name]["difference_bytes"] == 0, rows[name]
-        assert rows["activations"]["measured_bytes"] == pytest.approx(rows["activations"]["predicted_bytes"], rel=0.02)
-        assert phase["total_bytes"] == pytest.approx(phase["predicted_total_bytes"], rel=0.03)
+        assert not [row for row in phase["rows"] if row["difference_bytes"]]
+        assert phase["total_bytes"] == phase["predicted_total_bytes"]
     jsonschema = pytest.importorskip("jsonschema", reason="not installed; requirements-dev.txt has it")
     jsonschema.validate(json.loads((tmp_path / "r" / "memory.json").read_text()), json.loads(SCHEMA_FILE.read_text()))
 
