@@ -19,7 +19,7 @@ from torch import nn
 from toolkit.builder.data import DataSet, batch_size_per_rank, input_settings
 from toolkit.builder.distill import teacher_bytes
 from toolkit.builder.ledger_rows import rows_between_steps, rows_of_engine
-from toolkit.builder.model import amp_dtype, create_model
+from toolkit.builder.model import amp_dtype, create_model, train_loss
 from toolkit.builder.optimizer import final_sparsity, own_rules, resolve_optimizer, with_state_budget
 from toolkit.builder.recompute import checkpoint_activations
 from toolkit.config import Config
@@ -85,6 +85,8 @@ class Prediction:
             amp_dtype=amp_dtype(config),
             channels_last=config.channels_last,
             frees_gradients=config.fused_backward,
+            loss=train_loss(config),
+            soft_targets=config.mixes,
             on_progress=log,
         )
 

@@ -87,9 +87,9 @@ def train_step(
         batch = next(batches)
         wait_s += time.perf_counter() - begin
         num_bad += batch.num_bad
-        if probe is not None:
-            probe.leave_out(batch.images, batch.weights, batch.samples)  # they stay with the host
         images, targets = run.augment(*run.to_inputs(batch), (update - 1) * accumulation + micro, epoch)
+        if probe is not None:  # they stay with the host
+            probe.leave_out(*(one for one in batch if isinstance(one, Tensor) and one is not targets))
 
         # Forward: the loss is in float32 on every engine, and its mean over all micro-batches the step's.
         loss = run.train_loss(engine.forward(images, last=last), targets) / accumulation

@@ -188,11 +188,14 @@ def track_step(
     amp_dtype: torch.dtype | None = None,
     channels_last: bool = False,
     frees_gradients: bool = False,
+    loss: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy,
+    soft_targets: bool = False,
     batch_sizes: tuple[int, int] = (2, 4),
     on_progress: Callable[[str], None] = lambda text: None,
 ) -> StepMemory:
     """Track forward, loss and backward of a model at two batch sizes, on fake tensors.
 
+    `loss` is of float32 logits [b, classes] and labels [b], or with `soft_targets` shares of classes [b, classes].
     `frees_gradients`: each gradient, but small ones, is freed as soon as it is there, as the update fused into backward
     does. Raises ValueError where the two tracks differ in their operations, so that no line can be drawn through them.
     """
@@ -200,7 +203,8 @@ def track_step(
     for batch_size in batch_sizes:
         on_progress(f"tracking forward and backward at batch size {batch_size}")
         shape = (batch_size, *input_size)
-        tracks.append(_track(make_model, shape, num_classes, amp_dtype, channels_last, frees_gradients))
+        targets = torch.zeros(batch_size, num_classes) if soft_targets else torch.zeros(batch_size, dtype=torch.int64)
+        tracks.append(_track(make_model, shape, targets, loss, amp_dtype, channels_last, frees_gradients))
     (first, events), (second, other_events) = tracks
     if len(first) != len(second) or events != other_events:
         raise ValueError("the model's operations depend on the batch size; its memory cannot be predicted from two")
@@ -215,7 +219,8 @@ def track_step(
 def _track(
     make_model: Callable[[], nn.Module],
     shape: Sequence[int],
-    num_classes: int,
+    targets: Tensor,
+    loss_of: Callable[[Tensor, Tensor], Tensor],
     amp_dtype: torch.dtype | None,
     channels_last: bool,
     frees_gradients: bool,
@@ -242,10 +247,10 @@ def _track(
             images = torch.empty(tuple(shape), dtype=next(model.parameters()).dtype)
             if channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
-            labels = torch.zeros(shape[0], dtype=torch.int64)
-            inputs = [tracker.of(images), tracker.of(labels)]
+            targets = torch.empty_like(targets)
+            inputs = [tracker.of(images), tracker.of(targets)]
             with torch.autocast("cpu", dtype=amp_dtype or torch.bfloat16, enabled=amp_dtype is not None):
-                loss = nn.functional.cross_entropy(model(images).float(), labels)
+                loss = loss_of(model(images).float(), targets)
             forward_end = tracker.events
             loss.backward()
         gradients += [tracker.of(p.grad) for p in model.parameters() if p.grad is not None]

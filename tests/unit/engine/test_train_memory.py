@@ -61,11 +61,13 @@ def test_memory_is_watched_at_the_optimizers_steps_where_a_scaler_leaves_some_ou
         ("sgd", ["--amp", "bf16", "--channels-last"]),
         ("adamwprune", ["--model-dtype", "bfloat16"]),
         ("sgd", ["--grad-checkpointing", "--model-ema"]),
+        ("sgd", ["--mixup", "0.2"]),
+        ("sgd", ["--bce-loss"]),
     ],
 )
 def test_the_ledger_of_a_steps_peak_is_what_was_predicted(flags, tmp_path, opt, more):
     sparsity = [] if opt == "sgd" else ["--sparsity", "0.7", "--prune-begin", "0.3"]
-    assert train.main([*flags, "--opt", opt, *sparsity, *more, "--experiment", "r", "--smoothing", "0"]) == 0
+    assert train.main([*flags, "--opt", opt, *sparsity, *more, "--experiment", "r"]) == 0
     report = json.loads((tmp_path / "r" / "memory.json").read_text())
     pruned = ["ramp", "final"] if opt != "sgd" else []
     assert list(report["phases"]) == ["first_step", "dense", *pruned]
