@@ -139,7 +139,7 @@ class Prediction:
             rows.pop("masks", None)
         step = self.step.peak(batch_size)
         step["activations"] += 12  # the loss summed over micro-batches, and the two flags that travel during backward
-        step["workspace"] += 8 if self.config.amp == "fp16" else 4  # the loss as it is divided, and scaled
+        step["workspace"] += 8 if self.config.mixed_precision == "fp16" else 4  # the loss as it is divided, and scaled
         if num_ranks > 1:
             step["gradients"] = 0  # DDP's buckets have them
         if sharded:

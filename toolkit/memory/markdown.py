@@ -40,7 +40,7 @@ def _phase(name: str, phase: Mapping[str, Any]) -> list[str]:
     ]
     total, predicted = phase["total_bytes"], phase["predicted_total_bytes"]
     rows.append(["**sum**", mib(total), mib(predicted), mib(None if predicted is None else total - predicted)])
-    rows += [[label, mib(phase[key]), "", ""] for key, label in _ABOVE if phase.get(key) is not None]
+    rows += [[label, mib(phase[key]), "", ""] for key, label in _ABOVE if phase[key] is not None]
     where = f"{phase['at']}, rank {phase['rank']}"
     return [f"## {name}: {where}", "", *table(["MiB", "measured", "predicted", "difference"], rows), ""]
 

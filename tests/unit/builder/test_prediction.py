@@ -153,3 +153,8 @@ def test_nothing_is_predicted_of_an_engine_that_offloads(caplog):
     engine = SimpleNamespace(name="zero2", offloads=True)
     assert predict_run(Config(), engine, 10, num_ranks=2) == ({}, {})
     assert caplog.messages == ["the memory ledger is not predicted: zero2 keeps a part on the host"]
+
+
+def test_a_scaler_holds_the_scaled_loss_by_whatever_name_float16_is_asked_for():
+    asked = [predicted(amp=name).ledger(4, None) for name in ("bf16", "fp16", "float16", "default")]
+    assert [rows["workspace"] - asked[0]["workspace"] for rows in asked] == [0, 4, 4, 4]
