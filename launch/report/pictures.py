@@ -9,6 +9,7 @@ from typing import Any
 from matplotlib import rcParams
 from matplotlib.figure import Figure
 
+from launch.png import save_png
 from launch.report.pictures_study import (
     COLOURS,
     STYLES,
@@ -45,7 +46,7 @@ def draw_all(groups: Groups, out: Path) -> list[tuple[str, str]]:
         figure = Figure(figsize=size, layout="constrained")
         draw(figure, data)
         figure.suptitle(caption, fontsize=11)
-        figure.savefig(out / name, dpi=130, metadata={"Software": None}, pil_kwargs={"optimize": True})
+        save_png(figure, out / name)
     return [(name, caption) for name, (*_, caption) in pictures.items()]
 
 

@@ -110,6 +110,8 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     """Images per second over ranks, and the loss curves of one global batch."""
     from matplotlib.figure import Figure
 
+    from launch.png import save_png
+
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     rows = result["rows"]
@@ -141,7 +143,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
         axes.grid(alpha=0.3)
     where = rows[0]["device"] if rows[0]["on_gpu"] else f"NO GPU: {rows[0]['device']}, which the ranks share"
     figure.suptitle(f"{result['model']} on 1 and more ranks ({where})", fontsize=10)
-    figure.savefig(path, dpi=130, metadata={"Software": None})
+    save_png(figure, path)
 
 
 def _traffic(counts: Mapping[str, Any], engine: str) -> Traffic:

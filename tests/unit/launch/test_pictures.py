@@ -4,10 +4,13 @@ import copy
 import dataclasses
 from pathlib import Path
 
+import numpy
 import pytest
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from PIL import Image
 
+from launch.png import save_png
 from launch.report.archive import read_runs
 from launch.report.charts import chart_data
 from launch.report.pictures import _pictures
@@ -122,3 +125,17 @@ def test_equal_results_do_not_hide_each_other(level):
     places = [x for x, *_ in points(drawn(accuracy_over_sparsity, lines)).values()]
     assert len(set(places)) == len(places) > 1
     assert all(abs(x - 100 * level) < 2 for x in places)
+
+
+def test_a_palette_of_256_colours_is_not_to_be_seen(tmp_path):
+    study = _pictures(as_lines(groups_of("digits")))["accuracy.png"]
+    figure = Figure(figsize=study[2], layout="constrained")
+    study[0](figure, study[1])
+    figure.savefig(tmp_path / "full.png", dpi=130)
+    save_png(figure, tmp_path / "small.png")
+    full, small = (Image.open(tmp_path / name) for name in ("full.png", "small.png"))
+    assert small.mode == "P"
+    assert small.size == full.size
+    off = numpy.asarray(full.convert("RGB"), int) - numpy.asarray(small.convert("RGB"), int)
+    assert abs(off).max() <= 16
+    assert (tmp_path / "small.png").stat().st_size < 0.7 * (tmp_path / "full.png").stat().st_size
