@@ -66,7 +66,8 @@ def load_matrix(path: Path, seeds: Sequence[int] | None = None, overrides: Seque
     try:
         content = yaml.load(path.read_text(), Loader)
     except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"matrix {path} cannot be read ({' '.join(str(error).split())}); check the path") from None
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise ValueError(f"matrix {path} cannot be read ({reason}); check the path, or see launch/matrices/") from None
     if not isinstance(content, dict):
         raise ValueError(f"matrix {path} is no mapping of {', '.join(_KEYS)}")
     unknown = sorted(set(content) - set(_KEYS))
@@ -99,8 +100,10 @@ def selected(options: argparse.Namespace) -> tuple[Matrix, list[Cell]]:
     matrix = load_matrix(options.file, options.seeds and list(itertools.chain(*options.seeds)), overrides)
     cells = [cell for cell in matrix.cells if fnmatch.fnmatch(cell.name, options.only)]
     if not cells:
-        names = ", ".join(cell.name for cell in matrix.cells)
-        raise ValueError(f"--only {options.only} matches no cell; there are {names}")
+        first = ", ".join(cell.name for cell in matrix.cells[:3])
+        raise ValueError(
+            f"--only {options.only} matches none of {len(matrix.cells)} cells, the first {first}; --dry-run lists all"
+        )
     return matrix, cells
 
 
