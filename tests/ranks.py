@@ -34,6 +34,11 @@ def _import_once():
         torch.compile(torch.neg)  # compiles nothing yet, but loads the compiler
 
 
+def _context():
+    """How ranks are begun: forked, or where there is a GPU spawned, for its driver does not outlive a fork."""
+    return multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
+
+
 def _become(rank, num_ranks, port):
     """Make this forked process a rank."""
     os.environ |= {
@@ -70,7 +75,7 @@ def _child(function, rank, num_ranks, port, arguments, join_group, results):
 def run_ranks(function, num_ranks, *arguments, join_group=True, timeout_s=120):
     """`function(rank, *arguments)` on each rank; returns the results by rank, raises what a rank raised."""
     _import_once()
-    context = multiprocessing.get_context("fork")
+    context = _context()
     results = context.Queue()
     port = free_port()
     processes = [
@@ -111,7 +116,7 @@ def exit_codes(function, num_ranks, *arguments, timeout_s=90, hanging=()):
     The ranks of `hanging` are killed as soon as the others have ended.
     """
     _import_once()
-    context, port = multiprocessing.get_context("fork"), free_port()
+    context, port = _context(), free_port()
     processes = [
         context.Process(target=_mortal, args=(function, rank, num_ranks, port, arguments)) for rank in range(num_ranks)
     ]

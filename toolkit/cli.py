@@ -203,6 +203,8 @@ def parse(argv: Sequence[str] | None = None, prog: str = "train.py") -> Config:
             name = unknown[0].partition("=")[0]
             if reason := _NOT_OFFERED_FLAGS.get(name):
                 raise ValueError(f"{name} is timm's and not offered here: {reason}; see docs/timm.md")
+            if "/" in name or Path(name).is_dir():  # as timm's train.py takes it, without a flag
+                raise ValueError(f"{name} is not a flag of {prog}; if it is the data folder, give --data-dir {name}")
             raise ValueError(f"{unknown[0]} is not a flag of {prog}.{_near(name, valid)} Valid: {' '.join(valid)}")
         explicit = vars(known)
         recipe = explicit.pop("config", None)

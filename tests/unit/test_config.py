@@ -96,6 +96,7 @@ def test_amp(argv, precision):
         (["--opt-kwargs", "x"], ["not key=value"]),
         (["-c", "nowhere.yaml"], ["nowhere.yaml cannot be read"]),
         (["positional"], ["positional is not a flag"]),
+        (["/imagenet", "--model", "resnet50"], ["/imagenet is not a flag", "give --data-dir /imagenet"]),
     ],
 )
 def test_mistakes_are_one_line(capsys, argv, words):

@@ -168,11 +168,22 @@ def test_the_readmes_loop_prunes_as_it_says():
     assert names["weights"] > 10_000
 
 
-def test_the_readmes_engines_are_what_train_py_takes(monkeypatch):
-    """Each "no" of FSDP2 and ZeRO is refused, each "yes" and every kind of precision is not."""
+def refuses(monkeypatch, engine, arguments):
+    """Whether train.py refuses these flags under ddp, fsdp2 or deepspeed, as soon as it knows the engine."""
     from toolkit.builder.accelerator import check_engine
     from toolkit.cli import parse
 
+    for name, asked in (("FSDP", "fsdp2"), ("DEEPSPEED", "deepspeed")):
+        monkeypatch.setenv(f"ACCELERATE_USE_{name}", str(engine == asked).lower())
+    try:
+        check_engine(parse(["--data-dir", "x", *arguments]))
+    except ValueError:
+        return True
+    return False
+
+
+def test_the_readmes_engines_are_what_train_py_takes(monkeypatch):
+    """Each "no" of FSDP2 and ZeRO is refused, each "yes" and every kind of precision is not."""
     lines = README.read_text().split("## What goes with what\n\n")[1].split("\n\n")[0].splitlines()
     header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     flags = {
@@ -183,26 +194,45 @@ def test_the_readmes_engines_are_what_train_py_takes(monkeypatch):
         "resume elsewhere": ["--resume", "auto"],
     }
     assert header[2:] == list(flags)
-    engines = {"FSDP2": "FSDP", "ZeRO-1, 2, 3": "DEEPSPEED"}
-
-    def refuses(engine, arguments):
-        for name in engines.values():
-            monkeypatch.delenv(f"ACCELERATE_USE_{name}", raising=False)
-        if engine in engines:
-            monkeypatch.setenv(f"ACCELERATE_USE_{engines[engine]}", "true")
-        try:
-            check_engine(parse(["--data-dir", "x", *arguments]))
-        except ValueError:
-            return True
-        return False
-
-    for engine, amp, *cells in rows:
+    engines = {"one process": "ddp", "DDP": "ddp", "FSDP2": "fsdp2", "ZeRO-1, 2, 3": "deepspeed"}
+    assert [row[0] for row in rows] == list(engines)
+    for label, amp, *cells in rows:
+        engine = engines[label]
         for name, cell in zip(header[2:], cells, strict=True):
-            if engine in engines or cell == "yes":
-                assert refuses(engine, flags[name]) == (cell == "no"), (engine, name)
+            if engine != "ddp" or cell == "yes":
+                assert refuses(monkeypatch, engine, flags[name]) == (cell == "no"), (label, name)
         for precision in ("bf16", "fp16"):
-            assert refuses(engine, ["--amp", precision]) == (precision not in amp), (engine, precision)
-    assert [row[0] for row in rows] == ["one process", "DDP", *engines]
+            assert refuses(monkeypatch, engine, ["--amp", precision]) == (precision not in amp), (label, precision)
+
+
+def test_the_engines_page_says_what_train_py_takes(monkeypatch, tmp_path):
+    """Each "no" of its table is refused at start, and nothing else is; rows without a flag are other tests'."""
+    pruned = ["--opt", "adamwprune", "--sparsity", "0.5"]
+    (tmp_path / "rules.yaml").write_text("fc: skip")
+    flags = {
+        "`--prune-config`": [*pruned, "--prune-config", str(tmp_path / "rules.yaml")],
+        "`--layer-decay`": ["--layer-decay", "0.7"],
+        "`--clip-grad` by norm": ["--clip-grad", "1"],
+        "`--clip-mode value`, `agc`": ["--clip-grad", "1", "--clip-mode", "agc"],
+        "`--model-ema`": ["--model-ema"],
+        "`--amp bf16`, `fp16`": ["--amp", "bf16"],
+        "`--model-dtype bfloat16`": ["--model-dtype", "bfloat16"],
+        "`--torchcompile`": ["--torchcompile"],
+        "`--sync-bn`": ["--sync-bn"],
+        "`--prune-scope layer`, `erk`": [*pruned, "--prune-scope", "layer"],
+        "`--prune-pattern` 2:4, channel": [*pruned, "--prune-pattern", "2:4"],
+        "`--prune-shrink`": [*pruned, "--prune-pattern", "channel", "--prune-shrink"],
+        "`--channels-last`": ["--channels-last"],
+        "`--kd-model-name`": ["--kd-model-name", "test_vit"],
+        "`--fused-backward`": ["--fused-backward"],
+    }
+    lines = (ROOT / "docs" / "engines.md").read_text().split("## Feature × engine\n\n")[1].split("\n\n")[0].splitlines()
+    rows = {cells[0]: cells[1:4] for cells in ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)}
+    assert {name for name in rows if name.startswith("`")} == flags.keys()
+    for name, arguments in flags.items():
+        for engine, cell in zip(("ddp", "fsdp2", "deepspeed"), rows[name], strict=True):
+            if engine != "ddp" or not cell.startswith("no"):  # DDP on one rank refuses nothing
+                assert refuses(monkeypatch, engine, arguments) == cell.startswith("no"), (name, engine)
 
 
 OPTIMIZERS = (ROOT / "docs" / "optimizers.md").read_text()

@@ -130,11 +130,15 @@ def test_bce_is_timms():
     assert torch.equal(loss(scores, labels), wanted(scores, labels))
 
 
-def test_a_compilers_mode():
+def test_a_compilers_mode(monkeypatch):
     with pytest.raises(SystemExit):
         parse(["--torchcompile", "eager", "--torchcompile-mode", "max-autotune"])
     config = parse(["--torchcompile", "--torchcompile-mode", "reduce-overhead"])
     assert isinstance(compile_model(nn.Linear(1, 1), config), torch._dynamo.OptimizedModule)
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda model, **options: asked.append(options))
+    compile_model(nn.Linear(1, 1), config)
+    assert asked == [{"backend": "inductor", "mode": "reduce-overhead"}]
 
 
 @pytest.mark.parametrize(
