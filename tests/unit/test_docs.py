@@ -233,6 +233,10 @@ def test_the_engines_page_says_what_train_py_takes(monkeypatch, tmp_path):
         for engine, cell in zip(("ddp", "fsdp2", "deepspeed"), rows[name], strict=True):
             if engine != "ddp" or not cell.startswith("no"):  # DDP on one rank refuses nothing
                 assert refuses(monkeypatch, engine, arguments) == cell.startswith("no"), (name, engine)
+    (tmp_path / "rules.yaml").write_text("fc: 0.9")
+    for name in ("`--prune-config`", "`--layer-decay`"):  # ZeRO's "one part only", "not with pruning"
+        assert refuses(monkeypatch, "deepspeed", [*pruned, *flags[name]])
+        assert not refuses(monkeypatch, "fsdp2", [*pruned, *flags[name]])
 
 
 OPTIMIZERS = (ROOT / "docs" / "optimizers.md").read_text()

@@ -42,6 +42,48 @@ def launched_engine() -> str:
 
 def check_engine(config: Config) -> None:
     """Raise ValueError where the YAML says otherwise than the flags, or the engine lacks what a flag asks for."""
+    _check_launch_file(config)
+    engine = launched_engine()
+    lacking = {  # flag -> why an engine that splits weights cannot; docs/engines.md has the table
+        "--fused-backward": (config.fused_backward, "gradients are summed over ranks before the update"),
+        "--prune-shrink": (config.prune_shrink, "its shards keep the shapes they were cut with"),
+        "--model-dtype bfloat16": (
+            engine == "deepspeed" and config.model_dtype == "bfloat16",
+            f"it trains float32 copies and rounds those to the nearest, {_DEEPSPEED_PAGE}",
+        ),
+        "--channels-last": (
+            engine == "fsdp2" and config.channels_last,
+            f"fully_shard splits contiguous weights only, {_TORCH_PAGE}",
+        ),
+        f"--prune-pattern {config.prune_pattern}": (
+            engine == "deepspeed" and config.prune_pattern != "weight",
+            f"its slices cut groups and channels, {_DEEPSPEED_PAGE}",
+        ),
+        f"--prune-scope {config.prune_scope}": (
+            engine == "deepspeed" and config.prune_scope != "global",
+            f"its slices hold parts of many layers, {_DEEPSPEED_PAGE}",
+        ),
+        "--layer-decay with --sparsity": (
+            engine == "deepspeed" and config.layer_decay is not None and bool(config.sparsity),
+            f"it prunes one part of all layers, whose slices are cut as one, {_DEEPSPEED_PAGE}",
+        ),
+        "--prune-config with more than skip": (
+            engine == "deepspeed" and any(rule != "skip" for rule in (config.prune_config or {}).values()),
+            f"it prunes one part of all layers, whose slices are cut as one, {_DEEPSPEED_PAGE}",
+        ),
+    }
+    if engine != "ddp":
+        remedy = "leave it out, or launch with accelerate_configs/multi_gpu.yaml (DDP)"
+        refuse(
+            {
+                f"{flag} is not offered with {engine}: {reason}; {remedy}": asked
+                for flag, (asked, reason) in lacking.items()
+            }
+        )
+
+
+def _check_launch_file(config: Config) -> None:
+    """Raise ValueError where the launch file sets what is train.py's flag, and sets it otherwise."""
     said = {
         "mixed_precision": (os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), "no", config.mixed_precision, "--amp"),
         "gradient_accumulation_steps": (
@@ -65,35 +107,6 @@ def check_engine(config: Config) -> None:
             for key, (value, neutral, flag, name) in said.items()
         }
     )
-    engine = launched_engine()
-    lacking = {  # flag -> why an engine that splits weights cannot; docs/engines.md has the table
-        "--fused-backward": (config.fused_backward, "gradients are summed over ranks before the update"),
-        "--prune-shrink": (config.prune_shrink, "its shards keep the shapes they were cut with"),
-        "--model-dtype bfloat16": (
-            engine == "deepspeed" and config.model_dtype == "bfloat16",
-            f"it trains float32 copies and rounds those to the nearest, {_DEEPSPEED_PAGE}",
-        ),
-        "--channels-last": (
-            engine == "fsdp2" and config.channels_last,
-            f"fully_shard splits contiguous weights only, {_TORCH_PAGE}",
-        ),
-        f"--prune-pattern {config.prune_pattern}": (
-            engine == "deepspeed" and config.prune_pattern != "weight",
-            f"its slices cut groups and channels, {_DEEPSPEED_PAGE}",
-        ),
-        f"--prune-scope {config.prune_scope}": (
-            engine == "deepspeed" and config.prune_scope != "global",
-            f"its slices hold parts of many layers, {_DEEPSPEED_PAGE}",
-        ),
-    }
-    if engine != "ddp":
-        remedy = "leave it out, or launch with accelerate_configs/multi_gpu.yaml (DDP)"
-        refuse(
-            {
-                f"{flag} is not offered with {engine}: {reason}; {remedy}": asked
-                for flag, (asked, reason) in lacking.items()
-            }
-        )
 
 
 def stay_on_this_host() -> None:
