@@ -3,7 +3,7 @@
 "use strict";
 
 const {rows, band, levels, range} = JSON.parse(document.getElementById("data").textContent);
-const SHAPES = ["circle", "rect", "triangle", "diamond", "pin", "roundRect", "arrow"];
+const SHAPES = ["circle", "rect", "diamond", "triangle", "pin", "roundRect", "arrow"];
 const DASHES = ["solid", [6, 4], [8, 3, 2, 3], [2, 3]];
 const drawn = new Map(); // element -> chart
 const NARROW = 600; // pixels, below which only the rows to take are labelled
