@@ -44,6 +44,7 @@ def check_engine(config: Config) -> None:
     """Raise ValueError where the YAML says otherwise than the flags, or the engine lacks what a flag asks for."""
     _check_launch_file(config)
     engine = launched_engine()
+    one_part = f"it prunes one part of all layers, whose slices are cut as one, {_DEEPSPEED_PAGE}"
     lacking = {  # flag -> why an engine that splits weights cannot; docs/engines.md has the table
         "--fused-backward": (config.fused_backward, "gradients are summed over ranks before the update"),
         "--prune-shrink": (config.prune_shrink, "its shards keep the shapes they were cut with"),
@@ -65,11 +66,11 @@ def check_engine(config: Config) -> None:
         ),
         "--layer-decay with --sparsity": (
             engine == "deepspeed" and config.layer_decay is not None and bool(config.sparsity),
-            f"it prunes one part of all layers, whose slices are cut as one, {_DEEPSPEED_PAGE}",
+            one_part,
         ),
         "--prune-config with more than skip": (
             engine == "deepspeed" and any(rule != "skip" for rule in (config.prune_config or {}).values()),
-            f"it prunes one part of all layers, whose slices are cut as one, {_DEEPSPEED_PAGE}",
+            one_part,
         ),
     }
     if engine != "ddp":
