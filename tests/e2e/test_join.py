@@ -24,7 +24,8 @@ from toolkit.builder.accelerator import create_accelerator
 from toolkit.cli import parse
 
 accelerator = create_accelerator(parse(sys.argv[1:]))
-print("joined", os.environ["TORCHELASTIC_RESTART_COUNT"], accelerator.num_processes, flush=True)
+line = f"joined {os.environ['TORCHELASTIC_RESTART_COUNT']} {accelerator.num_processes}\\n"
+os.write(1, line.encode())  # one write a line: two ranks' prints came out interleaved
 torch.distributed.destroy_process_group()
 """
 

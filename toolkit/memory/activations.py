@@ -94,8 +94,10 @@ class StorageTracker(TorchDispatchMode):
 
     def _note_resized(self) -> None:
         for key, reference in list(self._gathered.items()):
-            storage, lifetime = reference(), self._alive[key]
-            if storage is None or storage.nbytes() == (0 if lifetime.died is not None else lifetime.size_bytes):
+            storage, lifetime = reference(), self._alive.get(key)
+            if storage is None or lifetime is None:  # collected since the list was made: `_died` has noted it
+                continue
+            if storage.nbytes() == (0 if lifetime.died is not None else lifetime.size_bytes):
                 continue
             if lifetime.died is None:
                 lifetime.died = self.events

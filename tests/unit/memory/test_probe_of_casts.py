@@ -69,3 +69,30 @@ def test_what_fsdp2_gathers_is_gone_when_its_storage_is_shrunk(one_rank_group):
         assert all(one.died is not None for one in gathered)
         assert after_forward < 2 * WIDTH * WIDTH  # none of the three is there
         model.zero_grad()
+
+
+class _Collecting(StorageTracker):
+    """The garbage collector may run at any allocation, and take storages that the tracker is just going through."""
+
+    garbage: list = []
+
+    def _follow(self, *arguments):
+        self.garbage.clear()
+        return super()._follow(*arguments)
+
+
+def test_a_storage_collected_while_the_gathered_ones_are_gone_through_is_dead():
+    tracker = _Collecting()
+    tracker.weight_numels = {WIDTH}
+    with tracker:
+        first, second = torch.empty(WIDTH), torch.empty(WIDTH)
+        storage, size_bytes = first.untyped_storage(), 4 * WIDTH
+        storage.resize_(0)
+        torch.empty(1)  # noted as gone
+        storage.resize_(size_bytes)
+        tracker.garbage.append(second)
+        del second
+        torch.empty(1)  # the first is followed anew; by then the second has been collected
+    assert tracker.garbage == []
+    whole = [one for one in tracker.lifetimes if one.size_bytes == size_bytes]
+    assert [one.died is None for one in whole] == [False, False, True]
