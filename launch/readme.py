@@ -106,24 +106,23 @@ def _steps(bench: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
 
 
 def _ratios(steps: Sequence[Mapping[str, Any]]) -> str:
-    """Beside its own family's fused optimizer, which is named where it is SGD; a figure a machine."""
+    """Beside its own family's fused optimizer, which is named where it is SGD; from the best to the worst machine."""
     peer = steps[0]["peer"] or steps[0]["name"]
-    figures = [f"{step['ratio_to_peer']:.2f}" for step in steps if step["peer"]] or ["1.00"]
-    return " / ".join(figures) + (" of fused SGD" if "SGD" in peer else "")
+    figures = sorted({f"{step['ratio_to_peer']:.2f}" for step in steps if step["peer"]}) or ["1.00"]
+    return " to ".join(dict.fromkeys((figures[0], figures[-1]))) + (" of fused SGD" if "SGD" in peer else "")
 
 
 def _notes(study: Mapping[str, Any], bench: Mapping[str, Any], timed: Sequence[Mapping[str, Any]]) -> list[str]:
     run, machines, model = study["environment"], bench["machines"], bench["machines"][-1]["model"]
     end = _steps(bench, "adamwprune 70%")[-1]["state_bytes_per_prunable_weight"]
     trained = f"{run['device']} ({run['device_type'].upper()})"
-    stepped = " / ".join(f"{one['device'].removeprefix('CPU: ')} ({one['kind'].upper()})" for one in machines)
+    on_gpu = f"{' and '.join(one['device'] for one in timed)}, device time" if timed else "not measured yet"
     return [
         f"State: bytes a weight that optimizer and pruning keep; on {model} `adamwprune` ends at {end:.2f} for 70 %.",
         f"State and top-1: {run['model']} with a quarter of its channels, {run['epochs']} epochs on 10,000 photographs "
         f"of CIFAR-10, {trained}; by `python -m launch.matrix launch/matrices/cifar10.yaml`.",
         f"Step: {model}, float32 moments, medians; by `python -m launch.bench optim --out results/bench`. "
-        f"On {stepped}. On a GPU: "
-        + (f"{' / '.join(one['device'] for one in timed)}, device time." if timed else "not measured yet."),
+        f"From the best to the worst of {len(machines)} CPUs; [each](results/bench/optim.md). On a GPU: {on_gpu}.",
     ]
 
 

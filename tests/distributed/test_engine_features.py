@@ -148,8 +148,12 @@ def test_as_on_ddp(flags, engine, feature):
     assert found["losses"] == pytest.approx(wanted["losses"], rel=1e-3)
 
 
-# Of masks' bits; measured were 0.1 and 0.7 %: each rank rounds by chances of its own.
-DIFFER = {"bfloat16 moments": 0.003, "int8 moments": 0.015}
+# Of masks' bits. bfloat16 is rounded by chances of the rank's own (0.04 to 0.06 % were measured); codes are DDP's but
+# for the head's: its 640 weights are too few for codes, and ZeRO's slice has them all the same (0.08 and 0.09 %).
+DIFFER = {"bfloat16 moments": 0.001, "int8 moments": 0.001}
+
+
+EXACTLY = [("fsdp2", "int8 moments")]
 
 
 @pytest.mark.parametrize(
@@ -166,7 +170,7 @@ def test_narrow_moments_are_those_of_ddp_to_rounding(flags, engine, feature):
     assert found.keys() == wanted.keys() != set()
     masks = [torch.cat([held[name].flatten() for name in wanted]) for held in (wanted, found)]
     assert masks[0].sum() == masks[1].sum()
-    assert (masks[0] != masks[1]).float().mean() <= DIFFER[feature]
+    assert (masks[0] != masks[1]).float().mean() <= (0 if (engine, feature) in EXACTLY else DIFFER[feature])
 
 
 def refusal(rank, flags):

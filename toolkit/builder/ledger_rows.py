@@ -20,6 +20,7 @@ from toolkit.prune.budget import budget_for
 from toolkit.prune.distributed import to_local
 from toolkit.prune.mask import unpack_bits
 from toolkit.prune.moments import STATE_DTYPES
+from toolkit.prune.spans import make_spans, whole_range
 
 _ZERO_ALIGNMENT = 2  # elements: DeepSpeed's nccl_start_alignment_factor; a slice of ZeRO-1 and 2 is a multiple
 
@@ -104,7 +105,10 @@ def _facts(owned: Tensor, numel: int, engine: Engine, trained: bool = True) -> P
     """Of what the optimizer is shown, of which this rank has `numel` weights."""
     mask = engine.optimizer_state.get(owned, {}).get("mask")
     survivors = numel if mask is None else int(unpack_bits(mask, numel).sum())
-    return ParameterFacts(numel, mask is not None, survivors, owned.itemsize, trained, owned.numel())
+    pruning = getattr(engine.inner_optimizer, "pruning", None)
+    ranges = whole_range(owned) if pruning is None else pruning.flat_slices.get(owned, whole_range(owned))
+    spans = make_spans(numel, ranges)
+    return ParameterFacts(numel, mask is not None, survivors, owned.itemsize, trained, owned.numel(), spans)
 
 
 def _dtype_now(engine: Engine, moment: str) -> str:

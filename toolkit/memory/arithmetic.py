@@ -4,15 +4,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from toolkit.prune.mask import mask_bytes
-from toolkit.prune.moments import CODED_FROM, exponent_bytes, exponents_of
-from toolkit.prune.packing import offset_bytes
+from toolkit.prune.moments import CODED_FROM, exponents_of
+from toolkit.prune.spans import Spans, make_spans, num_blocks_of, num_groups_of
 
 
 @dataclass(frozen=True)
 class ParameterFacts:
     """A parameter: its weights, how many survive, and whether it may be pruned and is trained at all.
 
-    Of a shard, whose `numel` weights are a part only, `whole_numel` are all of the parameter's.
+    Of a shard, whose `numel` weights are a part only, `whole_numel` are all of the parameter's, and `cut` its spans.
     """
 
     numel: int
@@ -21,6 +21,12 @@ class ParameterFacts:
     itemsize: int = 4
     trained: bool = True
     whole_numel: int | None = None
+    cut: Spans | None = None
+
+    @property
+    def spans(self) -> Spans:
+        """Where its blocks and groups begin."""
+        return make_spans(self.numel, []) if self.cut is None else self.cut
 
     @property
     def may_be_coded(self) -> bool:
@@ -57,7 +63,7 @@ def predict_optimizer_rows(
             kept, itemsize = one.survivors if method == "state" and one.prunable else one.numel, one.itemsize
             if state_dtype == "int8" and one.may_be_coded:
                 exponents = f"optim.{exponents_of(key)}"
-                rows[exponents], itemsize = rows.get(exponents, 0) + exponent_bytes(one.numel), 1
+                rows[exponents], itemsize = rows.get(exponents, 0) + num_groups_of(one.spans), 1
             elif state_dtype is not None:
                 coded = not budgeted or one.may_be_coded
                 itemsize = 2 if state_dtype == "bfloat16" and coded else 4
@@ -67,7 +73,7 @@ def predict_optimizer_rows(
     if pruned:
         rows["masks"] = sum(mask_bytes(one.numel) for one in pruned)
     if pruned and method == "state":
-        rows["offsets"] = sum(offset_bytes(one.numel) for one in pruned)
+        rows["offsets"] = sum(4 * num_blocks_of(one.spans) for one in pruned)
     if pruned and method == "movement":
         if score == "displacement":
             rows["initial_weights"] = sum(one.nbytes for one in pruned)

@@ -4,14 +4,19 @@ Sorting ResNet-50's 161 tensors anew cost 1.5 ms a step, a tenth of it; 161 addi
 """
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from toolkit.kernels.native import PackedTensor
+from toolkit.kernels.rounding import moment_seed
 from toolkit.prune.distributed import local_gradient
+from toolkit.prune.mask import flat_view
+from toolkit.prune.moments import exponents_of
+from toolkit.prune.spans import Spans
 
 States = dict[Tensor, dict[str, Tensor]]
 
@@ -34,7 +39,7 @@ class Bucket:
     steps: list[Tensor] = field(default_factory=list)  # each parameter's own counter: views of `step_tensor`
     step_tensor: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float32))
     param_indices: list[int] = field(default_factory=list)  # position among all the optimizer's parameters
-    firsts: list[int] = field(default_factory=list)  # where each part begins in the whole parameter
+    spans: list[Spans] = field(default_factory=list)  # where blocks and groups of each part begin
     addresses: Any = None  # the table of the Triton kernels
 
     def share_step_tensor(self) -> None:
@@ -66,6 +71,31 @@ class Bucket:
         """One step more, in every parameter's state."""
         self.step_tensor.add_(1)
         self.step = self.step + 1 if self.how == "triton" else int(self.steps[0])
+
+
+def kernel_rows(bucket: Bucket, grads: Sequence[Tensor], keys: Sequence[str]) -> tuple[list[PackedTensor], list[int]]:
+    """What a kernel is told of each span of the bucket's parts, and the numbers that seed its chances."""
+    scaled = [exponents_of(key) for key in keys if exponents_of(key) in bucket.states[0]]
+    rows, indices = [], []
+    columns = (bucket.parameters, grads, bucket.states, bucket.param_indices, bucket.spans)
+    for parameter, grad, state, number, spans in zip(*columns, strict=True):
+        for span in spans:
+            own = number if span.number is None else span.number
+            seed = moment_seed(bucket.step, own)
+            mask = state["mask"] if bucket.packed else None  # a Pruner keeps one of its own beside dense moments
+            offsets = state["offsets"] if bucket.packed else None
+            moments, exponents = [state[key] for key in keys], [state[key] for key in scaled]
+            weight, gradient = parameter, grad
+            if len(spans) > 1:
+                weight, gradient = flat_view(weight)[span.first : span.last], flat_view(grad)[span.first : span.last]
+                exponents = [one[span.group :] for one in exponents]
+                if mask is None or offsets is None:
+                    moments = [flat_view(one)[span.first : span.last] for one in moments]
+                else:  # which count all of the part's survivors
+                    mask, offsets = mask[span.first // 8 :], offsets[span.block :]
+            rows.append(PackedTensor(weight, gradient, mask, offsets, moments, exponents, seed, span.place))
+            indices.append(own)
+    return rows, indices
 
 
 def rate_for(bucket: Bucket, group: dict[str, Any]) -> Any:

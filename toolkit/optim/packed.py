@@ -18,24 +18,23 @@ from toolkit.kernels import native
 from toolkit.kernels.choice import choose_implementation
 from toolkit.kernels.rounding import moment_seed, round_to_bfloat16, weight_seed
 from toolkit.log import get_logger
-from toolkit.optim.buckets import Bucket, BucketCache, rate_for
-from toolkit.prune.distributed import first_weight, in_layout_of, read_numbers, to_local
+from toolkit.optim.buckets import Bucket, BucketCache, kernel_rows, rate_for
+from toolkit.prune.distributed import in_layout_of, read_numbers, to_local
 from toolkit.prune.mask import flat_view, pack_bits, unpack_bits
 from toolkit.prune.moments import (
     CODED_FROM,
     STATE_DTYPES,
-    exponents_of,
-    grid,
     new_moment,
     write_piece,
 )
 from toolkit.prune.options import OPTION_NAMES, PruningOptions
 from toolkit.prune.packed_store import PackedStore
-from toolkit.prune.packing import Packer, block_offsets, survivors_before
+from toolkit.prune.packing import Packer, span_offsets, survivors_before
 from toolkit.prune.pruning import Pruning, dense_states, saved_states
 from toolkit.prune.schedule import Schedule
 from toolkit.prune.scores import STATE_SCORES
-from toolkit.prune.stores import Member, Piece, in_blocks
+from toolkit.prune.spans import span_at
+from toolkit.prune.stores import Piece, in_blocks
 
 
 class PackedOptimizer(Optimizer):
@@ -75,7 +74,7 @@ class PackedOptimizer(Optimizer):
     def _number_parameters(self) -> None:
         """Positions that do not depend on which groups a caller shows: ZeRO and a fused backward show one at a time."""
         every = (parameter for group in self.param_groups for parameter in group["params"])
-        self._indices = {parameter: number for number, parameter in enumerate(every, start=1)}
+        self.numbers = {parameter: number for number, parameter in enumerate(every, start=1)}
 
     def moment_keys(self, group: dict[str, Any]) -> tuple[str, ...]:
         """State keys of the moments a parameter of this group keeps."""
@@ -104,28 +103,12 @@ class PackedOptimizer(Optimizer):
         """One step by the kernels of KERNEL, all tensors in one call: pruned ones, and dense ones on a GPU."""
         keys, rule = self.moment_keys(group), self.rule(group, bucket.step)
         rule["stochastic_weights"] = self._store.precision is not None
-        # A Pruner keeps a mask of its own beside dense moments.
-        scaled = [exponents_of(key) for key in keys if exponents_of(key) in bucket.states[0]]
-        grads = bucket.gradients(group)
-        columns = (bucket.parameters, grads, bucket.states, bucket.param_indices, bucket.firsts)
-        rows = [
-            native.PackedTensor(
-                parameter,
-                grad,
-                state["mask"] if bucket.packed else None,
-                state["offsets"] if bucket.packed else None,
-                [state[key] for key in keys],
-                [state[key] for key in scaled],
-                moment_seed(bucket.step, index),
-                first,
-            )
-            for parameter, grad, state, index, first in zip(*columns, strict=True)
-        ]
+        rows, indices = kernel_rows(bucket, bucket.gradients(group), keys)
         if bucket.how == "triton":
             from toolkit.kernels import triton_packed
 
             bucket.addresses = bucket.addresses or triton_packed.AddressTable()
-            table = bucket.addresses.update(rows, bucket.param_indices)
+            table = bucket.addresses.update(rows, indices)
             kernel = triton_packed.KERNELS[self.KERNEL]
             rule["stochastic"] = rule["stochastic_weights"]
             kernel(rows, table, bucket.step_tensor, lr=rate_for(bucket, group), **rule)
@@ -166,7 +149,7 @@ class PackedOptimizer(Optimizer):
     def _sort(self, group: dict[str, Any], ready: list[Tensor]) -> Iterable[Bucket]:
         """Sort the parameters of a group that have a gradient by the code that updates them."""
         every = [parameter for group in self.param_groups for parameter in group["params"]]
-        if len(every) == len(self._indices) and self._indices.keys().isdisjoint(every):  # FSDP2's, in their places
+        if len(every) == len(self.numbers) and self.numbers.keys().isdisjoint(every):  # FSDP2's, in their places
             self._number_parameters()
         prunable = {id(parameter) for _, parameter in self._packing.prunable()}
         asked = self.defaults["implementation"] if self.FAST else "reference"
@@ -186,8 +169,8 @@ class PackedOptimizer(Optimizer):
             bucket.owners.append(parameter)
             bucket.parameters.append(to_local(parameter))
             bucket.states.append(state)
-            bucket.firsts.append(first_weight(parameter))
-            bucket.param_indices.append(self._indices.setdefault(parameter, len(self._indices) + 1))
+            bucket.spans.append(self._packing.member(parameter, state).spans)
+            bucket.param_indices.append(self.numbers.setdefault(parameter, len(self.numbers) + 1))
         return buckets.values()
 
     def _is_dense(self, parameter: Tensor) -> bool:
@@ -242,13 +225,13 @@ class PackedOptimizer(Optimizer):
         if not state:
             self._packing.note_change()  # it may have been appended to a group's list, past add_param_group
             state["step"] = torch.tensor(0.0, dtype=torch.float32)
-            like = to_local(parameter)
+            like, spans = to_local(parameter), self._packing.member(parameter, state).spans
             kept = None
             if prunable and self._packing.keeps_zeros:
                 state["mask"] = pack_bits(flat_view(like) != 0)
-                state["offsets"], kept = block_offsets(state["mask"], like.numel())
+                state["offsets"], kept = span_offsets(state["mask"], spans)
             for key in self.moment_keys(group):
-                new_moment(state, key, like, self._moment_dtype(parameter, prunable), kept)
+                new_moment(state, key, like, self._moment_dtype(parameter, prunable), spans, kept)
         return state
 
     def _moment_dtype(self, parameter: Tensor, prunable: bool) -> torch.dtype:
@@ -258,8 +241,8 @@ class PackedOptimizer(Optimizer):
 
     def _update_reference(self, bucket: Bucket, group: dict[str, Any]) -> None:
         grads = bucket.gradients(group)
-        columns = (bucket.parameters, grads, bucket.states, bucket.param_indices, bucket.firsts)
-        for parameter, grad, state, index, first in zip(*columns, strict=True):
+        columns = (bucket.owners, bucket.parameters, grads, bucket.states, bucket.param_indices)
+        for owner, parameter, grad, state, index in zip(*columns, strict=True):
             # In the dtype to compute in: the parameter's, as in torch, or float32 and wider where a dtype of the state
             # was asked for. What is all of it is updated in place.
             wider = torch.promote_types(parameter.dtype, torch.float32)
@@ -271,17 +254,19 @@ class PackedOptimizer(Optimizer):
             # Where there are gaps, a copy without; a stride that torch leaves open is none.
             dense = in_layout_of(torch.empty_like(parameter, device="meta"), parameter)
             grad = in_layout_of(dense, grad)
-            member = Member("", dense, state)
-            seed = moment_seed(bucket.step, index)
+            member = self._packing.member(owner, state)
+            member.part = dense
             for piece in in_blocks(member, state.get("offsets"), next(iter(moments.values())).numel()):
-                self._update_piece(piece, piece.of(grad), dtype, group, bucket.step, seed, first)
+                self._update_piece(piece, piece.of(grad), dtype, group, bucket.step, index)
             if dense is not parameter:
                 parameter.copy_(dense)
 
     def _update_piece(
-        self, piece: Piece, grad: Tensor, dtype: torch.dtype, group: dict[str, Any], step: int, seed: int, origin: int
+        self, piece: Piece, grad: Tensor, dtype: torch.dtype, group: dict[str, Any], step: int, index: int
     ) -> None:
         """The rule on a piece of a tensor whose moments are packed, or of another dtype than it computes in."""
+        span = span_at(piece.member.spans, piece.first)
+        seed = moment_seed(step, span.number or index)
         state, place, mask = piece.member.state, piece.of(piece.member.part), None
         weight, packed = place, "offsets" in state
         if packed:
@@ -297,13 +282,13 @@ class PackedOptimizer(Optimizer):
             wide = torch.zeros_like(place, dtype=dtype) if by_chance else place.zero_()
             new = wide.masked_scatter_(unpack_bits(mask, len(place)), new.to(wide.dtype))
         if by_chance:  # a 0 stays one
-            new = round_to_bfloat16(new, weight_seed(seed), origin + piece.first)
+            new = round_to_bfloat16(new, weight_seed(seed), span.place + piece.first - span.first)
         if new is not place:
             place.copy_(new)
         for number, key in enumerate(keys):
             if state[key].dtype is not dtype:
-                rest = (mask, piece.first, piece.last, piece.before)
-                write_piece(state, key, moments[key], *rest, seed=seed + number, origin=grid(origin))
+                rest = (mask, piece.first, piece.last, piece.before, piece.member.spans)
+                write_piece(state, key, moments[key], *rest, seed=seed + number)
 
     def state_dict(self) -> dict[str, Any]:
         """The plain optimizer's form: moments dense and shaped like the parameter, the mask as bool."""
@@ -337,10 +322,10 @@ class PackedOptimizer(Optimizer):
         self, parameter: Tensor, state: dict[str, Tensor], saved: Mapping[str, Any], prunable: bool
     ) -> None:
         """The dense form of a parameter's state, `saved` as it came -> what is kept."""
-        member = Member("", parameter, state)
+        member = self._packing.member(parameter, state)
         if "mask" in saved and self.pruning is self._packing:  # a Pruner's mask is its own
             state["mask"] = self._packing.pack_loaded_mask(parameter, saved["mask"])
-            state["offsets"], _ = block_offsets(state["mask"], member.part.numel())
+            state["offsets"], _ = span_offsets(state["mask"], member.spans)
         for key in [key for key in self.MOMENTS if key in saved]:
             self._store.load(member, key, to_local(saved[key]), self._moment_dtype(parameter, prunable))
 

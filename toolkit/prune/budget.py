@@ -8,8 +8,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from toolkit.kernels.narrow import num_groups
 from toolkit.prune.mask import mask_bytes
-from toolkit.prune.moments import CODED_FROM, exponent_bytes
+from toolkit.prune.moments import CODED_FROM
 from toolkit.prune.packing import offset_bytes
 
 AUTO = "auto"
@@ -37,7 +38,7 @@ class KeptSizes:
         small = min(survivors, sum(numel for numel in self.numels if numel < CODED_FROM))
         moments = _ITEMSIZES[dtype] * (survivors - small) + 4 * small
         if dtype == "int8":
-            moments += sum(exponent_bytes(numel) for numel in self.numels if numel >= CODED_FROM)
+            moments += sum(num_groups(numel) for numel in self.numels if numel >= CODED_FROM)
         masks = sum(mask_bytes(numel) + offset_bytes(numel) for numel in self.numels) if self.masked else 0
         return self.num_moments * moments + masks
 

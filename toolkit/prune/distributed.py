@@ -11,10 +11,6 @@ import torch.distributed
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-# The weights within a flat slice that holds several parameters: (name, start, stop) of each parameter of the group, in
-# order, also of those of which the slice holds nothing. What no span covers is padding, no weights.
-FlatSlices = Sequence[tuple[str, int, int]]
-
 
 def to_local(tensor: Tensor) -> Tensor:
     """This rank's part of a DTensor (a view), or the tensor itself."""

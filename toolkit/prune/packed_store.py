@@ -9,7 +9,7 @@ from torch import Tensor
 from toolkit.prune.distributed import in_layout_of, local_gradient
 from toolkit.prune.mask import drop_survivors, flat_view, pack_bits, unpack_bits, zero_pruned
 from toolkit.prune.moments import CODED_FROM, STATE_DTYPES, NewPiece, replace_moment
-from toolkit.prune.packing import Packer, block_offsets, pack, range_bits, survivors_before, unpack
+from toolkit.prune.packing import Packer, pack, range_bits, span_offsets, survivors_before, unpack
 from toolkit.prune.stores import MaskedStore, Member, Piece, in_blocks
 
 
@@ -40,11 +40,11 @@ class PackedStore(MaskedStore):
         mask = None if member.mask is None else drop_survivors(state["mask"], n, drop)
         stay = drop.logical_not_()
         after = mask = pack_bits(stay) if mask is None else mask
-        offsets, left = block_offsets(mask, n)
+        offsets, left = span_offsets(mask, member.spans)
         new = staying = in_blocks(member, offsets, left)
         if grow is not None and member.mask is not None:
             after = _with_regrown(mask, old, grow)
-            offsets, left = block_offsets(after, n)
+            offsets, left = span_offsets(after, member.spans)
             new = in_blocks(member, offsets, left)
 
         # 2. The moments: on a GPU one piece, for all of which what the packer needs is made once.
@@ -62,7 +62,7 @@ class PackedStore(MaskedStore):
 
         for key in self._kept_keys(member):
             pieces = map(functools.partial(repacked, key), range(len(new)))
-            replace_moment(state, key, part, state[key].dtype, left, pieces)
+            replace_moment(state, key, part, state[key].dtype, member.spans, left, pieces)
         state["mask"], state["offsets"] = after, offsets
         zero_pruned(flat_view(part), after)
 
@@ -78,7 +78,7 @@ class PackedStore(MaskedStore):
             return values if bits is None else pack(values, bits, one.kept), bits, one.first, one.last, one.before
 
         pieces = map(piece, in_blocks(member, state.get("offsets"), kept))
-        replace_moment(state, key, part, dtype, kept if packed else None, pieces)
+        replace_moment(state, key, part, dtype, member.spans, kept if packed else None, pieces)
 
     def _kept_keys(self, member: Member) -> list[str]:
         return [key for key in self._keys if key in member.state]
@@ -90,7 +90,7 @@ def _recode(member: Member, key: str, dtype: torch.dtype) -> None:
     kept = state[key].numel()
     pieces = in_blocks(member, state.get("offsets"), kept)
     made = ((one.moment(key, packed), one.mask if packed else None, one.first, one.last, one.before) for one in pieces)
-    replace_moment(state, key, member.part, dtype, kept if packed else None, made)
+    replace_moment(state, key, member.part, dtype, member.spans, kept if packed else None, made)
 
 
 def _with_regrown(mask: Tensor, old: Sequence[Piece], grow: Tensor) -> Tensor:

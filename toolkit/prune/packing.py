@@ -4,7 +4,7 @@ The layout knows no update rule, so every optimizer's moments are packed by this
     dense    float [n]               in memory order of the weight
     mask     uint8 [ceil(n / 8)]     1 = survivor
     packed   float [k]               the survivors' values
-    offsets  int32 [ceil(n / BLOCK)] survivors before each block of BLOCK weights
+    offsets  int32 [blocks]          survivors before each block; ceil(n / BLOCK) for each of the spans
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,12 +15,9 @@ from torch import Tensor
 
 from toolkit.kernels import native
 from toolkit.prune.distributed import to_dtensor, to_local
-from toolkit.prune.mask import pack_bits, unpack_bits
+from toolkit.prune.mask import mask_bytes, pack_bits, unpack_bits
 from toolkit.prune.moments import exponents_of, is_exponents, read_moment
-
-# Weights a table entry covers. One int32 for 1,024 weights costs 0.0039 bytes a weight, and lets a kernel start at
-# any block without counting the bits before it.
-BLOCK = 1024
+from toolkit.prune.spans import BLOCK, Ranges, Spans, make_spans, whole_range
 
 
 def offset_bytes(numel: int) -> int:
@@ -45,6 +42,16 @@ def block_offsets(mask: Tensor, numel: int, survivors: int | None = None) -> tup
     if survivors is None:
         survivors = int(ends[-1]) if blocks else 0
     return ends - counts, survivors
+
+
+def span_offsets(mask: Tensor, spans: Spans) -> tuple[Tensor, int]:
+    """Bits of a part -> (`block_offsets` of each span behind the other, survivors in all): int32 [blocks]."""
+    made, before = [], 0
+    for span in spans:
+        offsets, survivors = block_offsets(mask[span.first // 8 : mask_bytes(span.last)], span.numel)
+        made.append(offsets + before if before else offsets)
+        before += survivors
+    return made[0] if len(made) == 1 else torch.cat(made), before
 
 
 def count_survivors(mask: Tensor, first: int, last: int) -> Tensor:
@@ -126,21 +133,24 @@ def join_values(values: Sequence[Tensor]) -> Tensor:
     return torch.cat(parts)
 
 
-def dense_state(parameter: Tensor, state: Mapping[str, Any]) -> dict[str, Any]:
+def dense_state(parameter: Tensor, state: Mapping[str, Any], ranges: Ranges | None = None) -> dict[str, Any]:
     """State of a parameter, packed or not -> the form of checkpoints: of a DTensor too, where it has a value a weight.
 
     Moments of pruned weights are 0, the mask is bool, both shaped like the parameter; the offsets are left out (they
     follow from the mask). What is dense already is not copied; what is made is made on the host, so that a GPU that
-    the state fits needs no room for its dense form (a DTensor's part goes back to its device).
+    the state fits needs no room for its dense form (a DTensor's part goes back to its device). `ranges` says what a
+    flat slice is made of.
     """
     part, dense = to_local(parameter), {}
+    spans = make_spans(part.numel(), whole_range(parameter) if ranges is None else ranges)
     bits = state["mask"].cpu() if "offsets" in state else None
     for key, value in state.items():
         if key == "offsets" or is_exponents(key):
             continue
         values = None
         if exponents_of(key) in state:
-            value = read_moment({one: state[one].cpu() for one in (key, exponents_of(key))}, key, bits, part.numel())
+            coded = {one: state[one].cpu() for one in (key, exponents_of(key))}
+            value = read_moment(coded, key, bits, part.numel(), spans)
         if key == "mask" and value.dtype is torch.uint8:  # bits
             values = unpack_bits(value.cpu(), part.numel())
         elif bits is not None and value.ndim == 1:

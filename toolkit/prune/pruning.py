@@ -1,7 +1,7 @@
 """What prunes an optimizer: `optimizer.pruning`, the same on those that pack their state and those pruned by hooks."""
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -13,7 +13,6 @@ from toolkit.prune.budget import budget_for
 from toolkit.prune.channel_update import most_at_once, update_channels
 from toolkit.prune.channels import ChannelGroup
 from toolkit.prune.distributed import (
-    FlatSlices,
     in_layout_of,
     memory_order,
     read_numbers,
@@ -29,6 +28,7 @@ from toolkit.prune.patterns import CHANNEL, WEIGHT
 from toolkit.prune.rules import own_options
 from toolkit.prune.schedule import Schedule
 from toolkit.prune.scores import STATE_SCORES, check_score
+from toolkit.prune.spans import Ranges
 from toolkit.prune.start import start_quotas, zero_smallest
 from toolkit.prune.stores import MaskedStore, Member, cut
 from toolkit.prune.units import num_survivors
@@ -51,7 +51,7 @@ class Pruning:
         self.options = options
         self.schedule: Schedule = options  # when the masks change, and to how many zeros
         self.shard_group: ProcessGroup | None = None
-        self.flat_slices: Mapping[Tensor, FlatSlices] = {}
+        self.flat_slices: Mapping[Tensor, Ranges] = {}
         self.after_repack: Callable[[], None] = lambda: None
         self.keeps_zeros = False
         self.channels: list[ChannelGroup] | None = None  # what goes together under pattern channel; None: not said
@@ -79,6 +79,10 @@ class Pruning:
     def _must_check(self, step: int) -> bool:
         """After end_step nothing changes any more; whether the target was reached is looked at once."""
         return self.schedule.enabled and not self._arrived and step > (self.schedule.end_step or 0)
+
+    def member(self, parameter: Tensor, state: MutableMapping[str, Tensor], name: str = "") -> Member:
+        """A parameter as a mask update sees it."""
+        return Member(name, parameter, state, self.flat_slices.get(parameter))
 
     def keep_zeros(self) -> None:
         """Weights that are 0 at the first step are pruned from then on: a pruned model goes on."""
@@ -189,7 +193,7 @@ class Pruning:
         members = [Member("", tensor, {}, ranges) for tensor, ranges in (self.flat_slices or whole).items()]
         if not members:
             return 0, 0
-        parts = [flat_view(member.part)[first:last] for member in members for _, first, last in member.ranges]
+        parts = [flat_view(member.part)[one.first : one.last] for member in members for one in member.ranges]
         counts = [count_zeros(parts), sum(part.numel() for part in parts)]
         return tuple(sum_over(self._group(members), counts, members[0].part.device))  # type: ignore[return-value]
 
@@ -223,10 +227,7 @@ class Pruning:
         Raises ValueError after end_step where the masks miss the target.
         """
         states = self.optimizer.state  # a defaultdict: what has no state yet (SGD keeps none) gets a place for its mask
-        parts = [
-            (options, [Member(name, p, states[p], self.flat_slices.get(p)) for name, p in named])
-            for options, named in self.parts()
-        ]
+        parts = [(options, [self.member(p, states[p], name) for name, p in named]) for options, named in self.parts()]
         members = [member for _, own in parts for member in own]
         if not members:
             return False
@@ -322,7 +323,8 @@ def _in_memory(shape: torch.Size, stride: tuple[int, ...]) -> tuple[int, tuple[i
 def dense_states(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     """`state_dict`, as torch makes it, in the plain optimizer's form: see `dense_state`."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    states = {number: dense_state(parameters[number], state) for number, state in state_dict["state"].items()}
+    flat, held = optimizer.pruning.flat_slices, state_dict["state"].items()  # type: ignore[attr-defined]
+    states = {number: dense_state(parameters[number], state, flat.get(parameters[number])) for number, state in held}
     return {**state_dict, "state": states}
 
 

@@ -9,25 +9,27 @@ import torch
 from torch import Tensor
 
 from toolkit.prune.budget import StateBudget
-from toolkit.prune.distributed import FlatSlices, read_numbers, to_local
+from toolkit.prune.distributed import read_numbers, to_local
 from toolkit.prune.mask import drop_survivors, flat_view, pack_bits, zero_pruned
 from toolkit.prune.moments import read_piece
-from toolkit.prune.packing import BLOCK, Packer, count_survivors, join_bits, join_values, range_bits
+from toolkit.prune.packing import Packer, count_survivors, join_bits, join_values, range_bits
 from toolkit.prune.scores import Score
 from toolkit.prune.select import chunk_size
+from toolkit.prune.spans import BLOCK, Ranges, make_spans, whole_range
 
 
 class Member:
     """A prunable tensor in a mask update: the optimizer's parameter, this rank's part of it, its state."""
 
     def __init__(
-        self, name: str, parameter: Tensor, state: MutableMapping[str, Tensor], ranges: FlatSlices | None = None
+        self, name: str, parameter: Tensor, state: MutableMapping[str, Tensor], ranges: Ranges | None = None
     ) -> None:
         self.name = name
         self.parameter = parameter
         self.part = to_local(parameter)
         self.state = state
-        self.ranges = ranges if ranges is not None else [(name, 0, self.part.numel())]
+        self.ranges = ranges if ranges is not None else whole_range(parameter, name)
+        self.spans = make_spans(self.part.numel(), self.ranges)
 
     @property
     def mask(self) -> Tensor | None:
@@ -37,7 +39,7 @@ class Member:
     @property
     def num_weights(self) -> int:
         """Weights on this rank, without padding."""
-        return sum(last - first for _, first, last in self.ranges)
+        return sum(one.last - one.first for one in self.ranges)
 
 
 def check_scored(members: Sequence[Member], step: int) -> None:
@@ -78,9 +80,10 @@ class Piece:
     def moment(self, key: str, packed: bool) -> Tensor:
         """What the state keeps for its weights, or where it is packed for its survivors."""
         state = self.member.state
+        spans, bits, before, kept = self.member.spans, None, self.first, self.last - self.first
         if packed:
-            return read_piece(state, key, self.mask, self.first, self.last, self.before, self.kept)
-        return read_piece(state, key, None, self.first, self.last, self.first, self.last - self.first)
+            bits, before, kept = self.mask, self.before, self.kept
+        return read_piece(state, key, bits, self.first, self.last, before, kept, spans)
 
 
 def cut(members: Sequence[Member], blocks: Sequence[int] | None = None) -> list[list[Piece]]:
@@ -92,7 +95,9 @@ def cut(members: Sequence[Member], blocks: Sequence[int] | None = None) -> list[
     for member, block in zip(members, blocks or [1] * len(members), strict=True):
         n, chunk = member.part.numel(), chunk_size(member.part.device)
         ends = {0, n, *range(0, n, max(chunk // block, 1) * block)}
-        ends.update(place for _, first, last in member.ranges for place in (first, last))
+        ends.update(place for one in member.ranges for place in (one.first, one.last))
+        if block == 1:
+            ends.update(span.first for span in member.spans)
         borders.append(list(itertools.pairwise(sorted(ends))) or [(0, 0)])
     counted = [
         count_survivors(member.mask, first, last)
@@ -113,16 +118,19 @@ def cut(members: Sequence[Member], blocks: Sequence[int] | None = None) -> list[
 
 
 def in_blocks(member: Member, offsets: Tensor | None, survivors: int) -> list[Piece]:
-    """A member whole in pieces of whole blocks, of which `offsets` counts the survivors; None: all of them survive.
+    """A member in pieces of whole blocks of its spans, of which `offsets` counts the survivors; None: all survive.
 
     On a GPU it waits where a tensor has more than one piece.
     """
     n, per_piece = member.part.numel(), max(chunk_size(member.part.device) // BLOCK, 1)
-    firsts = range(0, n, per_piece * BLOCK)
+    firsts = [first for span in member.spans for first in range(span.first, span.last, per_piece * BLOCK)]
     if offsets is None:
-        starts = list(firsts)
+        starts = firsts
+    elif len(firsts) > 1:
+        every = [offsets[span.block : span.block + span.blocks : per_piece] for span in member.spans]
+        starts = torch.cat(every).tolist()
     else:
-        starts = offsets[::per_piece].tolist() if len(firsts) > 1 else [0] * len(firsts)
+        starts = [0] * len(firsts)
     ends = itertools.pairwise([*zip(firsts, starts, strict=True), (n, survivors)])
     return [Piece(member, first, last, before, after - before) for (first, before), (last, after) in ends]
 

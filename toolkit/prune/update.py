@@ -170,7 +170,7 @@ def _sources(
     found = []
     for pieces in cuts:
         member, total = pieces[0].member, sum(map(count, pieces))
-        for name, first, last in member.ranges:
+        for name, first, last, *_ in member.ranges:
             own = [piece for piece in pieces if first <= piece.first and piece.last <= last]
             begin = sum(count(piece) for piece in pieces if piece.last <= first)
             end = begin + sum(map(count, own))
@@ -180,7 +180,7 @@ def _sources(
 
 def _in_ranges(piece: Piece) -> bool:
     """Whether it is of weights, not padding."""
-    return any(first <= piece.first and piece.last <= last for _, first, last in piece.member.ranges)
+    return any(one.first <= piece.first and piece.last <= one.last for one in piece.member.ranges)
 
 
 def _values_and_names(sources: Sequence[_Source]) -> tuple[list[Chunks], list[str]]:

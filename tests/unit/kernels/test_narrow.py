@@ -16,6 +16,7 @@ from toolkit.kernels.rounding import round_to_bfloat16
 from toolkit.prune.mask import pack_bits
 from toolkit.prune.moments import exponents_of, read_moment, write_piece
 from toolkit.prune.packing import block_offsets, pack
+from toolkit.prune.spans import make_spans
 
 CPU = torch.device("cpu")
 
@@ -99,9 +100,9 @@ def test_values_that_are_not_finite_stay_loud(bits: int) -> None:
             key: torch.zeros(300, dtype=torch.uint8) for key in ("m", "m_sq")
         }  # by native code, where there is any
         state |= {exponents_of(key): torch.zeros(2, dtype=torch.uint8) for key in ("m", "m_sq")}
-        key = "m" if signed else "m_sq"
-        write_piece(state, key, values, None, 0, 300, 0)
-        again = read_moment(state, key, None, 300)
+        key, spans = "m" if signed else "m_sq", make_spans(300, [])
+        write_piece(state, key, values, None, 0, 300, 0, spans)
+        again = read_moment(state, key, None, 300, spans)
         assert not again[280].isfinite()
         assert torch.equal(again[:GROUP], values[:GROUP])
 

@@ -74,7 +74,9 @@ def test_what_fsdp2_gathers_is_gone_when_its_storage_is_shrunk(one_rank_group):
 class _Collecting(StorageTracker):
     """The garbage collector may run at any allocation, and take storages that the tracker is just going through."""
 
-    garbage: list = []
+    def __init__(self):
+        super().__init__()
+        self.garbage = []
 
     def _follow(self, *arguments):
         self.garbage.clear()

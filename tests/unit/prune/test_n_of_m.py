@@ -15,6 +15,7 @@ from toolkit.prune import select
 from toolkit.prune.hooks import pruned_by_hooks
 from toolkit.prune.mask import flat_view, unpack_bits
 from toolkit.prune.patterns import NOfM, group_costs, n_of_m, neighbour_distance
+from toolkit.prune.spans import Range
 
 METHODS = {
     "state": lambda params, **options: AdamWPrune(params, lr=1e-2, **options),
@@ -294,7 +295,7 @@ def test_sparsity_0_is_the_off_switch():
 def test_flat_slices_are_refused():
     flat = nn.Parameter(torch.randn(4, 8))
     optimizer = AdamWPrune([{"params": [flat], "prunable": True}], pattern="2:4", end_step=1, frequency=1)
-    optimizer.pruning.flat_slices = {flat: [("a", 0, 32)]}
+    optimizer.pruning.flat_slices = {flat: [Range("a", 0, 32)]}
     flat.grad = torch.randn(4, 8)
     with pytest.raises(ValueError, match="pattern='2:4' needs whole tensors, ZeRO's slices cut them"):
         optimizer.step()

@@ -12,6 +12,7 @@ from toolkit.optim.adamwprune import AdamWPrune
 from toolkit.prune.hooks import pruned_by_hooks
 from toolkit.prune.mask import pack_bits, unpack_bits
 from toolkit.prune.packing import count_survivors, range_bits, survivors_before
+from toolkit.prune.spans import Range
 from toolkit.prune.stores import pack_pieces
 
 SCHEDULE = {"sparsity": 0.7, "begin_step": 0, "end_step": 9, "frequency": 3}
@@ -46,7 +47,9 @@ def test_a_flat_slice_is_pruned_as_its_parameters_are(kind, sizes, padding, seed
     one = KINDS[kind]([{"params": apart, "prunable": True}])
     two = KINDS[kind]([{"params": [flat], "prunable": True}])
     ends = torch.tensor(sizes).cumsum(0).tolist()
-    two.pruning.flat_slices = {flat: [(str(i), e - s, e) for i, (s, e) in enumerate(zip(sizes, ends, strict=True))]}
+    two.pruning.flat_slices = {
+        flat: [Range(str(i), e - s, e) for i, (s, e) in enumerate(zip(sizes, ends, strict=True))]
+    }
     for step in range(12):
         gradients = tensors(sizes, 1000 * seed + step)
         for parameter, gradient in zip(apart, gradients, strict=True):

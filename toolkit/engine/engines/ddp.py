@@ -19,6 +19,7 @@ from toolkit.memory.probe import StepProbe
 from toolkit.prune.distributed import first_weight, to_local
 from toolkit.prune.mask import count_zeros
 from toolkit.prune.packing import dense_state
+from toolkit.prune.spans import whole_range
 
 States = Mapping[str, Mapping[str, Tensor]]  # parameter name -> state key -> whole tensor
 
@@ -218,7 +219,7 @@ class Engine:
             tensors = {key: to_local(value) for key, value in state.items() if torch.is_tensor(value)}
             for key in state.keys() - tensors.keys():
                 yield names[id(parameter)], key, state[key]
-            for key, value in dense_state(to_local(parameter), tensors).items():
+            for key, value in dense_state(to_local(parameter), tensors, whole_range(parameter)).items():
                 shaped = value.ndim > 0 and value.shape == to_local(parameter).shape
                 yield names[id(parameter)], key, part_of(value, parameter) if shaped else value
 

@@ -5,7 +5,7 @@ each parameter first, and a slice is the parts' row). With P parameters in the g
 
     slice    | part of p1 | p2 | ... | part of pk | padding |     a rank's slice may begin and end within a parameter
     segment  start (in the parameter), place (in the slice), length; at most one a parameter and rank
-    FlatSlice.ranges  (name, first, stop) for each of the P parameters in order, (name, 0, 0) where this rank has none
+    FlatSlice.ranges  a Range for each of the P parameters in order, an empty one where this rank has none
     moments  [s] while dense, so a parameter's part of one is moment[place : place + length]
 
 With this map a checkpoint knows which part of which parameter a rank holds, pruning ranks weights in the order of the
@@ -33,6 +33,7 @@ from toolkit.memory.ledger import Owners
 from toolkit.memory.probe import StepProbe
 from toolkit.prune.mask import count_zeros
 from toolkit.prune.packing import dense_state
+from toolkit.prune.spans import Range
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,10 @@ class FlatSlice:
     shapes: dict[str, torch.Size]
     segments: dict[str, Segment]
 
-    def ranges(self) -> list[tuple[str, int, int]]:
-        """First and last place in the slice of each of the group's parameters; 0, 0 where it has nothing of it."""
+    def ranges(self, numbers: Mapping[str, int]) -> list[Range]:
+        """Where each of the group's parameters lies; `numbers` of those that the optimizer was made with, by name."""
         held = [(name, self.segments.get(name, Segment(0, 0, 0))) for name in self.shapes]
-        return [(name, segment.place, segment.place + segment.length) for name, segment in held]
+        return [Range(name, one.place, one.place + one.length, one.start, numbers.get(name)) for name, one in held]
 
     def shard(self, name: str, values: Tensor) -> Shard:
         """This rank's part of a parameter in the slice, or in a moment or an average laid out like it."""
@@ -266,7 +267,9 @@ class ZeroEngine(Engine):
             state = self.optimizer_state.get(one.flat, {})
             tensors = {key: value for key, value in state.items() if torch.is_tensor(value)}
             numbers = {key: value for key, value in state.items() if key not in tensors}
-            dense = {**numbers, **dense_state(one.flat.detach(), tensors)}
+            pruning = getattr(self.inner_optimizer, "pruning", None)
+            ranges = None if pruning is None else pruning.flat_slices.get(one.flat)
+            dense = {**numbers, **dense_state(one.flat.detach(), tensors, ranges)}
             for name in one.shapes:
                 for key, value in dense.items():
                     yield name, key, one.shard(name, value) if _is_shaped(value) else value
@@ -304,16 +307,25 @@ def attach(engine: Any) -> None:
         engine, _, _, _ = deepspeed.initialize(model=model, optimizer=AdamWPrune(param_groups(model), ...), config=...)
         attach(engine)  # once, before the first step
 
-    For ZeRO-1, 2 and 3; without ZeRO, or without pruning, there is nothing to tell. It also has DeepSpeed let go of
+    For ZeRO-1, 2 and 3; without ZeRO there is nothing to tell, without pruning only where groups of 8-bit moments
+    begin. It also has DeepSpeed let go of
     moments: after the first step and after a load, ZeRO-1 and 2 keep views of every state tensor shaped like the flat
     slice in each model parameter's `_hp_mapping.optim_fragment`, and through them the dense moments would live on.
     Raises ValueError where ZeRO cannot prune as DDP does.
     """
     stage, base = engine.zero_optimization_stage(), inner_of(engine.optimizer)
     pruning = getattr(base, "pruning", None)
-    if pruning is None or not pruning.schedule.enabled or base is engine.optimizer:
+    if pruning is None or base is engine.optimizer or not (stage or pruning.schedule.enabled):
         return
     world = World.detect(engine.device)
+    if stage:
+        known = getattr(base, "numbers", {})  # of the parameters that it was made with
+        numbers = {name: known[p] for name, p in engine.module.named_parameters() if p in known}
+        slices = slices_of(engine.optimizer, stage, engine.module, world)
+        shown = zip(base.param_groups, slices, strict=True)
+        pruning.flat_slices = {one.flat: one.ranges(numbers) for group, one in shown if group.get("prunable")}
+    if not pruning.schedule.enabled:
+        return
     marked = [group for group in base.param_groups if group.get("prunable")]
     refuse(
         {
@@ -325,7 +337,6 @@ def attach(engine: Any) -> None:
         },
         f"{type(base).__name__} under DeepSpeed does not go with {{}}; use FSDP2 or DDP",
     )
-    grouped = zip(base.param_groups, slices_of(engine.optimizer, stage, engine.module, world), strict=True)
 
     def release_views() -> None:
         for parameter in engine.module.parameters():
@@ -334,4 +345,3 @@ def attach(engine: Any) -> None:
                 mapping.optim_fragment.clear()
 
     pruning.shard_group, pruning.after_repack = dist.group.WORLD, release_views
-    pruning.flat_slices = {one.flat: one.ranges() for group, one in grouped if group.get("prunable")}
