@@ -105,9 +105,9 @@ def _facts(owned: Tensor, numel: int, engine: Engine, trained: bool = True) -> P
     """Of what the optimizer is shown, of which this rank has `numel` weights."""
     mask = engine.optimizer_state.get(owned, {}).get("mask")
     survivors = numel if mask is None else int(unpack_bits(mask, numel).sum())
-    pruning = getattr(engine.inner_optimizer, "pruning", None)
-    ranges = whole_range(owned) if pruning is None else pruning.flat_slices.get(owned, whole_range(owned))
-    spans = make_spans(numel, ranges)
+    optimizer: Any = engine.inner_optimizer
+    ranges = None if mask is None else optimizer.pruning.flat_slices.get(owned)
+    spans = make_spans(numel, whole_range(owned) if ranges is None else ranges)
     return ParameterFacts(numel, mask is not None, survivors, owned.itemsize, trained, owned.numel(), spans)
 
 

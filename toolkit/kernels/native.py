@@ -18,14 +18,15 @@ from toolkit.kernels.compiled import library
 
 
 class PackedTensor(NamedTuple):
-    """What a kernel is told of one tensor.
+    """What a kernel is told of one tensor, or of a span of one (toolkit.prune.spans).
 
     weight, grad: float32 or bfloat16, n elements in the same memory order without gaps
     mask, offsets: as toolkit.prune.packing makes them; None for a dense tensor
-    moments: float32, bfloat16 or, as 8-bit codes, uint8 [survivors] each; all of one dtype
+    moments: float32, bfloat16 or, as 8-bit codes, uint8 [survivors] each; all of one dtype. Of a span with a mask those
+        of all its tensor, whose survivors the offsets count
     exponents: uint8 [ceil(n / 256)] for each moment of 8 bits (toolkit.kernels.narrow)
     seed: of the chances by which narrow moments and bfloat16 weights are rounded
-    first: place of the first weight in the whole parameter, where this is a shard of it
+    first: place of the first weight in the whole parameter
     """
 
     weight: Tensor

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from toolkit.kernels.triton_moments import addresses, chance, load, load_moment, moment, store_moment, store_weight
 
-BLOCK = tl.constexpr(1024)  # as toolkit.prune.packing; a table entry of the offsets covers one
+BLOCK = tl.constexpr(1024)  # as toolkit.prune.spans; a table entry of the offsets covers one
 # numel, weight, grad, mask, offsets, three moments, the parameter's index
 ROW = tl.constexpr(9)
 # and with 8-bit codes or bfloat16 weights three addresses of exponents, the first weight's place in the whole parameter

@@ -4,7 +4,7 @@ Sorting ResNet-50's 161 tensors anew cost 1.5 ms a step, a tenth of it; 161 addi
 """
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from toolkit.kernels.native import PackedTensor
 from toolkit.kernels.rounding import moment_seed
 from toolkit.prune.distributed import local_gradient
-from toolkit.prune.mask import flat_view
+from toolkit.prune.mask import flat_view, mask_bytes
 from toolkit.prune.moments import exponents_of
 from toolkit.prune.spans import Spans
 
@@ -79,23 +79,36 @@ def kernel_rows(bucket: Bucket, grads: Sequence[Tensor], keys: Sequence[str]) ->
     rows, indices = [], []
     columns = (bucket.parameters, grads, bucket.states, bucket.param_indices, bucket.spans)
     for parameter, grad, state, number, spans in zip(*columns, strict=True):
-        for span in spans:
+        mask = state["mask"] if bucket.packed else None  # a Pruner keeps one of its own beside dense moments
+        offsets = state["offsets"] if bucket.packed else None
+        whole = PackedTensor(
+            parameter, grad, mask, offsets, [state[key] for key in keys], [state[key] for key in scaled]
+        )
+        for span, row in zip(spans, [whole] if len(spans) == 1 else _cut(whole, spans), strict=True):
             own = number if span.number is None else span.number
-            seed = moment_seed(bucket.step, own)
-            mask = state["mask"] if bucket.packed else None  # a Pruner keeps one of its own beside dense moments
-            offsets = state["offsets"] if bucket.packed else None
-            moments, exponents = [state[key] for key in keys], [state[key] for key in scaled]
-            weight, gradient = parameter, grad
-            if len(spans) > 1:
-                weight, gradient = flat_view(weight)[span.first : span.last], flat_view(grad)[span.first : span.last]
-                exponents = [one[span.group :] for one in exponents]
-                if mask is None or offsets is None:
-                    moments = [flat_view(one)[span.first : span.last] for one in moments]
-                else:  # which count all of the part's survivors
-                    mask, offsets = mask[span.first // 8 :], offsets[span.block :]
-            rows.append(PackedTensor(weight, gradient, mask, offsets, moments, exponents, seed, span.place))
+            rows.append(row._replace(seed=moment_seed(bucket.step, own), first=span.place))
             indices.append(own)
     return rows, indices
+
+
+def _cut(whole: PackedTensor, spans: Spans) -> Iterator[PackedTensor]:
+    """The rows of a part's spans; moments of survivors stay whole, for the offsets count all of them."""
+
+    def parts(tensor: Tensor, sizes: list[int]) -> Sequence[Tensor]:
+        return flat_view(tensor).split(sizes)
+
+    numels = [span.numel for span in spans]
+    masks: Sequence[Tensor | None] = [None] * len(spans)
+    offsets = masks
+    if whole.mask is None or whole.offsets is None:
+        moments: list[Sequence[Tensor]] = [parts(one, numels) for one in whole.moments]
+    else:
+        masks = parts(whole.mask, list(map(mask_bytes, numels)))
+        offsets = parts(whole.offsets, [span.blocks for span in spans])
+        moments = [[one] * len(spans) for one in whole.moments]
+    exponents = [parts(one, [span.groups for span in spans]) for one in whole.exponents]
+    columns = (parts(whole.weight, numels), parts(whole.grad, numels), masks, offsets, zip(*moments, strict=True))
+    return map(PackedTensor, *columns, zip(*exponents, strict=True) if exponents else [()] * len(spans))
 
 
 def rate_for(bucket: Bucket, group: dict[str, Any]) -> Any:

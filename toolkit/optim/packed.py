@@ -169,7 +169,7 @@ class PackedOptimizer(Optimizer):
             bucket.owners.append(parameter)
             bucket.parameters.append(to_local(parameter))
             bucket.states.append(state)
-            bucket.spans.append(self._packing.member(parameter, state).spans)
+            bucket.spans.append(self.pruning.member(parameter, state).spans)
             bucket.param_indices.append(self.numbers.setdefault(parameter, len(self.numbers) + 1))
         return buckets.values()
 
@@ -200,7 +200,8 @@ class PackedOptimizer(Optimizer):
         self._packing.note_change()
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = (self._packing.keeps_zeros, self._packing.channels, self._store.budget, self._store.precision)
+        slices = dict(self.pruning.flat_slices)
+        kept = (self._packing.keeps_zeros, self._packing.channels, self._store.budget, self._store.precision, slices)
         return {**super().__getstate__(), "kept": kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -209,7 +210,8 @@ class PackedOptimizer(Optimizer):
         if "_packing" not in self.__dict__:  # a copy, or unpickled; a load calls this too
             self._attach(PruningOptions(**{key: self.defaults[key] for key in OPTION_NAMES}))
         if kept is not None:
-            self._packing.keeps_zeros, self._packing.channels, self._store.budget, self._store.precision = kept
+            self._packing.keeps_zeros, self._packing.channels, self._store.budget, self._store.precision, slices = kept
+            self.pruning.flat_slices = slices
         self._buckets.clear()
         self._number_parameters()
 
@@ -225,7 +227,7 @@ class PackedOptimizer(Optimizer):
         if not state:
             self._packing.note_change()  # it may have been appended to a group's list, past add_param_group
             state["step"] = torch.tensor(0.0, dtype=torch.float32)
-            like, spans = to_local(parameter), self._packing.member(parameter, state).spans
+            like, spans = to_local(parameter), self.pruning.member(parameter, state).spans
             kept = None
             if prunable and self._packing.keeps_zeros:
                 state["mask"] = pack_bits(flat_view(like) != 0)
@@ -254,7 +256,7 @@ class PackedOptimizer(Optimizer):
             # Where there are gaps, a copy without; a stride that torch leaves open is none.
             dense = in_layout_of(torch.empty_like(parameter, device="meta"), parameter)
             grad = in_layout_of(dense, grad)
-            member = self._packing.member(owner, state)
+            member = self.pruning.member(owner, state)
             member.part = dense
             for piece in in_blocks(member, state.get("offsets"), next(iter(moments.values())).numel()):
                 self._update_piece(piece, piece.of(grad), dtype, group, bucket.step, index)
@@ -266,7 +268,7 @@ class PackedOptimizer(Optimizer):
     ) -> None:
         """The rule on a piece of a tensor whose moments are packed, or of another dtype than it computes in."""
         span = span_at(piece.member.spans, piece.first)
-        seed = moment_seed(step, span.number or index)
+        seed = moment_seed(step, index if span.number is None else span.number)
         state, place, mask = piece.member.state, piece.of(piece.member.part), None
         weight, packed = place, "offsets" in state
         if packed:
@@ -322,7 +324,7 @@ class PackedOptimizer(Optimizer):
         self, parameter: Tensor, state: dict[str, Tensor], saved: Mapping[str, Any], prunable: bool
     ) -> None:
         """The dense form of a parameter's state, `saved` as it came -> what is kept."""
-        member = self._packing.member(parameter, state)
+        member = self.pruning.member(parameter, state)
         if "mask" in saved and self.pruning is self._packing:  # a Pruner's mask is its own
             state["mask"] = self._packing.pack_loaded_mask(parameter, saved["mask"])
             state["offsets"], _ = span_offsets(state["mask"], member.spans)

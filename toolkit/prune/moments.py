@@ -136,8 +136,8 @@ def write_piece(
 ) -> None:
     """Put the kept values of the weights `first` to `last`, flat, where `read_piece` finds them.
 
-    To nearest, or with a `seed` bfloat16 and the codes of squared moments by chance: an uncut parameter's. A piece of
-    codes begins where a group does, and ends where one or its span does.
+    To nearest, or with a `seed` bfloat16 and the codes of squared moments by chance, codes by an uncut parameter's.
+    A piece of codes begins where a group does, and ends where one or its span does.
     """
     flat, span = flat_view(state[key])[before : before + values.numel()], span_at(spans, first)
     if exponents_of(key) not in state:

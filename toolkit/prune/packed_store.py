@@ -47,7 +47,7 @@ class PackedStore(MaskedStore):
             offsets, left = span_offsets(after, member.spans)
             new = in_blocks(member, offsets, left)
 
-        # 2. The moments: on a GPU one piece, for all of which what the packer needs is made once.
+        # 2. The moments: what the packer needs is made once for all of them where the part is one piece.
         @functools.lru_cache(maxsize=1)
         def packer(number: int) -> Packer:
             own = stay[old[number].before : old[number].before + old[number].kept]

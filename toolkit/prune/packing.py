@@ -17,7 +17,7 @@ from toolkit.kernels import native
 from toolkit.prune.distributed import to_dtensor, to_local
 from toolkit.prune.mask import mask_bytes, pack_bits, unpack_bits
 from toolkit.prune.moments import exponents_of, is_exponents, read_moment
-from toolkit.prune.spans import BLOCK, Ranges, Spans, make_spans, whole_range
+from toolkit.prune.spans import BLOCK, Ranges, Span, Spans, make_spans, whole_range
 
 
 def offset_bytes(numel: int) -> int:
@@ -25,33 +25,34 @@ def offset_bytes(numel: int) -> int:
     return 4 * -(-numel // BLOCK)
 
 
-def block_offsets(mask: Tensor, numel: int, survivors: int | None = None) -> tuple[Tensor, int]:
-    """Bits of `numel` weights -> (int32 [ceil(n / BLOCK)] survivors before each block, survivors in all).
-
-    Give the number of `survivors` where it is known: to count them waits for a GPU.
-    """
-    blocks = -(-numel // BLOCK)
-    if native.fits(mask):
-        offsets = torch.empty(blocks, dtype=torch.int32, device="cpu")
-        return offsets, native.native_code().bits_offsets(numel, mask.data_ptr(), BLOCK, offsets.data_ptr())
-    keep = unpack_bits(mask, numel)
-    if numel % BLOCK:
-        keep = torch.nn.functional.pad(keep, (0, blocks * BLOCK - numel))
-    counts = keep.view(blocks, BLOCK).sum(1, dtype=torch.int32)
-    ends = counts.cumsum(0, dtype=torch.int32)
-    if survivors is None:
-        survivors = int(ends[-1]) if blocks else 0
-    return ends - counts, survivors
+def block_offsets(mask: Tensor, numel: int) -> tuple[Tensor, int]:
+    """`span_offsets` of a part of `numel` weights that is one span."""
+    return span_offsets(mask, make_spans(numel, []))
 
 
 def span_offsets(mask: Tensor, spans: Spans) -> tuple[Tensor, int]:
-    """Bits of a part -> (`block_offsets` of each span behind the other, survivors in all): int32 [blocks]."""
-    made, before = [], 0
-    for span in spans:
-        offsets, survivors = block_offsets(mask[span.first // 8 : mask_bytes(span.last)], span.numel)
-        made.append(offsets + before if before else offsets)
-        before += survivors
-    return made[0] if len(made) == 1 else torch.cat(made), before
+    """Bits of a part -> (int32 [blocks] survivors before each block of its spans, survivors in all).
+
+    On a GPU it waits once.
+    """
+    own = [mask[span.first // 8 : mask_bytes(span.last)] for span in spans]
+    if native.fits(mask):
+        made, before = [], 0
+        for span, bits in zip(spans, own, strict=True):
+            offsets = torch.empty(span.blocks, dtype=torch.int32, device="cpu")
+            count = native.native_code().bits_offsets(span.numel, bits.data_ptr(), BLOCK, offsets.data_ptr())
+            made.append(offsets.add_(before))
+            before += count
+        return made[0] if len(made) == 1 else torch.cat(made), before
+    counts = torch.cat([_block_counts(bits, span) for span, bits in zip(spans, own, strict=True)])
+    ends = counts.cumsum(0, dtype=torch.int32)
+    return ends - counts, int(ends[-1]) if len(ends) else 0
+
+
+def _block_counts(bits: Tensor, span: Span) -> Tensor:
+    """Survivors in each block of a span: int32 [blocks]."""
+    keep = torch.nn.functional.pad(unpack_bits(bits, span.numel), (0, span.blocks * BLOCK - span.numel))
+    return keep.view(-1, BLOCK).sum(1, dtype=torch.int32)
 
 
 def count_survivors(mask: Tensor, first: int, last: int) -> Tensor:

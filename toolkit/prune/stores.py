@@ -1,6 +1,7 @@
 """Prunable tensors as a mask update sees them: whole, in pieces, and under masks (packed_store: their moments too)."""
 
 import copy
+import functools
 import itertools
 from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from toolkit.prune.moments import read_piece
 from toolkit.prune.packing import Packer, count_survivors, join_bits, join_values, range_bits
 from toolkit.prune.scores import Score
 from toolkit.prune.select import chunk_size
-from toolkit.prune.spans import BLOCK, Ranges, make_spans, whole_range
+from toolkit.prune.spans import BLOCK, Ranges, Spans, make_spans, whole_range
 
 
 class Member:
@@ -29,7 +30,11 @@ class Member:
         self.part = to_local(parameter)
         self.state = state
         self.ranges = ranges if ranges is not None else whole_range(parameter, name)
-        self.spans = make_spans(self.part.numel(), self.ranges)
+
+    @functools.cached_property
+    def spans(self) -> Spans:
+        """Where blocks and groups begin."""
+        return make_spans(self.part.numel(), self.ranges)
 
     @property
     def mask(self) -> Tensor | None:

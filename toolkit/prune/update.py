@@ -170,11 +170,11 @@ def _sources(
     found = []
     for pieces in cuts:
         member, total = pieces[0].member, sum(map(count, pieces))
-        for name, first, last, *_ in member.ranges:
-            own = [piece for piece in pieces if first <= piece.first and piece.last <= last]
-            begin = sum(count(piece) for piece in pieces if piece.last <= first)
+        for one in member.ranges:
+            own = [piece for piece in pieces if one.first <= piece.first and piece.last <= one.last]
+            begin = sum(count(piece) for piece in pieces if piece.last <= one.first)
             end = begin + sum(map(count, own))
-            found.append(_Source(member, name, begin, end, total, partial(values.of, own)))
+            found.append(_Source(member, one.name, begin, end, total, partial(values.of, own)))
     return found
 
 

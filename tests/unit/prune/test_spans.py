@@ -1,5 +1,6 @@
 """Blocks and groups begin at the same weights however parameters are cut: in parts of one, in slices of several."""
 
+import copy
 import itertools
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 
 from toolkit.kernels.narrow import GROUP, num_groups
 from toolkit.optim import AdamWPrune, SGDPrune
+from toolkit.prune.hooks import pruned_by_hooks
 from toolkit.prune.spans import BLOCK, Range, make_spans, num_blocks_of, num_groups_of, span_at
 
 SIZES = (5024, 4096 + 32, 7000)  # weights of three parameters
@@ -102,3 +104,28 @@ def test_slices_have_the_moments_of_their_parameters(kind, implementation, preci
         if "state_budget" not in precision:
             assert all(one.float().mean() <= (0.02 if within else 0) for one in differ)
         assert masks.float().mean() <= 0.001
+
+
+@pytest.mark.parametrize("kind", [AdamWPrune, pruned_by_hooks(AdamWPrune, "magnitude")])
+@pytest.mark.parametrize("state_dtype", ["int8", "float32"])
+def test_a_copy_and_what_is_saved_know_the_slices(kind, state_dtype):
+    """Pruned by hooks, too, where the moments are dense: coded by some spans, they are read by the same."""
+    torch.manual_seed(0)
+    (_, end, ranges), *_ = slices(SIZES, [])
+    flat = nn.Parameter(torch.randn(end))
+    schedule = {"sparsity": 0.8, "begin_step": 1, "end_step": 4, "frequency": 3}
+    optimizer = kind([{"params": [flat], "prunable": True}], lr=1e-2, state_dtype=state_dtype, **schedule)
+    optimizer.pruning.flat_slices = {flat: ranges}
+    seen = torch.zeros(end)
+    for _ in range(5):
+        flat.grad = torch.randn(end)
+        seen = seen.maximum(flat.grad.abs())
+        optimizer.step()
+    saved = optimizer.state_dict()["state"][0]["exp_avg"]
+    assert (saved.abs() <= 1.1 * seen).all()  # an average, with a code's rounding
+    if kind is AdamWPrune:
+        again, copied = copy.deepcopy((flat, optimizer))
+        for one, stepped in ((flat, optimizer), (again, copied)):
+            one.grad = torch.ones(end)
+            stepped.step()
+        assert torch.equal(again, flat)

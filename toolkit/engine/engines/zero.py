@@ -13,6 +13,7 @@ parameters, and padding is told apart from weights (under ZeRO-3 it is uninitial
 """
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -307,25 +308,16 @@ def attach(engine: Any) -> None:
         engine, _, _, _ = deepspeed.initialize(model=model, optimizer=AdamWPrune(param_groups(model), ...), config=...)
         attach(engine)  # once, before the first step
 
-    For ZeRO-1, 2 and 3; without ZeRO there is nothing to tell, without pruning only where groups of 8-bit moments
-    begin. It also has DeepSpeed let go of
+    For ZeRO-1, 2 and 3; without ZeRO, or without pruning, there is nothing to tell. It also has DeepSpeed let go of
     moments: after the first step and after a load, ZeRO-1 and 2 keep views of every state tensor shaped like the flat
     slice in each model parameter's `_hp_mapping.optim_fragment`, and through them the dense moments would live on.
     Raises ValueError where ZeRO cannot prune as DDP does.
     """
     stage, base = engine.zero_optimization_stage(), inner_of(engine.optimizer)
     pruning = getattr(base, "pruning", None)
-    if pruning is None or base is engine.optimizer or not (stage or pruning.schedule.enabled):
+    if pruning is None or not pruning.schedule.enabled or base is engine.optimizer:
         return
     world = World.detect(engine.device)
-    if stage:
-        known = getattr(base, "numbers", {})  # of the parameters that it was made with
-        numbers = {name: known[p] for name, p in engine.module.named_parameters() if p in known}
-        slices = slices_of(engine.optimizer, stage, engine.module, world)
-        shown = zip(base.param_groups, slices, strict=True)
-        pruning.flat_slices = {one.flat: one.ranges(numbers) for group, one in shown if group.get("prunable")}
-    if not pruning.schedule.enabled:
-        return
     marked = [group for group in base.param_groups if group.get("prunable")]
     refuse(
         {
@@ -337,11 +329,15 @@ def attach(engine: Any) -> None:
         },
         f"{type(base).__name__} under DeepSpeed does not go with {{}}; use FSDP2 or DDP",
     )
+    known = getattr(base, "numbers", {})  # of the parameters that it was made with
+    numbers = {name: known[p] for name, p in engine.module.named_parameters() if p in known}
+    shown = zip(base.param_groups, slices_of(engine.optimizer, stage, engine.module, world), strict=True)
+    pruning.shard_group, pruning.after_repack = dist.group.WORLD, functools.partial(_release_views, engine.module)
+    pruning.flat_slices = {one.flat: one.ranges(numbers) for group, one in shown if group.get("prunable")}
 
-    def release_views() -> None:
-        for parameter in engine.module.parameters():
-            mapping = getattr(parameter, "_hp_mapping", None)
-            if mapping is not None and mapping.optim_fragment is not None:
-                mapping.optim_fragment.clear()
 
-    pruning.shard_group, pruning.after_repack = dist.group.WORLD, release_views
+def _release_views(module: nn.Module) -> None:
+    for parameter in module.parameters():
+        mapping = getattr(parameter, "_hp_mapping", None)
+        if mapping is not None and mapping.optim_fragment is not None:
+            mapping.optim_fragment.clear()
