@@ -1,4 +1,4 @@
-"""`python -m launch.readme`: write README.md's table from the photo study, the optimizers' bench, and results/gpu.
+"""`python -m launch.readme`: write README.md's table from the photo studies, the optimizers' bench, and results/gpu.
 
 Run it after a study or a bench was measured again; a test holds the README to what it writes.
 """
@@ -14,8 +14,9 @@ from toolkit.files import read_json, write_atomically
 from toolkit.markdown import table
 
 _BEGIN, _END = "<!-- the table begins: python -m launch.readme -->\n", "<!-- the table ends -->\n"
-_STUDY = "results/cifar10"
-# Cell of the study, row of the bench: each family, what it is compared with first.
+# The first one says the bytes.
+_STUDIES = ("results/cifar10", "results/imagenette")
+# Cell of the studies, row of the bench: each family, what it is compared with first.
 _ROWS = (
     ("adamw_none", "torch AdamW fused"),
     ("adamw_magnitude_70", None),
@@ -32,10 +33,10 @@ _HEADER = (
     "sparsity",
     "state, peak",
     "state, end",
-    "step / fused AdamW",
-    "top-1 %",
-    "the step on a GPU",
-    "measured in",
+    "[step](results/bench/optim.md) / fused AdamW",
+    "top-1 %, [CIFAR-10](results/cifar10/README.md)",
+    "top-1 %, [Imagenette](results/imagenette/README.md)",
+    "[the step on a GPU](results/gpu/README.md)",
 )
 
 
@@ -46,7 +47,10 @@ def gpu_checks() -> list[dict[str, Any]]:
 
 
 def with_table(
-    readme: str, study: Mapping[str, Any], bench: Mapping[str, Any], checks: Sequence[Mapping[str, Any]] = ()
+    readme: str,
+    studies: Sequence[Mapping[str, Any]],
+    bench: Mapping[str, Any],
+    checks: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """The README with its table between the two marks made anew; `checks` fill its GPU column, a figure each.
 
@@ -57,8 +61,8 @@ def with_table(
     before, _, rest = readme.partition(_BEGIN)
     model = bench["machines"][-1]["model"]
     timed = [times for check in checks for times in _device_times(check, model)]
-    rows = [_row(study, bench, timed, *which) for which in _ROWS]
-    made = "\n".join([*table(_HEADER, rows, text=(0, 7)), "", *_notes(study, bench, timed), ""])
+    rows = [_row(studies, bench, timed, *which) for which in _ROWS]
+    made = "\n".join([*table(_HEADER, rows, text=(0,)), "", *_notes(studies[0], bench, timed), ""])
     return f"{before}{_BEGIN}{made}{_END}{rest.partition(_END)[2]}"
 
 
@@ -70,30 +74,28 @@ def _device_times(check: Mapping[str, Any], model: str) -> list[Mapping[str, Any
 
 
 def _row(
-    study: Mapping[str, Any],
+    studies: Sequence[Mapping[str, Any]],
     bench: Mapping[str, Any],
     timed: Sequence[Mapping[str, Any]],
     name: str,
     step: str | None,
 ) -> list[str]:
-    cells = [cell for cell in study["cells"] if cell["name"] == f"{cell['model']}_{name}_seed{cell['seed']}"]
-    if not cells:
-        raise ValueError(f"{_STUDY}/summary.json has no run of {name}; run the study again")
-    first = cells[0]  # bytes are the same for every seed
+    of_study = []
+    for folder, study in zip(_STUDIES, studies, strict=True):
+        of_study.append([one for one in study["cells"] if one["name"] == f"{one['model']}_{name}_seed{one['seed']}"])
+        if not of_study[-1]:
+            raise ValueError(f"{folder}/summary.json has no run of {name}; run the study again")
+    first = of_study[0][0]  # bytes are the same for every seed
     end, sparsity = first["optimizer_bytes_per_weight"], first["target_sparsity"]
-    top1 = [cell["final_top1"] for cell in cells]
-    where = [f"[photographs]({_STUDY}/report.md), {len(cells)} seeds"]
-    if step:
-        where.append("[bench](results/bench/optim.md)")
+    top1 = [[cell["final_top1"] for cell in cells] for cells in of_study]
     return [
         f"`{first['opt']}`",
         f"{100 * sparsity:g} %" if sparsity else "–",
         f"{end * first['optimizer_peak_bytes'] / first['optimizer_end_bytes']:.2f}",
         f"{end:.2f}",
         _ratios(_steps(bench, step)) if step else "–",
-        f"{statistics.mean(top1):.1f} ± {statistics.stdev(top1):.1f}",
+        *(f"{statistics.mean(seeds):.1f} ± {statistics.stdev(seeds):.1f}" for seeds in top1),
         _ratios([row for one in timed for row in one["rows"] if row["name"] == step]) if step and timed else "–",
-        ", ".join(where),
     ]
 
 
@@ -119,10 +121,11 @@ def _notes(study: Mapping[str, Any], bench: Mapping[str, Any], timed: Sequence[M
     on_gpu = f"{' and '.join(one['device'] for one in timed)}, device time" if timed else "not measured yet"
     return [
         f"State: bytes a weight that optimizer and pruning keep; on {model} `adamwprune` ends at {end:.2f} for 70 %.",
-        f"State and top-1: {run['model']} with a quarter of its channels, {run['epochs']} epochs on 10,000 photographs "
-        f"of CIFAR-10, {trained}; by `python -m launch.matrix launch/matrices/cifar10.yaml`.",
+        f"State and top-1: {run['model']} with a quarter of its channels, {run['epochs']} epochs, {trained}. "
+        "10,000 photographs of CIFAR-10 (5 seeds), 9,469 of Imagenette (3); "
+        "by `python -m launch.matrix launch/matrices/cifar10.yaml` and `imagenette.yaml`.",
         f"Step: {model}, float32 moments, medians; by `python -m launch.bench optim --out results/bench`. "
-        f"From the best to the worst of {len(machines)} CPUs; [each](results/bench/optim.md). On a GPU: {on_gpu}.",
+        f"From the best to the worst of {len(machines)} CPUs. On a GPU: {on_gpu}.",
     ]
 
 
@@ -132,8 +135,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.parse_args(argv)
     path = ROOT / "README.md"
     with one_line_errors(parser):
-        study, bench = (read_json(ROOT / name) for name in (f"{_STUDY}/summary.json", "results/bench/optim.json"))
-        write_atomically(path, with_table(path.read_text(), study, bench, gpu_checks()))
+        studies = [read_json(ROOT / folder / "summary.json") for folder in _STUDIES]
+        bench = read_json(ROOT / "results/bench/optim.json")
+        write_atomically(path, with_table(path.read_text(), studies, bench, gpu_checks()))
     return 0
 
 

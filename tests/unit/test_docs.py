@@ -123,20 +123,22 @@ def test_the_readme_holds_the_table_that_the_command_writes():
     from launch.readme import gpu_checks, with_table
 
     text = README.read_text()
-    assert with_table(text, read_study("cifar10/summary.json"), read_study("bench/optim.json"), gpu_checks()) == text
+    studies = [read_study(f"{name}/summary.json") for name in ("cifar10", "imagenette")]
+    assert with_table(text, studies, read_study("bench/optim.json"), gpu_checks()) == text
 
 
 def test_the_table_follows_the_figures():
     from launch.readme import with_table
 
     study, bench = read_study("cifar10/summary.json"), read_study("bench/optim.json")
+    studies = [study, read_study("imagenette/summary.json")]
     (machine,) = bench["machines"] = bench["machines"][:1]
     for cell in study["cells"]:
         if cell["name"].startswith("resnet10t_adamwprune_state_70_"):
             cell["final_top1"] = 50.0 + cell["seed"]
             cell |= {"optimizer_bytes_per_weight": 3.0, "optimizer_end_bytes": 300, "optimizer_peak_bytes": 500}
     next(row for row in machine["rows"] if row["name"] == "adamwprune 70%")["ratio_to_peer"] = 0.12
-    text = with_table(README.read_text(), study, bench)
+    text = with_table(README.read_text(), studies, bench)
     assert "| `adamwprune` | 70 % | 5.00 | 3.00 | 0.12 | 52.0 ± 1.6 |" in text
     row = {"name": "adamwprune 70%", "peer": "torch AdamW fused", "ratio_to_peer": 0.62}
     times = {"schema": "bench-device/1", "model": machine["model"], "kind": "cuda", "device": "A card", "rows": [row]}
@@ -144,15 +146,15 @@ def test_the_table_follows_the_figures():
     sgd = [{"name": f"sgdprune {share}%", "peer": "torch SGD fused", "ratio_to_peer": 0.75} for share in (70, 90)]
     others = [fused, {**fused, "name": "torch SGD fused"}, {**row, "name": "adamwprune 90%"}, *sgd]
     parts = {"a": {"result": {**times, "rows": [row, *others]}}, "b": {"result": None}, "c": {"result": {"x": 1}}}
-    text = with_table(README.read_text(), study, bench, [{"parts": parts}])
-    assert "| 0.12 | 52.0 ± 1.6 | 0.62 |" in text
+    text = with_table(README.read_text(), studies, bench, [{"parts": parts}])
+    assert re.search(r"\| 0\.12 \| 52\.0 ± 1\.6 \| [\d.]+ ± [\d.]+ \| 0\.62 \|", text)
     assert "On a GPU: A card, device time." in text
     with pytest.raises(ValueError, match=r"put them where the table goes"):
-        with_table("no marks", study, bench)
+        with_table("no marks", studies, bench)
     with pytest.raises(ValueError, match=r"no run of adamw_none; run the study again"):
-        with_table(text, {**study, "cells": []}, bench)
+        with_table(text, [{**study, "cells": []}, studies[1]], bench)
     with pytest.raises(ValueError, match=r"no row 'torch AdamW fused'; run launch.bench optim again"):
-        with_table(text, study, {"machines": [{**machine, "rows": []}]})
+        with_table(text, studies, {"machines": [{**machine, "rows": []}]})
 
 
 def test_the_readmes_loop_prunes_as_it_says():

@@ -3,9 +3,12 @@
 "use strict";
 
 const {rows, band, levels, range} = JSON.parse(document.getElementById("data").textContent);
-const SHAPES = ["circle", "rect", "diamond", "triangle", "pin", "roundRect", "arrow"];
+// Of the sparsities in turn: the chart's name of a shape, and its path in a legend.
+const SHAPES = [["circle", "M18 3a5 5 0 1 1 0 10a5 5 0 1 1 0-10"], ["rect", "M13 3h10v10h-10z"],
+  ["diamond", "M18 2l5 6l-5 6l-5-6z"], ["triangle", "M18 3l6 10h-12z"]];
 const DASHES = ["solid", [6, 4], [8, 3, 2, 3], [2, 3]];
 const drawn = new Map(); // element -> chart
+const shape = number => SHAPES[number % SHAPES.length];
 const NARROW = 600; // pixels, below which only the rows to take are labelled
 const LINE = 13, LETTER = 6.7; // pixels: height of a label, width of one of its letters
 const colour = name => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
@@ -107,7 +110,7 @@ function pareto(element) {
       {type: "custom", data: coloured.map(row => [row.place, row.top1[0]]), silent: true, clip: true, z: 1,
         renderItem: whisker},
       ...levels.map((level, number) => ({
-        type: "scatter", data: points(level), symbol: SHAPES[number % SHAPES.length], symbolSize: 10, z: 2,
+        type: "scatter", data: points(level), symbol: shape(number)[0], symbolSize: 10, z: 2,
         markArea: number || !band ? undefined : {
           silent: true, itemStyle: {color: colour("rule"), opacity: .35}, data: [[{yAxis: band.low}, {yAxis: band.high}]],
         },
@@ -165,22 +168,20 @@ function legend(element, entries) {
     const swatch = document.createElementNS("http://www.w3.org/2000/svg", "svg");
     swatch.setAttribute("viewBox", "0 0 36 16");
     swatch.setAttribute("aria-hidden", "true");
-    const shape = document.createElementNS("http://www.w3.org/2000/svg", "path");
-    for (const [name, value] of Object.entries({d: path, ...attributes})) shape.setAttribute(name, value);
-    swatch.append(shape);
+    const mark = document.createElementNS("http://www.w3.org/2000/svg", "path");
+    for (const [name, value] of Object.entries({d: path, ...attributes})) mark.setAttribute(name, value);
+    swatch.append(mark);
     list.append(make("li", {}, swatch, text));
   }
   element.after(list);
 }
-
-const MARKS = ["M18 3a5 5 0 1 1 0 10a5 5 0 1 1 0-10", "M13 3h10v10h-10z", "M18 3l6 10h-12z", "M18 2l5 6l-5 6l-5-6z"];
 
 function legends(element, shown) {
   const fill = colour("faint"), other = {stroke: colour("other"), "stroke-width": 2, fill: "none"};
   if (element.id === "pareto") {
     const hidden = rows.filter(row => row.top1[0] < range[0]).length;
     return legend(element, [
-      ...levels.map((level, index) => [percent(level) + (level ? " sparsity" : ""), MARKS[index] ?? MARKS[0], {fill}]),
+      ...levels.map((level, number) => [percent(level) + (level ? " sparsity" : ""), shape(number)[1], {fill}]),
       ["best for its bytes", "M2 12h16v-8h16", {stroke: fill, fill: "none"}],
       ...(band ? [[`${band.name} ± its spread over seeds`, "M2 2h32v12h-32z", {fill: colour("rule"), opacity: .6}]] : []),
       ...(rows.some(row => !row.colour) ? [["others", "M13 3h10v10h-10z", {fill: other.stroke}]] : []),
