@@ -186,9 +186,9 @@ def accuracy_over_sparsity(figure: Figure, lines: Lines) -> None:
 
 
 def pareto(figure: Figure, lines: Lines) -> None:
-    """Accuracy against the peak of optimizer and pruning, a mark a method and sparsity, named where it is in colour.
+    """Accuracy against the peak of optimizer and pruning, a mark a method and sparsity.
 
-    The line is the front, the band what dense training scores, give or take its spread.
+    Named are those in colour and on the line, the front. The band is what dense training scores, with its spread.
     """
     axes = figure.subplots()
     marks = dict(zip(_levels(lines), itertools.cycle("osD^vP"), strict=False))
@@ -209,6 +209,7 @@ def pareto(figure: Figure, lines: Lines) -> None:
         )
     points.sort(key=lambda point: (point[0], -point[1]))
     front = [point for i, point in enumerate(points) if all(point[1] > smaller[1] for smaller in points[:i])]
+    named = [line for line in lines if not line.grey or (line.peak, top1(line.members)[0]) in front]
     # From a power of two to a power of two, so that both ends have a tick; the front holds for all that is larger.
     least, most = (2.0 ** direction(math.log2(points[i][0])) for i, direction in ((0, math.floor), (-1, math.ceil)))
     axes.set_xscale("log", base=2)
@@ -229,7 +230,7 @@ def pareto(figure: Figure, lines: Lines) -> None:
         ylabel="final top-1 (%)",
         ylim=range_in_colour(lines),
     )
-    _name_points(axes, [line for line in lines if not line.grey], figure.get_figwidth())
+    _name_points(axes, named, figure.get_figwidth())
     handles, labels = axes.get_legend_handles_labels()
     shown = [(handle, label) for handle, label in zip(handles, labels, strict=True) if label not in groups]
     figure.legend(*zip(*shown, strict=True), loc="outside lower center", ncols=5, fontsize=8)

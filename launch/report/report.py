@@ -109,6 +109,8 @@ def _markdown(
     return [
         f"# {as_text(out.name.removesuffix('.md'))}: {_said(shared['model'])} on {_said(shared['dataset'])}",
         "",
+        f"Each run: {_said(shared['epochs'])} epochs; {_said(shared['dataset_note']).rpartition('; ')[2]}.",
+        "",
         *([_ON_CPU] if on_cpu else []),
         *(["", _SYNTHETIC] if shared["dataset_synthetic"] else []),
         "",

@@ -40,6 +40,10 @@ class Difference:
         """Whether the 95 % interval leaves out 0; two seeds are never enough."""
         return self.seeds >= 3 and self.interval is not None and not self.interval[0] <= 0 <= self.interval[1]
 
+    def briefly(self) -> str:
+        """The mean with its interval."""
+        return f"{self.mean:+.2f}" + (f" [{self.interval[0]:+.2f}, {self.interval[1]:+.2f}]" if self.interval else "")
+
     def __str__(self) -> str:
         if self.spread is None or self.interval is None:
             return f"{self.mean:+.2f}"

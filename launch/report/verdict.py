@@ -10,16 +10,16 @@ from toolkit.markdown import mib, table
 _LARGEST_LOSS = 1.0  # points that saved bytes may cost: a row that scatters widely is not near the best for that
 _ROWS = 8  # of the table
 _SAID = 3  # sparsities in a sentence
+_OF_THE_BEST = ("below the highest mean", "the highest mean")  # columns
 
 _NOTE = """\
-State: bytes a weight that optimizer and pruning keep beside the weights, at the fullest moment and at the end.
-The budget of a sparsity is the smallest peak among the rows not told apart from the highest mean.
-Not told apart: at most a point below, inside the paired spread, and not beyond noise.
-Taken: the highest mean within that budget.
+State: bytes a weight that optimizer and pruning keep beside the weights.
+Taken: of all rows level with the highest mean the one with the least state at its peak, of equal ones the highest.
+Level: at most a point below, inside the paired spread, and not beyond noise.
 Differences are paired over common seeds: mean ± spread [95 % interval of the mean].
 Beyond noise: the interval leaves out 0, with at least three seeds. One in twenty equal pairs looks so by luck."""
 _ONE_SEED_NOTE = """\
-State: bytes a weight that optimizer and pruning keep beside the weights, at the fullest moment and at the end.
+State: bytes a weight that optimizer and pruning keep beside the weights.
 Each row ran with one seed, so no difference is more than a hint."""
 
 
@@ -125,17 +125,10 @@ def verdict_section(groups: Groups, picture: Sequence[str]) -> list[str]:
         return ["## In a minute", "", *(f"- {sentence}" for sentence in _alone(*next(iter(groups.items())))), ""]
     found = picks(groups)
     several = max(len(members) for members in groups.values()) > 1
-    header = [
-        "at",
-        "take" if several else "highest",
-        "top-1 % (seeds)",
-        "state, peak",
-        "state, end",
-        "below the highest mean",
-        "the highest mean",
-        "against its dense self",
-        "others behind / level / ahead",
-    ]
+    # A row's cells by the column's name; what the highest mean is need not be said where it is taken everywhere.
+    cells = [_cells(pick, groups, several) for pick in found[:_ROWS]]
+    header = [name for name in cells[0] if name not in _OF_THE_BEST or any(pick.name != pick.best for pick in found)]
+    text = tuple(place for place, name in enumerate(header) if name in ("at", "take", "highest", _OF_THE_BEST[1]))
     rest = len(found) - _ROWS
     return [
         "## In a minute",
@@ -143,7 +136,7 @@ def verdict_section(groups: Groups, picture: Sequence[str]) -> list[str]:
         *[f"- {sentence}" for sentence in _sentences(found, groups, several)],
         "",
         *picture,
-        *table(header, [_cells(pick, groups) for pick in found[:_ROWS]], text=(0, 1, 6)),
+        *table(header, [[row[name] for name in header] for row in cells], text=text),
         "",
         _NOTE if several else _ONE_SEED_NOTE,
         *([f"The ranking has {rest} more sparsities."] if rest > 0 else []),
@@ -175,37 +168,39 @@ def _alone(name: str, members: Sequence[CellRun]) -> list[str]:
     ]
 
 
-def _cells(pick: Pick, groups: Groups) -> list[str]:
+def _cells(pick: Pick, groups: Groups, several: bool) -> dict[str, str]:
     first = pick.members[0]
     level = len(pick.rivals) - pick.behind - pick.ahead
-    return [
-        f"**{level_name(pick.sparsity)}**",
-        f"**{pick.name}**",
-        f"{accuracy(pick.members)} ({len(pick.members)})",
-        f"{first.peak_bytes_per_weight:.2f}",
-        f"{first.bytes_per_weight:.2f}",
-        "–" if pick.name == pick.best else str(pick.below_best),
-        f"{pick.best}: {accuracy(groups[pick.best])}",
-        f"{pick.dense}: {pick.above_dense}" if pick.above_dense else "–",
-        f"{pick.behind} / {level} / {pick.ahead}",
-    ]
+    below, highest = _OF_THE_BEST
+    return {
+        "at": f"**{level_name(pick.sparsity)}**",
+        "take" if several else "highest": f"**{pick.name}**",
+        "top-1 % (seeds)": f"{accuracy(pick.members)} ({len(pick.members)})",
+        "state at its peak": f"{first.peak_bytes_per_weight:.2f}",
+        "state at the end": f"{first.bytes_per_weight:.2f}",
+        below: "–" if pick.name == pick.best else str(pick.below_best),
+        highest: f"{pick.best}: {accuracy(groups[pick.best])}",
+        "against its optimizer, dense": f"{pick.dense}: {pick.above_dense}" if pick.above_dense else "–",
+        "others behind / level / ahead": f"{pick.behind} / {level} / {pick.ahead}",
+    }
 
 
 def _sentences(found: Sequence[Pick], groups: Groups, several: bool) -> list[str]:
     """What to take, what it costs at the peak, how sure that is."""
     said = [pick for pick in found if pick.sparsity][:_SAID] or found
     runs = [pick.members[0] for pick in said]
-    dense = dense_reference(groups)
     # Beside a pruned row only: a dense one may be the reference itself.
-    beside = dense if dense and said[0].sparsity else ""
-    scores = f"; dense {beside} has {top1(groups[beside])[0]:.2f}" if beside else ""
-    bytes_beside = f"; dense {beside} keeps {groups[beside][0].peak_bytes_per_weight:.2f}" if beside else ""
+    dense = [*(pick.dense for pick in said), dense_reference(groups)] if said[0].sparsity else []
+    beside = [name for name in dict.fromkeys(dense) if name]
+    scores = ", ".join(f"{one} {top1(groups[one])[0]:.2f}" for one in beside)
+    keeps = ", ".join(f"{one} {groups[one][0].peak_bytes_per_weight:.2f}" for one in beside)
     names = _joined((f"{pick.name} ({top1(pick.members)[0]:.2f})" for pick in said), "or")
     peaks = _each(f"{run.peak_bytes_per_weight:.2f}" for run in runs)
     ends = _each(f"{run.bytes_per_weight:.2f}" for run in runs)
     return [
-        f"**{'Take' if several else 'Highest'}:** {names}{scores} % top-1.",
-        f"**Cost:** {peaks} bytes a weight of state at the peak, {ends} at the end{bytes_beside}.",
+        f"**{'Take' if several else 'Highest'}:** {names} % top-1." + (f" Dense: {scores}." if beside else ""),
+        f"**Cost:** {peaks} bytes a weight of state at the peak, {ends} at the end."
+        + (f" Dense: {keeps}." if beside else ""),
         f"**How sure:** {_sureness(said, several)}",
     ]
 
@@ -217,11 +212,16 @@ def _sureness(said: Sequence[Pick], several: bool) -> str:
     seeds = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
     if not any(pick.rivals for pick in said):
         return f"{seeds} seeds, but there is no other row to compare with."
-    rivals, behind, ahead = (
-        _each(str(value) for value in values)
-        for values in zip(*((len(pick.rivals), pick.behind, pick.ahead) for pick in said), strict=True)
+    behind = _each(f"{pick.behind} of {len(pick.rivals)}" for pick in said)
+    ahead = _each(str(pick.ahead) for pick in said)
+    found = [pick.above_dense for pick in said]
+    losses = _joined((one.briefly() for one in found if one), "and") if all(found) else ""
+    dense = list(dict.fromkeys(pick.dense for pick in said))
+    against = f" Against {f'dense {dense[0]}' if len(dense) == 1 else 'the same optimizers, dense'}: {losses} points."
+    return (
+        f"{seeds} seeds.{against if losses else ''} "
+        f"Of the other rows of a sparsity {behind} are behind beyond noise, {ahead} ahead."
     )
-    return f"over {seeds} seeds, {behind} of {rivals} other rows are behind beyond noise, and {ahead} ahead."
 
 
 def _each(values: Iterable[str]) -> str:

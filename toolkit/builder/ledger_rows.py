@@ -20,7 +20,7 @@ from toolkit.prune.budget import budget_for
 from toolkit.prune.distributed import to_local
 from toolkit.prune.mask import unpack_bits
 from toolkit.prune.moments import STATE_DTYPES
-from toolkit.prune.spans import make_spans, whole_range
+from toolkit.prune.spans import Ranges, make_spans, whole_range
 
 _ZERO_ALIGNMENT = 2  # elements: DeepSpeed's nccl_start_alignment_factor; a slice of ZeRO-1 and 2 is a multiple
 
@@ -101,12 +101,12 @@ def rows_of_engine(
     return rows | _optimizer_rows(config, spec, method, trained, dtype)
 
 
-def _facts(owned: Tensor, numel: int, engine: Engine, trained: bool = True) -> ParameterFacts:
-    """Of what the optimizer is shown, of which this rank has `numel` weights."""
+def _facts(
+    owned: Tensor, numel: int, engine: Engine, trained: bool = True, ranges: Ranges | None = None
+) -> ParameterFacts:
+    """Of what the optimizer is shown, of which this rank has `numel` weights; `ranges` says what a slice is made of."""
     mask = engine.optimizer_state.get(owned, {}).get("mask")
     survivors = numel if mask is None else int(unpack_bits(mask, numel).sum())
-    optimizer: Any = engine.inner_optimizer
-    ranges = None if mask is None else optimizer.pruning.flat_slices.get(owned)
     spans = make_spans(numel, whole_range(owned) if ranges is None else ranges)
     return ParameterFacts(numel, mask is not None, survivors, owned.itemsize, trained, owned.numel(), spans)
 
@@ -140,7 +140,10 @@ def _zero_share(engine: Any, num_ranks: int) -> tuple[dict[str, int], list[Param
         step = _ZERO_ALIGNMENT * num_ranks
         totals = [sum(shape.numel() for shape in one.shapes.values()) for one in engine.slices]
         sizes = [_ZERO_ALIGNMENT * -(-total // step) for total in totals]
-    trained = [_facts(one.flat, size, engine) for one, size in zip(engine.slices, sizes, strict=True)]
+    pruning = getattr(engine.inner_optimizer, "pruning", None)
+    ranges = [None if pruning is None else pruning.flat_slices.get(one.flat) for one in engine.slices]
+    columns = (engine.slices, sizes, ranges)
+    trained = [_facts(one.flat, size, engine, True, own) for one, size, own in zip(*columns, strict=True)]
     slices_bytes = sum(one.nbytes for one in trained)
     frozen_bytes = sum(one.nbytes for one in parameters if not one.requires_grad)
     rows = {"weights": slices_bytes * num_ranks + frozen_bytes, "gradients": 0, "zero_buckets": 0}

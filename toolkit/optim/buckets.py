@@ -86,7 +86,7 @@ def kernel_rows(bucket: Bucket, grads: Sequence[Tensor], keys: Sequence[str]) ->
         )
         for span, row in zip(spans, [whole] if len(spans) == 1 else _cut(whole, spans), strict=True):
             own = number if span.number is None else span.number
-            rows.append(row._replace(seed=moment_seed(bucket.step, own), first=span.place))
+            rows.append(PackedTensor(*row[:6], moment_seed(bucket.step, own), span.place))
             indices.append(own)
     return rows, indices
 

@@ -74,15 +74,14 @@ function pareto(element) {
   const {axis, options} = common(element, point => rows[point.data.row]);
   const ordered = [...rows].sort((a, b) => a.place - b.place || b.top1[0] - a.top1[0]);
   const [least, most] = [ordered[0].place / 1.2, ordered.at(-1).place * 1.3];
-  const front = [];
-  for (const row of ordered)
-    if (!front.length || row.top1[0] > front.at(-1)[1]) front.push([row.place, row.top1[0]]);
+  const best = ordered.filter((row, at) => ordered.slice(0, at).every(other => other.top1[0] < row.top1[0]));
+  const front = best.map(row => [row.place, row.top1[0]]);
   front.push([most, front.at(-1)[1]]);
   const seen = row => row.top1[0] >= range[0];
   const coloured = rows.filter(row => row.colour && seen(row));
   const points = level => rows.flatMap((row, index) => row.level === level && seen(row)
     ? [{value: [row.place, row.top1[0]], row: index, itemStyle: look(row)}] : []);
-  const labelled = rows.filter(row => seen(row) && (row.pick || (row.colour && !narrow)));
+  const labelled = rows.filter(row => seen(row) && (row.pick || (!narrow && (row.colour || best.includes(row)))));
   const whisker = ({dataIndex}, api) => {
     const {top1: [mean, spread], place, colour: stroke} = coloured[dataIndex];
     const [[x1, y1], [x2, y2]] = [-1, 1].map(side => api.coord([place, mean + side * spread]));
