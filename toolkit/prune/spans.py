@@ -5,8 +5,8 @@ lie one behind the other; blocks of 1,024 weights and groups of 256 are counted 
 is cut within a group has a span up to the group's end and one from there on, so that all but the group that is cut are
 those of the whole parameter:
 
-    part     | p1, cut at its weight 1,000     | p2 from its weight 0     | padding |
-    spans    | 24 weights | from weight 1,024  | p2                       |         |
+    part     | p1, cut at its weight 992       | p2 from its weight 0     | padding |
+    spans    | 32 weights | from weight 1,024  | p2                       |         |
 
 A span begins with a word of the mask: what does not begin at a multiple of 32 in the part goes on with the span before,
 in groups of the part's own.
