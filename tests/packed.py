@@ -5,6 +5,8 @@ from torch import nn
 
 from toolkit.optim.adamwprune import AdamWPrune
 from toolkit.optim.sgdprune import SGDPrune
+from toolkit.prune.packing import span_offsets
+from toolkit.prune.spans import make_spans
 
 SHAPES = ((40, 20, 3, 3), (40,), (64, 50), (6, 30))
 KINDS = [(AdamWPrune, {"lr": 1e-2}), (SGDPrune, {"lr": 1e-2, "weight_decay": 1e-2})]
@@ -23,6 +25,11 @@ def run(optimizer, weights, steps, first=0):
         for weight in weights:
             weight.grad = torch.randn(weight.shape, generator=generator).to(weight.dtype)
         optimizer.step()
+
+
+def block_offsets(mask, numel):
+    """Of a tensor that is one span."""
+    return span_offsets(mask, make_spans(numel, []))
 
 
 def prunable(weights):

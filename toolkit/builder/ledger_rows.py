@@ -140,10 +140,10 @@ def _zero_share(engine: Any, num_ranks: int) -> tuple[dict[str, int], list[Param
         step = _ZERO_ALIGNMENT * num_ranks
         totals = [sum(shape.numel() for shape in one.shapes.values()) for one in engine.slices]
         sizes = [_ZERO_ALIGNMENT * -(-total // step) for total in totals]
-    pruning = getattr(engine.inner_optimizer, "pruning", None)
-    ranges = [None if pruning is None else pruning.flat_slices.get(one.flat) for one in engine.slices]
-    columns = (engine.slices, sizes, ranges)
-    trained = [_facts(one.flat, size, engine, True, own) for one, size, own in zip(*columns, strict=True)]
+    trained = [
+        _facts(one.flat, size, engine, ranges=engine.ranges_of(one.flat))
+        for one, size in zip(engine.slices, sizes, strict=True)
+    ]
     slices_bytes = sum(one.nbytes for one in trained)
     frozen_bytes = sum(one.nbytes for one in parameters if not one.requires_grad)
     rows = {"weights": slices_bytes * num_ranks + frozen_bytes, "gradients": 0, "zero_buckets": 0}

@@ -19,6 +19,8 @@ from toolkit.prune.moments import exponents_of
 from toolkit.prune.spans import Spans
 
 States = dict[Tensor, dict[str, Tensor]]
+# The first columns of a PackedTensor: weight, gradient, mask, offsets, moments, exponents.
+_Columns = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Sequence[Tensor], Sequence[Tensor]]
 
 
 @dataclass
@@ -77,38 +79,42 @@ def kernel_rows(bucket: Bucket, grads: Sequence[Tensor], keys: Sequence[str]) ->
     """What a kernel is told of each span of the bucket's parts, and the numbers that seed its chances."""
     scaled = [exponents_of(key) for key in keys if exponents_of(key) in bucket.states[0]]
     rows, indices = [], []
-    columns = (bucket.parameters, grads, bucket.states, bucket.param_indices, bucket.spans)
-    for parameter, grad, state, number, spans in zip(*columns, strict=True):
+    parts = (bucket.parameters, grads, bucket.states, bucket.param_indices, bucket.spans)
+    for parameter, grad, state, number, spans in zip(*parts, strict=True):
         mask = state["mask"] if bucket.packed else None  # a Pruner keeps one of its own beside dense moments
         offsets = state["offsets"] if bucket.packed else None
-        whole = PackedTensor(
-            parameter, grad, mask, offsets, [state[key] for key in keys], [state[key] for key in scaled]
-        )
-        for span, row in zip(spans, [whole] if len(spans) == 1 else _cut(whole, spans), strict=True):
+        whole = (parameter, grad, mask, offsets, [state[key] for key in keys], [state[key] for key in scaled])
+        cuts: Iterable[_Columns] = [whole] if len(spans) == 1 else _cut(*whole, spans)
+        for span, columns in zip(spans, cuts, strict=True):
             own = number if span.number is None else span.number
-            rows.append(PackedTensor(*row[:6], moment_seed(bucket.step, own), span.place))
+            rows.append(PackedTensor(*columns, moment_seed(bucket.step, own), span.place))
             indices.append(own)
     return rows, indices
 
 
-def _cut(whole: PackedTensor, spans: Spans) -> Iterator[PackedTensor]:
-    """The rows of a part's spans; moments of survivors stay whole, for the offsets count all of them."""
+def _cut(
+    weight: Tensor,
+    grad: Tensor,
+    mask: Tensor | None,
+    offsets: Tensor | None,
+    moments: Sequence[Tensor],
+    exponents: Sequence[Tensor],
+    spans: Spans,
+) -> Iterator[_Columns]:
+    """The first columns of a part's spans; moments of survivors stay whole, for the offsets count all of them."""
 
     def parts(tensor: Tensor, sizes: list[int]) -> Sequence[Tensor]:
         return flat_view(tensor).split(sizes)
 
-    numels = [span.numel for span in spans]
-    masks: Sequence[Tensor | None] = [None] * len(spans)
-    offsets = masks
-    if whole.mask is None or whole.offsets is None:
-        moments: list[Sequence[Tensor]] = [parts(one, numels) for one in whole.moments]
+    numels, nothing = [span.numel for span in spans], [None] * len(spans)
+    if mask is None or offsets is None:
+        columns: list[Sequence[Any]] = [nothing, nothing, [*zip(*(parts(one, numels) for one in moments), strict=True)]]
     else:
-        masks = parts(whole.mask, list(map(mask_bytes, numels)))
-        offsets = parts(whole.offsets, [span.blocks for span in spans])
-        moments = [[one] * len(spans) for one in whole.moments]
-    exponents = [parts(one, [span.groups for span in spans]) for one in whole.exponents]
-    columns = (parts(whole.weight, numels), parts(whole.grad, numels), masks, offsets, zip(*moments, strict=True))
-    return map(PackedTensor, *columns, zip(*exponents, strict=True) if exponents else [()] * len(spans))
+        blocks = [span.blocks for span in spans]
+        columns = [parts(mask, list(map(mask_bytes, numels))), parts(offsets, blocks), [moments] * len(spans)]
+    groups = [span.groups for span in spans]
+    coded = [*zip(*(parts(one, groups) for one in exponents), strict=True)] if exponents else [()] * len(spans)
+    return zip(parts(weight, numels), parts(grad, numels), *columns, coded, strict=True)
 
 
 def rate_for(bucket: Bucket, group: dict[str, Any]) -> Any:

@@ -25,11 +25,6 @@ def offset_bytes(numel: int) -> int:
     return 4 * -(-numel // BLOCK)
 
 
-def block_offsets(mask: Tensor, numel: int) -> tuple[Tensor, int]:
-    """`span_offsets` of a part of `numel` weights that is one span."""
-    return span_offsets(mask, make_spans(numel, []))
-
-
 def span_offsets(mask: Tensor, spans: Spans) -> tuple[Tensor, int]:
     """Bits of a part -> (int32 [blocks] survivors before each block of its spans, survivors in all).
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packed import block_offsets
 from torch import Tensor
 
 from toolkit.kernels import native
@@ -15,7 +16,7 @@ from toolkit.kernels.reference import adam_update, sgd_update
 from toolkit.kernels.rounding import round_to_bfloat16
 from toolkit.prune.mask import pack_bits
 from toolkit.prune.moments import exponents_of, read_moment, write_piece
-from toolkit.prune.packing import block_offsets, pack
+from toolkit.prune.packing import pack
 from toolkit.prune.spans import make_spans
 
 CPU = torch.device("cpu")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packed import block_offsets
 from torch import Tensor, nn
 
 pytest.importorskip("triton")
@@ -21,7 +22,7 @@ from toolkit.kernels.native import PackedTensor
 from toolkit.kernels.reference import adam_update, sgd_update
 from toolkit.optim import AdamWPrune, AdamWSPAM, SGDPrune
 from toolkit.prune.mask import pack_bits
-from toolkit.prune.packing import block_offsets, pack
+from toolkit.prune.packing import pack
 
 CPU = torch.device("cpu")
 SIGNS = {"adam": (True, False), "amsgrad": (True, False, False), "sgd": (True,)}

@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from packed import block_offsets
 from torch import nn
 
 pytest.importorskip("triton")
@@ -18,7 +19,6 @@ from toolkit.optim.adamwprune import AdamWPrune
 from toolkit.optim.adamwspam import AdamWSPAM
 from toolkit.optim.sgdprune import SGDPrune
 from toolkit.prune.mask import pack_bits
-from toolkit.prune.packing import block_offsets
 
 # (weights, density): no multiples of the block, full and empty blocks
 TENSORS = ((1, 1.0), (5, 0.5), (1024, 0.3), (1025, 1.0), (2500, 0.0), (5000, 0.1), (3000, 0.9))

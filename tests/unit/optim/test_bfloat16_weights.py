@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+from packed import block_offsets
 from torch import Tensor, nn
 
 from toolkit.kernels import native
@@ -13,7 +14,6 @@ from toolkit.kernels.narrow import num_groups
 from toolkit.kernels.rounding import moment_seed, round_to_bfloat16, weight_seed
 from toolkit.optim import AdamWPrune, AdamWSPAM, SGDPrune
 from toolkit.prune.mask import pack_bits
-from toolkit.prune.packing import block_offsets
 
 needs_native = pytest.mark.skipif(not available(), reason="no C++ compiler, so no native code")
 IMPLEMENTATIONS = ["reference", pytest.param("native", marks=needs_native)]

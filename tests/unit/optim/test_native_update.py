@@ -4,14 +4,13 @@ import math
 
 import pytest
 import torch
-from packed import KINDS, PRUNING, parameters, run, total, zeros
+from packed import KINDS, PRUNING, block_offsets, parameters, run, total, zeros
 from torch import nn
 
 from toolkit.kernels import compiled, native
 from toolkit.optim.adamwprune import AdamWPrune
 from toolkit.optim.sgdprune import SGDPrune
 from toolkit.prune.mask import pack_bits
-from toolkit.prune.packing import block_offsets
 
 needs_native = pytest.mark.skipif(not compiled.available(), reason="no C++ compiler, so no native code")
 

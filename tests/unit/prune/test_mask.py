@@ -4,10 +4,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from packed import block_offsets
 
 from toolkit.kernels import native as native_code
 from toolkit.prune.mask import drop_survivors, flat_view, mask_bytes, pack_bits, unpack_bits, zero_pruned
-from toolkit.prune.packing import BLOCK, block_offsets, offset_bytes, pack, unpack
+from toolkit.prune.packing import BLOCK, offset_bytes, pack, unpack
 
 keeps = st.one_of(
     st.lists(st.booleans(), max_size=70), st.integers(0, 5000).map(lambda n: [i % 3 == 0 for i in range(n)])

@@ -34,7 +34,7 @@ from toolkit.memory.ledger import Owners
 from toolkit.memory.probe import StepProbe
 from toolkit.prune.mask import count_zeros
 from toolkit.prune.packing import dense_state
-from toolkit.prune.spans import Range
+from toolkit.prune.spans import Range, Ranges
 
 
 @dataclass(frozen=True)
@@ -138,6 +138,11 @@ class ZeroEngine(Engine):
     def bucket_bytes(self) -> int:
         """What ZeRO-3's buckets take between steps."""
         return bucket_bytes(self._zero)
+
+    def ranges_of(self, flat: Tensor) -> Ranges | None:
+        """What a slice is made of, as the optimizer knows it that prunes it; None where none does."""
+        pruning = getattr(self.inner_optimizer, "pruning", None)
+        return None if pruning is None else pruning.flat_slices.get(flat)
 
     def beside(self) -> Owners:
         return kept_beside(self._zero, self.module, [one.flat for one in self.slices])
@@ -268,9 +273,7 @@ class ZeroEngine(Engine):
             state = self.optimizer_state.get(one.flat, {})
             tensors = {key: value for key, value in state.items() if torch.is_tensor(value)}
             numbers = {key: value for key, value in state.items() if key not in tensors}
-            pruning = getattr(self.inner_optimizer, "pruning", None)
-            ranges = None if pruning is None else pruning.flat_slices.get(one.flat)
-            dense = {**numbers, **dense_state(one.flat.detach(), tensors, ranges)}
+            dense = {**numbers, **dense_state(one.flat.detach(), tensors, self.ranges_of(one.flat))}
             for name in one.shapes:
                 for key, value in dense.items():
                     yield name, key, one.shard(name, value) if _is_shaped(value) else value
