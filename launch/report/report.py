@@ -109,10 +109,9 @@ def _markdown(
     return [
         f"# {as_text(out.name.removesuffix('.md'))}: {_said(shared['model'])} on {_said(shared['dataset'])}",
         "",
+        *([_ON_CPU, ""] if on_cpu else []),
+        *([_SYNTHETIC, ""] if shared["dataset_synthetic"] else []),
         f"Each run: {_said(shared['epochs'])} epochs; {_said(shared['dataset_note']).rpartition('; ')[2]}.",
-        "",
-        *([_ON_CPU] if on_cpu else []),
-        *(["", _SYNTHETIC] if shared["dataset_synthetic"] else []),
         "",
         *verdict_section(groups, _figure("pareto.png", captions)),
         *[
