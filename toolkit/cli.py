@@ -177,7 +177,9 @@ def _checked(item: dataclasses.Field[Any], value: Any, path: str) -> Any:
 
 
 def _scalar(kind: type, value: Any) -> Any:
-    if kind is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+    if isinstance(value, bool) and kind is not bool:
+        raise TypeError
+    if kind is float and isinstance(value, (int, float, str)):
         return float(value)
     if kind is int and isinstance(value, float) and value.is_integer():
         return int(value)

@@ -11,7 +11,7 @@ from typing import Any
 from toolkit.config_rules import PRECISIONS, contradictions
 from toolkit.errors import refuse
 from toolkit.files import check_name
-from toolkit.flag import check_value, flag, number_or_auto
+from toolkit.flag import check_value, flag, number_or_auto, whole_number
 
 _TRACKERS = ("tensorboard", "wandb", "trackio", "none")
 
@@ -209,7 +209,9 @@ class Config:
     color_jitter_prob: float | None = flag(None, "chance of colour jitter, 1 by default", kind=float, within="[0, 1]")
     grayscale_prob: float | None = flag(None, "chance of a grey image", kind=float, within="[0, 1]")
     gaussian_blur_prob: float | None = flag(None, "chance of a blurred image", kind=float, within="[0, 1]")
-    aug_repeats: int = flag(0, "copies of an image in a global batch, augmented anew; steps stay", within="[0, 256]")
+    aug_repeats: int = flag(
+        0, "copies of an image in a global batch, augmented anew; steps stay", kind=whole_number, within="[0, 256]"
+    )
     aa: str | None = flag(None, "AutoAugment policy, timm's, for example rand-m9-mstd0.5", at_build=True)
     train_interpolation: str = flag("random", "resize of training crops", choices=("random", "bilinear", "bicubic"))
     reprob: float = flag(0.0, "chance of random erasing", within="[0, 1]")

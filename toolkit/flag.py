@@ -13,6 +13,14 @@ def number_or_auto(text: Any) -> float | str:
     return "auto" if text == "auto" else float(text)
 
 
+def whole_number(text: Any) -> int:
+    """A flag's value that timm takes as a float, 3.0, and that counts things here. Raises ValueError."""
+    number = float(text)
+    if not number.is_integer():
+        raise ValueError
+    return int(number)
+
+
 def flag(default: Any, help_text: str, **options: Any) -> Any:
     """A field with its flag's help.
 

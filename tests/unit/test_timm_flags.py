@@ -99,6 +99,7 @@ def test_a_timm_runs_own_words_are_read(tmp_path):
         no_prefetcher=True,
     )
     config = parse(["-c", path, "--epochs", "7"])
+    assert parse(["--aug-repeats", "3.0"]).aug_repeats == 3, "the command line reads what a file does"
     assert (config.data_dir, config.mixed_precision, config.aug_repeats) == ("shards", "bf16", 3)
     assert (config.decay_epochs, config.torchcompile, config.sides, config.mean) == (2.4, "inductor", (160, 160), [0.5])
     assert (config.opt_kwargs, config.epochs, config.output) == ({"foreach": False}, 7, "runs")
