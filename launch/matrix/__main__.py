@@ -16,6 +16,8 @@ from toolkit.builder.resume import check_same_settings
 from toolkit.command import command_parser, one_line_errors, say, spelled
 from toolkit.files import write_atomically
 
+_THEN = " && "
+
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the flags and run; returns 1 where a cell failed, 130 after Ctrl-C."""
@@ -50,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         for cell in cells:
             check_same_settings(runs / cell.name, cell.config)
         if not options.failed and options.only == "*":  # these are parts of an earlier call
-            write_atomically(runs / COMMAND_FILE, spelled("launch.matrix", argv) + "\n")
+            _note_command(runs / COMMAND_FILE, str(options.file), spelled("launch.matrix", argv))
         try:
             failed = run_matrix(matrix, cells, runs, options.jobs or matrix.jobs)
         except KeyboardInterrupt:
@@ -58,6 +60,12 @@ def main(argv: list[str] | None = None) -> int:
     if failed:
         say(f"{len(failed)} of {len(cells)} cells failed: {', '.join(failed)}; call again or with --failed to retry")
     return 1 if failed else 0
+
+
+def _note_command(path: Path, matrix: str, command: str) -> None:
+    """Write what made a folder's runs: this matrix's last command, after those of others with the same folder."""
+    before = path.read_text().strip().split(_THEN) if path.exists() else []
+    write_atomically(path, _THEN.join([*(one for one in before if matrix not in one.split()), command]) + "\n")
 
 
 if __name__ == "__main__":

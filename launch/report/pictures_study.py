@@ -70,7 +70,7 @@ def series(label: str, members: Sequence[CellRun]) -> str:
 
 def _look(groups: Groups) -> dict[str, tuple[str, str]]:
     """(colour, line style) of each method name: in colour ours, their baselines, and the best of what was pruned to
-    most sparsities, for an average over the easier ones is no lead.
+    most sparsities, for an average over the easier ones is no lead. A method's second setting comes after all firsts.
     """
     names: dict[str, list[Sequence[CellRun]]] = {}
     for label, members in groups.items():
@@ -84,6 +84,8 @@ def _look(groups: Groups) -> dict[str, tuple[str, str]]:
     ranked = sorted(names, key=rank, reverse=True)
     first = [name for name in (*ours(), *DENSE) if name in names]
     shown = [*first, *(name for name in ranked if name not in first)]
+    methods = [names[name][0][0].name for name in shown]
+    shown = [name for _, name in sorted(enumerate(shown), key=lambda one: methods[one[0]] in methods[: one[0]])]
     shown = shown if len(names) <= len(COLOURS) else shown[:_IN_COLOUR]
     return {
         name: (COLOURS[shown.index(name)], STYLES[shown.index(name) // 2 % 4]) if name in shown else (_GREY, "-")
