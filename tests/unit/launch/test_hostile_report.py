@@ -119,6 +119,7 @@ def change(cell, name, values):
     (cell / name).write_text(write(read((cell / name).read_text()) | values))
 
 
+@pytest.mark.filterwarnings("error:Glyph")  # one would bring the letter itself to the terminal
 @pytest.mark.parametrize("attack", [MARKUP, LINES], ids=["markup", "lines"])
 def test_text_of_run_folders_is_shown_as_text(runs, tmp_path, attack, capsys):
     (tmp_path / "secret.png").write_bytes(b"secret")
