@@ -84,8 +84,8 @@ def _look(groups: Groups) -> dict[str, tuple[str, str]]:
     ranked = sorted(names, key=rank, reverse=True)
     first = [name for name in (*ours(), *DENSE) if name in names]
     shown = [*first, *(name for name in ranked if name not in first)]
-    methods = [names[name][0][0].name for name in shown]
-    shown = [name for _, name in sorted(enumerate(shown), key=lambda one: methods[one[0]] in methods[: one[0]])]
+    best = {names[name][0][0].name: name for name in reversed(shown)}  # of each method's settings
+    shown.sort(key=lambda name: name not in best.values())
     shown = shown if len(names) <= len(COLOURS) else shown[:_IN_COLOUR]
     return {
         name: (COLOURS[shown.index(name)], STYLES[shown.index(name) // 2 % 4]) if name in shown else (_GREY, "-")

@@ -92,7 +92,8 @@ function pareto(element) {
     {type: "line", style: {stroke: look(row).color},
       shape: {x1: x, y1: y, x2: left < x ? left + size + 2 : left - 2, y2: top}},
     {type: "text", x: left < x ? left + size : left, y: top, style: {
-      text: row.label, align: left < x ? "right" : "left", verticalAlign: "middle", fill: colour("ink"), stroke: colour("paper"), lineWidth: 3,
+      text: row.label, align: left < x ? "right" : "left", verticalAlign: "middle",
+      fill: colour("ink"), stroke: colour("paper"), lineWidth: 3,
       font: `${row.pick ? "bold " : ""}12px system-ui, sans-serif`,
     }},
   ])});

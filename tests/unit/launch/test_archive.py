@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import lzma
+import re
 from pathlib import Path
 
 import pytest
@@ -99,3 +100,8 @@ def test_what_to_write_must_be_said(capsys):
     with pytest.raises(SystemExit):
         main(["runs/demo"])
     assert "give --out for a report, or --unpack for run folders" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("report", sorted(RESULTS.rglob("report.md")), ids=lambda path: str(path.relative_to(RESULTS)))
+def test_a_kept_report_names_no_folder_of_one_machine(report):
+    assert not re.search(r"launch\.\w+[^`]* /", report.read_text())
