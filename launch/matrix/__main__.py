@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
 def _note_command(path: Path, matrix: str, command: str) -> None:
     """Write what made a folder's runs: this matrix's last command, after those of others with the same folder."""
     before = path.read_text().strip().split(_THEN) if path.exists() else []
-    write_atomically(path, _THEN.join([*(one for one in before if matrix not in one.split()), command]) + "\n")
+    write_atomically(path, _THEN.join([*(one for one in before if matrix not in shlex.split(one)), command]) + "\n")
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def _look(groups: Groups) -> dict[str, tuple[str, str]]:
     shown = [*first, *(name for name in ranked if name not in first)]
     best = {names[name][0][0].name: name for name in reversed(shown)}  # of each method's settings
     shown.sort(key=lambda name: name not in best.values())
-    shown = shown if len(names) <= len(COLOURS) else shown[:_IN_COLOUR]
+    shown = shown[:_IN_COLOUR]
     return {
         name: (COLOURS[shown.index(name)], STYLES[shown.index(name) // 2 % 4]) if name in shown else (_GREY, "-")
         for name in names

@@ -10,7 +10,9 @@ const DASHES = ["solid", [6, 4], [8, 3, 2, 3], [2, 3]];
 const drawn = new Map(); // element -> chart
 const shape = number => SHAPES[number % SHAPES.length];
 const NARROW = 600; // pixels, below which only the rows to take are labelled
-const LINE = 13, LETTER = 6.7; // pixels: height of a label, width of one of its letters
+const LINE = 13, MARK = 10; // pixels: height of a label, width of a point
+const LIFTS = [0, -1, 1, -2, 2, -3, 3, -4, 4, -5, 5, -6, 6]; // lines by which a label is off its point
+const EDGES = {left: 56, right: 16, top: 12, bottom: 44}; // pixels around a chart
 const colour = name => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
 const percent = level => (level ? `${+(100 * level).toPrecision(4)} %` : "dense");
 const number = value => value.toFixed(2);
@@ -49,23 +51,38 @@ function common(element, rowOf) {
     backgroundColor: colour("paper"), borderColor: colour("rule"), textStyle: text,
   };
   const options = {
-    animation: false, textStyle: text, tooltip, grid: {left: 56, right: 16, top: 12, bottom: 44, containLabel: false},
+    animation: false, textStyle: text, tooltip, grid: {...EDGES, containLabel: false},
   };
   return {axis, options};
 }
 
 const look = row => ({color: row.colour ?? colour("other")});
 
-/** Where each label goes: at its point's right (left where it would be cut), from the lowest up, none over another. */
-function placed(labelled, place, width) {
-  const taken = [];
-  const spots = labelled.map(row => ({row, at: place(row), size: LETTER * row.label.length}));
-  return spots.sort((a, b) => b.at[1] - a.at[1]).map(({row, at: [x, y], size}) => {
-    const left = x + 14 + size > width ? x - 14 - size : x + 14;
-    const near = taken.filter(other => other.left <= left + size && other.left + other.size >= left);
-    const top = Math.min(y, ...near.map(other => other.top - LINE));
-    taken.push({left, size, top});
-    return {row, x, y, left, size, top};
+const pen = document.createElement("canvas").getContext("2d");
+const font = row => `${row.pick ? "bold " : ""}12px system-ui, sans-serif`;
+
+function wide(row) {
+  pen.font = font(row);
+  return pen.measureText(row.label).width;
+}
+
+/** Where each label goes: at its point's right or left, or a few lines off; over no other, no point, and not cut. The
+    rows to take come first and have one in any case; others that find no place are left to hovering. */
+function placed(labelled, points, {clientWidth, clientHeight}) {
+  const taken = points.map(([x, y]) => ({left: x - MARK / 2, size: MARK, top: y}));
+  const apart = (box, other) => Math.abs(box.top - other.top) >= LINE
+    || box.left >= other.left + other.size || other.left >= box.left + box.size;
+  const inside = ({left, size, top}) => left >= EDGES.left && left + size <= clientWidth
+    && top >= LINE && top <= clientHeight - EDGES.bottom - LINE / 2;
+  return labelled.sort((a, b) => b.row.pick - a.row.pick || b.at[1] - a.at[1]).flatMap(({row, at: [x, y]}) => {
+    const size = wide(row);
+    const within = Math.max(EDGES.left, Math.min(x - size / 2, clientWidth - size)); // for a long one on a narrow screen
+    const boxes = LIFTS.flatMap(lift => [x + 14, x - 14 - size, ...(lift ? [within] : [])].map(
+      left => ({left, size, top: y + LINE * lift})));
+    const box = boxes.find(one => inside(one) && taken.every(other => apart(one, other))) ?? (row.pick && boxes[0]);
+    if (!box) return [];
+    taken.push(box);
+    return [{row, x, y, ...box}];
   });
 }
 
@@ -87,14 +104,15 @@ function pareto(element) {
     const [[x1, y1], [x2, y2]] = [-1, 1].map(side => api.coord([place, mean + side * spread]));
     return {type: "line", shape: {x1, y1, x2, y2}, style: {stroke}};
   };
+  const at = (row, api) => api.coord([row.place, row.top1[0]]);
   const label = (_, api) => ({type: "group", children: placed(
-    labelled, row => api.coord([row.place, row.top1[0]]), element.clientWidth).flatMap(({row, x, y, left, size, top}) => [
+    labelled.map(row => ({row, at: at(row, api)})), rows.filter(seen).map(row => at(row, api)), element,
+  ).flatMap(({row, x, y, left, size, top}) => [
     {type: "line", style: {stroke: look(row).color},
-      shape: {x1: x, y1: y, x2: left < x ? left + size + 2 : left - 2, y2: top}},
-    {type: "text", x: left < x ? left + size : left, y: top, style: {
-      text: row.label, align: left < x ? "right" : "left", verticalAlign: "middle",
-      fill: colour("ink"), stroke: colour("paper"), lineWidth: 3,
-      font: `${row.pick ? "bold " : ""}12px system-ui, sans-serif`,
+      shape: {x1: x, y1: y, x2: Math.max(left - 2, Math.min(x, left + size + 2)), y2: top}},
+    {type: "text", x: left + size < x ? left + size : left, y: top, style: {
+      text: row.label, align: left + size < x ? "right" : "left", verticalAlign: "middle",
+      fill: colour("ink"), stroke: colour("paper"), lineWidth: 3, font: font(row),
     }},
   ])});
   const ends = {showMinLabel: false, showMaxLabel: false};
@@ -110,7 +128,7 @@ function pareto(element) {
       {type: "custom", data: coloured.map(row => [row.place, row.top1[0]]), silent: true, clip: true, z: 1,
         renderItem: whisker},
       ...levels.map((level, number) => ({
-        type: "scatter", data: points(level), symbol: shape(number)[0], symbolSize: 10, z: 2,
+        type: "scatter", data: points(level), symbol: shape(number)[0], symbolSize: MARK, z: 2,
         markArea: number || !band ? undefined : {
           silent: true, itemStyle: {color: colour("rule"), opacity: .35}, data: [[{yAxis: band.low}, {yAxis: band.high}]],
         },

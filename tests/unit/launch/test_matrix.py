@@ -135,11 +135,13 @@ def test_a_failed_cell_is_recorded_and_the_matrix_goes_on(tmp_path, monkeypatch,
 def test_a_folder_of_two_matrices_names_the_last_command_of_each(tmp_path, monkeypatch):
     monkeypatch.setattr(Matrix, "command", lambda self, cell, runs: ["python", "-c", FAKE, str(runs / cell.name)])
     monkeypatch.setattr(matrix_module, "_POLL_S", 0.05)
-    first, second = (write(tmp_path / f"{name}.yaml", cells=[{"opt": name}]) for name in ("adam", "sgd"))
+    first, second = (write(tmp_path / f"an {name}.yaml", cells=[{"opt": name}]) for name in ("adam", "sgd"))
     place = ["--out", str(tmp_path / "runs")]
     for path, jobs in ((first, "1"), (second, "1"), (second, "2")):
         assert main([str(path), *place, "--jobs", jobs]) == 0
-    commands = [f"python -m launch.matrix {path} {' '.join(place)} --jobs {n}" for path, n in ((first, 1), (second, 2))]
+    commands = [
+        f"python -m launch.matrix '{path}' {' '.join(place)} --jobs {n}" for path, n in ((first, 1), (second, 2))
+    ]
     assert (tmp_path / "runs" / "command.txt").read_text() == " && ".join(commands) + "\n"
 
 
