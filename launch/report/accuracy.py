@@ -14,7 +14,7 @@ A rank is the range left open when all pairs of the table are compared together 
 
 _OURS_NOTE = """\
 The best of ours where there are several; bytes are those at the end. Other rows: of all optimizers but our two.
-Behind or ahead: by more than the paired spread.
+Behind or ahead: beyond noise. Level: neither.
 The best of many rows is in part the luckiest, and one of twenty true draws looks beyond noise.
 The ranks below allow for that. With many rows and three seeds they can tell hardly any apart."""
 
@@ -39,7 +39,7 @@ def ours_section(groups: Groups) -> list[str]:
         "its bytes a weight",
         "difference",
         "which is",
-        "other rows: behind / inside / ahead",
+        "other rows: behind / level / ahead",
     ]
     return ["## Ours beside the rest", "", *table(header, mine), "", _OURS_NOTE, ""]
 
@@ -61,8 +61,8 @@ def _ours(level: Groups, own: str) -> list[list[str]]:
         return []
     rival = max(of_family, key=lambda one: top1(level[one])[0])
     beside = [str(found[rival]), _judged(found[rival])]
-    behind = sum(one.beyond_spread and one.mean > 0 for one in found.values())
-    ahead = sum(one.beyond_spread and one.mean < 0 for one in found.values())
+    behind = sum(one.beyond_noise and one.mean > 0 for one in found.values())
+    ahead = sum(one.beyond_noise and one.mean < 0 for one in found.values())
     tally = f"{behind} / {len(found) - behind - ahead} / {ahead}"
     return [[name, *_figures(level[name]), rival, *_figures(level[rival]), *beside, tally]]
 

@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 from launch.report.pictures_study import STYLES, Line, as_lines, epoch_top1, range_in_colour
 from launch.report.runs import CellRun, Groups, top1
-from launch.report.verdict import dense_reference, picks
+from launch.report.verdict import dense_beside, picks
 from toolkit.log import printable
 
 CHARTS = ("pareto.png", "memory_timeline.png", "accuracy.png", "sparsity.png")  # pictures that the page draws itself
@@ -19,7 +19,7 @@ def chart_data(groups: Groups) -> dict[str, Any]:
     """Rows (bytes a weight, accuracies in percent, shares in percent), the band of dense training, axis and levels."""
     lines = as_lines(groups)
     taken = {pick.name for pick in picks(groups)}
-    dense = dense_reference(groups)
+    dense = dense_beside(groups)
     mean, spread = top1(groups[dense]) if dense else (0.0, None)
     low, high = range_in_colour(lines)
     return {
@@ -35,6 +35,7 @@ def _row(line: Line, taken: bool) -> dict[str, Any]:
     curve = epoch_top1(line.members)
     return {
         "label": printable(line.group),
+        "name": printable(line.name),
         "level": line.sparsity,
         "colour": None if line.grey else line.colour,
         "dash": STYLES.index(line.style),

@@ -12,12 +12,11 @@ from statistics import fmean
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
 from launch.report.runs import DENSE, CellRun, Groups, ours, top1
 from launch.report.significance import mean_and_spread
-from launch.report.verdict import dense_reference
+from launch.report.verdict import dense_beside
 
 # Okabe & Ito's palette: eight colours that stay apart in the common forms of colour blindness.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999", "#F0E442")
@@ -219,7 +218,7 @@ def pareto(figure: Figure, lines: Lines) -> None:
     front.append((most * 1.1, front[-1][1]))
     axes.plot(*zip(*front, strict=True), color="#333333", linewidth=1, drawstyle="steps-post", zorder=0)
     groups = {line.group: line.members for line in lines}
-    dense = dense_reference(groups)
+    dense = dense_beside(groups)
     mean, spread = top1(groups[dense]) if dense else (0.0, None)
     if spread:
         axes.axhspan(mean - spread, mean + spread, color="#dddddd", zorder=-1, label=f"{dense} ± its spread")
@@ -232,21 +231,22 @@ def pareto(figure: Figure, lines: Lines) -> None:
         ylabel="final top-1 (%)",
         ylim=range_in_colour(lines),
     )
-    _name_points(axes, named, figure.get_figwidth())
+    _name_points(axes, named, points, figure.get_figwidth())
     handles, labels = axes.get_legend_handles_labels()
     shown = [(handle, label) for handle, label in zip(handles, labels, strict=True) if label not in groups]
     figure.legend(*zip(*shown, strict=True), loc="outside lower center", ncols=5, fontsize=8)
 
 
-def _name_points(axes: Axes, lines: Lines, width_inches: float) -> None:
-    """Each point's label at its right or left, or a few lines off where both are taken: none hides another or a mark.
+def _name_points(axes: Axes, lines: Lines, marks: Sequence[tuple[float, float]], width_inches: float) -> None:
+    """Each point's label at its right or left, or a few lines off where both are taken: none hides another or one
+    of the `marks`, which are in the units of the axes.
 
-    Boxes are (left, right, height of the middle) in shares of the axes; a letter of 7 pt is about half as wide as high.
+    Boxes are (left, right, height of the middle) in shares of the axes; a letter of 7 pt is 0.6 as wide as high.
     """
-    letter, row, gap = 0.53 * 7 / 72 / (0.9 * width_inches), 0.035, 0.018
+    letter, row, gap = 0.6 * 7 / 72 / (0.9 * width_inches), 0.035, 0.018
     to_shares = axes.transData + axes.transAxes.inverted()
     places = [to_shares.transform((line.peak, top1(line.members)[0])) for line in lines]
-    taken = [(x - gap / 2, x + gap / 2, y) for x, y in places]
+    taken = [(x - gap / 2, x + gap / 2, y) for x, y in map(to_shares.transform, marks)]
     for line, (x, y) in sorted(zip(lines, places, strict=True), key=lambda pair: len(pair[0].group)):
         width = letter * len(line.group)
         lifts = sorted(range(-12, 13), key=abs)
@@ -263,7 +263,7 @@ def _name_points(axes: Axes, lines: Lines, width_inches: float) -> None:
             fontsize=7,
             ha=side,
             va="center",
-            path_effects=[withStroke(linewidth=2, foreground="white")],  # on the front's line it stays readable
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},  # on the front's line it stays readable
             arrowprops={
                 "arrowstyle": "-",
                 "color": line.colour,

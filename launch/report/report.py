@@ -13,6 +13,7 @@ from launch.report.memory import memory_section, study_column
 from launch.report.precision import precision_section, with_agreement
 from launch.report.runs import CellRun, Groups, group_by_method, top1
 from launch.report.verdict import accuracy, verdict_section
+from launch.report.words import words_section
 from toolkit.files import csv_text, write_atomically, write_json
 from toolkit.markdown import MIB, mib, page, table
 
@@ -129,6 +130,7 @@ def _markdown(
         *_speed_section(groups),
         *memory_section(groups),
         *_settings_section(groups),
+        *words_section(groups),
         "## How it was measured",
         "",
         _circumstances(runs, shared),

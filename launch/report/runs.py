@@ -145,6 +145,7 @@ class CellRun:
         """The learning-rate and pruning schedule in a few words."""
         a = self.arguments
         pruning = f", mask updates from {a['prune_begin']:g} to {a['prune_end']:g} of all steps"
+        pruning += f", {100 * a['prune_start']:g} % zeros from the start" if a.get("prune_start") else ""
         return f"{a['sched']}, warm-up {a['warmup_epochs']}{pruning if self.metrics['target_sparsity'] else ''}"
 
     @property

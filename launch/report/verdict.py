@@ -14,8 +14,9 @@ _OF_THE_BEST = ("below the highest mean", "the highest mean")  # columns
 
 _NOTE = """\
 State: bytes a weight that optimizer and pruning keep beside the weights.
-Taken: of all rows level with the highest mean the one with the least state at its peak, of equal ones the highest.
-Level: at most a point below, inside the paired spread, and not beyond noise.
+Taken: of the highest mean and the rows near it the one with the least state at its peak, of equal ones the highest.
+Near: at most a point below, inside the paired spread, and not beyond noise.
+Behind or ahead: beyond noise. Level: neither.
 Differences are paired over common seeds: mean ± spread [95 % interval of the mean].
 Beyond noise: the interval leaves out 0, with at least three seeds. One in twenty equal pairs looks so by luck."""
 _ONE_SEED_NOTE = """\
@@ -90,8 +91,14 @@ def dense_reference(groups: Groups) -> str:
     return _dense_of(groups, DENSE[0]) or _highest(dense)
 
 
+def dense_beside(groups: Groups) -> str:
+    """The dense row that all pruned rows to take are held against; the reference where they have not one in common."""
+    found = {pick.dense for pick in picks(groups) if pick.sparsity}
+    return (found.pop() if len(found) == 1 else "") or dense_reference(groups)
+
+
 def picks(groups: Groups) -> list[Pick]:
-    """Of each sparsity the highest mean that takes no more bytes at the peak than need be to be level with the best."""
+    """Of each sparsity the highest mean that takes no more bytes at the peak than need be to be near the best."""
     return [_pick(sparsity, level, groups) for sparsity, level in by_level(groups).items()]
 
 
@@ -157,8 +164,8 @@ def _alone(name: str, members: Sequence[CellRun]) -> list[str]:
             f"**Zeros:** {100 * first.metrics['final_sparsity']:.4f} % of the prunable weights; "
             f"asked for were {100 * first.sparsity:g} %."
         )
-    steps = [phase["total_bytes"] or 0 for phase in first.memory["phases"].values()]
-    whole = f" A step's tensors take {mib(max(steps))} MiB on a rank, at the fullest." if any(steps) else ""
+    step = _step_mib(first)
+    whole = f" A step's tensors take {step} MiB on a rank, at the fullest." if step else ""
     return [
         *said,
         f"**Memory:** {first.peak_bytes_per_weight:.2f} bytes a weight of state at the peak, "
@@ -166,6 +173,12 @@ def _alone(name: str, members: Sequence[CellRun]) -> list[str]:
         f"**How sure:** {'one seed' if seeds == 1 else f'{seeds} seeds'}, and nothing beside it. "
         "Runs of other seeds show its spread, runs of other methods what it is worth.",
     ]
+
+
+def _step_mib(run: CellRun) -> str:
+    """All tensors of a step at the fullest moment, empty where no step was probed."""
+    most = max((phase["total_bytes"] or 0 for phase in run.memory["phases"].values()), default=0)
+    return mib(most) if most else ""
 
 
 def _cells(pick: Pick, groups: Groups, several: bool) -> dict[str, str]:
@@ -197,10 +210,14 @@ def _sentences(found: Sequence[Pick], groups: Groups, several: bool) -> list[str
     names = _joined((f"{pick.name} ({top1(pick.members)[0]:.2f})" for pick in said), "or")
     peaks = _each(f"{run.peak_bytes_per_weight:.2f}" for run in runs)
     ends = _each(f"{run.bytes_per_weight:.2f}" for run in runs)
+    steps, steps_beside = [_step_mib(run) for run in runs], [_step_mib(groups[one][0]) for one in beside]
+    whole = f" All tensors of a step: {_each(steps)} MiB" if all(steps) else ""
+    whole += f"; dense {_joined(steps_beside, 'and')}." if whole and beside and all(steps_beside) else "." * bool(whole)
     return [
         f"**{'Take' if several else 'Highest'}:** {names} % top-1." + (f" Dense: {scores}." if beside else ""),
         f"**Cost:** {peaks} bytes a weight of state at the peak, {ends} at the end."
-        + (f" Dense: {keeps}." if beside else ""),
+        + (f" Dense: {keeps}." if beside else "")
+        + whole,
         f"**How sure:** {_sureness(said, several)}",
     ]
 
@@ -212,16 +229,23 @@ def _sureness(said: Sequence[Pick], several: bool) -> str:
     seeds = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
     if not any(pick.rivals for pick in said):
         return f"{seeds} seeds, but there is no other row to compare with."
-    behind = _each(f"{pick.behind} of {len(pick.rivals)}" for pick in said)
-    ahead = _each(str(pick.ahead) for pick in said)
+    behind = _at(said, (f"{pick.behind} of {len(pick.rivals)}" for pick in said))
+    ahead = sum(pick.ahead for pick in said)
     found = [pick.above_dense for pick in said]
-    losses = _joined((one.briefly() for one in found if one), "and") if all(found) else ""
+    losses = _at(said, (one.briefly() for one in found if one)) if all(found) else ""
     dense = list(dict.fromkeys(pick.dense for pick in said))
     against = f" Against {f'dense {dense[0]}' if len(dense) == 1 else 'the same optimizers, dense'}: {losses} points."
     return (
         f"{seeds} seeds.{against if losses else ''} "
-        f"Of the other rows of a sparsity {behind} are behind beyond noise, {ahead} ahead."
+        f"Other rows behind it beyond noise: {behind}; ahead: {ahead or 'none'}."
     )
+
+
+def _at(said: Sequence[Pick], values: Iterable[str]) -> str:
+    """Each value with its sparsity, where there are several."""
+    if len(said) == 1:
+        return next(iter(values))
+    return _joined((f"at {100 * pick.sparsity:g} % {value}" for pick, value in zip(said, values, strict=True)), "and")
 
 
 def _each(values: Iterable[str]) -> str:

@@ -112,7 +112,7 @@ function pareto(element) {
       shape: {x1: x, y1: y, x2: Math.max(left - 2, Math.min(x, left + size + 2)), y2: top}},
     {type: "text", x: left + size < x ? left + size : left, y: top, style: {
       text: row.label, align: left + size < x ? "right" : "left", verticalAlign: "middle",
-      fill: colour("ink"), stroke: colour("paper"), lineWidth: 3, font: font(row),
+      fill: colour("ink"), backgroundColor: colour("paper"), padding: [0, 2], font: font(row),
     }},
   ])});
   const ends = {showMinLabel: false, showMaxLabel: false};
@@ -194,16 +194,22 @@ function legend(element, entries) {
   element.after(list);
 }
 
+const below = hidden => (hidden.length > 6 ? `${hidden.length} rows are below the frame`
+  : `below the frame: ${hidden.map(row => `${row.label} (${number(row.top1[0])})`).join(", ")}`);
+
 function legends(element, shown) {
   const fill = colour("faint"), other = {stroke: colour("other"), "stroke-width": 2, fill: "none"};
   if (element.id === "pareto") {
-    const hidden = rows.filter(row => row.top1[0] < range[0]).length;
+    const hidden = rows.filter(row => row.top1[0] < range[0]);
+    const names = new Map(rows.filter(row => row.colour).map(row => [row.name, row.colour]));
+    const unnamed = element.clientWidth < NARROW ? [...names] : []; // their points have no label
     return legend(element, [
       ...levels.map((level, number) => [percent(level) + (level ? " sparsity" : ""), shape(number)[1], {fill}]),
       ["best for its bytes", "M2 12h16v-8h16", {stroke: fill, fill: "none"}],
       ...(band ? [[`${band.name} ± its spread over seeds`, "M2 2h32v12h-32z", {fill: colour("rule"), opacity: .6}]] : []),
       ...(rows.some(row => !row.colour) ? [["others", "M13 3h10v10h-10z", {fill: other.stroke}]] : []),
-      ...(hidden ? [[`${hidden} below the frame`, "", {}]] : []),
+      ...unnamed.map(([name, fill]) => [name, shape(1)[1], {fill}]),
+      ...(hidden.length ? [[below(hidden), "", {}]] : []),
     ]);
   }
   const named = shown.filter(row => row.colour && (element.id !== "memory_timeline" || row.memory.length)

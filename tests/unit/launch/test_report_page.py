@@ -99,6 +99,7 @@ def test_the_first_screen_is_three_sentences_one_figure_and_one_table(report):
     assert "How it was measured" in folded
     assert text.count("<h2>") == len(folded) + 4
     assert opening.count("<tr>") - 1 == 2  # dense and 70 %
+    assert re.search(r"<strong>Cost:</strong> .* All tensors of a step: [\d.]+ MiB; dense [\d.]+", opening)
 
 
 @pytest.mark.parametrize("study", ["demo", "digits"])
@@ -113,6 +114,16 @@ def test_what_is_kept_opens_with_few_rows_and_short_sentences(study):
     assert order == sorted(order)
     ours = text[: text.index("Data: ")] + text[text.index("Seeds: ") :]  # a data set's note is its maker's
     assert not [sentence for sentence in sentences(ours) if len(words(sentence)) > 25]
+
+
+@pytest.mark.parametrize("study", ["cifar10", "demo", "digits", "imagenette"])
+def test_our_own_words_in_the_names_of_rows_are_explained(study):
+    text = (RESULTS / study / "report.md").read_text()
+    ranking, explained = (text[text.index(title) :] for title in ("## Ranking", "## What the names mean"))
+    names = re.findall(r"^\| ([a-z][^|]*) \|", ranking[: ranking.index("\n## ", 1)], re.MULTILINE)
+    own = {word for name in names for word in re.findall(r"prune_\w+|\w+prune\b|budget auto|\+ \w+", name)}
+    assert own
+    assert not [word for word in own if f"| `{word.removeprefix('+ ')}" not in explained]
 
 
 def test_a_long_study_shows_eight_sparsities_at_first(runs, tmp_path):
