@@ -211,8 +211,8 @@ def _sentences(found: Sequence[Pick], groups: Groups, several: bool) -> list[str
     peaks = _each(f"{run.peak_bytes_per_weight:.2f}" for run in runs)
     ends = _each(f"{run.bytes_per_weight:.2f}" for run in runs)
     steps, steps_beside = [_step_mib(run) for run in runs], [_step_mib(groups[one][0]) for one in beside]
-    whole = f" All tensors of a step: {_each(steps)} MiB" if all(steps) else ""
-    whole += f"; dense {_joined(steps_beside, 'and')}." if whole and beside and all(steps_beside) else "." * bool(whole)
+    known = beside and all(steps + steps_beside)
+    whole = f" All tensors of a step: {_each(steps)} MiB; dense {_joined(steps_beside, 'and')}." if known else ""
     return [
         f"**{'Take' if several else 'Highest'}:** {names} % top-1." + (f" Dense: {scores}." if beside else ""),
         f"**Cost:** {peaks} bytes a weight of state at the peak, {ends} at the end."

@@ -6,8 +6,8 @@ from toolkit.markdown import table
 
 _WORDS = {  # in the order of the table; a word is explained where one of the names has it
     "adamwprune": "AdamW that prunes by its own moments and keeps none for pruned weights",
-    "sgdprune": "SGD with momentum that prunes in the same way",
-    "+ magnitude": "the smallest weights go; the optimizer is as it was",
+    "sgdprune": "SGD with momentum that prunes as it steps and keeps no momentum for pruned weights",
+    "+ magnitude": "the smallest weights go",
     "+ movement": "weights go that training moves towards zero (Sanh et al., 2020)",
     "+ displacement": "weights go that moved little from their first value (the original study's score)",
     "+ state": "pruned by the optimizer's own moments, which are dropped with the weights",
