@@ -8,7 +8,7 @@ from toolkit.markdown import MIB, mib, table
 
 _LEDGER_NOTE = """\
 Optimizer state: moments and step counters. Masks and scores: bit masks, offset tables, movement scores.
-The peak lies before the pruning ramp, where moments are still dense. A budget has it where it may.
+The peak lies before the pruning ramp, where moments are still dense. With a budget it may come at any step.
 The end is what stays from the last mask update on."""
 _PEAK_NOTE = """\
 Measured: all that was alive at the fullest moment of one probed step a phase, activations and workspace included.
